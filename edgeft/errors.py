@@ -1,0 +1,48 @@
+"""What can a user do wrong, and which exit code does each kind of it give?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgeftError(Exception):
+    """`where: problem`, a blank line and `hint: next step`; the CLI prints it without a traceback.
+
+    `problem` may hold several lines: all problems of a kind are reported at once.
+    """
+
+    exit_code = 1
+
+    def __init__(self, where: object, problem: str, hint: str = "") -> None:
+        self.where, self.problem, self.hint = str(where), problem, hint
+        super().__init__(f"{where}: {problem}" + (f"\n\nhint: {hint}" if hint else ""))
+
+
+class BadInput(EdgeftError):
+    """A file, folder or setting that cannot be used (exit 1)."""
+
+
+class DoesNotFit(EdgeftError):
+    """No plan fits the memory budget, or a plan no longer fits the machine (exit 3)."""
+
+    exit_code = 3
+
+
+class ParityFailed(EdgeftError):
+    """What was exported is not what was trained (exit 4)."""
+
+    exit_code = 4
+
+
+class MissingExtra(EdgeftError):
+    """A package that this verb needs is not installed (exit 5)."""
+
+    exit_code = 5
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or the sorted list of what is known when nothing is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else "one of " + ", ".join(names)

@@ -1,0 +1,110 @@
+"""What can a user ask for? Each setting is declared once, here, with its meaning, unit and default.
+
+`None` means: the planner chooses. What the user sets is never changed; if it cannot fit, planning fails and says so.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from edgeft.artifacts import Strict, invalid
+from edgeft.errors import BadInput, did_you_mean
+
+Precision = Literal["fp32", "bf16", "fp16", "nf4"]
+Tuner = Literal["lora", "full"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+
+
+class Job(Strict):
+    """One fine-tuning job: what to train, on what, and whatever the user pins."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(description="folder of a Hugging Face checkpoint, or a hub id when online")
+    data: str | None = Field(None, description="training data: jsonl, csv, parquet, or a hub dataset id")
+    valid: str | None = Field(None, description="validation data; held out of the training data when absent")
+    test: str | None = Field(None, description="test data, scored before and after training and after export")
+    profile: str = Field("cpu", description="hardware profile: a name in profiles/ or a path to a TOML file")
+
+    tuner: Tuner = Field("lora", description="lora: low-rank adapters; full: every weight")
+    rank: int | None = Field(None, ge=1, description="LoRA rank")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division by the root of the rank")
+    top_layers: int | None = Field(None, ge=1, description="train only this many last decoder layers")
+    base_precision: Precision | None = Field(None, description="how the frozen weights are kept in memory")
+    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step")
+    max_length: int | None = Field(None, ge=8, description="longest sample in tokens; longer ones are cut and counted")
+    checkpointing: bool | None = Field(None, description="recompute activations in the backward pass")
+    loss_chunk_tokens: int | None = Field(None, ge=16, description="tokens whose logits exist at the same time")
+    optimizer: Optimizer | None = Field(None, description="AdamW in 32 bit, 8 bit, or 8 bit paged to the host (CUDA)")
+
+    epochs: float = Field(3.0, gt=0, description="passes over the training data")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    warmup_fraction: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    seed: int = Field(0, description="seed of initialisation and data order")
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="steps between checkpoints; about a minute when absent"
+    )
+    eval_rows: int = Field(200, ge=1, description="validation rows scored during training")
+
+    max_memory_bytes: int | None = Field(None, gt=0, description="memory budget; the profile's when absent")
+
+
+def parse_settings(assignments: list[str]) -> dict[str, object]:
+    """`["rank=8", "checkpointing=true"]` as a dict of raw values for `Job`. Raises BadInput on an unknown key."""
+    values: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise BadInput("--set", f"expected key=value, got {assignment!r}")
+        if key not in Job.model_fields:
+            raise BadInput("--set", f"unknown setting {key!r}", did_you_mean(key, Job.model_fields))
+        values[key] = None if value in ("", "none") else value
+    return values
+
+
+def make_job(**values: object) -> Job:
+    """A Job from raw values, strings included. Raises BadInput listing every value that does not fit."""
+    try:
+        return Job.model_validate(values)
+    except pydantic.ValidationError as problem:
+        raise invalid("job", problem, Job) from None
+
+
+class Training(Strict):
+    """How one run trains: every choice made, nothing left open. Written by the planner, executed by `train`."""
+
+    device: Literal["cpu", "cuda", "mps"]
+    tuner: Tuner
+    base_precision: Precision
+    compute_dtype: Literal["fp32", "bf16", "fp16"]
+    rank: int = 0
+    lora_alpha: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    trained_layers: tuple[int, ...]
+    trains_ends: bool = Field(description="embedding, final norm and head train too (full fine-tuning of all layers)")
+    micro_batch_size: int
+    batch_size: int
+    max_length: int
+    checkpointing: bool
+    loss_chunk_tokens: int
+    optimizer: Optimizer
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    checkpoint_steps: int | None
+    eval_rows: int
+
+    @property
+    def lora_scale(self) -> float:
+        """rsLoRA (arXiv 2312.03732): alpha / sqrt(rank), so that the same learning rate serves every rank."""
+        return float(self.lora_alpha / self.rank**0.5) if self.rank else 0.0
