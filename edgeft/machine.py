@@ -1,0 +1,264 @@
+"""What may this process have of its machine, and how fast is that: memory, cores, rates, bandwidth?"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+from edgeft.artifacts import Artifact, sha256_json, versions
+from edgeft.errors import BadInput, EdgeftError
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+class Probe(Artifact):
+    """What a process of its own measured on this machine's CPU, with the packages in `versions`."""
+
+    cpu: str
+    cores: int
+    matmul_tflops: dict[Dtype, float]  # every dtype tried, those too slow to be used included
+    bandwidth_gb_per_second: float  # 10^9 bytes read plus written by a copy, as STREAM counts
+    import_rss_bytes: int  # resident after the imports of a training run and one tiny step and one generated token
+    seconds: float
+
+
+def usable_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Bytes this process may hold in all, the ones it holds already included; swap is never counted.
+
+    The least of MemAvailable, RLIMIT_AS and the room in each cgroup (v1 or v2), its own and those above;
+    file cache counts as room. Elsewhere than on Linux: what psutil calls available.
+    """
+    memory, own = _kib_lines(proc / "meminfo"), _kib_lines(proc / "self/status")
+    if "MemAvailable" not in memory:
+        return _usable_memory_elsewhere()
+    held = own.get("RssAnon", 0)  # file pages are in MemAvailable already
+    rooms = [memory["MemAvailable"], *_cgroup_rooms(proc, cgroup)]
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            rooms.append(limit - own.get("VmSize", 0))  # mapped libraries use address space too
+    return max(0, min(rooms) + held)
+
+
+def usable_cores(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Cores this process may keep busy: its affinity and each cgroup's quota, rounded down; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroup_folders("cpu", proc, cgroup):
+        quota, period = _integer(folder / "cpu.cfs_quota_us"), _integer(folder / "cpu.cfs_period_us")
+        with contextlib.suppress(OSError, ValueError):  # v2: "200000 100000", or "max 100000" for no quota
+            quota, period = (int(part) for part in (folder / "cpu.max").read_text().split())
+        if quota and period and quota > 0:  # v1 writes -1 for no quota
+            cores = min(cores, quota // period)
+    return max(1, cores)
+
+
+def _kib_lines(path: Path) -> dict[str, int]:
+    """`Name:  123 kB` lines as bytes; {} if there is no such file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3 and line[2] == "kB"}
+
+
+def _integer(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):  # "max", v2's word for no limit, is a ValueError
+        return int(path.read_text())
+    return None
+
+
+def _cgroup_folders(controller: str, proc: Path, cgroup: Path) -> Iterator[Path]:
+    """The process's cgroup and its ancestors. In a container with the host's path only the root exists."""
+    with contextlib.suppress(OSError):
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)  # v2 has no names; v1 mounts may join several: cpu,cpuacct
+            if names and controller not in names.split(","):
+                continue
+            for root in {cgroup / names, cgroup / controller} if names else {cgroup}:
+                folder = root / path.lstrip("/")
+                yield from (folder, *(parent for parent in folder.parents if parent.is_relative_to(root)))
+
+
+def _cgroup_rooms(proc: Path, cgroup: Path) -> Iterator[int]:
+    for folder in _cgroup_folders("memory", proc, cgroup):
+        limits = [_integer(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        known = [limit for limit in limits if limit is not None]
+        if not known:
+            continue
+        used = _integer(folder / "memory.current") or _integer(folder / "memory.usage_in_bytes") or 0
+        stat: dict[str, int] = {}
+        with contextlib.suppress(OSError, ValueError):
+            lines = (folder / "memory.stat").read_text().splitlines()
+            stat = {key: int(value) for key, value in map(str.split, lines)}
+        total = "total_" if "total_inactive_file" in stat else ""  # v1's plain lines are this cgroup alone
+        cache = stat.get(f"{total}inactive_file", 0) + stat.get(f"{total}active_file", 0)
+        yield min(known) - used + cache
+
+
+def _usable_memory_elsewhere() -> int:
+    try:
+        psutil = importlib.import_module("psutil")
+    except ImportError:
+        hint = "install psutil, or plan for a fixed machine, as in --profile cpu-16gb"
+        raise BadInput("this machine", "cannot tell how much memory is left", hint) from None
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def probe_cpu() -> Probe:
+    """This CPU's measured rates and a training process's baseline, from the cache where it has them.
+
+    The cache is one JSON file per CPU, core count and package versions. A corrupt one is measured again, an
+    unwritable one done without. Raises BadInput if the packages of a training run are not installed.
+    """
+    # Virtual machines hide the CPU's model: only the flags (on ARM, Features) tell one with AMX from another.
+    cpu = [_cpuinfo("model name"), _cpuinfo("flags", "Features") or platform.node(), platform.machine()]
+    key = {"cpu": cpu, "cores": usable_cores(), "versions": _probe_versions()}
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    path = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "edgeft")
+    path /= f"probe-{sha256_json(key)[:16]}.json"
+    with contextlib.suppress(BadInput):
+        return Probe.read(path)
+    package = str(Path(__file__).resolve().parent.parent)
+    # -P: no file of the current folder may shadow a module. OMP_NUM_THREADS: OpenMP knows no cgroup quotas.
+    code = "import sys; sys.path += sys.argv[1:]; from edgeft.machine import measure; print(measure())"
+    command = [sys.executable, "-P", "-c", code, package]
+    environment = os.environ | {"OMP_NUM_THREADS": str(usable_cores()), "HF_HUB_OFFLINE": "1"}
+    hint = "install the packages that training needs, or plan for a fixed machine, as in --profile cpu-16gb"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BadInput("this CPU", f"cannot be measured: {reason}", hint)
+    probe = Probe.model_validate_json(done.stdout.strip().splitlines()[-1])
+    with contextlib.suppress(OSError, EdgeftError):  # a cache only saves time: its failing stops nothing
+        if path.is_absolute():  # it is not if nobody knows a home folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe.write(path)
+    return probe
+
+
+def _cpuinfo(*fields: str) -> str:
+    with contextlib.suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in fields:
+                return value.strip()
+    return ""
+
+
+def _probe_versions() -> dict[str, str]:
+    names = {"edgeft", "python", "torch", "transformers", "peft", "bitsandbytes"}
+    return {name: version for name, version in versions().items() if name in names}
+
+
+def measure() -> str:
+    """This CPU's Probe as JSON, measured in this process, which must be fresh: imports stay resident."""
+    start = time.perf_counter()
+    import_rss_bytes = _rss_after_tiny_step()
+    import torch
+
+    torch.set_num_threads(usable_cores())
+    probe = Probe(
+        cpu=_cpuinfo("model name") or platform.machine(),
+        cores=usable_cores(),
+        matmul_tflops={dtype: _matmul_tflops(dtype) for dtype in get_args(Dtype)},
+        bandwidth_gb_per_second=_copy_gb_per_second(),
+        import_rss_bytes=import_rss_bytes,
+        seconds=round(time.perf_counter() - start, 2),
+        versions=_probe_versions(),
+    )
+    return probe.model_dump_json()
+
+
+def _rss_after_tiny_step() -> int:
+    """Resident bytes of a process that has done what a training run does, on a model too small to count.
+
+    One step and one generated token of edgeft's own code, with products large enough that the matrix library has made
+    its buffers: what is resident then, before any real model, is in every training process.
+    """
+    import gc
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from edgeft import ledger
+    from edgeft.architectures import find_parts
+    from edgeft.data import Sample
+    from edgeft.evaluate import greedy
+    from edgeft.settings import Training
+    from edgeft.train import Run
+    from edgeft.tuners import apply_tuner
+
+    for name in ("edgeft.cli", "edgeft.report", "bitsandbytes", "rich.progress", "tokenizers"):
+        importlib.import_module(name)
+    ledger.control_malloc()
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        use_cache=False,
+    )
+    training = Training(
+        device="cpu", tuner="lora", base_precision="fp32", compute_dtype="fp32", rank=8, lora_alpha=16.0,
+        target_modules=("q_proj", "down_proj"), trained_layers=(0, 1), trains_ends=False, micro_batch_size=4,
+        batch_size=4, max_length=128, checkpointing=False, loss_chunk_tokens=256, optimizer="adamw",
+        learning_rate=1e-3, steps=1,
+        warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_steps=None, eval_rows=1,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    model = LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    parts = find_parts(model)
+    run = Run(training, device, torch.float32, model, parts, apply_tuner(model, parts, training))
+    ids = list(range(128))
+    run.train_step([Sample(ids, ids, 0, "")] * 4)
+    greedy(model, [ids[:8]], [0], 2, device)
+    del run, model, parts
+    gc.collect()
+    return ledger.rss_bytes() or int(importlib.import_module("psutil").Process().memory_info().rss)
+
+
+def _matmul_tflops(name: Dtype) -> float:
+    """2 n^3 / seconds / 10^12 of an n x n matmul; n doubles until one takes 20 ms, as emulation is slow."""
+    import torch
+
+    size, seconds = 128, 0.0
+    while seconds < 0.02 and size < 2048:
+        size *= 2
+        a, b = torch.ones((2, size, size), dtype=getattr(torch, _TORCH_NAMES[name]))
+        seconds = _fastest(partial(torch.matmul, a, b), for_seconds=0.0)
+    return float(f"{2 * size**3 / _fastest(partial(torch.matmul, a, b)) / 1e12:.3g}")
+
+
+def _copy_gb_per_second() -> float:
+    import torch
+
+    # 256 MiB is larger than most caches; at most an eighth of what we may have, so that the probe fits.
+    source = torch.ones(min(2**26, usable_memory() // 32))
+    target = torch.empty_like(source)
+    return float(f"{2 * source.nbytes / _fastest(partial(target.copy_, source)) / 1e9:.3g}")
+
+
+def _fastest(call: Callable[[], object], for_seconds: float = 0.4) -> float:
+    """Seconds of the fastest call, after one that warms up: other processes can only slow one down."""
+    call()
+    best, end = math.inf, time.perf_counter() + for_seconds
+    while best == math.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
