@@ -1,0 +1,439 @@
+"""What shape has this model, and how many parameters has each part of it, read from config.json alone?
+
+A family of architectures is a row of FAMILIES; any other model is built on the meta device and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from edgeft.artifacts import Strict, invalid
+from edgeft.errors import BadInput
+
+# attention_in projections share one saved input, the attention norm's output; mlp_in ones the MLP norm's.
+Role = Literal["attention_in", "attention_out", "mlp_in", "mlp_out", "other"]
+
+
+class Linear(Strict):
+    """One linear projection of a decoder layer; `name` is unique in it and a valid PEFT target module."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    role: Role
+
+    @property
+    def parameters(self) -> int:
+        """in * out, plus out when it has a bias."""
+        return self.in_features * self.out_features + (self.out_features if self.has_bias else 0)
+
+
+class ModelSpec(Strict):
+    """The shape of a causal language model, with exact parameter counts; a tied head counts once."""
+
+    model: str
+    model_type: str
+    architecture: str
+    counted_from: Literal["config", "meta model"]
+    dtype: str  # of the stored weights
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int | None  # None: no limit in the config (ALiBi models)
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    final_logit_softcapping: float | None
+    attn_logit_softcapping: float | None
+    hidden_act: str
+    linears: tuple[Linear, ...]  # of the first decoder layer
+    gated_mlp: bool
+    qk_norm: bool
+    norms_per_layer: int  # over the hidden size; query and key norms are not among them
+    norm_parameters_per_layer: int  # query and key norms included
+    embedding_parameters: int
+    layer_parameters: tuple[int, ...]  # one per decoder layer
+    head_parameters: int  # 0 when tied
+    other_parameters: int  # final norm, learned positions, projections around the embedding
+    total_parameters: int
+
+
+# name, in, out, has_bias, role: widths as named in _from_family; has_bias is a config key or the answer.
+Row = tuple[str, str, str, str | bool, Role]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type lays out its parameters; keys and defaults as in its transformers config class."""
+
+    architecture: str
+    linears: tuple[Row, ...]
+    optional: dict[str, Any]  # each optional key the family reads, and its default; others are ignored
+    names: dict[str, str] = field(default_factory=dict)  # the family's own name of a standard key
+    norms: int = 2
+    norm_bias: bool = False
+    qk_norm: bool = False
+    position_offset: int | None = None  # rows of the learned position table beyond max_position_embeddings
+    assumes: dict[str, bool] = field(default_factory=dict)  # any other value: count on the meta device
+
+
+def _separate(qkv: str | bool, output: str | bool, mlp: str | bool) -> tuple[Row, ...]:
+    return (
+        ("q_proj", "hidden", "query", qkv, "attention_in"),
+        ("k_proj", "hidden", "key", qkv, "attention_in"),
+        ("v_proj", "hidden", "key", qkv, "attention_in"),
+        ("o_proj", "query", "hidden", output, "attention_out"),
+        ("gate_proj", "hidden", "inner", mlp, "mlp_in"),
+        ("up_proj", "hidden", "inner", mlp, "mlp_in"),
+        ("down_proj", "inner", "hidden", mlp, "mlp_out"),
+    )
+
+
+def _fused(names: str, attention: str | bool, mlp: bool, mlp_in: str = "inner") -> tuple[Row, ...]:
+    qkv, output, up, down = names.split()
+    return (
+        (qkv, "hidden", "qkv", attention, "attention_in"),
+        (output, "query", "hidden", attention, "attention_out"),
+        (up, "hidden", mlp_in, mlp, "mlp_in"),
+        (down, "inner", "hidden", mlp, "mlp_out"),
+    )
+
+
+_LLAMA, _QWEN2 = _separate("attention_bias", "attention_bias", "mlp_bias"), _separate(True, False, False)
+_PHI3 = _fused("qkv_proj o_proj gate_up_proj down_proj", False, False, mlp_in="gate_up")
+# Two are called c_proj; PEFT matches the dotted end of a name, so their module's name tells them apart.
+_GPT2 = _fused("c_attn attn.c_proj c_fc mlp.c_proj", True, True)
+_NEOX = _fused("query_key_value dense dense_h_to_4h dense_4h_to_h", "attention_bias", True)
+_OPT: tuple[Row, ...] = (
+    *[(name, "hidden", "query", "enable_bias", "attention_in") for name in ("k_proj", "v_proj", "q_proj")],
+    ("out_proj", "query", "hidden", "enable_bias", "attention_out"),
+    ("fc1", "hidden", "inner", "enable_bias", "mlp_in"),
+    ("fc2", "inner", "hidden", "enable_bias", "mlp_out"),
+)
+
+# fmt: off
+_BASE: dict[str, Any] = {"max_position_embeddings": 2048, "hidden_act": "silu", "tie_word_embeddings": False}
+_GROUPED = _BASE | {"num_key_value_heads": None, "head_dim": None}  # None: one per query head; hidden / heads
+_BIASED = _GROUPED | {"attention_bias": False, "mlp_bias": False}
+_QWEN = _GROUPED | {"max_position_embeddings": 32768, "num_key_value_heads": 32,
+                    "sliding_window": 4096, "use_sliding_window": False}
+_GEMMA = {"max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+          "num_key_value_heads": 16, "head_dim": 256, "attention_bias": False}
+_GEMMA2 = _GEMMA | {"num_key_value_heads": 4, "sliding_window": 4096,
+                    "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+_GEMMA3 = _GEMMA2 | {"max_position_embeddings": 131072,
+                     "final_logit_softcapping": None, "attn_logit_softcapping": None}
+_GEMMA_NAMES = {"hidden_act": "hidden_activation"}
+_GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+               "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
+               "hidden_act": "activation_function"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", _LLAMA, _BIASED),
+    "mistral": Family("MistralForCausalLM", _LLAMA, _GROUPED | {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN2, _QWEN),
+    "qwen3": Family("Qwen3ForCausalLM", _LLAMA, _QWEN | {
+        "head_dim": 128, "attention_bias": False}, qk_norm=True),
+    "gemma": Family("GemmaForCausalLM", _LLAMA, _GEMMA),
+    "gemma2": Family("Gemma2ForCausalLM", _LLAMA, _GEMMA2, _GEMMA_NAMES, norms=4),
+    "gemma3_text": Family("Gemma3ForCausalLM", _LLAMA, _GEMMA3, _GEMMA_NAMES, norms=4, qk_norm=True),
+    "phi3": Family("Phi3ForCausalLM", _PHI3, _GROUPED | {
+        "max_position_embeddings": 4096, "sliding_window": None}),
+    "smollm3": Family("SmolLM3ForCausalLM", _LLAMA, _BIASED | {
+        "max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4,
+        "sliding_window": None, "use_sliding_window": False}),
+    "granite": Family("GraniteForCausalLM", _LLAMA, _BIASED),
+    "gpt2": Family("GPT2LMHeadModel", _GPT2, {
+        "max_position_embeddings": 1024, "hidden_act": "gelu_new", "tie_word_embeddings": True,
+        "intermediate_size": None},
+        _GPT2_NAMES, norm_bias=True, position_offset=0, assumes={"add_cross_attention": False}),
+    "gpt_neox": Family("GPTNeoXForCausalLM", _NEOX, _BASE | {
+        "hidden_act": "gelu", "attention_bias": True}, norm_bias=True),
+    "opt": Family("OPTForCausalLM", _OPT, {
+        "max_position_embeddings": 2048, "hidden_act": "relu", "tie_word_embeddings": True,
+        "word_embed_proj_dim": None, "enable_bias": True, "do_layer_norm_before": True},
+        {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        norm_bias=True, position_offset=2,
+        assumes={"layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False}),
+}
+ESSENTIAL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SIZES = (*ESSENTIAL, "max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
+SHAPE = (*SIZES, "tie_word_embeddings", "final_logit_softcapping", "attn_logit_softcapping", "hidden_act")
+COPY_AGAIN = "copy config.json again from where the model came from"
+# Text and vision in one config: only text_config is read. It holds just what differs from its class defaults,
+# so essential keys have defaults here and nowhere else: in a flat config a guess would be a wrong plan.
+COMPOSITE: dict[str, dict[str, Any]] = {
+    "gemma3": {"model_type": "gemma3_text", **dict(zip(ESSENTIAL, (2304, 9216, 26, 8, 262208), strict=True))}
+}
+# Encoders that AutoModelForCausalLM would load all the same, although they attend both ways.
+ENCODERS = frozenset(("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra",
+                      "roberta", "xlm-roberta"))
+# fmt: on
+
+
+def read_model_spec(model: str) -> ModelSpec:
+    """The spec of a checkpoint folder, or of a hub id while the hub or its cache has it. Raises BadInput."""
+    path = _config_path(model)
+    config = _read_object(path)
+    _refuse(path, config)
+    own = config
+    if config["model_type"] in COMPOSITE:
+        text = config.get("text_config") or {}
+        if not isinstance(text, dict):
+            raise BadInput(path, f"text_config: expected a JSON object, got {type(text).__name__}", COPY_AGAIN)
+        own = COMPOSITE[config["model_type"]] | text
+    dtypes = [place[key] for place in (config, own) for key in ("dtype", "torch_dtype") if place.get(key)]
+    family = FAMILIES.get(own["model_type"])
+    if family is None or any(own.get(key, value) != value for key, value in family.assumes.items()):
+        values = _from_meta_model(path)
+    else:
+        values = _from_family(path, family, own)
+    values |= {"model": model, "model_type": own["model_type"]}
+    values["dtype"] = str((dtypes or ["float32"])[0]).removeprefix("torch.")
+    parts = (values["embedding_parameters"], values["head_parameters"], values["other_parameters"])
+    try:
+        return ModelSpec(**values, total_parameters=sum(parts) + sum(values["layer_parameters"]))
+    except pydantic.ValidationError as problem:
+        raise invalid(path, problem, ModelSpec) from None
+
+
+def _config_path(model: str) -> Path:
+    folder, hint = Path(model).expanduser(), "give the folder of a Hugging Face checkpoint (with config.json)"
+    if folder.is_file():
+        raise BadInput(model, "is a file, not a folder", f"give the folder that holds it: {folder.parent}")
+    if not folder.is_dir():
+        # A hub id is `name` or `owner/name`; `owner` being a folder here means that a path was meant.
+        is_path = folder.parent.name and folder.parent.is_dir()
+        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) and not is_path:
+            return _download(model)
+        raise BadInput(model, "no such folder", hint)
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        base = _read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base"
+        hint = "give the base as the model, or merge the adapter into it first"
+        raise BadInput(model, f"is an adapter of {base}, not a model", hint)
+    raise BadInput(model, "has no config.json", hint)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    problem, hint = (
+        "the hub cannot be reached",
+        "go online, or give the folder of a model that is on this machine",
+    )
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except errors.GatedRepoError:
+        problem, hint = "the hub model is gated", "accept its licence there and log in (hf auth login)"
+    except errors.RepositoryNotFoundError:
+        problem, hint = (
+            "no such model on the hub",
+            "check the spelling, or log in if it is private (hf auth login)",
+        )
+    except errors.EntryNotFoundError as missing:
+        if not isinstance(missing, errors.LocalEntryNotFoundError):  # that one: offline, and not in the cache
+            problem, hint = (
+                "the hub model has no config.json",
+                "for an adapter or a GGUF file, give its base model",
+            )
+    except (OSError, ValueError):
+        pass
+    raise BadInput(model, f"no such folder, and {problem}", hint)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise BadInput(path, f"is not JSON: {problem}", COPY_AGAIN) from None
+    if not isinstance(value, dict):
+        raise BadInput(path, f"expected a JSON object, got {type(value).__name__}", COPY_AGAIN)
+    return value
+
+
+def _refuse(path: Path, config: dict[str, Any]) -> None:
+    """None for a causal language model in its original precision; else raises BadInput with the reason."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise BadInput(path, "missing model_type", 'add the family, as in "model_type": "llama"')
+    architecture, reason = next(iter(config.get("architectures") or ()), ""), ""
+    if config.get("is_encoder_decoder"):
+        reason = f"{kind} is an encoder-decoder"
+    elif kind in ENCODERS:
+        reason = f"{kind} is an encoder"
+    elif kind not in COMPOSITE and not re.search(r"(ForCausalLM|LMHeadModel|^)$", architecture):
+        reason = f"{architecture} is not a ...ForCausalLM"
+    if reason:
+        hint = "edgeft trains decoder-only models that predict the next token; give one of those"
+        raise BadInput(path, f"{reason}, so not a causal language model", hint)
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "method not named")
+        hint = "give the checkpoint it was quantised from; edgeft quantises in memory, and again on export"
+        raise BadInput(path, f"is quantised ({method}); a merge needs the original-precision weights", hint)
+
+
+def _from_family(path: Path, family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a known family, by arithmetic on its row."""
+    essential = [key for key in ESSENTIAL if key not in family.optional]
+    name = {key: family.names.get(key, key) for key in (*essential, *family.optional)}
+    value: dict[str, Any] = {key: config.get(name[key], family.optional.get(key)) for key in name}
+    problems = [f"missing {name[key]}" for key in essential if value[key] is None]
+    problems += [
+        f"{name[key]}: expected a positive whole number, got {value[key]!r}"
+        for key in SIZES
+        if value.get(key) is not None and (type(value[key]) is not int or value[key] < 1)
+    ]
+    if problems:
+        raise BadInput(path, "\n".join(problems), COPY_AGAIN)
+    hidden, layers, heads, vocab = (value[key] for key in ESSENTIAL if key != "intermediate_size")
+    kv_heads = value.get("num_key_value_heads") or heads
+    head_dim = value.get("head_dim") or hidden // heads
+    if heads % kv_heads or (not value.get("head_dim") and hidden % heads):
+        what = f"hidden size {hidden}, {heads} heads and {kv_heads} key-value heads do not divide evenly"
+        raise BadInput(path, what, COPY_AGAIN)
+    intermediate = value["intermediate_size"] or 4 * hidden
+    widths = {
+        "hidden": hidden,
+        "query": heads * head_dim,
+        "key": kv_heads * head_dim,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
+        "inner": intermediate,
+        "gate_up": 2 * intermediate,
+    }
+    linears = tuple(
+        Linear(
+            name=row,
+            in_features=widths[input],
+            out_features=widths[output],
+            has_bias=bool(value.get(bias, False)) if isinstance(bias, str) else bias,
+            role=role,
+        )
+        for row, input, output, bias, role in family.linears
+    )
+    norm = hidden * (2 if family.norm_bias else 1)
+    norms = family.norms * norm + (2 * head_dim if family.qk_norm else 0)
+    embedding_width = value.get("word_embed_proj_dim") or hidden
+    # OPT: no final norm when norms follow the blocks; a narrower embedding is projected in and out, no bias.
+    other = norm if value.get("do_layer_norm_before", True) else 0
+    other += 2 * hidden * embedding_width if embedding_width != hidden else 0
+    if family.position_offset is not None:
+        other += (value["max_position_embeddings"] + family.position_offset) * hidden
+    mlp_width = sum(linear.out_features for linear in linears if linear.role == "mlp_in")
+    return {key: value.get(key) for key in SHAPE} | {
+        "architecture": family.architecture,
+        "counted_from": "config",
+        "intermediate_size": intermediate,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "sliding_window": value.get("sliding_window") if value.get("use_sliding_window", True) else None,
+        "linears": linears,
+        "gated_mlp": mlp_width == 2 * intermediate,
+        "qk_norm": family.qk_norm,
+        "norms_per_layer": family.norms,
+        "norm_parameters_per_layer": norms,
+        "embedding_parameters": vocab * embedding_width,
+        "layer_parameters": (sum(linear.parameters for linear in linears) + norms,) * layers,
+        "head_parameters": 0 if value["tie_word_embeddings"] else vocab * embedding_width,
+        "other_parameters": other,
+    }
+
+
+def _from_meta_model(path: Path) -> dict[str, Any]:
+    """The fields of any causal language model transformers knows, read off a model built without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from edgeft.architectures import find_parts, is_linear
+
+    try:
+        loaded = AutoConfig.from_pretrained(path.parent)
+        _refuse(path, {"model_type": loaded.model_type, "is_encoder_decoder": loaded.is_encoder_decoder})
+        with torch.device("meta"):
+            net: torch.nn.Module = AutoModelForCausalLM.from_config(loaded)  # type: ignore[no-untyped-call]
+    except BadInput:
+        raise
+    except Exception as problem:  # a model's code may raise anything here
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        hint = "known without transformers: " + ", ".join(FAMILIES)
+        raise BadInput(path, f"transformers cannot build this model: {reason:.200}", hint) from None
+    config, found = loaded.get_text_config(decoder=True), find_parts(net)
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise BadInput(path, f"{type(net).__name__} has no attention heads", "edgeft plans attention models only")
+
+    def count(*modules: torch.nn.Module) -> int:
+        return sum(weight.numel() for weight in {weight for module in modules for weight in module.parameters()})
+
+    tied = found.head.weight is found.embedding.weight
+    embedding, head = count(found.embedding), 0 if tied else count(found.head)
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    modules = dict(found.layers[0].named_modules())
+    linears = _guess_roles({name: m for name, m in modules.items() if is_linear(m)}, hidden, heads * head_dim)
+    inputs = {role: sum(x.out_features for x in linears if x.role == role) for role in ("attention_in", "mlp_in")}
+    intermediate = max((x.in_features for x in linears if x.role == "mlp_out"), default=4 * hidden)
+    # Falcon and others name their key-value heads in their own ways; the width of q, k and v together tells.
+    kv_heads, rest = divmod(inputs["attention_in"] - heads * head_dim, 2 * head_dim)
+    if rest or not 1 <= kv_heads <= heads:
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    norms = {name: module for name, module in modules.items() if "Norm" in type(module).__name__}
+    qk_norms = [name for name in norms if re.search(r"(^|\.)(q|k|query|key)_\w+$", name)]
+    return {key: getattr(config, key, None) for key in SHAPE} | {
+        "architecture": type(net).__name__,
+        "counted_from": "meta model",
+        "intermediate_size": intermediate,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": tied,
+        "hidden_act": str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", "unknown")),
+        "linears": linears,
+        "gated_mlp": inputs["mlp_in"] == 2 * intermediate,
+        "qk_norm": bool(qk_norms),
+        "norms_per_layer": len(norms) - len(qk_norms),
+        "norm_parameters_per_layer": count(*norms.values()),
+        "embedding_parameters": embedding,
+        "layer_parameters": tuple(count(layer) for layer in found.layers),
+        "head_parameters": head,
+        "other_parameters": count(net) - embedding - head - count(found.layers),
+    }
+
+
+def _guess_roles(modules: dict[str, Any], hidden: int, query: int) -> tuple[Linear, ...]:
+    """A layer's projections, in order, with the role their shapes imply; "other" when they imply none.
+
+    The MLP's width is the largest that leads back to the hidden size. The last projection from the query
+    heads' width to the hidden size is the attention's output. Names lose their module unless two clash.
+    """
+    # Conv1D (GPT-2's linear) keeps its weight as in x out, nn.Linear as out x in.
+    shapes = {n: tuple(m.weight.shape)[:: 1 if type(m).__name__ == "Conv1D" else -1] for n, m in modules.items()}
+    width = max((i for i, o in shapes.values() if o == hidden and i not in (hidden, query)), default=0)
+    last = [name for name, shape in shapes.items() if shape == (query, hidden)][-1:]
+    leaves = Counter(name.rpartition(".")[2] for name in modules)
+    linears = []
+    for name, (inner, outer) in shapes.items():
+        role: Role = "attention_in" if inner == hidden else "other"
+        if (inner, outer) == (width, hidden):
+            role = "mlp_out"
+        elif inner == hidden and outer in (width, 2 * width):
+            role = "mlp_in"
+        elif name in last:
+            role = "attention_out"
+        leaf, bias = name.rpartition(".")[2], modules[name].bias is not None
+        short = leaf if leaves[leaf] == 1 else name
+        linears.append(Linear(name=short, in_features=inner, out_features=outer, has_bias=bias, role=role))
+    return tuple(linears)
