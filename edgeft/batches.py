@@ -1,0 +1,66 @@
+"""Which samples form which optimizer step, and in which order? (padded, never packed)"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from edgeft.data import IGNORED, Sample
+
+GROUP_STEPS = 50  # samples of this many steps are sorted by length together: little padding, yet a random order
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to (B, S); `positions` (N) index the flat (B*S) tokens whose next token is trained.
+
+    Attention is causal, so padding on the right changes nothing to its left, and no mask is needed: no sample sees
+    another, and attention keeps its fastest kernel.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.positions.to(device), self.targets.to(device))
+
+
+def make_batch(samples: Sequence[Sample]) -> Batch:
+    """Samples as one right-padded batch; padding is id 0 and never trained on."""
+    width = max(len(sample.ids) for sample in samples)
+    ids = torch.zeros(len(samples), width, dtype=torch.long)
+    next_labels = torch.full((len(samples), width), IGNORED, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+        next_labels[row, : len(sample.ids) - 1] = torch.tensor(sample.labels[1:], dtype=torch.long)
+    positions = (next_labels.view(-1) != IGNORED).nonzero().view(-1)
+    return Batch(ids, positions, next_labels.view(-1)[positions])
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    return -(-rows // batch_size)
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Sample indices of each step of one epoch: a pure function of its arguments, each sample exactly once.
+
+    The first step of the first epoch holds the longest sample: if memory runs out, it does so at once.
+    """
+    generator = random.Random(f"order {seed} {epoch}")
+    shuffled = list(range(len(lengths)))
+    generator.shuffle(shuffled)
+    steps: list[list[int]] = []
+    for start in range(0, len(shuffled), batch_size * GROUP_STEPS):
+        group = sorted(shuffled[start : start + batch_size * GROUP_STEPS], key=lambda i: lengths[i])
+        short = len(group) % batch_size  # the incomplete step takes the shortest, so that the longest fill a whole one
+        steps += [group[:short]] if short else []
+        steps += [group[i : i + batch_size] for i in range(short, len(group), batch_size)]
+    generator.shuffle(steps)
+    if epoch == 0:
+        longest = max(range(len(steps)), key=lambda i: max(lengths[j] for j in steps[i]))
+        steps[0], steps[longest] = steps[longest], steps[0]
+    return steps
