@@ -1,0 +1,182 @@
+"""How do a plan, a run and a bundle read on a screen? Text tables for people; the JSON files are for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from edgeft.planner import Plan
+from edgeft.profile import Profile
+from edgeft.scores import Metrics, Proof
+from edgeft.units import show_bytes, show_count, show_seconds
+
+if TYPE_CHECKING:
+    from edgeft.bundle import Bundle
+    from edgeft.merge import MergedCheckpoint
+    from edgeft.train import TrainResult
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def plan_text(plan: Plan) -> RenderableType:
+    """A plan: what runs, the memory of each phase against the budget, what was given up."""
+    training, spec = plan.training, plan.spec
+    layers = f"{len(training.trained_layers)} of {spec.num_hidden_layers} layers"
+    how = f"LoRA rank {training.rank} in {layers}" if training.tuner == "lora" else f"full fine-tuning of {layers}"
+    rows = [
+        ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
+        ("profile", f"{plan.profile.name}: {plan.profile.description}"),
+        ("method", f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}"),
+        (
+            "batch",
+            f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}, up to "
+            f"{training.max_length} tokens" + (", activations recomputed" if training.checkpointing else ""),
+        ),
+        (
+            "schedule",
+            f"{training.steps} steps, learning rate {training.learning_rate:g}, {training.optimizer}",
+        ),
+        (
+            "time",
+            f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
+        ),
+    ]
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows:
+        facts.add_row(Text(name, style="bold"), value)
+    table = _table("phase", "expected", "high", "budget", "largest parts")
+    for phase in plan.phases:
+        parts = sorted(phase.terms, key=lambda term: -term.bytes)[:4]
+        table.add_row(
+            phase.name,
+            show_bytes(phase.expected_bytes),
+            show_bytes(phase.high_bytes),
+            show_bytes(plan.budget_bytes),
+            Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
+        )
+    lines = [Text(f"note: {note}") for note in plan.notes]
+    if plan.gave_up:
+        lines.append(Text("given up to fit the budget:", style="bold"))
+        lines += [Text(f"  - {line}") for line in plan.gave_up]
+    return Group(facts, table, *lines)
+
+
+def profiles_text(profiles: list[Profile]) -> RenderableType:
+    """All shipped profiles, one line each."""
+    table = _table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
+    for profile in profiles:
+        memory = f"{profile.memory_gib:g} GiB" if profile.memory_gib else "detected"
+        bandwidth = f"{profile.bandwidth_gb_per_second:g}" if profile.bandwidth_gb_per_second else "measured"
+        dtypes = " ".join(profile.dtypes) or "measured"
+        table.add_row(
+            profile.name,
+            " ".join(profile.roles),
+            profile.device,
+            memory,
+            dtypes,
+            bandwidth,
+            profile.description,
+        )
+    return table
+
+
+def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:
+    """(loss, perplexity, exact match) as shown."""
+    exact = "-" if metrics.exact_match is None else f"{100 * metrics.exact_match:.1f}%"
+    return f"{metrics.loss:.4f}", f"{metrics.perplexity:.2f}", exact
+
+
+def train_text(result: TrainResult) -> RenderableType:
+    """A training run: scores before and after, memory predicted and measured."""
+    table = _table("scored on", "rows", "loss", "perplexity", "exact match")
+    for name, metrics in (
+        ("validation, base", result.base_valid),
+        ("validation, fine-tuned", result.valid),
+        ("test, base", result.base_test),
+        ("test, fine-tuned", result.test),
+    ):
+        if metrics is not None:
+            table.add_row(name, str(metrics.rows), *metrics_cells(metrics))
+    speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
+    memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
+    memory += show_bytes(result.measured_peak_bytes)
+    lines = [Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
+    if result.cut_rows:
+        lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
+    lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
+    return Group(table, *lines)
+
+
+def predicted_expected(result: TrainResult) -> int:
+    """The highest phase's expected bytes, which the measured peak is compared with."""
+    return max(phase.expected_bytes for phase in result.plan.phases)
+
+
+def merge_text(merged: MergedCheckpoint) -> RenderableType:
+    """A merge in two lines."""
+    percent = f"{100 * merged.relative_change:.2f}% of their norm"
+    share = f"{merged.changed_tensors} of {merged.tensors} tensors changed by {percent}"
+    memory = f"peak memory: predicted {show_bytes(merged.predicted_peak_bytes)}, "
+    memory += f"measured {show_bytes(merged.measured_peak_bytes)}"
+    return Group(Text(f"wise_alpha {merged.wise_alpha:g}: {share}, stored in {merged.dtype}"), Text(memory))
+
+
+def ladder_text(proof: Proof) -> RenderableType:
+    """The parity ladder, a line per rung."""
+    title = f"parity on {proof.prompts} validation prompts"
+    table = _table("rung", "against", "top-1", "mean KL", "loss", "before", "greedy prefix", "", title=title)
+    for rung in proof.rungs:
+        table.add_row(
+            rung.name,
+            rung.against,
+            f"{100 * rung.top1_agreement:.1f}%",
+            f"{max(0.0, rung.mean_kl_nats):.1e}",
+            f"{rung.loss:.4f}",
+            f"{rung.loss_before:.4f}",
+            f"{100 * rung.greedy_prefix:.1f}%",
+            "failed" if rung.problems else "ok",
+        )
+    return table
+
+
+def bundle_text(bundle: Bundle, merged: MergedCheckpoint) -> RenderableType:
+    """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
+    parts: list[RenderableType] = []
+    if bundle.proof is not None:
+        parts.append(ladder_text(bundle.proof))
+        rows = next(iter(bundle.proof.scores.values())).rows
+        table = _table("model", "loss", "perplexity", "exact match", title=f"{rows} {bundle.proof.scored_on} rows")
+        for name, metrics in bundle.proof.scores.items():
+            table.add_row(name, *metrics_cells(metrics))
+        parts.append(table)
+    table = _table("", "predicted", "measured")
+    train = merged.train
+    table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
+    table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
+    if bundle.measured is not None and bundle.predicted_here_bytes is not None:
+        measured = bundle.measured
+        table.add_row(
+            "bundle here, peak memory",
+            show_bytes(bundle.predicted_here_bytes),
+            show_bytes(measured.peak_memory_bytes),
+        )
+        bound = f"at most {measured.bound_tokens_per_second:,.0f} tok/s"
+        table.add_row("bundle here, decode", bound, f"{measured.decode_tokens_per_second:,.0f} tok/s")
+    if bundle.predicted.device_memory_bytes:
+        need = f"{show_bytes(bundle.predicted.memory_bytes)} of {show_bytes(bundle.predicted.device_memory_bytes)}"
+        table.add_row(f"on {bundle.provenance.get('device', 'device')}, full context", need, "-")
+        if bundle.predicted.tokens_per_second_bound:
+            table.add_row(
+                "on the device, decode", f"at most {bundle.predicted.tokens_per_second_bound:,.0f} tok/s", "-"
+            )
+    size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
+    return Group(*parts, table, Text(f"{size} (limited by the {bundle.context_limited_by})"))

@@ -1,0 +1,138 @@
+"""The closed form against the live tensor bytes of real training steps, counted storage by storage."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from edgeft import ledger, memory
+from edgeft.architectures import find_parts
+from edgeft.data import IGNORED, Sample
+from edgeft.model_spec import read_model_spec
+from edgeft.settings import Training
+from edgeft.train import Run
+from edgeft.tuners import apply_tuner
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CPU = torch.device("cpu")
+
+
+def plan_of(layers: range, tokens: int, **changes: Any) -> Training:
+    values: dict[str, Any] = {
+        "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 8,
+        "lora_alpha": 16.0, "target_modules": ALL, "trained_layers": tuple(layers), "trains_ends": False,
+        "micro_batch_size": 2, "batch_size": 2, "max_length": tokens, "checkpointing": False, "loss_chunk_tokens": 64,
+        "optimizer": "adamw", "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0,
+        "max_grad_norm": 1.0, "seed": 0, "checkpoint_steps": None, "eval_rows": 1,
+    }  # fmt: skip
+    return Training(**{**values, **changes})
+
+
+def live_peak(config: LlamaConfig, training: Training, trained_tokens: int) -> int:
+    """Peak live bytes of the second optimizer step, weights and optimizer states included."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if training.compute_dtype == "fp32" else torch.bfloat16
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parts = find_parts(model)
+    run = Run(training, CPU, dtype, model, parts, apply_tuner(model, parts, training))
+    length = training.max_length
+    labels = [IGNORED] * (length - trained_tokens) + [5] * trained_tokens
+    samples = [Sample(torch.randint(0, 200, (length,)).tolist(), labels, 1, "x")] * training.micro_batch_size
+    run.train_step(samples)
+    gc.collect()
+    live = ledger.LiveBytes()
+    live.count([list(model.parameters()), list(model.buffers()), list(run.optimizer.state.values())])
+    with live:
+        run.train_step(samples)
+    return live.peak_bytes
+
+
+def spec_of(config: LlamaConfig, folder: Path) -> memory.ModelSpec:
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return read_model_spec(str(folder))
+
+
+def shape(**changes: Any) -> LlamaConfig:
+    values = {
+        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 512, "use_cache": False,
+    }  # fmt: skip
+    return LlamaConfig(**{**values, **changes})
+
+
+FOUR = range(4)
+CASES: dict[str, tuple[dict[str, Any], range, int, int, dict[str, Any], float]] = {
+    # name: shape, trained layers, tokens, trained tokens, plan, tolerance
+    "LoRA": ({}, FOUR, 256, 255, {}, 0.002),
+    "LoRA, short answers": ({}, FOUR, 256, 4, {}, 0.002),
+    "LoRA, top layer only": ({}, range(3, 4), 256, 4, {}, 0.002),
+    "LoRA, large vocabulary": ({"vocab_size": 8192}, FOUR, 128, 127, {"loss_chunk_tokens": 256}, 0.002),
+    "LoRA, tied, attention only": ({"tie_word_embeddings": True}, FOUR, 256, 255, {"target_modules": ALL[:4]}, 0.01),
+    "LoRA, bf16": ({}, FOUR, 256, 255, {"base_precision": "bf16", "compute_dtype": "bf16"}, 0.002),
+    "LoRA, checkpointing": ({}, FOUR, 256, 4, {"checkpointing": True}, 0.05),
+    "full": ({}, FOUR, 256, 4, {"tuner": "full", "trains_ends": True}, 0.03),
+    "full, top two layers": ({}, range(2, 4), 256, 4, {"tuner": "full"}, 0.03),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_closed_form_equals_counted_bytes(name: str, tmp_path: Path) -> None:
+    changes, layers, tokens, trained, plan, tolerance = CASES[name]
+    if plan.get("tuner") == "full":
+        plan = {**plan, "rank": 0, "target_modules": ()}
+    config, training = shape(**changes), plan_of(layers, tokens, **plan)
+    spec = spec_of(config, tmp_path)
+    counted = live_peak(config, training, trained)
+    predicted = sum(term.bytes for term in memory.step_terms(spec, training, memory.Workload(tokens, trained)))
+    assert predicted == pytest.approx(counted, rel=tolerance)
+
+
+def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
+    config = shape(tie_word_embeddings=True)
+    spec = spec_of(config, tmp_path)
+    for plan, layers in (
+        ({}, range(1, 4)),
+        ({"tuner": "full", "trains_ends": True}, FOUR),
+        ({"tuner": "full"}, range(3, 4)),
+    ):
+        training = plan_of(layers, 32, **plan)
+        model = LlamaForCausalLM(config)
+        chosen = apply_tuner(model, find_parts(model), training)
+        assert memory.trained_parameters(spec, training) == sum(p.numel() for _, p in chosen)
+
+
+def test_nf4_weights_are_4_127_bits(tmp_path: Path) -> None:
+    """0.5 + 1/64 + 4/(64 * 256) bytes per quantised weight; embedding, head and norms stay dense."""
+    spec = read_model_spec(str(Path(__file__).parent / "configs" / "llama-3.1-8b"))
+    training = plan_of(range(32), 32, base_precision="nf4", compute_dtype="bf16")
+    linears = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
+    dense = 2 * (spec.total_parameters - linears)
+    assert memory.weight_bytes(spec, training) == pytest.approx(dense + linears * 0.515869, rel=1e-4)
+
+
+def test_every_term_is_named_and_adds_up(tmp_path: Path) -> None:
+    spec = spec_of(shape(), tmp_path)
+    found = memory.phases(spec, plan_of(FOUR, 64), memory.Workload(64, 8), baseline_bytes=10**8, data_bytes=10**6)
+    assert [phase.name for phase in found] == ["load", "evaluate", "train"]
+    for phase in found:
+        assert phase.expected_bytes == sum(term.bytes for term in phase.terms)
+        assert phase.low_bytes < phase.expected_bytes < phase.high_bytes
+        assert json.loads(phase.model_dump_json())["terms"][0]["name"] == "process"
+
+
+def test_more_tokens_never_need_less(tmp_path: Path) -> None:
+    spec = spec_of(shape(), tmp_path)
+    totals = [
+        sum(term.bytes for term in memory.step_terms(spec, plan_of(FOUR, n), memory.Workload(n, n)))
+        for n in (16, 64, 256, 1024)
+    ]
+    assert totals == sorted(totals) and totals[0] < totals[-1]

@@ -1,0 +1,154 @@
+"""Plans: what is chosen, what is refused and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.planner import Plan, make_plan, request_digest
+from edgeft.profile import list_profiles
+from edgeft.settings import make_job
+from edgeft.units import GIB
+
+CONFIGS = Path(__file__).parent / "configs"
+LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
+
+
+def plan(model: str = LLAMA, profile: str = "t4", **settings: object) -> Plan:
+    return make_plan(make_job(model=model, profile=profile, **settings))
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN])
+def test_large_models_fit_a_t4(model: str) -> None:
+    made = plan(model)
+    assert made.peak_bytes <= made.budget_bytes <= 16 * GIB
+    assert (made.training.base_precision, made.training.compute_dtype) == ("nf4", "fp16")
+    assert made.training.trained_layers == tuple(range(made.spec.num_hidden_layers))
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN])
+def test_nine_gigabytes_fit_and_say_what_was_given_up(model: str) -> None:
+    made = plan(model, max_memory_bytes=9 * GIB)
+    assert made.peak_bytes <= 9 * GIB
+    assert "base weights in nf4 instead of fp16" in made.gave_up
+    assert any("checkpointing" in line for line in made.gave_up)
+
+
+def test_every_rejected_candidate_missed_and_says_by_how_much() -> None:
+    made = plan(max_memory_bytes=9 * GIB)
+    assert made.rejected
+    for candidate in made.rejected:
+        assert candidate.missed_bytes == candidate.high_bytes - made.budget_bytes > 0
+
+
+def test_what_the_user_sets_is_kept() -> None:
+    made = plan(rank=8, micro_batch_size=2, checkpointing=True, top_layers=3, loss_chunk_tokens=128, max_length=512)
+    training = made.training
+    assert (training.rank, training.micro_batch_size, training.checkpointing) == (8, 2, True)
+    assert (training.trained_layers, training.loss_chunk_tokens, training.max_length) == ((29, 30, 31), 128, 512)
+
+
+@pytest.mark.parametrize("smaller, larger", [(7, 8), (9, 12), (16, 24), (24, 40)])
+def test_a_larger_budget_never_gives_a_worse_plan(smaller: int, larger: int) -> None:
+    def cost(made: Plan) -> tuple[bool, int, int]:
+        training = made.training
+        return training.base_precision == "nf4", -len(training.trained_layers), -training.rank
+
+    first = plan(profile="rtx4090-24gb", max_memory_bytes=smaller * GIB)
+    second = plan(profile="rtx4090-24gb", max_memory_bytes=larger * GIB)
+    assert cost(second) <= cost(first)
+
+
+def test_nothing_fits_names_the_smallest_and_the_cheapest_change() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        plan(max_memory_bytes=6 * GIB)
+    assert caught.value.exit_code == 3
+    assert "nothing fits 6.00 GiB: the smallest of" in str(caught.value)
+    assert "hint: samples of at most" in str(caught.value) and "--set max_length=" in str(caught.value)
+    with pytest.raises(
+        DoesNotFit, match=r"hint: a budget of [0-9.]+ GiB would do \(now 2.00 GiB\), or a smaller model"
+    ):
+        plan(max_memory_bytes=2 * GIB)
+
+
+def test_a_pin_that_does_not_fit_is_named() -> None:
+    with pytest.raises(
+        DoesNotFit, match="it fits when base_precision is left to the planner: drop --set base_precision=fp16"
+    ):
+        plan(base_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"base_precision": "bf16"},
+            "base_precision: t4 does not compute bf16 at full rate\n\nhint: use one of fp32, fp16, nf4",
+        ),
+        ({"top_layers": 40}, "top_layers: 40 is more than the model's 32 layers\n\nhint: at most 32"),
+        (
+            {"max_length": 200_000},
+            "max_length: 200000 is more than the model's 131072 positions\n\nhint: at most 131072",
+        ),
+        (
+            {"tuner": "full", "base_precision": "nf4"},
+            "base_precision: 4-bit weights cannot be trained themselves\n\nhint: use tuner=lora, or another precision",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        plan(**settings)
+    assert str(caught.value) == message
+
+
+def test_a_target_device_is_no_training_host() -> None:
+    with pytest.raises(BadInput, match="profile: raspberrypi5-8gb is a target device, not a training host"):
+        plan(profile="raspberrypi5-8gb")
+
+
+@pytest.mark.parametrize("profile", [p.name for p in list_profiles() if "train" in p.roles and p.detected])
+def test_every_training_profile_plans_a_small_model(profile: str) -> None:
+    made = plan(str(CONFIGS / "smollm2-135m"), profile)
+    assert made.peak_bytes <= made.budget_bytes and made.profile.name == profile
+    assert made.training.compute_dtype in made.profile.dtypes
+
+
+def test_the_longest_sample_is_planned_for(checkpoint_folder: Path, write_rows) -> None:  # type: ignore[no-untyped-def]
+    rows = [{"prompt": "a" * 10, "completion": " b"}] * 20 + [{"prompt": "word " * 40, "completion": " b"}]
+    data = str(write_rows("rows.jsonl", rows))
+    made = plan(str(checkpoint_folder), "cpu-8gb", data=data)
+    assert made.lengths is not None and made.lengths.rows == 21
+    assert made.training.max_length == made.lengths.longest > 40
+    cut = plan(str(checkpoint_folder), "cpu-8gb", data=data, max_length=16)
+    assert cut.training.max_length == 16 and cut.lengths is not None and cut.lengths.cut_rows == 1
+    assert any("1 of 21 rows are cut to 16 tokens" in note for note in cut.notes)
+
+
+def test_digest_follows_settings_and_data(checkpoint_folder: Path, write_rows) -> None:  # type: ignore[no-untyped-def]
+    data = write_rows("rows.jsonl", [{"text": "a"}])
+    job = make_job(model=str(checkpoint_folder), data=str(data), profile="cpu-8gb")
+    first = request_digest(job, checkpoint_folder)
+    assert first == request_digest(job, checkpoint_folder)
+    assert first != request_digest(job.model_copy(update={"rank": 8}), checkpoint_folder)
+    data.write_text('{"text": "b"}\n')
+    assert first != request_digest(job, checkpoint_folder)
+
+
+def test_planning_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from edgeft.planner import make_plan; from edgeft.settings import make_job; "
+        f"make_plan(make_job(model={LLAMA!r}, profile='t4')); "
+        "assert not {'torch', 'transformers', 'peft', 'onnxruntime'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_plan_survives_its_file(tmp_path: Path) -> None:
+    made = plan(max_memory_bytes=9 * GIB)
+    made.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == made
