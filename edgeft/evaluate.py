@@ -1,0 +1,125 @@
+"""How good is a model on rows of data: loss per trained token, perplexity, exact match of its greedy answers?"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from edgeft.architectures import Parts
+from edgeft.batches import make_batch
+from edgeft.data import Sample, TextTokenizer
+from edgeft.loss import chunked_cross_entropy, head_transform
+from edgeft.scores import Metrics
+
+EVAL_TOKENS = 1024  # padded tokens per evaluation batch, so that scoring stays below the training step's peak
+MAX_ANSWER_TOKENS = 256
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, compute: torch.dtype) -> Iterator[None]:
+    """Half-precision products where the plan computes in half; nothing at all in fp32."""
+    if compute == torch.float32:
+        yield
+    else:
+        with torch.autocast(device.type, dtype=compute):
+            yield
+
+
+def token_losses(
+    model: Any,
+    parts: Parts,
+    samples: Sequence[Sample],
+    device: torch.device,
+    compute: torch.dtype,
+    chunk_tokens: int,
+) -> torch.Tensor:
+    """Scalar sum of cross entropies, in nats, over the trained tokens of `samples` as one batch; keeps the graph."""
+    batch = make_batch(samples).to(device)
+    scale, softcap = head_transform(model.config.get_text_config(decoder=True))
+    with autocast(device, compute):
+        hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+        head: Any = parts.head
+        return chunked_cross_entropy(
+            hidden,
+            head.weight,
+            head.bias,
+            batch.targets,
+            chunk_tokens=chunk_tokens,
+            scale=scale,
+            softcap=softcap,
+        )
+
+
+def by_length(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
+    """Samples in groups of similar length, at most `tokens` padded tokens each (one sample at least)."""
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
+        if group and len(sample.ids) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(sample)
+    yield group
+
+
+@torch.no_grad()
+def greedy(model: Any, prompts: Sequence[list[int]], eos_ids: Sequence[int], max_new_tokens: int,
+           device: torch.device) -> list[list[int]]:  # fmt: skip
+    """Greedy continuation of each prompt, in order, cut before its first end token; prompts padded on the left."""
+    width = max(map(len, prompts))
+    pad = eos_ids[0]
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    made = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+        eos_token_id=list(eos_ids), pad_token_id=pad, temperature=None, top_p=None, top_k=None,
+    )[:, width:].tolist()  # fmt: skip
+    return [row[: next((i for i, token in enumerate(row) if token in eos_ids), len(row))] for row in made]
+
+
+def is_exact(tokenizer: TextTokenizer, sample: Sample, answer: Sequence[int]) -> bool:
+    """Whether an answer reads the same as the row's completion, white space around both left out."""
+    return tokenizer.decode(answer).strip() == tokenizer.decode(sample.ids[sample.prompt_tokens :]).strip()
+
+
+def answer_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens that are enough to give the longest completion of `samples` and its end, at most MAX_ANSWER_TOKENS."""
+    return min(MAX_ANSWER_TOKENS, max(len(sample.ids) - sample.prompt_tokens for sample in samples) + 1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    parts: Parts,
+    samples: Sequence[Sample],
+    tokenizer: TextTokenizer,
+    *,
+    device: torch.device,
+    compute: torch.dtype = torch.float32,
+    chunk_tokens: int = 1024,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Metrics:
+    """Metrics over all of `samples`, in groups of similar length."""
+    total, tokens, right, done = 0.0, 0, 0, 0
+    has_prompt = bool(samples[0].completion)
+    longest_answer = answer_tokens(samples)
+    for group in by_length(samples):
+        total += float(token_losses(model, parts, group, device, compute, chunk_tokens))
+        tokens += sum(sample.trained_tokens for sample in group)
+        if has_prompt:
+            with autocast(device, compute):
+                prompts = [sample.ids[: sample.prompt_tokens] for sample in group]
+                answers = greedy(model, prompts, tokenizer.eos_ids, longest_answer, device)
+            right += sum(is_exact(tokenizer, sample, answer) for sample, answer in zip(group, answers, strict=True))
+        done += len(group)
+        progress(done, len(samples))
+    return metrics(len(samples), total / max(1, tokens), right / len(samples) if has_prompt else None)
+
+
+def metrics(rows: int, loss: float, exact_match: float | None) -> Metrics:
+    """Metrics of a mean loss in nats per token; the perplexity is exp(loss), capped where a float ends."""
+    return Metrics(rows=rows, loss=loss, perplexity=math.exp(min(loss, 700.0)), exact_match=exact_match)

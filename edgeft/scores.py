@@ -1,0 +1,43 @@
+"""Which numbers say how good a model is, and how near one form of it is to the next? (data only, no torch)"""
+
+from __future__ import annotations
+
+from edgeft.artifacts import Strict
+
+
+class Metrics(Strict):
+    """Scores on `rows` rows. `exact_match` is a share of 1, None when the rows have no prompt."""
+
+    rows: int
+    loss: float
+    perplexity: float
+    exact_match: float | None
+
+
+class Rung(Strict):
+    """One step of the parity ladder: how far a form of the model is from the form before it, on the same prompts.
+
+    `top1_agreement` and `mean_kl_nats` (KL(before || this)) are over the positions of the answers; `greedy_prefix` is
+    the mean share of the greedy answer that both give, counted in tokens from its start.
+    """
+
+    name: str
+    against: str
+    top1_agreement: float
+    mean_kl_nats: float
+    loss: float
+    loss_before: float
+    exact_match: float | None
+    exact_match_before: float | None
+    greedy_prefix: float
+    problems: tuple[str, ...]
+
+
+class Proof(Strict):
+    """The ladder from what was trained to what is shipped, and the scores of every form on the test rows."""
+
+    prompts: int
+    positions: int
+    rungs: tuple[Rung, ...]
+    scored_on: str
+    scores: dict[str, Metrics]

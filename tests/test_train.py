@@ -1,0 +1,259 @@
+"""Training: what is planned runs, a killed run ends where an uninterrupted one does, bad runs stop with a hint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgeft.artifacts import sha256_file
+from edgeft.checkpoint import load_plain
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.planner import Plan, make_plan
+from edgeft.settings import make_job
+from edgeft.train import TrainResult, learning_rate, train, work_folder
+
+ROWS = [
+    {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
+]
+
+
+def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+    """A progress report that nobody reads."""
+
+
+@pytest.fixture
+def plan_file(checkpoint_folder: Path, write_rows: Any, tmp_path: Path) -> Any:
+    """Writes the plan of a job on ROWS and gives its path."""
+
+    def write(**settings: Any) -> Path:
+        data = write_rows("rows.jsonl", ROWS)
+        values = {"profile": "cpu-8gb", "batch_size": 4, "epochs": 1.0, "rank": 4, "eval_rows": 4, **settings}
+        path = tmp_path / "plan.json"
+        make_plan(make_job(model=str(checkpoint_folder), data=str(data), **values)).write(path)
+        return path
+
+    return write
+
+
+def run(path: Path, out: Path, **options: Any) -> TrainResult:
+    return train(
+        Plan.read(path), out, plan_sha256=sha256_file(path), progress=options.pop("progress", silent), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"tuner": "full"}, {"top_layers": 1}, {"checkpointing": True, "micro_batch_size": 2}]
+)
+def test_training_lowers_the_loss_and_changes_only_what_was_planned(
+    settings: dict[str, Any], plan_file: Any, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    result = run(plan_file(epochs=4.0, learning_rate=5e-3, **settings), tmp_path / "train")
+    assert result.valid.loss < 0.8 * result.base_valid.loss
+    assert result.steps == result.plan.training.steps == len(result.loss_curve)
+    assert set(result.phase_peak_bytes) == {"load", "evaluate", "train", "save"}
+    assert result.measured_peak_bytes == max(result.phase_peak_bytes.values()) > 0
+    if settings.get("tuner") == "full":
+        names = set(load_file(tmp_path / "train" / "changed.safetensors"))
+        assert names == {name for name, _ in load_plain(checkpoint_folder).named_parameters()}
+    else:
+        names = set(load_file(tmp_path / "train" / "adapter_model.safetensors"))
+        layers = {int(name.split(".layers.")[1].split(".")[0]) for name in names}
+        assert layers == set(result.plan.training.trained_layers)
+
+
+def test_micro_batches_and_checkpointing_change_no_result(plan_file: Any, tmp_path: Path) -> None:
+    curves = []
+    for i, settings in enumerate(({}, {"micro_batch_size": 1}, {"checkpointing": True, "loss_chunk_tokens": 16})):
+        result = run(plan_file(max_steps=5, **settings), tmp_path / str(i))
+        curves.append(torch.tensor([loss for _, loss in result.loss_curve]))
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curves[2], curves[0], rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_loads_in_plain_peft(plan_file: Any, checkpoint_folder: Path, tmp_path: Path) -> None:
+    """Any tool of the ecosystem can pick the adapter up: PEFT's model gives the loss edgeft wrote down."""
+    from peft import PeftModel
+
+    from edgeft.parity import score_model
+    from edgeft.train import Data
+
+    path = plan_file(epochs=3.0, learning_rate=5e-3)
+    result = run(path, tmp_path / "train")
+    model = PeftModel.from_pretrained(load_plain(checkpoint_folder), str(tmp_path / "train"))
+    data = Data.read(Plan.read(path))
+    scores = score_model(model.get_base_model(), data.valid[:4], data.tokenizer, lambda done, total: None)
+    assert scores.loss == pytest.approx(result.valid.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(tuner: str, plan_file: Any, tmp_path: Path) -> None:
+    path = plan_file(epochs=3.0, checkpoint_steps=3, tuner=tuner)
+    whole = run(path, tmp_path / "whole")
+    out = tmp_path / "killed run"  # a path with a space
+    command = [sys.executable, "-m", "edgeft", "train", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(work_folder(out).glob("step-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert any(work_folder(out).glob("step-*")), "no checkpoint was written before the kill"
+    assert not out.exists(), "a killed run must not look finished"
+    resumed = run(path, out)
+    assert resumed.resumed_at and 0 < resumed.resumed_at[0] < resumed.steps
+    name = "adapter_model.safetensors" if tuner == "lora" else "changed.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert resumed.loss_curve == whole.loss_curve
+    assert resumed.base_valid == whole.base_valid and resumed.valid == whole.valid
+    assert not work_folder(out).exists()
+
+
+def test_ctrl_c_keeps_the_last_step(plan_file: Any, tmp_path: Path) -> None:
+    path = plan_file(epochs=3.0)
+    out = tmp_path / "train"
+
+    def interrupt(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(path, out, progress=interrupt)
+    assert not out.exists()
+    assert json.loads(next(work_folder(out).glob("step-*/counters.json")).read_text())["step"] in (4, 5)
+    assert run(path, out).resumed_at in ((4,), (5,))
+
+
+def test_checkpoints_of_another_plan_are_not_used(plan_file: Any, tmp_path: Path) -> None:
+    out = tmp_path / "train"
+
+    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan_file(), out, progress=stop)
+    assert run(plan_file(seed=1), out).resumed_at == ()
+
+
+def test_a_damaged_checkpoint_is_passed_over(plan_file: Any, tmp_path: Path) -> None:
+    out = tmp_path / "train"
+
+    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    path = plan_file(checkpoint_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, out, progress=stop)
+    newest = max(work_folder(out).glob("step-*"))
+    (newest / "state.pt").write_bytes(b"lost")
+    resumed = run(path, out)
+    assert 0 < resumed.resumed_at[-1] < int(newest.name.split("-")[1])
+
+
+def test_loss_that_is_not_finite_stops_with_what_to_do(plan_file: Any, tmp_path: Path) -> None:
+    with pytest.raises(EdgeftError, match=r"training: the loss became (nan|inf) at step \d+ of \d+") as caught:
+        run(plan_file(learning_rate=1e30, epochs=3.0), tmp_path / "train")
+    assert "hint: plan again with a lower learning rate: --set learning_rate=2.5e+29" in str(caught.value)
+    assert not (tmp_path / "train").exists()
+
+
+def test_a_full_disk_loses_nothing(plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    path, out = plan_file(checkpoint_steps=2), tmp_path / "train"
+    real = torch.save
+
+    def full(state: Any, target: Path) -> None:
+        if "step-00000004" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, target)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        EdgeftError, match=r"the disk is full \(.* left\)\n\nhint: free some space or choose another place"
+    ):
+        run(path, out)
+    monkeypatch.undo()
+    assert run(path, out).resumed_at == (2,)
+
+
+def test_a_device_that_is_absent_is_refused_or_recorded(plan_file: Any, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    path = plan_file(profile="t4")
+    with pytest.raises(
+        BadInput, match="--device: cuda is not available here\n\nhint: leave --device out to train on the CPU"
+    ):
+        run(path, tmp_path / "train", wanted_device="cuda")
+    result = run(path, tmp_path / "train")
+    assert [(d.what, d.planned, d.done) for d in result.deviations] == [
+        ("device", "cuda", "cpu"),
+        ("compute_dtype", "fp16", "fp32"),
+    ]
+
+
+def test_a_plan_larger_than_the_machine_is_refused(
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeft.machine.usable_memory", lambda: 64 * 2**20)
+    with pytest.raises(
+        DoesNotFit, match=r"plan: needs .* MiB, this process can have 64.0 MiB\n\nhint: .*--max-memory 64MiB"
+    ):
+        run(plan_file(), tmp_path / "train")
+
+
+def test_learning_rate_warms_up_and_ends_at_zero(plan_file: Any) -> None:
+    training = Plan.read(plan_file(epochs=3.0, warmup_fraction=0.2, learning_rate=1.0)).training
+    rates = [learning_rate(training, step) for step in range(training.steps + 1)]
+    assert rates[training.warmup_steps - 1] == 1.0 == max(rates)
+    assert (
+        rates[-1] == 0.0
+        and rates[0] < 1.0
+        and rates[training.warmup_steps :] == sorted(rates[training.warmup_steps :])[::-1]
+    )
+
+
+def test_frozen_layers_run_without_autograd(plan_file: Any, checkpoint_folder: Path) -> None:
+    """Nothing below the lowest trained layer wants a gradient, with and without checkpointing."""
+    from edgeft.architectures import find_parts
+    from edgeft.train import Run
+    from edgeft.tuners import apply_tuner
+
+    for checkpointing in (False, True):
+        training = Plan.read(plan_file(top_layers=1, checkpointing=checkpointing)).training
+        model = load_plain(checkpoint_folder)
+        parts = find_parts(model)
+        Run(training, torch.device("cpu"), torch.float32, model, parts, apply_tuner(model, parts, training))
+        wanted: list[bool] = []
+
+        def note(module: Any, args: Any, output: torch.Tensor, wanted: list[bool] = wanted) -> None:
+            wanted.append(output.requires_grad)
+
+        for layer in parts.layers:
+            layer.register_forward_hook(note)
+        parts.body(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+        assert wanted == [False, True]
+
+
+def test_nf4_base_trains_on_a_cpu_and_is_quantised_once(
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = plan_file(base_precision="nf4", epochs=3.0, learning_rate=5e-3)
+    first = run(path, tmp_path / "first")
+    assert first.valid.loss < first.base_valid.loss
+    kept = list((tmp_path / "cache" / "edgeft" / "nf4").glob("*/model.safetensors"))
+    assert len(kept) == 1
+    monkeypatch.setattr("edgeft.checkpoint._quantise", lambda *_: pytest.fail("quantised twice"))
+    assert run(path, tmp_path / "second").loss_curve == first.loss_curve
