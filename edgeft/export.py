@@ -1,0 +1,134 @@
+"""How does a merged checkpoint become a proven bundle: built, compared rung by rung, scored, written whole?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edgeft.artifacts import sha256_file
+from edgeft.bundle import ArtifactModel, Bundle, GoldenInput, build_bundle
+from edgeft.checkpoint import load_plain
+from edgeft.data import Row, TextTokenizer, read_rows
+from edgeft.errors import BadInput, EdgeftError
+from edgeft.merge import MergedCheckpoint
+from edgeft.parity import climb, score_artifact, score_model
+from edgeft.profile import Profile, detect, load_profile
+from edgeft.scores import Metrics, Proof
+from edgeft.target import Target
+from edgeft.train import Data
+
+PARITY_PROMPTS = 64
+GOLDEN_PROMPTS = 4
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+def export(merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress) -> Bundle:
+    """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
+
+    Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
+    DoesNotFit when the device has no room for it; BadInput for an unknown device or a missing merge.
+    """
+    merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    trained = trained_folder(merged_folder, merged)
+    profile = target_device(device)
+    data = Data.read(merged.train.plan)
+    tokenizer = TextTokenizer(merged_folder)
+    prompts = data.valid[:PARITY_PROMPTS]
+    source, rows = ("test", data.test) if data.test else ("validation", data.valid)
+
+    def prove(artifact: ArtifactModel) -> Proof:
+        rungs = climb(trained, merged_folder, artifact, prompts, tokenizer, target.parity, progress)
+        scores = _scores_of_training(merged, bool(data.test))
+        scores["merged"] = score_model(
+            load_plain(merged_folder),
+            rows,
+            tokenizer,
+            lambda done, total: progress("score merged", done, total, {}),
+        )
+        scores[target.name] = score_artifact(
+            artifact, rows, tokenizer, lambda done, total: progress("score bundle", done, total, {})
+        )
+        positions = sum(sample.trained_tokens for sample in prompts)
+        return Proof(prompts=len(prompts), positions=positions, rungs=rungs, scored_on=source, scores=scores)
+
+    progress("build", 0, 1, {})
+    golden, chat = golden_inputs(merged, tokenizer)
+    return build_bundle(
+        merged_folder,
+        target,
+        out,
+        prompts=golden,
+        prompt_format="chat" if chat else "plain",
+        device_memory_bytes=profile.budget_bytes if profile else None,
+        device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
+        input_sha256=sha256_file(merged_folder / "merged.json"),
+        provenance={
+            "merged.json": sha256_file(merged_folder / "merged.json"),
+            "train.json": merged.input_sha256,
+            "plan.json": merged.train.input_sha256,
+            "base weights": merged.train.base_sha256,
+            "training data": merged.train.plan.lengths.sha256 if merged.train.plan.lengths else "",
+            "device": profile.name if profile else "",
+        },
+        prove=prove,
+    )
+
+
+def trained_folder(merged_folder: Path, merged: MergedCheckpoint) -> Path:
+    """The training result a merge was made from, beside it. Raises BadInput when it is gone or another one."""
+    folder = merged_folder.parent / "train"
+    if not (folder / "train.json").is_file() or sha256_file(folder / "train.json") != merged.input_sha256:
+        hint = "keep train/ and merged/ in one folder, or run edgeft merge again"
+        raise BadInput(folder, "does not hold the training result this merge was made from", hint)
+    return folder
+
+
+def target_device(device: str | None) -> Profile | None:
+    """The profile of the device a bundle must fit, or None. Raises BadInput for a training-only host."""
+    if device is None:
+        return None
+    profile = detect(load_profile(device))
+    if "deploy" not in profile.roles:
+        raise BadInput("--device", f"{profile.name} is a training host, not a target device", "see edgeft profiles")
+    return profile
+
+
+def _scores_of_training(merged: MergedCheckpoint, test: bool) -> dict[str, Metrics]:
+    result = merged.train
+    base, tuned = (result.base_test, result.test) if test else (result.base_valid, result.valid)
+    return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
+
+
+def golden_inputs(merged: MergedCheckpoint, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
+    """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
+    job = merged.train.plan.job
+    source = job.valid or job.data
+    assert source is not None  # Data.read has refused a plan without data
+    rows = read_rows(source, tokenizer)[:GOLDEN_PROMPTS]
+    chat = rows[0].format == "chat"
+    # a chat's pieces are rendered already: its last prompt is replayed as the text the device must reproduce
+    return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
+
+
+def _prompt_text(row: Row) -> str:
+    return row.pieces[0][0] if row.has_prompt else row.pieces[0][0][:64]
+
+
+def _chat_input(row: Row) -> GoldenInput:
+    assert row.messages is not None
+    return GoldenInput(messages=list(row.messages))
+
+
+def bundle_is_current(out: Path, merged_folder: Path, target: Target, device: str | None) -> bool:
+    """Whether `out` already holds this target's bundle of this very merge for this device."""
+    try:
+        bundle = Bundle.read(out / "bundle.json")
+        same = bundle.input_sha256 == sha256_file(merged_folder / "merged.json") and bundle.target == target
+        return same and bundle.provenance.get("device", "") == (device_name(device) if device else "")
+    except (EdgeftError, OSError):
+        return False
+
+
+def device_name(device: str) -> str:
+    return load_profile(device).name

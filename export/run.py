@@ -1,0 +1,489 @@
+#!/usr/bin/env python3
+"""Does this bundle answer, how fast, and is it still what was exported? Needs Python 3.9, onnxruntime-genai.
+
+python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input)
+python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
+python run.py --verify      every file's sha256, then the golden vectors recorded at export
+
+Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 onnxruntime-genai is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Iterable, Iterator  # noqa: UP035 (one import less on a device)
+
+MANIFEST = "bundle.json"
+SELF_HASH = "self_sha256"  # of bundle.json's own bytes, with 64 zeros in the place of this hash
+BLANK_HASH = "0" * 64
+# Tokens per forward pass of a prompt. The graph gives logits for every position: 256 x 128k words x 4 bytes
+# are 134 MB instead of gigabytes for a long prompt. Blocks of 64 or more give the very numbers of one pass.
+PREFILL_TOKENS = 256
+FILES_OF_THE_MODEL = ("genai_config.json", ".onnx", ".onnx.data")
+
+
+class RunError(Exception):
+    """What a user can do something about: printed without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, where: object, problem: str, hint: str = "") -> None:
+        super().__init__(f"{where}: {problem}" + (f"\n\nhint: {hint}" if hint else ""))
+
+
+class MissingRuntime(RunError):
+    exit_code = 5
+
+
+def runtime() -> Any:
+    """The onnxruntime_genai module. Raises MissingRuntime."""
+    try:
+        import onnxruntime_genai
+    except ImportError as problem:
+        hint = "pip install onnxruntime-genai"
+        raise MissingRuntime("onnxruntime-genai", f"cannot be imported: {problem}", hint) from None
+    return onnxruntime_genai
+
+
+def read_manifest(bundle: Path) -> dict[str, Any]:
+    """bundle.json as a dict. Raises RunError naming what is wrong with it."""
+    path = bundle / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise RunError(path, "no such file", "run from inside a bundle, or name one with --bundle PATH") from None
+    except (OSError, ValueError) as problem:
+        raise RunError(path, f"cannot be read: {problem}", "copy the bundle again") from None
+    if not isinstance(manifest, dict):
+        raise RunError(path, "is not a JSON object", "copy the bundle again")
+    if manifest.get("format_version") != 1:
+        raise RunError(path, f"unknown format_version {manifest.get('format_version')!r}, this file reads 1")
+    missing = [key for key in ("files", "golden", "prompt_format", "prefix_ids", SELF_HASH) if key not in manifest]
+    if missing:
+        raise RunError(path, "incomplete, there is no " + ", ".join(map(repr, missing)), "copy the bundle again")
+    return manifest
+
+
+class Runner:
+    """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.og = runtime()
+        self.manifest = read_manifest(bundle)
+        try:
+            config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
+            self.context_tokens = int(config["model"]["context_length"])
+            eos = config["model"]["eos_token_id"]
+            self.eos_ids = list(eos) if isinstance(eos, list) else [eos]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise RunError(bundle / "genai_config.json", f"cannot be used: {problem!r}", "run --verify") from None
+        try:
+            self.model = self.og.Model(str(bundle))
+            self.tokenizer = self.og.Tokenizer(self.model)
+            # prefix_ids are added below, for plain prompts only: a chat template writes its own
+            self.tokenizer.update_options(add_special_tokens="false")
+        except Exception as problem:  # onnxruntime-genai raises bare RuntimeError for whatever a file holds
+            raise RunError(
+                bundle, f"cannot be loaded: {problem}", "run --verify to see which file is damaged"
+            ) from None
+
+    def encode(self, text: str, plain: bool) -> list[int]:
+        """Token ids of a text; a plain prompt gets the tokenizer's begin-of-text ids in front."""
+        ids = [int(token) for token in self.tokenizer.encode(text)]
+        return list(self.manifest["prefix_ids"]) + ids if plain else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out.
+
+        Through the stream on purpose: `decode` of onnxruntime-genai 0.18 drops everything behind a broken
+        UTF-8 sequence, the stream only the next few bytes.
+        """
+        pieces = self.tokenizer.create_stream()
+        return "".join(pieces.decode(token) for token in ids)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The chat template's text for messages [{role, content}, ...], up to where the answer starts."""
+        try:
+            return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+        except Exception as problem:
+            hint = "use --plain if this model has no chat template"
+            raise RunError("chat template", f"cannot be applied: {problem}", hint) from None
+
+    def _generator(self, max_tokens: int) -> Any:
+        params = self.og.GeneratorParams(self.model)
+        params.set_search_options(max_length=max_tokens)  # the KV cache is allocated for this many tokens
+        return self.og.Generator(self.model, params)
+
+    def _read(self, generator: Any, ids: list[int]) -> Iterator[None]:
+        """Run a prompt through the model, a yield after each pass."""
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            generator.append_tokens(ids[start : start + PREFILL_TOKENS])
+            yield
+
+    def fit(self, ids: list[int], new_tokens: int) -> None:
+        """Nothing. Raises RunError if a prompt is empty or leaves no room for a token."""
+        if not ids:
+            raise RunError("prompt", "is empty", "give some text")
+        if len(ids) + min(1, new_tokens) > self.context_tokens:
+            problem = f"{len(ids)} tokens and an answer do not fit the context of {self.context_tokens} tokens"
+            raise RunError("prompt", problem, "shorten the prompt, or export with a larger context")
+
+    def logits(self, ids: list[int]) -> Any:
+        """Logits after each token: float32 array (len(ids), vocabulary)."""
+        import numpy
+
+        self.fit(ids, 0)
+        generator = self._generator(len(ids))
+        passes = self._read(generator, ids)
+        return numpy.concatenate([generator.get_output("logits")[0].astype(numpy.float32) for _ in passes])
+
+    def stream(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        eos_ids: Iterable[int] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """New token ids one by one, up to the first of `eos_ids` (left out), `max_tokens` or the context.
+
+        Temperature 0 takes the largest logit. Search settings of the model folder (repetition penalty and the
+        like) are left out on purpose: this is what the parity proof measured.
+        """
+        import numpy
+
+        self.fit(ids, max_tokens)
+        stop = set(self.eos_ids if eos_ids is None else eos_ids)
+        max_tokens = min(max_tokens, self.context_tokens - len(ids))
+        random = numpy.random.default_rng(seed)
+        generator = self._generator(len(ids) + max_tokens)
+        for _ in self._read(generator, ids):
+            pass
+        for made in range(1, max_tokens + 1):
+            last = generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
+            token = int(last.argmax()) if temperature <= 0 else _sample(last, temperature, top_p, random)
+            if token in stop:
+                return
+            yield token
+            if made < max_tokens:
+                generator.append_tokens([token])
+
+    def greedy(self, ids: list[int], max_tokens: int, eos_ids: Iterable[int] | None = None) -> list[int]:
+        """The most likely continuation, cut before its first end token."""
+        return list(self.stream(ids, max_tokens, eos_ids))
+
+
+def _sample(logits: Any, temperature: float, top_p: float, random: Any) -> int:
+    """A token drawn from softmax(logits / temperature), cut to the fewest tokens that hold `top_p` of it."""
+    import numpy
+
+    scaled = logits.astype(numpy.float64) / temperature
+    chances = numpy.exp(scaled - scaled.max())
+    chances /= chances.sum()
+    order = chances.argsort()[::-1]
+    kept = order[: int(numpy.searchsorted(chances[order].cumsum(), top_p)) + 1]
+    return int(random.choice(kept, p=chances[kept] / chances[kept].sum()))
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def self_hash(raw: bytes, recorded: str) -> str:
+    """sha256 of bundle.json's bytes with its own recorded hash blanked: `recorded`, if nothing changed."""
+    return hashlib.sha256(raw.replace(recorded.encode(), BLANK_HASH.encode(), 1)).hexdigest()
+
+
+def check_files(bundle: Path) -> list[str]:
+    """What is wrong with the bundle's files, one line each, beginning with the file's name."""
+    try:
+        manifest = read_manifest(bundle)
+    except RunError as problem:
+        return [str(problem).split("\n\nhint: ")[0]]
+    problems = []
+    recorded = str(manifest[SELF_HASH])
+    if len(recorded) != 64 or self_hash((bundle / MANIFEST).read_bytes(), recorded) != recorded:
+        problems.append(f"{MANIFEST}: changed since the export")
+    listed = manifest["files"]
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+        return [*problems, f"{MANIFEST}: 'files' is not a table of names, sizes and hashes"]
+    for name, entry in sorted(listed.items()):
+        path = bundle / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != entry.get("size_bytes"):
+            problems.append(f"{name}: {path.stat().st_size} bytes, the export wrote {entry.get('size_bytes')}")
+        elif sha256_of(path) != entry.get("sha256"):
+            problems.append(f"{name}: changed since the export")
+    for path in sorted(bundle.rglob("*")):
+        name = path.relative_to(bundle).as_posix()
+        # Python writes __pycache__ beside any file it imports
+        if path.is_file() and name != MANIFEST and name not in listed and "__pycache__" not in path.parts:
+            problems.append(f"{name}: not part of the export")
+    return problems
+
+
+def check_golden(bundle: Path) -> list[str]:
+    """Where the runtime here gives something else than it gave at export, one line each."""
+    runner = Runner(bundle)
+    problems = []
+    tolerance = float(runner.manifest["golden_logit_tolerance"])
+    for number, golden in enumerate(runner.manifest["golden"], start=1):
+        where = f"golden vector {number}"
+        if golden["messages"] is not None:
+            text = runner.render(golden["messages"])
+            if text != golden["text"]:
+                problems.append(f"chat template: {where} gives {text!r}, at export {golden['text']!r}")
+                continue
+        ids = runner.encode(golden["text"], plain=golden["plain"])
+        if ids != golden["ids"]:
+            shorter = min(len(ids), len(golden["ids"]))
+            at = next((i for i in range(shorter) if ids[i] != golden["ids"][i]), shorter)
+            problems.append(
+                f"tokenizer.json: wrong tokenizer, {where} differs from token {at} on: "
+                f"{ids[at : at + 5]} instead of {golden['ids'][at : at + 5]}"
+            )
+        try:  # the recorded ids, so that the model is checked even if the tokenizer is wrong
+            last = runner.logits(golden["ids"])[-1]
+            error = max(
+                abs(float(last[token]) - value)
+                for token, value in zip(golden["top_ids"], golden["top_logits"])  # noqa: B905
+            )
+            if not error <= tolerance:  # NaN is an error too
+                problems.append(f"model: {where}'s first logits differ by {error:.3g}, allowed {tolerance:.3g}")
+            made = runner.greedy(golden["ids"], len(golden["greedy_ids"]), ())
+            if made != golden["greedy_ids"]:
+                problems.append(f"model: {where} continues {made} instead of {golden['greedy_ids']}")
+        except (RunError, IndexError, RuntimeError) as problem:
+            problems.append(f"model: {where} cannot be replayed: {problem}")
+    return problems
+
+
+def verify(bundle: Path) -> list[str]:
+    """Everything by which a bundle is not what was exported, one line each; [] if it is.
+
+    Damaged weights may crash the runtime and this process: vectors are replayed only if the model's own files
+    are whole. Raises MissingRuntime if all files are right and the vectors cannot be replayed.
+    """
+    bundle = Path(bundle)
+    problems = check_files(bundle)
+    if any(line.split(": ")[0].endswith((*FILES_OF_THE_MODEL, MANIFEST, "tokenizer_config.json")) for line in problems):
+        return [*problems, "golden vectors: not replayed, the files above come first"]
+    try:
+        return problems + check_golden(bundle)
+    except MissingRuntime:
+        if problems:
+            return [*problems, "golden vectors: not replayed, onnxruntime-genai is not installed"]
+        raise
+    except RunError as problem:
+        return [*problems, str(problem).split("\n\nhint: ")[0]]
+    except (KeyError, TypeError, ValueError) as problem:
+        return [*problems, f"{MANIFEST}: the golden vectors cannot be read: {problem!r}"]
+
+
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far: VmHWM on Linux, else ru_maxrss; 0 where neither exists."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB elsewhere
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_bandwidth(threads: int, megabytes: int = 64) -> float:
+    """Bytes per second read from memory: each thread sums an array larger than a cache; the best of 5 rounds.
+
+    Reading only, as decoding does; numpy sums outside the interpreter lock.
+    """
+    import numpy
+
+    arrays = [numpy.ones(megabytes * 2**20 // 8) for _ in range(threads)]
+    best = 0.0
+    for _ in range(5):
+        workers = [threading.Thread(target=array.sum) for array in arrays]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, sum(array.nbytes for array in arrays) / (time.perf_counter() - start))
+    return best
+
+
+def bench(bundle: Path, prompt_tokens: int = 128, new_tokens: int = 64, rounds: int = 3) -> dict[str, Any]:
+    """What the bundle costs here: the fastest of `rounds` runs, peak memory, the bandwidth bound.
+
+    bound = bytes per second this machine reads / weight bytes that every new token reads.
+    """
+    start = time.perf_counter()
+    runner = Runner(bundle)
+    load_seconds = time.perf_counter() - start
+    prompt_tokens = max(1, min(prompt_tokens, runner.context_tokens // 2))
+    new_tokens = max(2, min(new_tokens, runner.context_tokens - prompt_tokens))
+    seed = next((golden["ids"] for golden in runner.manifest["golden"] if golden["ids"]), [0])
+    ids = (seed * prompt_tokens)[:prompt_tokens]
+    first, decode = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        tokens = runner.stream(ids, new_tokens, eos_ids=())
+        next(tokens)
+        first.append(time.perf_counter() - start)
+        count = sum(1 for _ in tokens)
+        decode.append(count / (time.perf_counter() - start - first[-1]))
+    peak = peak_memory_bytes()  # before the arrays of the bandwidth measurement
+    threads = usable_cores()
+    bandwidth = read_bandwidth(threads)
+    weights = int(runner.manifest["weight_bytes_per_token"])
+    return {
+        "load_seconds": load_seconds,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "time_to_first_token_seconds": min(first),
+        "prefill_tokens_per_second": prompt_tokens / min(first),
+        "decode_tokens_per_second": max(decode),
+        "peak_memory_bytes": peak,
+        "weight_bytes_per_token": weights,
+        "bandwidth_bytes_per_second": bandwidth,
+        "bound_tokens_per_second": bandwidth / weights,
+        "fraction_of_bound": max(decode) * weights / bandwidth,
+        "cores": threads,
+    }
+
+
+def show_bench(made: dict[str, Any]) -> str:
+    """The figures of `bench` as lines for a person."""
+    first = f"{made['time_to_first_token_seconds'] * 1e3:.1f} ms for {made['prompt_tokens']} tokens"
+    memory = f"{made['peak_memory_bytes'] / 2**20:.0f} MiB, loading took {made['load_seconds']:.2f} s"
+    how = f"{made['cores']} threads reading 64 MiB each"
+    bound = f"{made['bound_tokens_per_second']:.0f} tokens/s, {made['fraction_of_bound']:.0%} of it reached"
+    lines = [
+        f"time to first token  {first} ({made['prefill_tokens_per_second']:.0f} tokens/s)",
+        f"decoding             {made['decode_tokens_per_second']:.1f} tokens/s",
+        f"peak memory          {memory}",
+        f"weights per token    {made['weight_bytes_per_token'] / 2**20:.1f} MiB",
+        f"memory bandwidth     {made['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, {how}",
+        f"bandwidth bound      {bound}",
+    ]
+    if made["weight_bytes_per_token"] < 32 * 2**20:
+        lines.append("                     (weights this small may stay in the CPU's caches: the bound is not binding)")
+    return "\n".join(lines)
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt: as given, or from standard input for `-` and for a pipe. Raises RunError."""
+    if given is not None and given != "-":
+        return given
+    if given is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise RunError("prompt", "there is none", 'python run.py "prompt", or pipe one in; --help shows more')
+    text = sys.stdin.read()
+    return text[:-1] if text.endswith("\n") else text  # the line end that echo and editors add
+
+
+def answer(bundle: Path, options: argparse.Namespace) -> int:
+    """0, after writing the answer to standard output as it comes."""
+    prompt = read_prompt(options.prompt)
+    runner = Runner(bundle)
+    chat = runner.manifest["prompt_format"] == "chat" if options.format is None else options.format == "chat"
+    text = runner.render([{"role": "user", "content": prompt}]) if chat else prompt
+    ids = runner.encode(text, plain=not chat)
+    pieces = runner.tokenizer.create_stream()
+    tokens = runner.stream(
+        ids, options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    made = []
+    for token in tokens:
+        made.append(token)
+        if not options.json:
+            print(pieces.decode(token), end="", flush=True)
+    print(json.dumps({"text": runner.decode(made), "ids": made, "prompt_ids": ids}) if options.json else "")
+    return 0
+
+
+def _at_least(smallest: float, kind: type) -> Any:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not value >= smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
+        return value
+
+    return read
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompt", nargs="?", help="the prompt; - reads standard input")
+    parser.add_argument(
+        "--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: where this file is"
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--bench", action="store_true", help="measure speed and memory")
+    action.add_argument("--verify", action="store_true", help="check hashes and golden vectors")
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--chat", dest="format", action="store_const", const="chat", help="through the chat template")
+    style.add_argument("--plain", dest="format", action="store_const", const="plain", help="the prompt as it is")
+    parser.add_argument("--max-tokens", type=_at_least(1, int), default=128, help="longest answer (128)")
+    parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=_at_least(0, float), default=1.0, help="sample from this share of the chances")
+    parser.add_argument("--seed", type=_at_least(0, int), help="make sampling repeatable")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code."""
+    options = parse(argv)
+    try:
+        if options.verify:
+            problems = verify(options.bundle)
+            if options.json:
+                print(json.dumps({"ok": not problems, "problems": problems}))
+            elif not problems:
+                print("verified: every file and every golden vector is as exported")
+            else:
+                print(f"{options.bundle}: not what was exported\n" + "\n".join(problems), file=sys.stderr)
+            return 4 if problems else 0
+        if options.bench:
+            made = bench(options.bundle)
+            print(json.dumps(made) if options.json else show_bench(made))
+            return 0
+        return answer(options.bundle, options)
+    except RunError as problem:
+        print(problem, file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

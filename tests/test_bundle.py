@@ -1,0 +1,307 @@
+"""Does a bundle hold the model that was merged, in all three shipped targets, and say what it needs?"""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from edgeft.artifacts import sha256_file
+from edgeft.bundle import (
+    ArtifactModel,
+    Bundle,
+    GoldenInput,
+    _record,
+    build_bundle,
+    choose_context,
+    kv_cache_bytes_per_token,
+    predict,
+    read_weights,
+    runner_module,
+    stop_ids_of,
+)
+from edgeft.data import TextTokenizer
+from edgeft.errors import BadInput, DoesNotFit, ParityFailed
+from edgeft.model_spec import read_model_spec
+from edgeft.target import Target, load_target
+
+DATA = Path(__file__).parent.parent / "examples" / "debian-sections" / "valid.jsonl"
+ROWS = [json.loads(line)["prompt"] for line in DATA.read_text(encoding="utf-8").splitlines()[:400]]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROMPTS = [
+    GoldenInput(text=ROWS[0]),
+    GoldenInput(text="Größe: naïve 12.5%\n\n  → ünïcode <|im_start|> x"),
+    GoldenInput(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": ROWS[1]}]),
+]
+
+
+@functools.cache
+def workplace() -> Path:
+    """One folder for the session, shared by the test modules that import this one."""
+    folder = Path(tempfile.mkdtemp(prefix="edgeft bundles "))  # a path with a space, throughout
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def save_tokenizer(folder: Path, words: int = 600) -> int:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=words, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(ROWS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "model_max_length": 1e30,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+@functools.cache
+def checkpoint(tied: bool = True) -> Path:
+    """A random two-layer Llama; weights large enough for logits with clear winners."""
+    folder = workplace() / ("tied" if tied else "untied")
+    folder.mkdir()
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(folder), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=tied, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def bundle(name: str) -> Path:
+    """The bundle of the tied checkpoint for a shipped target. Copy it before changing anything."""
+    out = workplace() / f"bundle {name}"
+    build_bundle(
+        checkpoint(), load_target(name), out, prompts=PROMPTS, device_memory_bytes=2**30,
+        device_bandwidth_bytes_per_second=1e9, input_sha256="ab" * 32, provenance={"merged": "cd" * 32},
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def reference() -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32).eval()
+
+
+def torch_logits(ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return reference()(torch.tensor([ids])).logits[0].numpy()
+
+
+def some_ids(count: int) -> list[int]:
+    ids = [token for row in TextTokenizer(checkpoint()).encode(ROWS) for token in row]
+    return ids[:count]
+
+
+def mean_kl(ids: list[int], name: str) -> float:
+    """Mean KL(torch || artifact) in nats per position."""
+    expected = torch.log_softmax(torch.tensor(torch_logits(ids)), -1)
+    given = torch.log_softmax(torch.tensor(ArtifactModel(bundle(name)).logits(ids)), -1)
+    return float((expected.exp() * (expected - given)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int8", "ort-fp32"])
+def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str) -> None:
+    made = Bundle.read(bundle(name) / "bundle.json")
+    assert runner_module().verify(bundle(name)) == []
+    assert made.target == load_target(name)
+    assert (made.input_sha256, made.provenance) == ("ab" * 32, {"merged": "cd" * 32})
+    assert set(made.files) == {
+        "run.py", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert {path.name for path in bundle(name).iterdir()} == {*made.files, "bundle.json"}
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        assert made.files[file].sha256 == sha256_file(checkpoint() / file)
+    assert (bundle(name) / "run.py").read_bytes() == (Path(__file__).parent.parent / "export/run.py").read_bytes()
+    assert made.size_bytes == sum(path.stat().st_size for path in bundle(name).iterdir() if path.name in made.files)
+    assert (made.context_tokens, made.context_limited_by) == (512, "model")
+    assert made.predicted.kv_cache_bytes == 2 * 2 * 1 * 32 * 4 * 512  # K and V, layers, heads, head_dim, fp32
+    assert made.predicted.tokens_per_second_bound == 1e9 / made.weight_bytes_per_token
+    assert made.measured is not None and made.predicted_here_bytes is not None
+    assert made.predicted_here_bytes == pytest.approx(made.measured.peak_memory_bytes, rel=0.25)
+    assert made.versions["onnxruntime-genai"]
+
+
+def test_fp32_artifact_gives_the_logits_of_torch() -> None:
+    ids = some_ids(300)  # more than one prefill pass
+    assert runner_module().PREFILL_TOKENS < 300
+    model = ArtifactModel(bundle("ort-fp32"))
+    given = model.logits(ids)
+    assert given.dtype == np.float32 and given.shape == (300, reference().config.vocab_size)
+    assert np.abs(given - torch_logits(ids)).max() < 1e-3
+    assert np.abs(model.logits(ids[:1]) - torch_logits(ids[:1])).max() < 1e-3
+
+
+def test_fp32_artifact_continues_as_torch_does_and_stops_at_any_end_token() -> None:
+    model, prompt = ArtifactModel(bundle("ort-fp32")), some_ids(20)
+    expected = list(prompt)
+    for _ in range(12):
+        expected.append(int(torch_logits(expected)[-1].argmax()))
+    made = model.greedy(prompt, 12, [])
+    assert made == expected[20:]
+    assert model.greedy(prompt, 12, [made[3]]) == made[: made.index(made[3])]
+    assert model.greedy(prompt, 1, []) == made[:1]
+
+
+def test_more_bits_are_closer_to_torch_and_take_more_room() -> None:
+    ids = some_ids(200)
+    int4, int8, fp32 = (mean_kl(ids, name) for name in ("ort-int4", "ort-int8", "ort-fp32"))
+    # activations of 8 bits on random weights: a trained model's KL is a thousandth of it (export/*.toml)
+    assert abs(fp32) < 1e-6 < int8 < int4 / 2
+    sizes = [Bundle.read(bundle(name) / "bundle.json").weight_bytes_per_token for name in
+             ("ort-int4", "ort-int8", "ort-fp32")]  # fmt: skip
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int8"])
+def test_tied_embeddings_are_stored_once_with_eight_bits(name: str) -> None:
+    weights = read_weights(bundle(name) / "model.onnx")
+    values = reference().config.vocab_size * 64
+    # a byte each, and per block of 32 an fp32 scale and a zero point of a byte
+    assert weights.head_bytes == values + values // 32 * (4 + 1)
+    rotary = 2 * 512 * 16 * 4  # cosines and sines: positions x half a head in fp32
+    assert weights.stored_bytes - weights.bytes_per_token == rotary  # and no embedding of its own
+
+
+def test_embeddings_that_are_not_tied_get_four_bits_and_are_not_read_per_token(tmp_path: Path) -> None:
+    made = build_bundle(
+        checkpoint(tied=False), load_target("ort-int4"), tmp_path / "b", prompts=PROMPTS[:1], measure=False
+    )
+    assert runner_module().verify(tmp_path / "b") == []
+    weights = read_weights(tmp_path / "b" / "model.onnx")
+    values = reference().config.vocab_size * 64
+    embedding = values // 2 + values // 32 * 4 + values // 32 // 2  # half a byte each, fp32 scales, 4-bit zero points
+    rotary = 2 * 512 * 16 * 4
+    assert made.weight_bytes_per_token == weights.bytes_per_token == weights.stored_bytes - embedding - rotary
+
+
+def test_golden_vectors_are_what_training_would_feed_and_the_artifact_answers() -> None:
+    made = Bundle.read(bundle("ort-int4") / "bundle.json")
+    tokenizer = TextTokenizer(checkpoint())
+    assert [golden.plain for golden in made.golden] == [True, True, False]
+    assert made.golden[2].text == tokenizer.render(PROMPTS[2].messages or [], add_generation_prompt=True)
+    model = ArtifactModel(bundle("ort-int4"))
+    for golden in made.golden:
+        assert golden.ids == tokenizer.encode([golden.text])[0]
+        last = model.logits(golden.ids)[-1]
+        assert golden.top_ids[0] == int(last.argmax())
+        assert golden.top_logits == pytest.approx([last[token] for token in golden.top_ids], abs=1e-5)
+        assert golden.greedy_ids == model.greedy(golden.ids, len(golden.greedy_ids), [])
+    assert any(golden.greedy_ids for golden in made.golden)
+
+
+def test_answers_end_where_the_chat_template_ends_them() -> None:
+    tokenizer = TextTokenizer(checkpoint())
+    assert tokenizer.eos_ids == [0]
+    assert stop_ids_of(tokenizer) == [0, 2]  # <|im_end|>, though no config names it
+    config = json.loads((bundle("ort-int4") / "genai_config.json").read_text(encoding="utf-8"))
+    assert config["model"]["eos_token_id"] == [0, 2]
+    assert config["model"]["context_length"] == config["search"]["max_length"] == 512
+
+
+def test_another_tokenizer_or_template_than_in_training_stops_the_export(tmp_path: Path) -> None:
+    runner = ArtifactModel(bundle("ort-int4"))._runner
+    shutil.copytree(checkpoint(), tmp_path / "other")
+    save_tokenizer(tmp_path / "other", words=400)
+    with pytest.raises(ParityFailed, match=r"^tokenizer: the runtime encodes .*training used \[") as caught:
+        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1], 0.1)
+    assert caught.value.exit_code == 4
+    shutil.copyfile(checkpoint() / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
+    (tmp_path / "other" / "chat_template.jinja").write_text(TEMPLATE.replace("\n", "\n\n"), encoding="utf-8")
+    with pytest.raises(ParityFailed, match=r"^chat template: the runtime renders '<\|im_start\|>system"):
+        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:], 0.1)
+
+
+def test_building_twice_gives_the_same_files_and_replaces_the_old_folder(tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    out.mkdir()
+    (out / "stale").write_text("x", encoding="utf-8")
+    again = build_bundle(checkpoint(), load_target("ort-int4"), out, prompts=PROMPTS, measure=False)
+    assert again.files == Bundle.read(bundle("ort-int4") / "bundle.json").files
+    assert again.golden == Bundle.read(bundle("ort-int4") / "bundle.json").golden
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and not (out / "stale").exists()
+
+
+def test_an_architecture_the_runtime_does_not_know_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    words = save_tokenizer(folder)
+    config = GPT2Config(
+        vocab_size=words, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(BadInput, match=r"gpt2: onnxruntime-genai cannot build this architecture: .*\n\nhint: it knows"):
+        build_bundle(folder, load_target("ort-fp32"), tmp_path / "out", prompts=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
+def test_chat_needs_a_template(tmp_path: Path) -> None:
+    shutil.copytree(checkpoint(), tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    with pytest.raises(BadInput, match=r"plain: there is no chat template"):
+        build_bundle(tmp_path / "plain", load_target("ort-int4"), tmp_path / "out", prompts=[], prompt_format="chat")
+
+
+def test_a_golden_input_is_text_or_messages() -> None:
+    with pytest.raises(ValueError, match="give either text or messages"):
+        GoldenInput()
+    with pytest.raises(ValueError, match="give either text or messages"):
+        GoldenInput(text="x", messages=[])
+
+
+def test_the_context_is_the_smallest_of_model_target_and_device_memory() -> None:
+    spec, target = read_model_spec(str(checkpoint())), load_target("ort-int4")
+    weights = read_weights(bundle("ort-int4") / "model.onnx")
+    shorter = Target.model_validate(target.model_dump() | {"context_tokens": 256})
+    assert choose_context(spec, target, weights, None) == (512, "model")
+    assert choose_context(spec, shorter, weights, None) == (256, "target")
+    per_token = kv_cache_bytes_per_token(spec)
+    for context in (300, 400):
+        room = predict(spec, target, weights, context).memory_bytes
+        assert choose_context(spec, target, weights, room) == (context, "device memory")
+        assert choose_context(spec, target, weights, room + per_token - 1) == (context, "device memory")
+    assert choose_context(spec, target, weights, 2**30) == (512, "model")
+
+
+def test_a_device_without_room_is_refused_with_the_bytes_it_would_take() -> None:
+    spec, target = read_model_spec(str(checkpoint())), load_target("ort-int4")
+    weights = read_weights(bundle("ort-int4") / "model.onnx")
+    with pytest.raises(
+        DoesNotFit, match=r"bundle: needs 74\.\d MiB for a context of 128 tokens, the device has 64\.0 MiB"
+    ):
+        choose_context(spec, target, weights, 64 * 2**20)
+
+
+def test_a_model_given_too_much_says_so() -> None:
+    model = ArtifactModel(bundle("ort-int4"))
+    with pytest.raises(BadInput, match=r"513 tokens and an answer do not fit the context of 512 tokens"):
+        model.logits(some_ids(513))
+    assert model.logits(some_ids(512)).shape[0] == 512
+    with pytest.raises(BadInput, match="is empty"):
+        model.greedy([], 4, [])
+    with pytest.raises(BadInput, match=r"bundle\.json: no such file"):
+        ArtifactModel(checkpoint())

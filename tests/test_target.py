@@ -1,0 +1,91 @@
+"""Do the shipped targets load, and does a wrong one say what is wrong with it?"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeft.errors import BadInput
+from edgeft.target import list_targets, load_target
+
+
+def test_shipped_targets_are_the_three_of_the_readme_and_tighten_with_their_bits() -> None:
+    targets = {target.name: target for target in list_targets()}
+    assert list(targets) == ["ort-fp32", "ort-int4", "ort-int8"]
+    int4, int8, fp32 = targets["ort-int4"], targets["ort-int8"], targets["ort-fp32"]
+    assert (int4.weight_bits, int4.block_size, int4.head_bits) == (4, 32, 8)
+    for loose, tight in ((int4, int8), (int8, fp32)):
+        assert loose.parity.min_top1_agreement < tight.parity.min_top1_agreement
+        assert loose.parity.max_mean_kl_nats > tight.parity.max_mean_kl_nats
+        assert loose.parity.max_loss_increase_nats > tight.parity.max_loss_increase_nats
+        assert loose.parity.max_exact_match_drop_points > tight.parity.max_exact_match_drop_points
+    assert int4.parity.max_exact_match_drop_points == 2.0  # the promise of the project's main line
+
+
+def own(tmp_path: Path, change: tuple[str, str]) -> str:
+    path = tmp_path / "my own.toml"
+    text = Path(__file__).parent.parent.joinpath("export", "ort-int4.toml").read_text(encoding="utf-8")
+    assert change[0] in text
+    path.write_text(text.replace(*change), encoding="utf-8")
+    return str(path)
+
+
+def test_a_users_own_file_is_named_after_the_file(tmp_path: Path) -> None:
+    target = load_target(own(tmp_path, ("block_size = 32", "block_size = 64")))
+    assert (target.name, target.block_size) == ("my own", 64)
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(BadInput, match=r"^target: unknown target 'ort-int5'\n\nhint: did you mean 'ort-int[48]'\?$"):
+        load_target("ort-int5")
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"nothing\.toml: no such file\n\nhint: give a file that exists"):
+        load_target(str(tmp_path / "nothing.toml"))
+    with pytest.raises(BadInput, match=r"cannot be read: Is a directory"):
+        load_target(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("block_size =", "block_sise ="), r"unknown key 'block_sise'"),
+        (("min_top1_agreement", "min_top_agreement"), r"unknown key 'parity\.min_top_agreement'"),
+        (("weight_bits = 4", "weight_bits = 5"), r"weight_bits: input should be 4, 8 or 32, got 5"),
+        (
+            ("block_size = 32\n", "block_size = 33\n"),
+            r"block_size: input should be 16, 32, 64, 128 or 256, got 33",
+        ),
+        (("weight_bits = 4", "weight_bits = 8"), r"embedding_bits can be 4 only where weight_bits is 4"),
+        (
+            ("head_bits = 8", "head_bits = 32"),
+            r"head_bits must equal weight_bits, or be 8 where weight_bits is 4",
+        ),
+        (("weight_bits = 4", "weight_bits = "), r"not valid TOML: .*line \d+"),
+        (("weight_bits = 4", 'name = "x"\nweight_bits = 4'), r"key 'name' cannot be set"),
+    ],
+)
+def test_a_wrong_file_names_itself_and_the_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        load_target(own(tmp_path, change))
+    assert str(caught.value).startswith(str(tmp_path / "my own.toml") + ": ")
+
+
+def test_an_unknown_key_gets_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_target(own(tmp_path, ("accuracy_level", "acuracy_level")))
+    assert caught.value.hint == "did you mean 'accuracy_level'?"
+    with pytest.raises(BadInput) as caught:
+        load_target(own(tmp_path, ("min_top1_agreement", "min_top_agreement")))
+    assert caught.value.hint == "did you mean 'min_top1_agreement'?"
+
+
+def test_targets_load_without_torch_or_a_runtime() -> None:
+    code = (
+        "import sys, edgeft.target; edgeft.target.list_targets(); "
+        "print(sorted({'torch', 'transformers', 'onnxruntime_genai', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
