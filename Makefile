@@ -1,0 +1,95 @@
+# From a hardware profile to a proven bundle. `make help` lists the targets and variables.
+profile ?= cpu
+model ?= examples/debian-tiny
+out ?= build/$(basename $(notdir $(profile)))
+wise_alpha ?= 1.0
+target ?= ort-int4
+device ?=
+set ?=
+max_memory ?=
+PYTHON ?= python3
+
+# The default data belongs to the default model: with another one, name your own.
+ifeq ($(origin data)$(model),undefinedexamples/debian-tiny)
+data := examples/debian-sections/train.jsonl
+valid ?= examples/debian-sections/valid.jsonl
+test_data ?= examples/debian-sections/test.jsonl
+endif
+
+py := .venv/bin/python
+edgeft := $(py) -m edgeft
+option = $(if $(strip $(2)),--$(1) '$(2)')
+
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-memory bench-methods pretrain clean
+.DEFAULT_GOAL := help
+
+help:  ## show this
+	@grep -E '^[a-z][a-z-]*:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo "variables: profile=$(profile) model=$(model) data=FILE valid=FILE test_data=FILE wise_alpha=$(wise_alpha)"
+	@echo "           target=$(target) device=PROFILE max_memory=9GiB set='key=value key=value' out=$(out)"
+	@echo "example:   make profile=t4 model=Qwen/Qwen2.5-1.5B-Instruct data=my.jsonl train export"
+
+# Installed once, and again when what is to be installed changes.
+.venv/installed: pyproject.toml constraints.txt
+	@test -x $(py) || $(PYTHON) -m venv .venv
+	$(py) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(py) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: .venv/installed  ## create .venv and install edgeft (every other target does it when needed)
+
+# The stages decide by content whether they are up to date, so file dates, spaces in paths and changed variables need
+# no rules here: each verb compares its inputs with what its output was made from.
+plan: .venv/installed  ## choose how to train inside the profile's memory
+	@$(edgeft) plan --model '$(model)' --profile '$(profile)' --out '$(out)/plan.json' $(call option,data,$(data)) \
+	  $(call option,valid,$(valid)) $(call option,test,$(test_data)) $(call option,max-memory,$(max_memory)) \
+	  $(foreach pair,$(set),--set '$(pair)')
+
+train: plan  ## carry the plan out; a killed run goes on where it stopped
+	@$(edgeft) train '$(out)/plan.json' --out '$(out)/train'
+
+merge: train  ## merge base and fine-tune with wise_alpha
+	@$(edgeft) merge '$(out)/train' --wise-alpha $(wise_alpha) --out '$(out)/merged'
+
+export: merge  ## build the on-device bundle and prove it
+	@$(edgeft) export '$(out)/merged' --target '$(target)' $(call option,device,$(device)) --out '$(out)/bundle'
+
+run: export  ## run the bundle here: make run prompt='Package: ...'
+	@$(edgeft) run '$(out)/bundle' '$(prompt)'
+
+verify: export  ## check the bundle's hashes and golden vectors
+	@$(edgeft) verify '$(out)/bundle'
+
+check: .venv/installed-dev  ## format, lint, types
+	$(py) -m ruff format --check edgeft export tests bench examples
+	$(py) -m ruff check edgeft export tests bench examples
+	$(py) -m mypy
+
+test: .venv/installed-dev  ## every test that a CPU can pass in minutes
+	$(py) -m pytest -m 'not slow and not gpu'
+
+test-slow: .venv/installed-dev  ## the tests that take minutes each
+	$(py) -m pytest -m slow
+
+test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
+	$(py) -m pytest -m gpu
+
+bench: bench-memory bench-methods  ## every benchmark: writes bench/results/*.json
+
+bench-memory: .venv/installed  ## predicted against measured peak memory of six training jobs
+	$(py) bench/memory.py
+
+bench-methods: .venv/installed  ## full fine-tuning against LoRA on the example task
+	$(py) bench/methods.py
+
+# Tensors of a fixed size come and go every step: keeping their memory mapped is worth 60% on a CPU.
+pretrain: .venv/installed  ## make the example model again from its text (about an hour)
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
+	  $(py) examples/pretrain.py --out build/debian-tiny
+
+clean:  ## remove what the stages made, not .venv
+	rm -rf build

@@ -1,0 +1,50 @@
+"""How is one recorded run made: the real verbs in processes of their own, results as JSON with their environment?"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeft.artifacts import versions
+from edgeft.machine import usable_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = ROOT / "examples" / "debian-sections"
+BASE = ROOT / "examples" / "debian-tiny"
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the code."""
+    return {"cpu": platform.processor() or platform.machine(), "cores": usable_cores(), "versions": versions(),
+            "torch_threads": torch.get_num_threads()}  # fmt: skip
+
+
+def verb(*arguments: str) -> dict[str, Any]:
+    """The JSON result of one edgeft verb, run as a user runs it; progress goes to this process's stderr."""
+    command = [sys.executable, "-m", "edgeft", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    return json.loads(done.stdout) if done.stdout.strip() else {}
+
+
+def train(folder: Path, settings: dict[str, Any], *, model: Path = BASE, data: Path = SECTIONS / "train.jsonl",
+          valid: Path = SECTIONS / "valid.jsonl", test: Path | None = None) -> dict[str, Any]:  # fmt: skip
+    """train.json of one job, planned for this machine's CPU."""
+    pins = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    files = ["--data", str(data), "--valid", str(valid), *(["--test", str(test)] if test else [])]
+    verb("plan", "--model", str(model), "--profile", "cpu", *files, *pins, "--out", str(folder / "plan.json"))
+    verb("train", str(folder / "plan.json"), "--out", str(folder / "train"))
+    return json.loads((folder / "train" / "train.json").read_text())
+
+
+def record(name: str, result: dict[str, Any]) -> None:
+    """Write bench/results/<name>.json and say so."""
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")

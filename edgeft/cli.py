@@ -1,0 +1,325 @@
+"""Which verbs are there? The only place that prints or exits: results on stdout, progress and errors on stderr.
+
+Every stage is skipped, in a fraction of a second, when its output is already what its inputs say: content decides, not
+file dates. torch is imported by the verbs that need it only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from edgeft.artifacts import Artifact, sha256_file
+from edgeft.errors import BadInput, EdgeftError
+from edgeft.settings import make_job, parse_settings
+from edgeft.units import parse_bytes, show_bytes, show_seconds
+
+app = typer.Typer(
+    name="edgeft",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model inside a memory budget and ship it to a small device, proven equal.",
+)
+# one width for logs and pipes; a terminal has its own
+stdout, stderr = (Console(stderr=e, width=None if sys.stdout.isatty() else 140, highlight=False) for e in (False, True))
+
+OutOption = Annotated[Path | None, typer.Option("--out", help="where to write; default build/<profile>/<stage>")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of text")]
+
+
+def show(as_json: bool, artifact: Artifact, text: RenderableType) -> None:
+    if as_json:
+        sys.stdout.write(artifact.model_dump_json() + "\n")
+    else:
+        stdout.print(text)
+
+
+def say(message: str) -> None:
+    stderr.print(message, soft_wrap=True, markup=False)
+
+
+class Reporter:
+    """Progress on stderr: a bar on a terminal, in a log a plain line at most every ten seconds."""
+
+    def __init__(self, budget_bytes: int = 0) -> None:
+        self.budget, self.stage, self.last = budget_bytes, "", 0.0
+        self.bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+            console=stderr, transient=True,
+        )  # fmt: skip
+        self.task: Any = None
+
+    def __enter__(self) -> Reporter:
+        if stderr.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if stderr.is_terminal:
+            self.bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        text = self.describe(numbers)
+        if stderr.is_terminal:
+            if stage != self.stage:
+                if self.task is not None:
+                    self.bar.remove_task(self.task)
+                self.task = self.bar.add_task(stage, total=total, numbers="")
+            self.bar.update(self.task, completed=done, total=total, numbers=text)
+        elif stage != "done" and (stage != self.stage or time.monotonic() - self.last > 10 or (done == total and text)):
+            stderr.print(f"{stage} {done}/{total} {text}".rstrip(), soft_wrap=True, markup=False)
+            self.last = time.monotonic()
+        self.stage = stage
+
+    def describe(self, numbers: dict[str, float]) -> str:
+        parts = []
+        if "loss" in numbers:
+            parts.append(f"loss {numbers['loss']:.4f} lr {numbers['learning_rate']:.1e}")
+            parts.append(f"{numbers['tokens_per_second']:,.0f} tok/s")
+        if "bytes_now" in numbers:
+            budget = f" of {show_bytes(self.budget)}" if self.budget else ""
+            parts.append(show_bytes(numbers["bytes_now"]) + budget)
+        if "seconds_left" in numbers:
+            parts.append(f"{show_seconds(numbers['seconds_left'])} left")
+        return ", ".join(parts)
+
+
+def default_out(profile: str, stage: str) -> Path:
+    name = Path(profile).stem if profile.endswith(".toml") else profile
+    return Path("build") / name / stage
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id")],
+    profile: Annotated[
+        str, typer.Option(help="hardware profile: a name from `edgeft profiles`, or a TOML file")
+    ] = "cpu",
+    data: Annotated[str | None, typer.Option(help="training data: jsonl, csv, parquet or a hub dataset id")] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="validation data; held out of the training data when absent")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="test data, scored before and after every stage")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft settings")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="memory budget, as in 9GiB; the profile's when absent")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="plan file; default build/<profile>/plan.json, - writes none")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose how to train inside the profile's memory, and say what it takes. Needs no torch, data or weights."""
+    from edgeft.planner import Plan, make_plan, request_digest
+    from edgeft.report import plan_text
+
+    values = parse_settings(settings or [])
+    if max_memory is not None:
+        values["max_memory_bytes"] = parse_bytes(max_memory)
+    job = make_job(**{**values, "model": model, "profile": profile, "data": data, "valid": valid, "test": test})
+    path = out or default_out(profile, "plan.json")
+    if str(path) != "-" and path.is_file():
+        try:
+            old = Plan.read(path)
+        except EdgeftError:
+            old = None
+        if old is not None and old.request_sha256 == request_digest(job, Path(model) if Path(model).is_dir() else None):
+            say(f"{path} is up to date")
+            show(as_json, old, plan_text(old))
+            return
+    made = make_plan(job)
+    if str(path) != "-":
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise BadInput(path, f"cannot write: {problem.strerror}", "choose another place with --out") from None
+        made.write(path)
+    show(as_json, made, plan_text(made))
+
+
+@app.command()
+def train(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json as `edgeft plan` wrote it")],
+    out: OutOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: refuse when the plan cannot run there")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
+    from edgeft.planner import Plan
+    from edgeft.profile import why_absent
+
+    made = Plan.read(plan_file)
+    target = out or plan_file.parent / "train"
+    digest = sha256_file(plan_file)
+    if _current(target / "train.json", digest):
+        say(f"{target} is up to date")
+        return
+    from edgeft.report import train_text
+    from edgeft.train import choose_device
+    from edgeft.train import train as run
+
+    _, _, deviations = choose_device(made, device)
+    if deviations:
+        say(f"WARNING: profile {made.profile.name}: {why_absent(made.profile)}.")
+        changes = ", ".join(f"{d.what} {d.done} instead of {d.planned}" for d in deviations)
+        say(f"WARNING: the same plan runs on this machine's CPU, much slower: {changes}. It is recorded in train.json.")
+    say(f"about {show_seconds(made.seconds)} of training were estimated ({show_seconds(made.seconds_per_step)} a step)")
+    with Reporter(made.budget_bytes) as progress:
+        try:
+            result = run(made, target, plan_sha256=digest, progress=progress, wanted_device=device)
+        except KeyboardInterrupt:
+            say("\nstopped; the last step is kept: run the same command again to go on")
+            raise typer.Exit(130) from None
+    show(as_json, result, train_text(result))
+
+
+def _current(path: Path, input_sha256: str) -> bool:
+    """Whether a stage's JSON names this input. Reads two keys, not the whole type: it must not import torch."""
+    try:
+        return bool(json.loads(path.read_text())["input_sha256"] == input_sha256)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@app.command()
+def merge(
+    trained: Annotated[Path, typer.Argument(metavar="TRAIN", help="folder that `edgeft train` wrote")],
+    wise_alpha: Annotated[float, typer.Option(help="share of the change that is taken: 0 base, 1 fine-tuned")] = 1.0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
+    _need(trained / "train.json", "edgeft train PLAN")
+    target = out or trained.parent / "merged"
+    path = target / "merged.json"
+    if _current(path, sha256_file(trained / "train.json")) and json.loads(path.read_text())["wise_alpha"] == wise_alpha:
+        say(f"{target} is up to date")
+        return
+    from edgeft.merge import merge as run
+    from edgeft.report import merge_text
+
+    with Reporter() as progress:
+        merged = run(trained, target, wise_alpha=wise_alpha, progress=progress)
+    show(as_json, merged, merge_text(merged))
+
+
+@app.command()
+def export(
+    merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
+    target: Annotated[str, typer.Option(help="what to build: a name in export/, or a TOML file")] = "ort-int4",
+    device: Annotated[str | None, typer.Option(help="target device profile the bundle must fit")] = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build the on-device bundle and prove that it is what was trained (exit 4 when it is not)."""
+    _need(merged / "merged.json", "edgeft merge TRAIN")
+    from edgeft.profile import load_profile
+    from edgeft.target import load_target
+
+    wanted = load_target(target)
+    folder = out or merged.parent / "bundle"
+    device_name = load_profile(device).name if device else ""
+    if _current(folder / "bundle.json", sha256_file(merged / "merged.json")):
+        held = json.loads((folder / "bundle.json").read_text())
+        if held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name:
+            say(f"{folder} is up to date")
+            return
+    from edgeft.export import export as run
+    from edgeft.merge import MergedCheckpoint
+    from edgeft.report import bundle_text
+
+    with Reporter() as progress:
+        bundle = run(merged, wanted, folder, device=device, progress=progress)
+    show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json")))
+
+
+def _need(path: Path, command: str) -> None:
+    if not path.is_file():
+        raise BadInput(path, "no such file", f"run {command} first")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
+    """Run a bundle here with the very file it carries: edgeft run BUNDLE "prompt" [--chat | --plain | --bench ...]."""
+    raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
+    """Check every hash of a bundle and replay its golden vectors (exit 4 when anything differs)."""
+    raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify"]))
+
+
+def _runner() -> Any:
+    from edgeft.runner import runner_module
+
+    return runner_module()
+
+
+@app.command()
+def profiles(as_json: JsonOption = False) -> None:
+    """List the shipped hardware profiles."""
+    from edgeft.profile import list_profiles
+    from edgeft.report import profiles_text
+
+    found = list_profiles()
+    if as_json:
+        sys.stdout.write(json.dumps([profile.model_dump() for profile in found]) + "\n")
+    else:
+        stdout.print(profiles_text(found))
+
+
+@app.command()
+def targets(as_json: JsonOption = False) -> None:
+    """List the shipped export targets."""
+    from edgeft.target import list_targets
+
+    found = list_targets()
+    if as_json:
+        sys.stdout.write(json.dumps([target.model_dump() for target in found]) + "\n")
+    else:
+        for target in found:
+            stdout.print(f"{target.name:12} {target.description}")
+
+
+@app.command()
+def settings() -> None:
+    """List every setting that `edgeft plan --set key=value` takes, with its meaning and default."""
+    from edgeft.settings import Job
+
+    for name, field in Job.model_fields.items():
+        default = "required" if field.is_required() else "planned" if field.default is None else f"{field.default}"
+        stdout.print(f"{name:18} {default:10} {field.description}", soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """The command line: errors as `where: problem` and a hint, without a traceback, and their exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces kernels it did not find at import
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        app()
+    except EdgeftError as problem:
+        if os.environ.get("EDGEFT_TRACEBACK"):
+            raise
+        say(f"edgeft: {problem}")
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        say("\nstopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

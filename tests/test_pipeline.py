@@ -1,0 +1,219 @@
+"""The whole line on a tiny model, by the verbs as a user types them, and every message of what can go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def edgeft(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgeft", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def line(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """build folder of one whole run, chat rows, in a path with a space."""
+    folder = tmp_path_factory.mktemp("a build")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Section of lib{i}?"},
+                {"role": "assistant", "content": ("libs", "doc")[i % 2]},
+            ]
+        }
+        for i in range(24)
+    ]
+    data = folder / "my rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pins = ("epochs=6", "batch_size=4", "rank=8", "learning_rate=5e-3", "eval_rows=8")
+    settings = [part for pin in pins for part in ("--set", pin)]
+    plan = ("plan", "--model", checkpoint_folder, "--profile", "cpu-8gb", "--data", data, *settings)
+    edgeft(*plan, "--out", folder / "plan.json")
+    edgeft("train", folder / "plan.json")
+    edgeft("merge", folder / "train", "--wise-alpha", 0.9)
+    done = edgeft("export", folder / "merged", "--target", "ort-fp32", "--device", "raspberrypi5-8gb")
+    assert "on raspberrypi5-8gb, full context" in done.stdout
+    return folder
+
+
+def test_the_line_ends_with_a_proven_bundle(line: Path) -> None:
+    bundle = json.loads((line / "bundle" / "bundle.json").read_text())
+    proof = bundle["proof"]
+    assert [rung["name"] for rung in proof["rungs"]] == ["merged", "reloaded", "artifact"]
+    assert all(rung["problems"] == [] for rung in proof["rungs"])
+    assert proof["rungs"][2]["mean_kl_nats"] < 1e-6 and proof["rungs"][2]["greedy_prefix"] == 1.0
+    assert list(proof["scores"]) == ["base", "fine-tuned", "merged", "ort-fp32"]
+    assert proof["scores"]["ort-fp32"]["loss"] == pytest.approx(proof["scores"]["merged"]["loss"], abs=1e-4)
+    assert proof["scores"]["fine-tuned"]["loss"] < proof["scores"]["base"]["loss"]
+    assert bundle["prompt_format"] == "chat"
+
+
+def test_every_stage_names_its_input(line: Path) -> None:
+    from edgeft.artifacts import sha256_file
+
+    stages = [
+        line / "plan.json",
+        line / "train" / "train.json",
+        line / "merged" / "merged.json",
+        line / "bundle" / "bundle.json",
+    ]
+    for before, after in itertools.pairwise(stages):
+        assert json.loads(after.read_text())["input_sha256"] == sha256_file(before)
+
+
+def test_running_twice_does_nothing(line: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in line.rglob("*") if path.is_file()}
+    assert "is up to date" in edgeft("train", line / "plan.json").stderr
+    assert "is up to date" in edgeft("merge", line / "train", "--wise-alpha", 0.9).stderr
+    again = edgeft("export", line / "merged", "--target", "ort-fp32", "--device", "raspberrypi5-8gb")
+    assert "is up to date" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in line.rglob("*") if path.is_file()}
+
+
+def test_bundle_runs_and_verifies_by_its_own_file(line: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "on the device"
+    shutil.copytree(line / "bundle", moved)
+    done = subprocess.run([sys.executable, moved / "run.py", "--verify"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert edgeft("verify", line / "bundle").returncode == 0
+    answer = edgeft("run", line / "bundle", "Section of lib3?", "--max-tokens", "4").stdout
+    direct = subprocess.run(
+        [sys.executable, moved / "run.py", "Section of lib3?", "--max-tokens", "4"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer == direct.stdout and answer.strip()
+    data = bytearray((moved / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (moved / "model.onnx.data").write_bytes(data)
+    broken = subprocess.run([sys.executable, moved / "run.py", "--verify"], capture_output=True, text=True)
+    assert broken.returncode == 4 and "model.onnx.data" in broken.stdout + broken.stderr
+
+
+def test_parity_failure_writes_nothing_and_names_the_rung(line: Path, tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    text = (ROOT / "export" / "ort-int4.toml").read_text()
+    strict.write_text(re.sub(r"max_mean_kl_nats = [0-9.e-]+", "max_mean_kl_nats = 1e-9", text))
+    done = edgeft("export", line / "merged", "--target", strict, "--out", tmp_path / "bundle", code=4)
+    assert "edgeft: parity ladder, rung 'artifact' against 'reloaded': " in done.stderr
+    assert "hint: quantisation loses too much" in done.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def bad(tmp_path: Path, model: Path, case: str) -> tuple[list[object], int, str]:
+    """(arguments of `edgeft plan`, exit code, message) of each case."""
+    rows = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "a", "completion": " b"}) + "\n"
+    plan: list[object] = ["plan", "--profile", "cpu-8gb", "--out", "-", "--model"]
+    if case == "missing data":
+        return [*plan, model, "--data", rows], 1, f"edgeft: {rows}: no such data file"
+    if case == "empty data":
+        rows.write_text("")
+        return [*plan, model, "--data", rows], 1, f"edgeft: {rows}: there are no rows in it"
+    if case == "wrong columns":
+        rows.write_text('{"question": "a", "answer": "b"}\n')
+        return [*plan, model, "--data", rows], 1, "line 1: has none of the known columns, got ['answer', 'question']"
+    if case == "one broken line":
+        rows.write_text(good * 3210 + '{"prompt": "a", "compl\n' + good * 2789)
+        return [*plan, model, "--data", rows], 1, "1 of 6000 rows cannot be used\nline 3211: not JSON: "
+    if case == "no such model":
+        return [*plan, tmp_path / "nowhere"], 1, f"edgeft: {tmp_path / 'nowhere'}: "
+    if case == "no config":
+        (tmp_path / "empty").mkdir()
+        return [*plan, tmp_path / "empty"], 1, "config.json"
+    if case == "no tokenizer":
+        (tmp_path / "bare").mkdir()
+        shutil.copyfile(model / "config.json", tmp_path / "bare" / "config.json")
+        rows.write_text(good)
+        return [*plan, tmp_path / "bare", "--data", rows], 1, "there is no tokenizer.json"
+    if case == "adapter":
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+        return [*plan, tmp_path / "adapter"], 1, "org/base"
+    if case == "impossible budget":
+        return [*plan, model, "--max-memory", "10MiB"], 3, "edgeft: plan: nothing fits 10.0 MiB"
+    if case == "unreadable budget":
+        return [*plan, model, "--max-memory", "many"], 1, "edgeft: memory size: cannot read 'many'"
+    if case == "unknown profile":
+        return (
+            ["plan", "--model", model, "--profile", "t5"],
+            1,
+            "edgeft: profile: unknown profile 't5'\n\nhint: did you mean",
+        )
+    if case == "unknown setting":
+        return (
+            [*plan, model, "--set", "rnak=8"],
+            1,
+            "edgeft: --set: unknown setting 'rnak'\n\nhint: did you mean 'rank'?",
+        )
+    assert case == "wrong setting"
+    return [*plan, model, "--set", "rank=many"], 1, "edgeft: job: rank: "
+
+
+CASES = (
+    "missing data", "empty data", "wrong columns", "one broken line", "no such model", "no config", "no tokenizer",
+    "adapter", "impossible budget", "unreadable budget", "unknown profile", "unknown setting", "wrong setting",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_named_with_its_exit_code(case: str, checkpoint_folder: Path, tmp_path: Path) -> None:
+    arguments, code, message = bad(tmp_path, checkpoint_folder, case)
+    done = edgeft(*arguments, code=code)
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ("train", "nowhere/plan.json"),
+            "edgeft: nowhere/plan.json: no such file\n\nhint: run the stage that writes it first",
+        ),
+        (("merge", "nowhere"), "edgeft: nowhere/train.json: no such file\n\nhint: run edgeft train PLAN first"),
+        (("export", "nowhere"), "edgeft: nowhere/merged.json: no such file\n\nhint: run edgeft merge TRAIN first"),
+    ],
+)
+def test_stages_out_of_order(arguments: tuple[str, ...], message: str) -> None:
+    assert message in edgeft(*arguments, code=1).stderr
+
+
+def test_json_is_one_object_on_stdout(checkpoint_folder: Path) -> None:
+    done = edgeft("plan", "--model", checkpoint_folder, "--profile", "cpu-8gb", "--out", "-", "--json")
+    assert json.loads(done.stdout)["profile"]["name"] == "cpu-8gb"
+
+
+@pytest.mark.parametrize(
+    "verb", ["plan", "train", "merge", "export", "run", "verify", "profiles", "targets", "settings"]
+)
+def test_every_verb_explains_itself(verb: str) -> None:
+    assert verb in edgeft("--help").stdout
+    assert "Usage" in edgeft(verb, "--help").stdout
+
+
+def test_lists(tmp_path: Path) -> None:
+    names = {entry["name"] for entry in json.loads(edgeft("profiles", "--json").stdout)}
+    assert {"cpu", "t4", "raspberrypi5-8gb"} <= names
+    assert {entry["name"] for entry in json.loads(edgeft("targets", "--json").stdout)} >= {
+        "ort-int4",
+        "ort-int8",
+        "ort-fp32",
+    }
+    shown: Any = edgeft("settings").stdout
+    assert "learning_rate" in shown and "peak learning rate" in shown
