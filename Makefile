@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-memory bench-methods pretrain clean
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-memory bench-methods bench-example bench-large pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -78,13 +78,20 @@ test-slow: .venv/installed-dev  ## the tests that take minutes each
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-memory bench-methods  ## every benchmark: writes bench/results/*.json
+bench: bench-memory bench-methods bench-example bench-large  ## every benchmark: writes bench/results/*.json
 
 bench-memory: .venv/installed  ## predicted against measured peak memory of six training jobs
 	$(py) bench/memory.py
 
 bench-methods: .venv/installed  ## full fine-tuning against LoRA on the example task
 	$(py) bench/methods.py
+
+bench-example:  ## the default job from base to bundle
+	@$(MAKE) --no-print-directory profile=cpu export
+	$(py) bench/example.py
+
+bench-large: .venv/installed  ## a 135M model with random weights through every stage
+	$(py) bench/large.py
 
 # Tensors of a fixed size come and go every step: keeping their memory mapped is worth 60% on a CPU.
 pretrain: .venv/installed  ## make the example model again from its text (about an hour)

@@ -25,11 +25,11 @@ def environment() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads()}  # fmt: skip
 
 
-def verb(*arguments: str) -> dict[str, Any]:
+def verb(*arguments: str, as_json: bool = True) -> dict[str, Any]:
     """The JSON result of one edgeft verb, run as a user runs it; progress goes to this process's stderr."""
-    command = [sys.executable, "-m", "edgeft", *arguments, "--json"]
+    command = [sys.executable, "-m", "edgeft", *arguments, *(["--json"] if as_json else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    return json.loads(done.stdout) if done.stdout.strip() else {}
+    return json.loads(done.stdout) if as_json and done.stdout.strip() else {}
 
 
 def train(folder: Path, settings: dict[str, Any], *, model: Path = BASE, data: Path = SECTIONS / "train.jsonl",

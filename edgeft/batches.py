@@ -48,7 +48,8 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Sample indices of each step of one epoch: a pure function of its arguments, each sample exactly once.
 
-    The first step of the first epoch holds the longest sample: if memory runs out, it does so at once.
+    The second step of the first epoch holds the longest sample: it is the first to run beside optimizer states, so
+    that if memory runs out, it does so at once.
     """
     generator = random.Random(f"order {seed} {epoch}")
     shuffled = list(range(len(lengths)))
@@ -60,7 +61,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
         steps += [group[:short]] if short else []
         steps += [group[i : i + batch_size] for i in range(short, len(group), batch_size)]
     generator.shuffle(steps)
-    if epoch == 0:
+    if epoch == 0 and len(steps) > 1:
         longest = max(range(len(steps)), key=lambda i: max(lengths[j] for j in steps[i]))
-        steps[0], steps[longest] = steps[longest], steps[0]
+        steps[1], steps[longest] = steps[longest], steps[1]
     return steps

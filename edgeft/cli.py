@@ -166,6 +166,7 @@ def train(
     if _current(target / "train.json", digest):
         say(f"{target} is up to date")
         return
+    _replaceable(target, "train.json")
     from edgeft.report import train_text
     from edgeft.train import choose_device
     from edgeft.train import train as run
@@ -207,6 +208,7 @@ def merge(
     if _current(path, sha256_file(trained / "train.json")) and json.loads(path.read_text())["wise_alpha"] == wise_alpha:
         say(f"{target} is up to date")
         return
+    _replaceable(target, "merged.json")
     from edgeft.merge import merge as run
     from edgeft.report import merge_text
 
@@ -236,6 +238,7 @@ def export(
         if held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name:
             say(f"{folder} is up to date")
             return
+    _replaceable(folder, "bundle.json")
     from edgeft.export import export as run
     from edgeft.merge import MergedCheckpoint
     from edgeft.report import bundle_text
@@ -243,6 +246,12 @@ def export(
     with Reporter() as progress:
         bundle = run(merged, wanted, folder, device=device, progress=progress)
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json")))
+
+
+def _replaceable(out: Path, document: str) -> None:
+    """Refuse to replace a folder that no stage wrote: it may be somebody's model."""
+    if out.is_dir() and any(out.iterdir()) and not (out / document).is_file():
+        raise BadInput(out, f"exists and holds no {document}: it will not be replaced", "give an empty or new --out")
 
 
 def _need(path: Path, command: str) -> None:

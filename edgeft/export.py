@@ -35,7 +35,9 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
     data = Data.read(merged.train.plan)
     tokenizer = TextTokenizer(merged_folder)
     prompts = data.valid[:PARITY_PROMPTS]
-    source, rows = ("test", data.test) if data.test else ("validation", data.valid)
+    # without test data: the validation rows that training scored
+    eval_rows = merged.train.plan.training.eval_rows
+    source, rows = ("test", data.test) if data.test else ("validation", data.valid[:eval_rows])
 
     def prove(artifact: ArtifactModel) -> Proof:
         rungs = climb(trained, merged_folder, artifact, prompts, tokenizer, target.parity, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import sys
 import weakref
 from pathlib import Path
@@ -15,6 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+
+
+def import_all() -> None:
+    """Import at once what any training run may import, so that every process has the same baseline."""
+    for name in ("peft", "bitsandbytes", "transformers", "tokenizers", "safetensors.torch"):
+        importlib.import_module(name)
 
 
 def control_malloc() -> bool:

@@ -202,8 +202,9 @@ def _rss_after_tiny_step() -> int:
     from edgeft.train import Run
     from edgeft.tuners import apply_tuner
 
-    for name in ("edgeft.cli", "edgeft.report", "bitsandbytes", "rich.progress", "tokenizers"):
+    for name in ("edgeft.cli", "edgeft.report", "rich.progress"):
         importlib.import_module(name)
+    ledger.import_all()
     ledger.control_malloc()
     config = LlamaConfig(
         vocab_size=2048,

@@ -21,6 +21,10 @@ NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quant
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
 CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorch's allocator
 
+# What a training process holds on a CPU beyond the tiny run's: the matrix library's buffers grow with its products, and
+# scoring leaves some of its own. 8 to 11 MB measured on the jobs of bench/memory.py.
+CPU_BUFFERS = 10_000_000
+
 # families whose decoder layer the closed form below describes term by term; others get the wider margin
 EXACT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
 
@@ -216,7 +220,11 @@ def phases(
     and cuBLAS's workspace, fragmentation in the high estimate; the CUDA context is the profile's.
     """
     on_cpu = training.device == "cpu"
-    process = Term(name="process", bytes=baseline_bytes, formula="Python, torch, transformers, one tiny step")
+    process = Term(
+        name="process",
+        bytes=baseline_bytes + CPU_BUFFERS,
+        formula="Python, torch, transformers, one tiny step, buffers",
+    )
     workspace = Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")
     fixed = [process if on_cpu else workspace]
     if data_bytes and on_cpu:

@@ -19,14 +19,20 @@ from edgeft.data import Lengths, TextTokenizer, measure_lengths
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.profile import Profile, detect, load_profile
-from edgeft.settings import Job, Optimizer, Precision, Training
+from edgeft.settings import Job, Optimizer, Precision, Training, Tuner
 from edgeft.units import show_bytes
 
+# Up to this many parameters full fine-tuning is planned where it fits: adapters save little memory there, cost time
+# (bench/results/methods.json) and reach less. Above it, LoRA of high rank is not worse (the comparison named above).
+SMALL_MODEL, SMALL_LORA_COST = 50_000_000, 1.0
 HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 RANKS = (64, 32, 16, 8)
 CHUNKS = (1024, 256, 64)
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 LORA_ALPHA = 16.0
+# Samples as Python lists: 44 bytes per token, 1,900 per row with its texts and what the heap loses. Measured
+# on five files of 1,500 to 6,000 rows, 52k to 716k tokens.
+DATA_BYTES = 3_000_000
 MATMUL_SHARE = 0.35  # of a profile's matmul rate that a training step reaches; small matrices and eager kernels
 
 # expected quality points given up, by the evidence above; only their order decides
@@ -39,6 +45,7 @@ CPU_HALF_COST = 0.2
 class Candidate(Strict):
     """One way of training that was looked at; `missed_bytes` is how far above the budget its high estimate is."""
 
+    tuner: Tuner
     base_precision: Precision
     rank: int
     layers: int
@@ -98,7 +105,7 @@ def make_plan(job: Job) -> Plan:
     notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
     rows, steps = _steps(job, lengths)
-    data_bytes = sum(44 * entry.tokens + 600 * entry.rows for entry in others)
+    data_bytes = DATA_BYTES + sum(44 * entry.tokens + 1900 * entry.rows for entry in others) if others else 0
     work = memory.Workload(length, min(length, lengths.longest_trained if lengths else length))
     if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
         hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
@@ -182,13 +189,21 @@ def _steps(job: Job, lengths: Lengths | None) -> tuple[int, int]:
     return rows, min(steps, job.max_steps or steps)
 
 
-def _precisions(job: Job, profile: Profile) -> list[Precision]:
+def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
+    """LoRA, and full fine-tuning too where the model is so small that adapters save nothing."""
+    if job.tuner is not None:
+        return [job.tuner]
+    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision == "nf4"
+    return ["full", "lora"] if spec.total_parameters <= SMALL_MODEL and not pinned_lora else ["lora"]
+
+
+def _precisions(job: Job, profile: Profile, tuner: Tuner) -> list[Precision]:
     """Ways to keep the base, best first. A GPU computes in half precision, a CPU in fp32."""
     if job.base_precision is not None:
         return [job.base_precision]
     half: Precision = "bf16" if profile.supports("bf16") else "fp16"
-    if job.tuner == "full":  # fp16 weights cannot take small updates
-        return ["fp32", "bf16"] if profile.supports("bf16") else ["fp32"]
+    if tuner == "full":  # half-precision weights cannot take small updates
+        return ["fp32"]
     if profile.device == "cpu":
         return ["fp32", "bf16", "nf4"] if profile.supports("bf16") else ["fp32", "nf4"]
     return [half] if profile.device == "mps" else [half, "nf4"]  # bitsandbytes has no 4-bit kernels for Apple GPUs
@@ -210,8 +225,6 @@ def _candidates(job: Job, profile: Profile, spec: ModelSpec, length: int, rows: 
     )
     ranks = [job.rank] if job.rank else RANKS
     smallest = min(RANKS[-1], spec.hidden_size)
-    if job.tuner == "full":
-        ranks = [0]
     batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
     optimizers: list[Optimizer] = ["adamw"] if profile.device != "cuda" else ["adamw", "adamw8bit", "paged_adamw8bit"]
     if job.optimizer and job.optimizer not in optimizers:
@@ -220,10 +233,15 @@ def _candidates(job: Job, profile: Profile, spec: ModelSpec, length: int, rows: 
             f"{job.optimizer} needs CUDA, {profile.name} is a {profile.device} profile",
             "use adamw",
         )
-    for precision, layers, rank, batch, checkpointing, chunk, optimizer in itertools.product(
-        _precisions(job, profile),
+    ways = [
+        (tuner, precision, rank)
+        for tuner in _tuners(job, spec)
+        for precision in _precisions(job, profile, tuner)
+        for rank in (ranks if tuner == "lora" else [0])
+    ]
+    for (tuner, precision, rank), layers, batch, checkpointing, chunk, optimizer in itertools.product(
+        ways,
         suffixes,
-        ranks,
         [job.micro_batch_size] if job.micro_batch_size else batches,
         [job.checkpointing] if job.checkpointing is not None else [False, True],
         [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
@@ -232,10 +250,10 @@ def _candidates(job: Job, profile: Profile, spec: ModelSpec, length: int, rows: 
         if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
             continue  # more than half the hidden size is no low rank
         compute = precision if precision != "nf4" else _compute_of_nf4(profile)
-        lora = job.tuner == "lora"
+        lora = tuner == "lora"
         yield Training(
             device=profile.device,
-            tuner=job.tuner,
+            tuner=tuner,
             base_precision=precision,
             compute_dtype=compute,  # type: ignore[arg-type]
             rank=rank,
@@ -249,7 +267,7 @@ def _candidates(job: Job, profile: Profile, spec: ModelSpec, length: int, rows: 
             checkpointing=checkpointing,
             loss_chunk_tokens=chunk,
             optimizer=optimizer,
-            learning_rate=job.learning_rate or default_learning_rate(spec, job),
+            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
             steps=steps,
             warmup_steps=max(1, round(job.warmup_fraction * steps)),
             weight_decay=job.weight_decay,
@@ -265,14 +283,18 @@ def _compute_of_nf4(profile: Profile) -> str:
     return "fp32" if profile.device == "cpu" else "bf16" if profile.supports("bf16") else "fp16"
 
 
-def default_learning_rate(spec: ModelSpec, job: Job) -> float:
-    """LoRA: 5e-4 (2000 / h)^0.775, full fine-tuning a tenth of it (Schulman et al., "LoRA Without Regret", 2025)."""
-    rate = 5e-4 * (2000 / spec.hidden_size) ** 0.775
-    return float(f"{rate if job.tuner == 'lora' else rate / 10:.2g}")
+def default_learning_rate(spec: ModelSpec, tuner: Tuner) -> float:
+    """LoRA: 5e-4 (2000 / h)^0.775 (Schulman et al., "LoRA Without Regret", 2025); full fine-tuning: 0.15 / h.
+
+    The latter falls with the width as in muP (arXiv 2203.03466): 4e-5 at h = 4096, 6e-4 at the example's 256.
+    """
+    rate = 5e-4 * (2000 / spec.hidden_size) ** 0.775 if tuner == "lora" else 0.15 / spec.hidden_size
+    return float(f"{rate:.2g}")
 
 
 def _quality_cost(spec: ModelSpec, training: Training) -> float:
     cost = NF4_COST if training.base_precision == "nf4" else 0.0
+    cost += SMALL_LORA_COST if training.tuner == "lora" and spec.total_parameters <= SMALL_MODEL else 0.0
     cost += CPU_HALF_COST if training.device == "cpu" and training.compute_dtype != "fp32" else 0.0
     cost += ADAM8_COST if training.optimizer != "adamw" else 0.0
     cost += LAYERS_COST * (1 - len(training.trained_layers) / spec.num_hidden_layers)
@@ -318,11 +340,13 @@ def _as_candidate(training: Training, peak: int, budget: int) -> Candidate:
 def _gave_up(best: Training, best_bytes: int, chosen: Training, spec: ModelSpec) -> list[str]:
     """One line for each thing the budget took from the best candidate, worst first."""
     lines = []
+    if chosen.tuner != best.tuner:
+        lines.append("LoRA instead of full fine-tuning")
     if chosen.base_precision != best.base_precision:
         lines.append(f"base weights in {chosen.base_precision} instead of {best.base_precision}")
     if len(chosen.trained_layers) != len(best.trained_layers):
         lines.append(f"adapters in the top {len(chosen.trained_layers)} of {spec.num_hidden_layers} layers")
-    if chosen.rank != best.rank:
+    if chosen.rank != best.rank and best.rank:
         lines.append(f"LoRA rank {chosen.rank} instead of {best.rank}")
     if chosen.optimizer != best.optimizer:
         lines.append(f"{chosen.optimizer} instead of {best.optimizer}")
@@ -388,7 +412,7 @@ def _cheapest_change(
         except (DoesNotFit, BadInput):
             continue
         return f"it fits when {name} is left to the planner: drop --set {name}={getattr(job, name)}"
-    if job.tuner == "full":
+    if job.tuner == "full":  # the user's own wish; what the planner chose itself has had its LoRA candidates
         try:
             make_plan(job.model_copy(update={"tuner": "lora"}))
             return "LoRA would fit: --set tuner=lora"

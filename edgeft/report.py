@@ -109,6 +109,8 @@ def train_text(result: TrainResult) -> RenderableType:
     speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
     memory += show_bytes(result.measured_peak_bytes)
+    if any(deviation.what == "device" for deviation in result.deviations):
+        memory += f" (predicted for {result.plan.training.device}, measured on the CPU: not comparable)"
     lines = [Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))

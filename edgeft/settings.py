@@ -29,7 +29,7 @@ class Job(Strict):
     test: str | None = Field(None, description="test data, scored before and after training and after export")
     profile: str = Field("cpu", description="hardware profile: a name in profiles/ or a path to a TOML file")
 
-    tuner: Tuner = Field("lora", description="lora: low-rank adapters; full: every weight")
+    tuner: Tuner | None = Field(None, description="lora: low-rank adapters; full: every weight")
     rank: int | None = Field(None, ge=1, description="LoRA rank")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division by the root of the rank")
     top_layers: int | None = Field(None, ge=1, description="train only this many last decoder layers")

@@ -321,6 +321,7 @@ def train(
     Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory than the plan
     needs, EdgeftError when the loss is not finite, KeyboardInterrupt after saving when asked to stop.
     """
+    ledger.import_all()
     ledger.control_malloc()
     started = time.monotonic()
     training = plan.training

@@ -55,11 +55,12 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("rows", [5, 16, 100, 500, 2000])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_first_step_holds_the_longest_sample(rows: int, seed: int) -> None:
-    """And it is a whole one where there are enough rows: memory runs out at once or never."""
+def test_the_second_step_holds_the_longest_sample(rows: int, seed: int) -> None:
+    """And it is a whole one where there are enough rows: memory runs out at once or never, beside optimizer states."""
     batch_size = 16
     lengths = [random.Random(f"{seed} {i}").randrange(1, 1000) for i in range(rows)]
-    first = epoch_order(lengths, batch_size, seed, epoch=0)[0]
+    steps = epoch_order(lengths, batch_size, seed, epoch=0)
+    first = steps[min(1, len(steps) - 1)]
     assert max(lengths[i] for i in first) == max(lengths)
     if rows <= batch_size * GROUP_STEPS:
         assert len(first) == min(rows, batch_size)

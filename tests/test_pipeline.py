@@ -179,6 +179,16 @@ def test_bad_input_is_named_with_its_exit_code(case: str, checkpoint_folder: Pat
     assert done.stdout == ""
 
 
+def test_a_folder_that_no_stage_wrote_is_not_replaced(line: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "my model"
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("precious")
+    for verb, source, document in (("merge", "train", "merged.json"), ("export", "merged", "bundle.json")):
+        done = edgeft(verb, line / source, "--out", mine, code=1)
+        assert f"edgeft: {mine}: exists and holds no {document}: it will not be replaced" in done.stderr
+    assert (mine / "model.safetensors").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,0 +1,92 @@
+"""README's commands exist and run; verbs, targets and files it names are there; numbers it shows are recorded ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeft.profile import list_profiles
+from edgeft.settings import Job
+from edgeft.target import list_targets
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+COMMANDS = [line.strip().split("  #")[0] for line in README.splitlines() if line.startswith("    ")]
+MAKE = [c for c in (part.strip() for line in COMMANDS for part in line.split("&&")) if c.startswith("make ")]
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_targets_of_the_readme_are_known_to_make(command: str) -> None:
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in shlex.split(command)[1:]:
+        name, equals, _ = word.partition("=")
+        assert re.search(rf"^{name} [?:]?=|^{name}:|\b{name}=", MAKEFILE, re.M) if not equals else name in MAKEFILE
+
+
+def test_the_plan_of_the_readme_runs() -> None:
+    command = next(c for c in COMMANDS if c.startswith("edgeft plan"))
+    arguments = [*shlex.split(command)[1:], "--out", "-"]
+    done = subprocess.run([sys.executable, "-m", "edgeft", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "given up to fit the budget:" in done.stdout
+
+
+def test_verbs_of_the_readme_are_the_verbs_there_are() -> None:
+    from edgeft.cli import app
+
+    verbs = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    named = set(re.findall(r"`edgeft (\w+)", README)) | {"targets", "settings"}
+    assert named == verbs
+
+
+def test_modules_of_the_readme_are_the_modules_there_are() -> None:
+    block = README[README.index("## The code") :]
+    named = {
+        word
+        for line in block.splitlines()
+        if line.startswith("    edgeft/")
+        for word in line[4:44].split("/")[1].split()
+    }
+    assert named == {path.stem for path in (ROOT / "edgeft").glob("*.py")} - {"__init__", "__main__"}
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:bench|edgeft|examples|tests|export|profiles)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_results_of_the_readme_are_the_recorded_ones() -> None:
+    """Every row of the results table is what bench/results/example.json holds."""
+    recorded = json.loads((ROOT / "bench" / "results" / "example.json").read_text())
+    for name, scores in recorded["scores"].items():
+        exact, loss = f"{100 * scores['exact_match']:.1f}%", f"{scores['loss']:.4f}"
+        assert f"| {name} | {loss} | {exact} |" in README
+
+
+def test_every_setting_profile_and_target_is_described() -> None:
+    assert all(field.description for field in Job.model_fields.values())
+    assert all(profile.description for profile in list_profiles())
+    assert all(target.description for target in list_targets())
+
+
+def test_no_path_of_a_machine_in_any_tracked_file() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"(^|[\s\"'(=])/(home|root|Users|work|tmp)/\w")
+    for name in listed.stdout.split("\n"):
+        path = ROOT / name
+        if (
+            path.suffix in (".py", ".toml", ".md", ".json", ".txt", "")
+            and path.is_file()
+            and "examples" not in path.parts
+        ):
+            assert not pattern.search(path.read_text(errors="ignore")), f"{name} holds a path of some machine"
