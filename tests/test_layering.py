@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
-    "errors", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory", "planner",
-    "report", "data", "scores", "runner", "cli",
+    "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
+    "planner", "report", "data", "scores", "runner", "cli",
 )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from edgeft.architectures import find_parts
 from edgeft.errors import BadInput
-from edgeft.model_spec import FAMILIES, ModelSpec, read_model_spec
+from edgeft.families import FAMILIES
+from edgeft.model_spec import ModelSpec, read_model_spec
 
 CONFIGS = Path(__file__).parent / "configs"
 PUBLISHED = sorted(folder.name for folder in CONFIGS.iterdir())

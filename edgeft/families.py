@@ -1,0 +1,122 @@
+"""How does each known family of models lay out its parameters? Data only: a family is a row of FAMILIES."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# attention_in projections share one saved input, the attention norm's output; mlp_in ones the MLP norm's.
+Role = Literal["attention_in", "attention_out", "mlp_in", "mlp_out", "other"]
+
+# name, in, out, has_bias, role: widths as named in _from_family; has_bias is a config key or the answer.
+Row = tuple[str, str, str, str | bool, Role]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type lays out its parameters; keys and defaults as in its transformers config class."""
+
+    architecture: str
+    linears: tuple[Row, ...]
+    optional: dict[str, Any]  # each optional key the family reads, and its default; others are ignored
+    names: dict[str, str] = field(default_factory=dict)  # the family's own name of a standard key
+    norms: int = 2
+    norm_bias: bool = False
+    qk_norm: bool = False
+    position_offset: int | None = None  # rows of the learned position table beyond max_position_embeddings
+    assumes: dict[str, bool] = field(default_factory=dict)  # any other value: count on the meta device
+
+
+def _separate(qkv: str | bool, output: str | bool, mlp: str | bool) -> tuple[Row, ...]:
+    return (
+        ("q_proj", "hidden", "query", qkv, "attention_in"),
+        ("k_proj", "hidden", "key", qkv, "attention_in"),
+        ("v_proj", "hidden", "key", qkv, "attention_in"),
+        ("o_proj", "query", "hidden", output, "attention_out"),
+        ("gate_proj", "hidden", "inner", mlp, "mlp_in"),
+        ("up_proj", "hidden", "inner", mlp, "mlp_in"),
+        ("down_proj", "inner", "hidden", mlp, "mlp_out"),
+    )
+
+
+def _fused(names: str, attention: str | bool, mlp: bool, mlp_in: str = "inner") -> tuple[Row, ...]:
+    qkv, output, up, down = names.split()
+    return (
+        (qkv, "hidden", "qkv", attention, "attention_in"),
+        (output, "query", "hidden", attention, "attention_out"),
+        (up, "hidden", mlp_in, mlp, "mlp_in"),
+        (down, "inner", "hidden", mlp, "mlp_out"),
+    )
+
+
+_LLAMA, _QWEN2 = _separate("attention_bias", "attention_bias", "mlp_bias"), _separate(True, False, False)
+_PHI3 = _fused("qkv_proj o_proj gate_up_proj down_proj", False, False, mlp_in="gate_up")
+# Two are called c_proj; PEFT matches the dotted end of a name, so their module's name tells them apart.
+_GPT2 = _fused("c_attn attn.c_proj c_fc mlp.c_proj", True, True)
+_NEOX = _fused("query_key_value dense dense_h_to_4h dense_4h_to_h", "attention_bias", True)
+_OPT: tuple[Row, ...] = (
+    *[(name, "hidden", "query", "enable_bias", "attention_in") for name in ("k_proj", "v_proj", "q_proj")],
+    ("out_proj", "query", "hidden", "enable_bias", "attention_out"),
+    ("fc1", "hidden", "inner", "enable_bias", "mlp_in"),
+    ("fc2", "inner", "hidden", "enable_bias", "mlp_out"),
+)
+
+# fmt: off
+_BASE: dict[str, Any] = {"max_position_embeddings": 2048, "hidden_act": "silu", "tie_word_embeddings": False}
+_GROUPED = _BASE | {"num_key_value_heads": None, "head_dim": None}  # None: one per query head; hidden / heads
+_BIASED = _GROUPED | {"attention_bias": False, "mlp_bias": False}
+_QWEN = _GROUPED | {"max_position_embeddings": 32768, "num_key_value_heads": 32,
+                    "sliding_window": 4096, "use_sliding_window": False}
+_GEMMA = {"max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+          "num_key_value_heads": 16, "head_dim": 256, "attention_bias": False}
+_GEMMA2 = _GEMMA | {"num_key_value_heads": 4, "sliding_window": 4096,
+                    "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+_GEMMA3 = _GEMMA2 | {"max_position_embeddings": 131072,
+                     "final_logit_softcapping": None, "attn_logit_softcapping": None}
+_GEMMA_NAMES = {"hidden_act": "hidden_activation"}
+_GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+               "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
+               "hidden_act": "activation_function"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", _LLAMA, _BIASED),
+    "mistral": Family("MistralForCausalLM", _LLAMA, _GROUPED | {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN2, _QWEN),
+    "qwen3": Family("Qwen3ForCausalLM", _LLAMA, _QWEN | {
+        "head_dim": 128, "attention_bias": False}, qk_norm=True),
+    "gemma": Family("GemmaForCausalLM", _LLAMA, _GEMMA),
+    "gemma2": Family("Gemma2ForCausalLM", _LLAMA, _GEMMA2, _GEMMA_NAMES, norms=4),
+    "gemma3_text": Family("Gemma3ForCausalLM", _LLAMA, _GEMMA3, _GEMMA_NAMES, norms=4, qk_norm=True),
+    "phi3": Family("Phi3ForCausalLM", _PHI3, _GROUPED | {
+        "max_position_embeddings": 4096, "sliding_window": None}),
+    "smollm3": Family("SmolLM3ForCausalLM", _LLAMA, _BIASED | {
+        "max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4,
+        "sliding_window": None, "use_sliding_window": False}),
+    "granite": Family("GraniteForCausalLM", _LLAMA, _BIASED),
+    "gpt2": Family("GPT2LMHeadModel", _GPT2, {
+        "max_position_embeddings": 1024, "hidden_act": "gelu_new", "tie_word_embeddings": True,
+        "intermediate_size": None},
+        _GPT2_NAMES, norm_bias=True, position_offset=0, assumes={"add_cross_attention": False}),
+    "gpt_neox": Family("GPTNeoXForCausalLM", _NEOX, _BASE | {
+        "hidden_act": "gelu", "attention_bias": True}, norm_bias=True),
+    "opt": Family("OPTForCausalLM", _OPT, {
+        "max_position_embeddings": 2048, "hidden_act": "relu", "tie_word_embeddings": True,
+        "word_embed_proj_dim": None, "enable_bias": True, "do_layer_norm_before": True},
+        {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        norm_bias=True, position_offset=2,
+        assumes={"layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False}),
+}
+ESSENTIAL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SIZES = (*ESSENTIAL, "max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
+SHAPE = (*SIZES, "tie_word_embeddings", "final_logit_softcapping", "attn_logit_softcapping", "hidden_act")
+COPY_AGAIN = "copy config.json again from where the model came from"
+# Text and vision in one config: only text_config is read. It holds just what differs from its class defaults,
+# so essential keys have defaults here and nowhere else: in a flat config a guess would be a wrong plan.
+COMPOSITE: dict[str, dict[str, Any]] = {
+    "gemma3": {"model_type": "gemma3_text", **dict(zip(ESSENTIAL, (2304, 9216, 26, 8, 262208), strict=True))}
+}
+# Encoders that AutoModelForCausalLM would load all the same, although they attend both ways.
+ENCODERS = frozenset(("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra",
+                      "roberta", "xlm-roberta"))
+# fmt: on
