@@ -9,7 +9,7 @@ from edgeft.artifacts import sha256_file
 from edgeft.bundle import ArtifactModel, Bundle, GoldenInput, build_bundle
 from edgeft.checkpoint import load_plain
 from edgeft.data import Row, TextTokenizer, read_rows
-from edgeft.errors import BadInput, EdgeftError
+from edgeft.errors import BadInput
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import climb, score_artifact, score_model
 from edgeft.profile import Profile, detect, load_profile
@@ -120,17 +120,3 @@ def _prompt_text(row: Row) -> str:
 def _chat_input(row: Row) -> GoldenInput:
     assert row.messages is not None
     return GoldenInput(messages=list(row.messages))
-
-
-def bundle_is_current(out: Path, merged_folder: Path, target: Target, device: str | None) -> bool:
-    """Whether `out` already holds this target's bundle of this very merge for this device."""
-    try:
-        bundle = Bundle.read(out / "bundle.json")
-        same = bundle.input_sha256 == sha256_file(merged_folder / "merged.json") and bundle.target == target
-        return same and bundle.provenance.get("device", "") == (device_name(device) if device else "")
-    except (EdgeftError, OSError):
-        return False
-
-
-def device_name(device: str) -> str:
-    return load_profile(device).name

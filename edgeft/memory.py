@@ -137,18 +137,21 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     saved = saved_bytes(spec, training)
     through = saved if len(training.trained_layers) == layers else min(saved, frozen_bytes(spec, training))
     all_saved = len(training.trained_layers) * saved + (layers - len(training.trained_layers)) * through
-    if not training.trains_ends:
-        all_saved -= 4 * h + 4  # nothing below the lowest trained layer wants a gradient: its first norm keeps no input
+    # nothing below the lowest trained layer wants a gradient: its first norm keeps no input
+    unneeded = 0 if training.trains_ends else 4 * h + 4
+    all_saved -= unneeded
     kept = e * h * layers if training.checkpointing else all_saved
     # bytes per token that one layer's backward pass holds beyond what it saved
-    mlp = e * h + 2 * e * i - (e * training.rank if "mlp_out" in {t.role for t in targets(spec, training)} else 0)
+    adapts_down = "mlp_out" in {target.role for target in targets(spec, training)}
+    # a frozen down projection keeps no input, so its input's gradient comes on top of the two others
+    mlp = e * h + 2 * e * i + (-e * training.rank if adapts_down else 0 if training.tuner == "full" else e * i)
     half = e == 2
     recomputed = max(
         (14 if half else 16) * h + 6 * e * i + 2 * e * (query + key),
         (32 * h if half else 28 * h + 8 * i) + 2 * e * (query + key),
     ) + 4 * spec.num_attention_heads + 8 + e * training.rank * len(targets(spec, training))  # fmt: skip
     layer_peak = recomputed if training.checkpointing else mlp
-    low_layer = recomputed + e * h if training.checkpointing else saved + mlp
+    low_layer = recomputed + e * h if training.checkpointing else saved - unneeded + mlp
     if training.base_precision == "nf4":  # one matrix at a time is dense again
         matrix = max(linear.in_features * linear.out_features for linear in spec.linears)
         dequantised = int(matrix * (e + 2 * 4 / 64))

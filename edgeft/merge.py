@@ -16,7 +16,7 @@ import torch
 from edgeft import ledger
 from edgeft.artifacts import Artifact, sha256_file, staging, versions
 from edgeft.checkpoint import Checkpoint, TensorFile, copy_side_files, local_folder, write_checkpoint
-from edgeft.errors import BadInput, EdgeftError
+from edgeft.errors import BadInput
 from edgeft.train import TrainResult
 
 # of the process beyond what it holds at the start: the source tensor, its fp32 form, the change, the sum, the result
@@ -171,12 +171,3 @@ def merge(
         )
         merged.write(temporary / "merged.json")
     return merged
-
-
-def merged_is_current(out: Path, trained: Path, wise_alpha: float) -> bool:
-    """Whether `out` already holds this merge of this very training result."""
-    try:
-        merged = MergedCheckpoint.read(out / "merged.json")
-        return merged.input_sha256 == sha256_file(trained / "train.json") and merged.wise_alpha == wise_alpha
-    except (EdgeftError, OSError):
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from edgeft import ledger
 from edgeft.architectures import Parts, find_parts, repeat_for_groups
-from edgeft.artifacts import Artifact, Strict, saving, sha256_file, staging, versions
+from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.batches import epoch_order, steps_per_epoch
 from edgeft.checkpoint import DTYPES, load_base, local_folder, weights_sha256
 from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_rows, to_samples
@@ -163,7 +164,7 @@ class Run:
             try:
                 counters: dict[str, Any] = json.loads((path / "counters.json").read_text())
                 state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError, EOFError):
+            except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
                 continue  # a disk that lost bytes: the one before it is as good, only older
             with torch.no_grad():
                 for name, parameter in self.chosen:
@@ -454,16 +455,3 @@ def check_budget(plan: Plan, device: torch.device) -> None:
     if need > have:
         hint = f"plan for what is there: edgeft plan --max-memory {have // 2**20}MiB ..."
         raise DoesNotFit("plan", f"needs {show_bytes(need)}, this process can have {show_bytes(have)}", hint)
-
-
-def trained_is_current(out: Path, plan_sha256: str) -> bool:
-    """Whether `out` already holds the result of this very plan."""
-    try:
-        return TrainResult.read(out / "train.json").input_sha256 == plan_sha256
-    except EdgeftError:
-        return False
-
-
-def plan_digest(path: Path) -> str:
-    """The digest by which later stages name this plan."""
-    return sha256_file(path)

@@ -151,9 +151,9 @@ def bad(tmp_path: Path, model: Path, case: str) -> tuple[list[object], int, str]
         return [*plan, model, "--max-memory", "many"], 1, "edgeft: memory size: cannot read 'many'"
     if case == "unknown profile":
         return (
-            ["plan", "--model", model, "--profile", "t5"],
+            ["plan", "--model", model, "--profile", "t4-24bg"],
             1,
-            "edgeft: profile: unknown profile 't5'\n\nhint: did you mean",
+            "edgeft: profile: unknown profile 't4-24bg'\n\nhint: did you mean",
         )
     if case == "unknown setting":
         return (

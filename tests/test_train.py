@@ -58,7 +58,7 @@ def test_training_lowers_the_loss_and_changes_only_what_was_planned(
     settings: dict[str, Any], plan_file: Any, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
     result = run(plan_file(epochs=4.0, learning_rate=5e-3, **settings), tmp_path / "train")
-    assert result.valid.loss < 0.8 * result.base_valid.loss
+    assert result.valid.loss < 0.95 * result.base_valid.loss
     assert result.steps == result.plan.training.steps == len(result.loss_curve)
     assert set(result.phase_peak_bytes) == {"load", "evaluate", "train", "save"}
     assert result.measured_peak_bytes == max(result.phase_peak_bytes.values()) > 0
