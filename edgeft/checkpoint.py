@@ -233,12 +233,16 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         model: Any = AutoModelForCausalLM.from_pretrained(
             cached, dtype=compute, device_map={"": device}, local_files_only=True
         )
+    model.config.use_cache = False
+    model.eval()
     linear: Any
     for linear in model.modules():
         if type(linear).__name__ == "Linear4bit":
             linear.compute_dtype, linear.compute_type_is_set = compute, True
-    model.config.use_cache = False
-    return model.eval()
+            # in eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has no backward pass:
+            # every layer below would then get no gradient, and nothing would say so
+            linear.train()
+    return model
 
 
 def cache_folder() -> Path:

@@ -28,7 +28,6 @@ def test_only_the_model_is_required() -> None:
     assert job.model_dump(exclude_none=True) == {
         "model": "m",
         "profile": "cpu",
-        "tuner": "lora",
         "batch_size": 16,
         "epochs": 3.0,
         "warmup_fraction": 0.05,

@@ -257,3 +257,39 @@ def test_nf4_base_trains_on_a_cpu_and_is_quantised_once(
     assert len(kept) == 1
     monkeypatch.setattr("edgeft.checkpoint._quantise", lambda *_: pytest.fail("quantised twice"))
     assert run(path, tmp_path / "second").loss_curve == first.loss_curve
+
+
+def test_nf4_gradients_are_those_of_the_dequantised_weights(
+    plan_file: Any, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after scoring: bitsandbytes swaps in a CPU kernel without a backward pass when a layer is in eval mode."""
+    import bitsandbytes.functional as bnb
+
+    from edgeft.architectures import find_parts
+    from edgeft.checkpoint import load_base
+    from edgeft.data import Sample
+    from edgeft.evaluate import greedy, token_losses
+    from edgeft.tuners import apply_tuner
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    training = Plan.read(plan_file(base_precision="nf4")).training
+    cpu, ids = torch.device("cpu"), list(range(5, 25))
+    quantised, dense = load_base(checkpoint_folder, training, cpu, torch.float32), load_plain(checkpoint_folder)
+    greedy(quantised, [ids], [0], 3, cpu)
+    for name, module in quantised.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            exact = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dense.get_submodule(name).weight.data = exact.float()
+    gradients = []
+    for model in (quantised, dense):
+        parts = find_parts(model)
+        chosen = apply_tuner(model, parts, training)
+        with torch.no_grad():
+            for i, (_, parameter) in enumerate(chosen):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 10)
+        token_losses(model, parts, [Sample(ids, ids, 0, "")], cpu, torch.float32, 16).backward()
+        gradients.append({name: p.grad for name, p in chosen})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        assert gradient is not None and gradients[0][name] is not None
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-5)
