@@ -9,6 +9,8 @@ import logging
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,7 +228,13 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         return load_plain(folder, dense).to(device)
     cached = quantised_folder(folder)
     if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
-        _quantise(folder, cached)
+        # in a process of its own: what quantising leaves in the heap would count against training
+        code = "import sys, pathlib; from edgeft.checkpoint import quantise; quantise(*map(pathlib.Path, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, str(folder), str(cached)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
@@ -261,7 +269,8 @@ def quantised_folder(folder: Path) -> Path:
     return cache_folder() / "nf4" / key[:24]
 
 
-def _quantise(folder: Path, out: Path) -> None:
+def quantise(folder: Path, out: Path) -> None:
+    """Write the NF4 form of a checkpoint to `out`, whole or not at all."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     bits_and_bytes: Any = BitsAndBytesConfig

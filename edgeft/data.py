@@ -20,7 +20,7 @@ IGNORED = -100  # the label of a token that is read but not trained on (torch's 
 COLUMNS = ("{'prompt', 'completion'}", "{'messages'}", "{'text'}")
 TEMPLATE = "chat template"  # where an error is that a template itself raised
 PromptFormat = Literal["plain", "chat"]
-ENCODE_TEXTS = 512  # at a time: an encoding takes a hundred times the bytes of the ids that are kept of it
+ENCODE_TEXTS = 32  # at a time: an encoding takes a hundred times the bytes of the ids that are kept of it
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quant
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
 CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorch's allocator
 
-# What a training process holds on a CPU beyond the tiny run's: the matrix library's buffers grow with its products, and
-# scoring leaves some of its own. 8 to 11 MB measured on the jobs of bench/memory.py.
-CPU_BUFFERS = 10_000_000
+# What a training process holds on a CPU beyond the tiny run's: the matrix library keeps buffers that grow with its
+# products, the head's by 512 bytes per word of the vocabulary; scoring and reading data leave some of their own. Both
+# numbers are fitted on the six jobs of bench/memory.py; live tensor bytes are not.
+CPU_BUFFERS, CPU_BYTES_PER_WORD = 20_000_000, 512
 
 # families whose decoder layer the closed form below describes term by term; others get the wider margin
 EXACT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
@@ -225,8 +226,8 @@ def phases(
     on_cpu = training.device == "cpu"
     process = Term(
         name="process",
-        bytes=baseline_bytes + CPU_BUFFERS,
-        formula="Python, torch, transformers, one tiny step, buffers",
+        bytes=baseline_bytes + CPU_BUFFERS + CPU_BYTES_PER_WORD * spec.vocab_size,
+        formula="Python, torch, transformers, one tiny step, the matrix library's buffers",
     )
     workspace = Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")
     fixed = [process if on_cpu else workspace]
@@ -243,6 +244,7 @@ def phases(
     adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0
     tokens = max(eval_tokens, work.longest)
     kv = 2 * e * key * spec.num_hidden_layers * 2 * (tokens + answer_tokens * max(1, tokens // work.longest))
+    logits = 4 * spec.vocab_size * min(training.loss_chunk_tokens, tokens)
     scoring = [
         *fixed,
         weights_term,
@@ -253,6 +255,9 @@ def phases(
             formula=f"{tokens} tokens, no autograd",
         ),
         Term(name="key-value cache", bytes=kv, formula="two copies while it grows"),
+        Term(
+            name="logits", bytes=logits, formula=f"at most {training.loss_chunk_tokens} tokens, V = {spec.vocab_size}"
+        ),
     ]
     step = [*fixed, *step_terms(spec, training, work)]
     return (

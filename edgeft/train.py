@@ -394,6 +394,7 @@ def train(
             if stop.asked:
                 raise KeyboardInterrupt
     spent = extra()["seconds"]
+    run.optimizer.state.clear()  # scoring needs no optimizer states
     ledger.reset_peak(device)
     tuned_valid = score("valid", valid)
     tuned_test = score("test", data.test) if data.test else None
