@@ -88,6 +88,9 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.owner[name].entries[name]["shape"])
 
+    def itemsize(self, name: str) -> int:
+        return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]].itemsize
+
     def __contains__(self, name: str) -> bool:
         return name in self.owner
 

@@ -19,7 +19,7 @@ from edgeft.checkpoint import Checkpoint, TensorFile, copy_side_files, local_fol
 from edgeft.errors import BadInput
 from edgeft.train import TrainResult
 
-# of the process beyond what it holds at the start: the source tensor, its fp32 form, the change, the sum, the result
+# fp32 forms of a changed tensor that exist at the same time; one that did not change is only read and written
 TENSORS_AT_ONCE = 5
 
 
@@ -137,10 +137,13 @@ def merge(
     spec = result.plan.spec
     head = next((name for name in base.owner if name.endswith(("lm_head.weight", "embed_out.weight"))), None)
     change = Change(trained, base, head if spec.tie_word_embeddings else None)
-    largest = max(torch.Size(base.shape(name)).numel() for name in base.owner)
+    largest = max(
+        torch.Size(base.shape(name)).numel() * (4 * TENSORS_AT_ONCE if name in change else base.itemsize(name))
+        for name in base.owner
+    )
     cpu = torch.device("cpu")
     ledger.reset_peak(cpu)
-    predicted = ledger.rss_bytes() + TENSORS_AT_ONCE * largest * 4
+    predicted = ledger.rss_bytes() + largest
     moved = total = 0.0
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
