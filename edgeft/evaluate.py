@@ -15,7 +15,7 @@ from edgeft.data import Sample, TextTokenizer
 from edgeft.loss import chunked_cross_entropy, head_transform
 from edgeft.scores import Metrics
 
-EVAL_TOKENS = 1024  # padded tokens per evaluation batch, so that scoring stays below the training step's peak
+EVAL_TOKENS = 1024  # padded tokens scored at once where no plan says otherwise
 MAX_ANSWER_TOKENS = 256
 
 
@@ -101,13 +101,14 @@ def evaluate(
     device: torch.device,
     compute: torch.dtype = torch.float32,
     chunk_tokens: int = 1024,
+    group_tokens: int = EVAL_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
     """Metrics over all of `samples`, in groups of similar length."""
     total, tokens, right, done = 0.0, 0, 0, 0
     has_prompt = bool(samples[0].completion)
     longest_answer = answer_tokens(samples)
-    for group in by_length(samples):
+    for group in by_length(samples, group_tokens):
         total += float(token_losses(model, parts, group, device, compute, chunk_tokens))
         tokens += sum(sample.trained_tokens for sample in group)
         if has_prompt:

@@ -215,9 +215,8 @@ def forward_bytes(spec: ModelSpec, training: Training, tokens: int) -> int:
 
 
 def phases(
-    spec: ModelSpec, training: Training, work: Workload, *, baseline_bytes: int, data_bytes: int = 0,
-    eval_tokens: int = 1024, answer_tokens: int = 0,
-) -> tuple[Phase, ...]:  # fmt: skip
+    spec: ModelSpec, training: Training, work: Workload, *, baseline_bytes: int, data_bytes: int = 0
+) -> tuple[Phase, ...]:
     """Every phase of `train` with its terms; `baseline_bytes` is what the process holds before any model.
 
     On a CPU a phase's bytes are the process's RSS: baseline, data, tensors. On CUDA they are the allocator's: tensors
@@ -242,8 +241,8 @@ def phases(
     key = spec.num_key_value_heads * spec.head_dim
     e = DTYPE_BYTES[training.compute_dtype]
     adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0
-    tokens = max(eval_tokens, work.longest)
-    kv = 2 * e * key * spec.num_hidden_layers * 2 * (tokens + answer_tokens * max(1, tokens // work.longest))
+    tokens = training.group_tokens
+    kv = 2 * e * key * spec.num_hidden_layers * 2 * tokens
     logits = 4 * spec.vocab_size * min(training.loss_chunk_tokens, tokens)
     scoring = [
         *fixed,

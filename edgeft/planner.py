@@ -396,7 +396,8 @@ def _cheapest_change(
     while length > 32:
         length = length * 3 // 4
         shorter = memory.Workload(length, min(length, work.longest_trained))
-        found = memory.phases(spec, smallest, shorter, baseline_bytes=profile.training_baseline_bytes)
+        cut = smallest.model_copy(update={"max_length": length})
+        found = memory.phases(spec, cut, shorter, baseline_bytes=profile.training_baseline_bytes)
         if max(phase.high_bytes for phase in found) <= budget:
             now = f"(the longest has {work.longest})"
             return f"samples of at most {length} tokens would fit: --set max_length={length} {now}"

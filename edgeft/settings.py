@@ -105,6 +105,11 @@ class Training(Strict):
     eval_rows: int
 
     @property
+    def group_tokens(self) -> int:
+        """Padded tokens scored at once: no more than a training step holds, so that scoring always fits."""
+        return max(self.max_length, min(1024, self.micro_batch_size * self.max_length))
+
+    @property
     def lora_scale(self) -> float:
         """rsLoRA (arXiv 2312.03732): alpha / sqrt(rank), so that the same learning rate serves every rank."""
         return float(self.lora_alpha / self.rank**0.5) if self.rank else 0.0

@@ -349,7 +349,8 @@ def train(
     def score(name: str, samples: list[Sample]) -> Metrics:
         return evaluate(
             model, parts, samples, data.tokenizer, device=device, compute=compute,
-            chunk_tokens=training.loss_chunk_tokens, progress=lambda done, total: progress(name, done, total, {}),
+            chunk_tokens=training.loss_chunk_tokens, group_tokens=training.group_tokens,
+            progress=lambda done, total: progress(name, done, total, {}),
         )  # fmt: skip
 
     valid = data.valid[: training.eval_rows]
