@@ -176,7 +176,9 @@ def train(
         say(f"WARNING: profile {made.profile.name}: {why_absent(made.profile)}.")
         changes = ", ".join(f"{d.what} {d.done} instead of {d.planned}" for d in deviations)
         say(f"WARNING: the same plan runs on this machine's CPU, much slower: {changes}. It is recorded in train.json.")
-    say(f"about {show_seconds(made.seconds)} of training were estimated ({show_seconds(made.seconds_per_step)} a step)")
+    else:
+        each = show_seconds(made.seconds_per_step)
+        say(f"about {show_seconds(made.seconds)} of training are estimated ({each} a step)")
     with Reporter(made.budget_bytes) as progress:
         try:
             result = run(made, target, plan_sha256=digest, progress=progress, wanted_device=device)
