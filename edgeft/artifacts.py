@@ -13,9 +13,10 @@ import json
 import os
 import platform
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import pydantic
 
@@ -186,3 +187,41 @@ def shipped_folder(name: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / ("export_targets" if name == "export" else name)
     return inside if inside.is_dir() else package.parent / name
+
+
+def shipped_path(kind: str, folder: str, name_or_path: str) -> Path:
+    """The file of a shipped `kind` of that name, or a user's own: anything with a slash or ending in .toml.
+
+    Raises BadInput for an unknown name; whether a user's own file exists is for its reader to see.
+    """
+    if name_or_path.endswith(".toml") or "/" in name_or_path or os.sep in name_or_path:
+        return Path(name_or_path).expanduser()
+    path = shipped_folder(folder) / f"{name_or_path}.toml"
+    if not path.is_file():
+        names = [file.stem for file in path.parent.glob("*.toml")]
+        raise BadInput(kind, f"unknown {kind} {name_or_path!r}", did_you_mean(name_or_path, names))
+    return path
+
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+
+def read_toml(kind: str, path: Path, model: type[Model], reserved: tuple[str, ...]) -> Model:
+    """A TOML file as `model`, named after the file; `reserved` keys cannot be set in it.
+
+    Raises BadInput for a file that is no TOML, an unknown key or a value that does not fit.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(path, "no such file", f"give a file that exists, or a shipped {kind}'s name") from None
+    except OSError as problem:
+        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
+    except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
+        raise BadInput(path, f"not valid TOML: {problem}", "text needs quotes, tables come last") from None
+    for key in sorted(set(reserved) & set(data)):
+        raise BadInput(path, f"key {key!r} cannot be set", "remove the line: the file's name names it")
+    try:
+        return model.model_validate(data | {"name": path.stem})
+    except pydantic.ValidationError as problem:
+        raise invalid(path, problem, model) from None

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeft import memory
-from edgeft.artifacts import Artifact, Strict, sha256_file, sha256_json, shipped_folder, versions
+from edgeft.artifacts import Artifact, Strict, sha256_file, sha256_json, shipped_path, versions
 from edgeft.data import Lengths, TextTokenizer, measure_lengths
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.model_spec import ModelSpec, read_model_spec
@@ -81,9 +81,7 @@ class Plan(Artifact):
 
 def request_digest(job: Job, model_folder: Path | None) -> str:
     """One digest of what a plan is made from: settings, profile, model config, data. Equal: the plan is current."""
-    profile = Path(job.profile)
-    if not job.profile.endswith(".toml") and "/" not in job.profile:
-        profile = shipped_folder("profiles") / f"{job.profile}.toml"
+    profile = shipped_path("profile", "profiles", job.profile)
     files = [profile, *((model_folder / name) for name in ("config.json", "tokenizer.json") if model_folder)]
     files += [Path(source) for source in (job.data, job.valid, job.test) if source]
     return sha256_json(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from edgeft.artifacts import Strict, invalid, shipped_folder
-from edgeft.errors import BadInput, did_you_mean
+from edgeft.artifacts import Strict, read_toml, shipped_folder, shipped_path
 from edgeft.machine import Dtype, Probe, probe_cpu, usable_cores, usable_memory
 from edgeft.units import GIB
 
@@ -104,28 +100,7 @@ def load_profile(name_or_path: str) -> Profile:
 
     Raises BadInput for an unknown name, a file that is no TOML, an unknown key or a value that does not fit.
     """
-    if name_or_path.endswith(".toml") or "/" in name_or_path or os.sep in name_or_path:
-        path = Path(name_or_path).expanduser()
-    else:
-        path = shipped_folder("profiles") / f"{name_or_path}.toml"
-        if not path.is_file():
-            names = [file.stem for file in path.parent.glob("*.toml")]
-            raise BadInput("profile", f"unknown profile {name_or_path!r}", did_you_mean(name_or_path, names))
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(path, "no such file", "give a file that exists, or a shipped profile's name") from None
-    except OSError as problem:
-        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
-    except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
-        raise BadInput(path, f"not valid TOML: {problem}", "text needs quotes, tables come last") from None
-    reserved = sorted({"name", "probe"} & set(data))
-    if reserved:
-        raise BadInput(path, f"key {reserved[0]!r} cannot be set", "remove the line: the file's name names it")
-    try:
-        return Profile.model_validate(data | {"name": path.stem})
-    except pydantic.ValidationError as problem:
-        raise invalid(path, problem, Profile) from None
+    return read_toml("profile", shipped_path("profile", "profiles", name_or_path), Profile, ("name", "probe"))
 
 
 def detect(profile: Profile) -> Profile:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tomllib
-from pathlib import Path
 from typing import Literal
 
 import pydantic
 from pydantic import Field
 
-from edgeft.artifacts import Strict, invalid, shipped_folder
-from edgeft.errors import BadInput, did_you_mean
+from edgeft.artifacts import Strict, read_toml, shipped_folder, shipped_path
 
 Bits = Literal[4, 8, 32]
 
@@ -60,24 +56,4 @@ def load_target(name_or_path: str) -> Target:
 
     Raises BadInput for an unknown name, a file that is no TOML, an unknown key or a value that does not fit.
     """
-    if name_or_path.endswith(".toml") or "/" in name_or_path or os.sep in name_or_path:
-        path = Path(name_or_path).expanduser()
-    else:
-        path = shipped_folder("export") / f"{name_or_path}.toml"
-        if not path.is_file():
-            names = [file.stem for file in path.parent.glob("*.toml")]
-            raise BadInput("target", f"unknown target {name_or_path!r}", did_you_mean(name_or_path, names))
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(path, "no such file", "give a file that exists, or a shipped target's name") from None
-    except OSError as problem:
-        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
-    except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
-        raise BadInput(path, f"not valid TOML: {problem}", "text needs quotes, tables come last") from None
-    if "name" in data:
-        raise BadInput(path, "key 'name' cannot be set", "remove the line: the file's name names it")
-    try:
-        return Target.model_validate(data | {"name": path.stem})
-    except pydantic.ValidationError as problem:
-        raise invalid(path, problem, Target) from None
+    return read_toml("target", shipped_path("target", "export", name_or_path), Target, ("name",))
