@@ -33,7 +33,11 @@ JOBS: list[tuple[str, str, dict[str, Any]]] = [
         "wide",
         {"max_steps": 3, "max_length": 512, "batch_size": 4, "checkpointing": True},
     ),
-    ("deep, 256 tokens, top 4 layers", "deep", {"max_steps": 3, "max_length": 256, "batch_size": 8, "top_layers": 4}),
+    (
+        "deep, 256 tokens, top 4 layers",
+        "deep",
+        {"max_steps": 3, "max_length": 256, "batch_size": 8, "layers": "sparse", "active_layers": 4},
+    ),
     ("vocabulary 49152, batch 2", "vocabulary", {"max_steps": 3, "max_length": 384, "batch_size": 2}),
     ("wide, full fine-tuning", "wide", {"max_steps": 3, "max_length": 128, "batch_size": 8, "tuner": "full"}),
     ("wide, NF4 base", "wide", {"max_steps": 3, "max_length": 256, "batch_size": 4, "base_precision": "nf4"}),

@@ -49,6 +49,22 @@ def find_parts(model: nn.Module) -> Parts:
     return Parts(causal.get_decoder(), layers, path, embedding, head)
 
 
+def units(model: nn.Module, parts: Parts) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every parameter of a model in exactly one unit: "layer 0" and on, "embedding", "head", "norm" (what is left)."""
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {f"layer {i}": [] for i in range(len(parts.layers))}
+    found |= {"embedding": [], "norm": [], "head": []}
+    ends = {id(p): "head" for p in parts.head.parameters()}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    ends |= {id(p): "embedding" for table in [*tables, parts.embedding] for p in table.parameters()}
+    for name, parameter in model.named_parameters():
+        if name.startswith(parts.layers_path + "."):
+            unit = "layer " + name.removeprefix(parts.layers_path + ".").split(".")[0]
+        else:
+            unit = ends.get(id(parameter), "norm")
+        found[unit].append((name, parameter))
+    return found
+
+
 def _inside_layer(name: str, model: nn.Module) -> bool:
     """Whether a ModuleList lies inside another one (experts of a layer, say)."""
     parents = name.split(".")[:-1]

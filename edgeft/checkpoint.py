@@ -12,9 +12,9 @@ import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -91,6 +91,18 @@ class Checkpoint:
     def itemsize(self, name: str) -> int:
         return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]].itemsize
 
+    def name_of(self, name: str) -> str:
+        """The name in these files of a model's parameter: they may lack a leading "model." or have one more.
+
+        Raises BadInput when no tensor, or more than one, has it.
+        """
+        if name in self.owner:
+            return name
+        found = [own for own in self.owner if name.endswith("." + own) or own.endswith("." + name)]
+        if len(found) != 1:
+            raise BadInput(self.folder, f"{name}: not in the checkpoint", "use the very base it was trained on")
+        return found[0]
+
     def __contains__(self, name: str) -> bool:
         return name in self.owner
 
@@ -157,11 +169,8 @@ def write_checkpoint(
             header[name] = {"dtype": code, "shape": entry["shape"], "data_offsets": [offset, offset + size]}
             offset += size
         size_bytes += offset
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the format asks
         with open(out / file.path.name, "wb") as writer:
-            writer.write(struct.pack("<Q", len(text)))
-            writer.write(text)
+            write_header(writer, header)
             for name in order:
                 tensor = change(name, file.read(name))
                 code = header[name]["dtype"]
@@ -246,14 +255,66 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         )
     model.config.use_cache = False
     model.eval()
-    linear: Any
-    for linear in model.modules():
-        if type(linear).__name__ == "Linear4bit":
-            linear.compute_dtype, linear.compute_type_is_set = compute, True
-            # in eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has no backward pass:
-            # every layer below would then get no gradient, and nothing would say so
-            linear.train()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            _compute_in(module, compute)
+    for parameter in model.parameters():  # embedding, head and norms come back in the dtype of the original file
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
     return model
+
+
+def _compute_in(linear: Any, compute: torch.dtype) -> None:
+    """Let a 4-bit Linear multiply in `compute`, with a backward pass.
+
+    In eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has none: every layer below would get
+    no gradient, and nothing would say so.
+    """
+    linear.compute_dtype, linear.compute_type_is_set = compute, True
+    linear.train()
+
+
+def make_nf4(linear: Any, compute: torch.dtype) -> Any:
+    """A Linear's 4-bit form (NF4, double quantisation), frozen, as `load_base` has them."""
+    from bitsandbytes import nn
+
+    kinds: Any = nn
+    made = kinds.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=compute, compress_statistics=True,
+        quant_type="nf4", device="meta",
+    )  # fmt: skip
+    weight = linear.weight.detach()
+    made.weight = kinds.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+    ).to(weight.device)
+    made.bias, made.source_cls = linear.bias, linear.source_cls
+    _compute_in(made, compute)
+    return made
+
+
+def join_files(files: Iterable[Path], out: Path) -> None:
+    """One safetensors file with the tensors of several, copied one at a time."""
+    sources = [TensorFile(path) for path in files]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for source in sources:
+        for name, entry in source.entries.items():
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            header[name] = {**entry, "data_offsets": [offset, offset + size]}
+            offset += size
+    with open(out, "wb") as writer:
+        write_header(writer, header)
+        for source in sources:
+            for name in source.entries:
+                writer.write(source.read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
+    """The start of a safetensors file: the header's length, then its JSON, padded to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    writer.write(struct.pack("<Q", len(text)))
+    writer.write(text)
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from edgeft.artifacts import Strict
 from edgeft.model_spec import Linear, ModelSpec
-from edgeft.settings import Training
+from edgeft.settings import ENDS, Training
 from edgeft.units import MIB
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -73,9 +73,34 @@ def trained_parameters(spec: ModelSpec, training: Training) -> int:
             training.rank * (linear.in_features + linear.out_features) for linear in targets(spec, training)
         )
         return per_layer * len(training.trained_layers)
-    if training.trains_ends:
-        return spec.total_parameters
-    return sum(spec.layer_parameters[i] for i in training.trained_layers)
+    return sum(spec.layer_parameters[i] for i in training.trained_layers) + sum(
+        size for end, size in end_parameters(spec).items() if getattr(training, end) == "on"
+    )
+
+
+def end_parameters(spec: ModelSpec) -> dict[str, int]:
+    """Parameters outside the layers by unit: a tied head counts as the embedding's."""
+    return {"embedding": spec.embedding_parameters, "norm": spec.other_parameters, "head": spec.head_parameters}
+
+
+def worst_sets(spec: ModelSpec, training: Training) -> list[Training]:
+    """The plan with each set of trained units that can need most at a time: itself, except under LISA.
+
+    Memory grows with how low the lowest layer lies, and hardly depends on where the others are: the n lowest layers,
+    and the lowest with the n - 1 topmost. An end that rotates takes the place of the layers that need least.
+    """
+    if training.layers != "lisa":
+        return [training]
+    pool, rotating = training.trained_layers, [end for end in ENDS if getattr(training, end) == "rotate"]
+    found = []
+    for ends in {(), *((end,) for end in rotating), tuple(rotating)}:
+        layers = training.active_layers - len(ends)
+        if layers < 0:
+            continue
+        modes = {end: "on" if end in ends or getattr(training, end) == "on" else "off" for end in ENDS}
+        for chosen in {pool[:layers], pool[:1] + pool[len(pool) - layers + 1 :] if layers else ()}:
+            found.append(training.model_copy(update={**modes, "layers": "sparse", "trained_layers": chosen}))
+    return found
 
 
 def targets(spec: ModelSpec, training: Training) -> list[Linear]:
@@ -92,7 +117,9 @@ def optimizer_bytes(spec: ModelSpec, training: Training, trained: int) -> int:
 
 def trained_itemsize(training: Training) -> int:
     """Bytes of one trained parameter: adapters are fp32, fully trained weights have the base's dtype."""
-    return 4 if training.tuner == "lora" else DTYPE_BYTES[training.base_precision]
+    if training.tuner == "lora" or training.layers != "all":  # layers of a half-precision or 4-bit base train in fp32
+        return 4
+    return DTYPE_BYTES[training.base_precision]
 
 
 def saved_bytes(spec: ModelSpec, training: Training) -> float:
@@ -127,13 +154,15 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     tokens = training.micro_batch_size * work.longest
     loss_tokens = training.micro_batch_size * work.longest_trained
-    lowest = min(training.trained_layers)
+    lowest = 0 if training.embedding == "on" else min(training.trained_layers, default=spec.num_hidden_layers)
     layers = spec.num_hidden_layers - lowest
     trained = trained_parameters(spec, training)
     trained_weights = trained * trained_itemsize(training)
     adapters = trained_weights if training.tuner == "lora" else 0
     copies = trained * e if adapters and e == 2 else 0  # autocast's casts of the fp32 adapters, kept like activations
-    above = (len(training.trained_layers) - 1) / len(training.trained_layers)  # share of layers done at the lowest one
+    above = (len(training.trained_layers) - 1) / max(
+        1, len(training.trained_layers)
+    )  # share of layers done at the lowest one
     optimizer = optimizer_bytes(spec, training, trained)
     saved = saved_bytes(spec, training)
     through = saved if len(training.trained_layers) == layers else min(saved, frozen_bytes(spec, training))
@@ -258,7 +287,8 @@ def phases(
             name="logits", bytes=logits, formula=f"at most {training.loss_chunk_tokens} tokens, V = {spec.vocab_size}"
         ),
     ]
-    step = [*fixed, *step_terms(spec, training, work)]
+    sets = (step_terms(spec, worst, work) for worst in worst_sets(spec, training))
+    step = [*fixed, *max(sets, key=lambda terms: sum(term.bytes for term in terms))]
     return (
         phase("load", load, spec, training),
         phase("evaluate", scoring, spec, training),

@@ -9,28 +9,20 @@ loss chunks change no result, only time: they are given up first.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 from edgeft import memory
 from edgeft.artifacts import Artifact, Strict, sha256_file, sha256_json, shipped_path, versions
+from edgeft.candidates import candidates, check_job
 from edgeft.data import Lengths, TextTokenizer, measure_lengths
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.profile import Profile, detect, load_profile
-from edgeft.settings import Job, Optimizer, Precision, Training, Tuner
+from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
 from edgeft.units import show_bytes
 
-# Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
-# memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
-# comparison named above) and far smaller.
-SMALL_MODEL = 50_000_000
 HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
-RANKS = (64, 32, 16, 8)
-CHUNKS = (1024, 256, 64)
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
-LORA_ALPHA = 16.0
 # Samples as Python lists: 44 bytes per token, 1,900 per row with its texts and what the heap loses. Measured
 # on five files of 1,500 to 6,000 rows, 52k to 716k tokens.
 DATA_BYTES = 3_000_000
@@ -39,7 +31,7 @@ DATA_BYTES = 3_000_000
 MEASURED_SHARE, DATASHEET_SHARE = 0.2, 0.35
 
 # expected quality points given up, by the evidence above; only their order decides
-NF4_COST, RANK_COST, LAYERS_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 0.1
+NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
 # On a CPU fp32 comes first even where bf16 multiplies faster: for every length of batch oneDNN compiles its kernels
 # anew and keeps them, which is slower than fp32 in short runs and grows beyond any plan.
 CPU_HALF_COST = 0.2
@@ -51,7 +43,8 @@ class Candidate(Strict):
     tuner: Tuner
     base_precision: Precision
     rank: int
-    layers: int
+    layers: Layers
+    trained: int
     micro_batch_size: int
     checkpointing: bool
     loss_chunk_tokens: int
@@ -105,14 +98,15 @@ def make_plan(job: Job) -> Plan:
     length, length_note = _max_length(job, spec, lengths)
     notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
-    rows, steps = _steps(job, lengths)
+    steps = _steps(job, lengths)
     data_bytes = DATA_BYTES + sum(44 * entry.tokens + 1900 * entry.rows for entry in others) if others else 0
     work = memory.Workload(length, min(length, lengths.longest_trained if lengths else length))
     if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
         hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
         raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
+    check_job(job, spec)
     looked_at: list[tuple[tuple[float, float], Training, tuple[memory.Phase, ...], int]] = []
-    for training in _candidates(job, profile, spec, length, rows, steps):
+    for training in candidates(job, profile, spec, length, steps):
         found = memory.phases(
             spec, training, work, baseline_bytes=profile.training_baseline_bytes, data_bytes=data_bytes
         )
@@ -120,6 +114,8 @@ def make_plan(job: Job) -> Plan:
         looked_at.append(
             ((_quality_cost(spec, training), _seconds(profile, spec, training, work)), training, found, peak)
         )
+    if not looked_at:
+        raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
     looked_at.sort(key=lambda entry: entry[0])
     chosen = next((entry for entry in looked_at if entry[3] <= budget), None)
     if chosen is None:
@@ -181,123 +177,21 @@ def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int
     return longest, []
 
 
-def _steps(job: Job, lengths: Lengths | None) -> tuple[int, int]:
-    """(training rows, optimizer steps)."""
+def _steps(job: Job, lengths: Lengths | None) -> int:
+    """Optimizer steps."""
     rows = lengths.rows if lengths else 1000
     if lengths and job.valid is None:
         rows -= min(500, max(1, round(rows * HELD_OUT_SHARE)))
     steps = max(1, round(job.epochs * -(-max(1, rows) // job.batch_size)))
-    return rows, min(steps, job.max_steps or steps)
-
-
-def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
-    """LoRA, and full fine-tuning too where the model is so small that adapters save nothing."""
-    if job.tuner is not None:
-        return [job.tuner]
-    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision == "nf4"
-    return ["full", "lora"] if spec.total_parameters <= SMALL_MODEL and not pinned_lora else ["lora"]
-
-
-def _precisions(job: Job, profile: Profile, tuner: Tuner) -> list[Precision]:
-    """Ways to keep the base, best first. A GPU computes in half precision, a CPU in fp32."""
-    if job.base_precision is not None:
-        return [job.base_precision]
-    half: Precision = "bf16" if profile.supports("bf16") else "fp16"
-    if tuner == "full":  # half-precision weights cannot take small updates
-        return ["fp32"]
-    if profile.device == "cpu":
-        return ["fp32", "bf16", "nf4"] if profile.supports("bf16") else ["fp32", "nf4"]
-    return [half] if profile.device == "mps" else [half, "nf4"]  # bitsandbytes has no 4-bit kernels for Apple GPUs
-
-
-def _candidates(job: Job, profile: Profile, spec: ModelSpec, length: int, rows: int, steps: int) -> Iterator[Training]:
-    """Every combination of what the user left open."""
-    count = spec.num_hidden_layers
-    if job.top_layers is not None and job.top_layers > count:
-        raise BadInput("top_layers", f"{job.top_layers} is more than the model's {count} layers", f"at most {count}")
-    if job.tuner == "full" and job.base_precision == "nf4":
-        raise BadInput(
-            "base_precision",
-            "4-bit weights cannot be trained themselves",
-            "use tuner=lora, or another precision",
-        )
-    suffixes = (
-        [job.top_layers] if job.top_layers else sorted({count, *(max(1, count * k // 4) for k in (1, 2, 3))})[::-1]
-    )
-    ranks = [job.rank] if job.rank else RANKS
-    smallest = min(RANKS[-1], spec.hidden_size)
-    batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
-    optimizers: list[Optimizer] = ["adamw"] if profile.device != "cuda" else ["adamw", "adamw8bit", "paged_adamw8bit"]
-    if job.optimizer and job.optimizer not in optimizers:
-        raise BadInput(
-            "optimizer",
-            f"{job.optimizer} needs CUDA, {profile.name} is a {profile.device} profile",
-            "use adamw",
-        )
-    ways = [
-        (tuner, precision, rank)
-        for tuner in _tuners(job, spec)
-        for precision in _precisions(job, profile, tuner)
-        for rank in (ranks if tuner == "lora" else [0])
-    ]
-    for (tuner, precision, rank), layers, batch, checkpointing, chunk, optimizer in itertools.product(
-        ways,
-        suffixes,
-        [job.micro_batch_size] if job.micro_batch_size else batches,
-        [job.checkpointing] if job.checkpointing is not None else [False, True],
-        [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
-        [job.optimizer] if job.optimizer else optimizers,
-    ):
-        if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
-            continue  # more than half the hidden size is no low rank
-        compute = precision if precision != "nf4" else _compute_of_nf4(profile)
-        lora = tuner == "lora"
-        yield Training(
-            device=profile.device,
-            tuner=tuner,
-            base_precision=precision,
-            compute_dtype=compute,  # type: ignore[arg-type]
-            rank=rank,
-            lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
-            target_modules=tuple(linear.name for linear in spec.linears if linear.role != "other") if lora else (),
-            trained_layers=tuple(range(count - layers, count)),
-            trains_ends=not lora and job.top_layers is None and layers == count,
-            micro_batch_size=batch,
-            batch_size=job.batch_size,
-            max_length=length,
-            checkpointing=checkpointing,
-            loss_chunk_tokens=chunk,
-            optimizer=optimizer,
-            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
-            steps=steps,
-            warmup_steps=max(1, round(job.warmup_fraction * steps)),
-            weight_decay=job.weight_decay,
-            max_grad_norm=job.max_grad_norm,
-            seed=job.seed,
-            checkpoint_steps=job.checkpoint_steps,
-            eval_rows=job.eval_rows,
-        )
-
-
-def _compute_of_nf4(profile: Profile) -> str:
-    """What 4-bit weights are multiplied in: half precision on a GPU, fp32 on a CPU."""
-    return "fp32" if profile.device == "cpu" else "bf16" if profile.supports("bf16") else "fp16"
-
-
-def default_learning_rate(spec: ModelSpec, tuner: Tuner) -> float:
-    """LoRA: 2e-4 (2000 / h)^0.775; full fine-tuning: 0.15 / h, falling with the width as in muP (arXiv 2203.03466).
-
-    The exponent is that of Schulman et al., "LoRA Without Regret", 2025; of their 5e-4 the example, at rsLoRA's scale,
-    reached 73.9% exact match on its test rows, of 2e-4 79.2%.
-    """
-    rate = 2e-4 * (2000 / spec.hidden_size) ** 0.775 if tuner == "lora" else 0.15 / spec.hidden_size
-    return float(f"{rate:.2g}")
+    return min(steps, job.max_steps or steps)
 
 
 def _quality_cost(spec: ModelSpec, training: Training) -> float:
     cost = NF4_COST if training.base_precision == "nf4" else 0.0
     cost += CPU_HALF_COST if training.device == "cpu" and training.compute_dtype != "fp32" else 0.0
     cost += ADAM8_COST if training.optimizer != "adamw" else 0.0
+    if training.layers == "lisa":  # every layer trains in its turn
+        cost += LISA_COST * (1 - training.active_layers / len(training.trained_layers))
     cost += LAYERS_COST * (1 - len(training.trained_layers) / spec.num_hidden_layers)
     if training.rank:
         cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
@@ -319,8 +213,12 @@ def _seconds(profile: Profile, spec: ModelSpec, training: Training, work: memory
     """
     tokens = training.batch_size * work.longest
     per_layer = sum(linear.in_features * linear.out_features for linear in spec.linears)
-    crossed = spec.num_hidden_layers - min(training.trained_layers)
-    passes = 2 * spec.num_hidden_layers + (4 if training.tuner == "full" else 2) * crossed
+    crossed = float(spec.num_hidden_layers - min(training.trained_layers))
+    trained = len(training.trained_layers)
+    if training.layers == "lisa":  # the lowest of n uniform draws out of L lies at (L - n) / (n + 1) on average
+        trained = training.active_layers
+        crossed -= (len(training.trained_layers) - trained) / (trained + 1)
+    passes = 2 * spec.num_hidden_layers + 2 * crossed + (2 * trained if training.tuner == "full" else 0)
     passes += 2 * crossed * training.checkpointing
     operations = float(passes) * per_layer * tokens
     operations += 6 * memory.trained_parameters(spec, training) * tokens if training.tuner == "lora" else 0
@@ -336,7 +234,8 @@ def _seconds(profile: Profile, spec: ModelSpec, training: Training, work: memory
 
 def _as_candidate(training: Training, peak: int, budget: int) -> Candidate:
     shared = {name: getattr(training, name) for name in Candidate.model_fields if hasattr(training, name)}
-    return Candidate(**shared, layers=len(training.trained_layers), high_bytes=peak, missed_bytes=max(0, peak - budget))
+    trained = training.active_layers or len(training.trained_layers)
+    return Candidate(**shared, trained=trained, high_bytes=peak, missed_bytes=max(0, peak - budget))
 
 
 def _gave_up(best: Training, best_bytes: int, chosen: Training, spec: ModelSpec) -> list[str]:
@@ -346,8 +245,10 @@ def _gave_up(best: Training, best_bytes: int, chosen: Training, spec: ModelSpec)
         lines.append("LoRA instead of full fine-tuning")
     if chosen.base_precision != best.base_precision:
         lines.append(f"base weights in {chosen.base_precision} instead of {best.base_precision}")
-    if len(chosen.trained_layers) != len(best.trained_layers):
-        lines.append(f"adapters in the top {len(chosen.trained_layers)} of {spec.num_hidden_layers} layers")
+    if chosen.layers == "lisa" != best.layers:
+        lines.append(f"LISA: {chosen.active_layers} of {len(chosen.trained_layers)} layers train at a time")
+    elif len(chosen.trained_layers) != len(best.trained_layers):
+        lines.append(f"{len(chosen.trained_layers)} of {spec.num_hidden_layers} layers train")
     if chosen.rank != best.rank and best.rank:
         lines.append(f"LoRA rank {chosen.rank} instead of {best.rank}")
     if chosen.optimizer != best.optimizer:
@@ -401,7 +302,8 @@ def _cheapest_change(
             return f"samples of at most {length} tokens would fit: --set max_length={length} {now}"
     for name in (
         "base_precision",
-        "top_layers",
+        "layers",
+        "active_layers",
         "checkpointing",
         "micro_batch_size",
         "rank",

@@ -31,6 +31,9 @@ def plan_text(plan: Plan) -> RenderableType:
     """A plan: what runs, the memory of each phase against the budget, what was given up."""
     training, spec = plan.training, plan.spec
     layers = f"{len(training.trained_layers)} of {spec.num_hidden_layers} layers"
+    if training.layers == "lisa":
+        layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
+        layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
     how = f"LoRA rank {training.rank} in {layers}" if training.tuner == "lora" else f"full fine-tuning of {layers}"
     rows = [
         ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),

@@ -41,3 +41,15 @@ class Proof(Strict):
     rungs: tuple[Rung, ...]
     scored_on: str
     scores: dict[str, Metrics]
+
+
+class UnitRecord(Strict):
+    """What training did to one unit of a model (a decoder layer, embedding, norm or head).
+
+    `steps` is in how many optimizer steps it trained; `relative_change` is ||W - W0|| / ||W0|| over its tensors that
+    may train, 0.0 exactly where nothing changed.
+    """
+
+    unit: str
+    steps: int
+    relative_change: float

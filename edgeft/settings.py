@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from edgeft.artifacts import Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
@@ -16,6 +16,25 @@ from edgeft.errors import BadInput, did_you_mean
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 Tuner = Literal["lora", "full"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+Layers = Literal["all", "sparse", "lisa"]
+LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progressive"]
+Schedule = Literal["uniform", "cycle", "weighted"]
+EndMode = Literal["off", "on", "rotate"]
+ENDS = ("embedding", "norm", "head")
+
+
+def parse_layers(value: Any) -> Any:
+    """`"0,5,12-15"` as (0, 5, 12, 13, 14, 15); anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    found: set[int] = set()
+    for part in value.split(","):
+        first, _, last = part.strip().partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+LayerSet = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
 
 class Job(Strict):
@@ -32,7 +51,22 @@ class Job(Strict):
     tuner: Tuner | None = Field(None, description="lora: low-rank adapters; full: every weight")
     rank: int | None = Field(None, ge=1, description="LoRA rank")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division by the root of the rank")
-    top_layers: int | None = Field(None, ge=1, description="train only this many last decoder layers")
+    layers: Layers | None = Field(
+        None, description="all decoder layers, sparse: a fixed few, lisa: a few at a time, drawn anew"
+    )
+    active_layers: int | None = Field(None, ge=1, description="layers that train at a time (sparse, lisa)")
+    layer_score: LayerScore = Field("top", description="which layers sparse takes; others than top, random read data")
+    trained_layers: LayerSet | None = Field(None, description="exactly these layers, as in 0,5,12-15 (sparse, lisa)")
+    embedding: EndMode | None = Field(None, description="the embedding trains: off, on, or rotates with the layers")
+    norm: EndMode | None = Field(None, description="the final norm: off, on, rotate")
+    head: EndMode | None = Field(None, description="the head: off, on, rotate; a tied head follows the embedding")
+    lisa_interval: int | None = Field(None, ge=1, description="optimizer steps between two draws of layers")
+    lisa_schedule: Schedule = Field(
+        "cycle", description="uniform: independent draws; cycle: each once a round; weighted"
+    )
+    lisa_state: Literal["drop", "park"] = Field(
+        "drop", description="optimizer state of a layer that leaves; park: on disk"
+    )
     base_precision: Precision | None = Field(None, description="how the frozen weights are kept in memory")
     micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
@@ -87,8 +121,16 @@ class Training(Strict):
     rank: int = 0
     lora_alpha: float = 0.0
     target_modules: tuple[str, ...] = ()
-    trained_layers: tuple[int, ...]
-    trains_ends: bool = Field(description="embedding, final norm and head train too (full fine-tuning of all layers)")
+    layers: Layers = "all"
+    trained_layers: tuple[int, ...] = Field(description="what may train; under lisa, what is drawn from")
+    active_layers: int = 0  # lisa: units (layers, rotating ends) that train at a time
+    embedding: EndMode = "off"
+    norm: EndMode = "off"
+    head: EndMode = "off"
+    lisa_interval: int = 0
+    lisa_schedule: Schedule = "cycle"
+    lisa_state: Literal["drop", "park"] = "drop"
+    layer_weights: tuple[float, ...] = ()  # lisa_schedule=weighted: one per trained layer
     micro_batch_size: int
     batch_size: int
     max_length: int
@@ -103,6 +145,11 @@ class Training(Strict):
     seed: int
     checkpoint_steps: int | None
     eval_rows: int
+
+    @property
+    def trains_ends(self) -> bool:
+        """Whether embedding, final norm and head train all the time, as in full fine-tuning."""
+        return self.embedding == self.norm == self.head == "on"
 
     @property
     def group_tokens(self) -> int:

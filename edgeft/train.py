@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
@@ -18,17 +19,19 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from edgeft import ledger
-from edgeft.architectures import Parts, find_parts, repeat_for_groups
+from edgeft.architectures import Parts, find_parts, repeat_for_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.batches import epoch_order, steps_per_epoch
-from edgeft.checkpoint import DTYPES, load_base, local_folder, weights_sha256
+from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
 from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_rows, to_samples
+from edgeft.dense import DenseTurns
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.evaluate import autocast, evaluate, token_losses
+from edgeft.lisa import Lisa, Named, state_bytes
 from edgeft.planner import HELD_OUT_SHARE, Plan
-from edgeft.scores import Metrics
+from edgeft.scores import Metrics, UnitRecord
 from edgeft.settings import Training
-from edgeft.tuners import apply_tuner, save_tuned
+from edgeft.tuners import CHANGED, apply_tuner, make_lisa, save_tuned, trained_units, unit_changes
 from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -63,6 +66,9 @@ class TrainResult(Artifact):
     valid: Metrics
     base_test: Metrics | None
     test: Metrics | None
+    units: tuple[UnitRecord, ...]
+    interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
+    interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
     resumed_at: tuple[int, ...] = ()
 
 
@@ -97,30 +103,47 @@ class Data:
 
 @dataclass
 class Run:
-    """One training process: the model, what trains, and everything a checkpoint must bring back."""
+    """One training process: the model, what trains, and everything a checkpoint must bring back.
+
+    With `work`, goes on from the newest readable checkpoint there; `counters` is what it said, None when there is none.
+    """
 
     training: Training
     device: torch.device
     compute: torch.dtype
     model: Any
     parts: Parts
-    chosen: list[tuple[str, torch.nn.Parameter]]
+    chosen: Named
+    lisa: Lisa | None = None
+    work: Path | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    counters: dict[str, Any] | None = field(init=False, default=None)
     step: int = 0
     tokens: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        found = newest_checkpoint(self.work) if self.work else None
+        if self.lisa is not None:
+            if found is None:
+                self.lisa.start()
+            else:
+                self.lisa.start(found.counters["step"], found.counters["lisa"], found.folder / "layers")
+            self.chosen = self.lisa.parameters()
         self.optimizer = make_optimizer(self.training, self.device, [p for _, p in self.chosen])
         scaled = self.compute == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if self.training.checkpointing:
-            recompute_layers(self.parts, self.training)
+            recompute_layers(self.parts)
+        if found is not None:
+            self._restore(found)
 
     def train_step(self, samples: list[Sample]) -> float:
         """Mean loss in nats per trained token of one optimizer step over `samples`, in micro-batches."""
         training = self.training
+        if self.lisa is not None and self.lisa.begin_step(self.step, self.optimizer):
+            self.chosen = self.lisa.parameters()
         tokens = sum(sample.trained_tokens for sample in samples)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, self.step)
@@ -146,36 +169,54 @@ class Run:
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """One checkpoint in `folder`/step-N, whole or not at all; the two newest are kept."""
         with staging(folder / f"step-{self.step:08d}") as temporary:
+            kept = self.chosen if self.lisa is None else self.lisa.in_memory()
             state = {
-                "parameters": {name: p.detach() for name, p in self.chosen},
+                "parameters": {name: p.detach() for name, p in kept},
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": torch.get_rng_state(),
             }
             torch.save(state, temporary / "state.pt")
             counters = {"step": self.step, "tokens": self.tokens, "curve": self.curve, **extra}
+            if self.lisa is not None:
+                counters["lisa"] = self.lisa.state_dict()
+                self.lisa.save_files(temporary / "layers")
             (temporary / "counters.json").write_text(json.dumps(counters))
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, folder: Path) -> dict[str, Any] | None:
-        """Go on from the newest readable checkpoint; its counters, or None when there is none."""
-        for path in sorted(folder.glob("step-*"), reverse=True):
-            try:
-                counters: dict[str, Any] = json.loads((path / "counters.json").read_text())
-                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
-                continue  # a disk that lost bytes: the one before it is as good, only older
-            with torch.no_grad():
-                for name, parameter in self.chosen:
-                    parameter.copy_(state["parameters"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["rng"])
-            self.step, self.tokens = counters["step"], counters["tokens"]
-            self.curve = [(step, loss) for step, loss in counters["curve"]]
-            return counters
-        return None
+    def _restore(self, found: Found) -> None:
+        own = dict(self.chosen if self.lisa is None else self.lisa.in_memory())
+        with torch.no_grad():
+            for name, value in found.state["parameters"].items():
+                own[name].copy_(value)
+        self.optimizer.load_state_dict(found.state["optimizer"])
+        self.scaler.load_state_dict(found.state["scaler"])
+        torch.set_rng_state(found.state["rng"])
+        self.counters = found.counters
+        self.step, self.tokens = found.counters["step"], found.counters["tokens"]
+        self.curve = [(step, loss) for step, loss in found.counters["curve"]]
+
+
+@dataclass
+class Found:
+    """A checkpoint that could be read."""
+
+    folder: Path
+    counters: dict[str, Any]
+    state: dict[str, Any]
+
+
+def newest_checkpoint(work: Path) -> Found | None:
+    """The newest readable checkpoint; one that a disk has lost bytes of is passed over for the one before it."""
+    for path in sorted(work.glob("step-*"), reverse=True):
+        try:
+            counters = json.loads((path / "counters.json").read_text())
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+            continue
+        return Found(path, counters, state)
+    return None
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -201,18 +242,20 @@ def make_optimizer(
     return optimizer
 
 
-def recompute_layers(parts: Parts, training: Training) -> None:
-    """Checkpoint the activations of every layer that autograd sees: the lowest trained one and all above it.
+def recompute_layers(parts: Parts) -> None:
+    """Checkpoint the activations of every layer that autograd sees when it runs.
 
-    The layers below run without autograd and save nothing; checkpointing them as well would only cost their inputs.
+    A layer below the lowest one that trains saves nothing; checkpointing it as well would only cost its inputs.
     """
-    for layer in list(parts.layers)[min(training.trained_layers) :]:
-        layer.forward = _recomputed(layer.forward)  # type: ignore[method-assign]
+    for layer in parts.layers:
+        layer.forward = _recomputed(layer, layer.forward)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(layer: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        seen = any(value.requires_grad for value in inputs) or any(p.requires_grad for p in layer.parameters())
+        if not torch.is_grad_enabled() or not seen:
             return forward(*args, **kwargs)
         # no dropout runs in training, so no RNG state need be kept per layer
         return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -325,26 +368,191 @@ def train(
     ledger.import_all()
     ledger.control_malloc()
     started = time.monotonic()
-    training = plan.training
-    device, compute, deviations = choose_device(plan, wanted_device)
-    if deviations:
-        training = training.model_copy(update={d.what: d.done for d in deviations})
-    check_budget(plan, device)
-    folder = local_folder(plan.job.model)
-    data = Data.read(plan)
-    work = work_folder(out)
-    with saving(work):
-        work.mkdir(parents=True, exist_ok=True)
-        if (work / "plan.sha256").exists() and (work / "plan.sha256").read_text() != plan_sha256:
-            for old in work.glob("step-*"):  # checkpoints of another plan
-                shutil.rmtree(old)
-        (work / "plan.sha256").write_text(plan_sha256)
-    phases: dict[str, int] = {}
-    progress("load", 0, 1, {})
-    model, parts = prepare(plan, device, compute, folder)
-    check_head(model, parts, data.train[0], device, compute)
-    base_sha256 = weights_sha256(folder)
-    phases["load"] = ledger.peak_bytes(device)
+    refuse_several_processes()
+    session = Session.open(plan, out, plan_sha256, progress, wanted_device)
+    if not session.scores:  # every checkpoint there was had become unreadable
+        shutil.rmtree(session.work)
+        del session
+        session = Session.open(plan, out, plan_sha256, progress, wanted_device)
+    session.loop()
+    result = session.finish(out, plan_sha256)
+    progress("done", 1, 1, {"seconds": time.monotonic() - started})
+    return result
+
+
+def refuse_several_processes() -> None:
+    """Raise BadInput under torchrun and its like: each process would train, and write, the same run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problem = f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE), training runs in one"
+        raise BadInput("train", problem, "start it without torchrun, accelerate launch or mpirun")
+
+
+@dataclass
+class Session:
+    """One call of `train`: what was read, what runs, and what is said about it at the end."""
+
+    plan: Plan
+    training: Training
+    device: torch.device
+    compute: torch.dtype
+    deviations: list[Deviation]
+    data: Data
+    work: Path
+    progress: Progress
+    run: Run
+    base_sha256: str
+    scores: dict[str, Any]
+    phases: dict[str, int]
+    resumed: list[int]
+    seconds: float
+    interval_peaks: list[int]
+
+    @classmethod
+    def open(cls, plan: Plan, out: Path, plan_sha256: str, progress: Progress, wanted: str | None) -> Session:
+        """Data, model and the newest checkpoint; the base is scored when there is none."""
+        device, compute, deviations = choose_device(plan, wanted)
+        training = plan.training.model_copy(update={d.what: d.done for d in deviations})
+        check_budget(plan, device)
+        folder = local_folder(plan.job.model)
+        data = Data.read(plan)
+        work = work_folder(out)
+        with saving(work):
+            work.mkdir(parents=True, exist_ok=True)
+            if (work / "plan.sha256").exists() and (work / "plan.sha256").read_text() != plan_sha256:
+                for old in work.glob("step-*"):  # checkpoints of another plan
+                    shutil.rmtree(old)
+            (work / "plan.sha256").write_text(plan_sha256)
+        progress("load", 0, 1, {})
+        model, parts = prepare(plan, device, compute, folder)
+        check_head(model, parts, data.train[0], device, compute)
+        phases = {"load": ledger.peak_bytes(device)}
+        fresh: dict[str, Any] = {}
+        if not any(work.glob("step-*")):
+            ledger.reset_peak(device)
+            score = scorer(model, parts, data, training, device, compute, progress)
+            fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
+            fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
+            phases["evaluate"] = ledger.peak_bytes(device)
+        chosen = apply_tuner(model, parts, training)
+        lisa = None
+        low = training.tuner == "full" and (training.base_precision == "nf4" or compute != torch.float32)
+        if training.layers == "lisa" or (training.layers == "sparse" and low):
+            turns = DenseTurns(model, parts, Checkpoint(folder), work / "layers", compute) if low else None
+            lisa = make_lisa(model, parts, training, turns, work / "layers")
+        run = Run(training, device, compute, model, parts, chosen, lisa, work)
+        resumed = [run.step] if run.step else []
+        before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
+        return cls(
+            plan, training, device, compute, deviations, data, work, progress, run, weights_sha256(folder),
+            before["scores"], {**phases, **before["phases"]}, [*before["resumed_at"], *resumed],
+            before["seconds"], before["peaks"],
+        )  # fmt: skip
+
+    def loop(self) -> None:
+        """Every step that is left, with checkpoints; raises KeyboardInterrupt after saving when asked to stop."""
+        run, training, device = self.run, self.training, self.device
+        ledger.reset_peak(device)
+        before, started = self.seconds, time.monotonic()
+
+        def note() -> dict[str, Any]:
+            self.phases["train"] = max(self.phases.get("train", 0), ledger.peak_bytes(device), *self.interval_peaks, 0)
+            self.seconds = before + time.monotonic() - started
+            return {"scores": self.scores, "resumed_at": self.resumed, "seconds": self.seconds, "phases": self.phases,
+                    "peaks": self.interval_peaks}  # fmt: skip
+
+        with Stop() as stop:
+            last_saved = time.monotonic()
+            for samples in remaining_steps(training, self.data.train, run.step):
+                if run.lisa is not None and run.lisa.due(run.step):
+                    self.interval_peaks.append(ledger.peak_bytes(device))
+                    ledger.reset_peak(device)
+                loss = run.train_step(samples)
+                run.curve.append((run.step, round(loss, 6)))
+                spent = before + time.monotonic() - started
+                self.progress("train", run.step, training.steps, {
+                    "loss": loss, "learning_rate": learning_rate(training, run.step - 1),
+                    "tokens_per_second": run.tokens / spent, "bytes_now": ledger.bytes_now(device),
+                    "seconds_left": spent / run.step * (training.steps - run.step),
+                })  # fmt: skip
+                due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
+                if training.checkpoint_steps is not None:
+                    due = run.step % training.checkpoint_steps == 0
+                if (due and run.step < training.steps) or stop.asked:
+                    run.save(self.work, note())
+                    last_saved = time.monotonic()
+                if stop.asked:
+                    raise KeyboardInterrupt
+        note()
+        if run.lisa is not None:
+            self.interval_peaks.append(ledger.peak_bytes(device))
+            run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
+        run.optimizer.state.clear()  # scoring needs no optimizer states
+
+    def finish(self, out: Path, plan_sha256: str) -> TrainResult:
+        """Score what was trained and write it, whole or not at all."""
+        run, training, device, data = self.run, self.training, self.device, self.data
+        ledger.reset_peak(device)
+        score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress)
+        valid = score("valid", data.valid[: training.eval_rows])
+        test = score("test", data.test) if data.test else None
+        self.phases["evaluate"] = max(self.phases.get("evaluate", 0), ledger.peak_bytes(device))
+        ledger.reset_peak(device)
+        with staging(out) as temporary:
+            if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
+                for unit in run.lisa.active:
+                    run.lisa.turns.keep(unit)
+                join_files(map(run.lisa.turns.file, run.lisa.visited()), temporary / CHANGED)
+            else:
+                kept = run.chosen if run.lisa is None else run.lisa.in_memory()
+                save_tuned(run.model, run.parts, training, kept, self.plan.job.model, temporary)
+            self.phases["save"] = ledger.peak_bytes(device)
+            base = Checkpoint(local_folder(self.plan.job.model))
+            steps = (
+                run.lisa.steps if run.lisa else dict.fromkeys(trained_units(run.model, run.parts, training), run.step)
+            )
+            changes = unit_changes(temporary, base, run.model, run.parts, training)
+            result = TrainResult(
+                input_sha256=plan_sha256,
+                versions=versions(),
+                plan=self.plan,
+                base_sha256=self.base_sha256,
+                deviations=tuple(self.deviations),
+                steps=run.step,
+                trained_parameters=sum(p.numel() for _, p in run.chosen),
+                trained_tokens=run.tokens,
+                seconds=round(self.seconds, 2),
+                tokens_per_second=round(run.tokens / self.seconds, 1),
+                predicted_peak_bytes=self.plan.peak_bytes,
+                measured_peak_bytes=max(self.phases.values()),
+                phase_peak_bytes=self.phases,
+                loss_curve=tuple(run.curve),
+                cut_rows=sum(sample.cut_tokens > 0 for sample in data.train),
+                base_valid=Metrics.model_validate(self.scores["base_valid"]),
+                valid=valid,
+                base_test=Metrics.model_validate(self.scores["base_test"]) if self.scores["base_test"] else None,
+                test=test,
+                units=tuple(
+                    UnitRecord(
+                        unit=unit,
+                        steps=steps.get(unit, 0),
+                        relative_change=changes.get(unit, 0.0),
+                    )
+                    for unit in units(run.model, run.parts)
+                ),
+                interval_peak_bytes=tuple(self.interval_peaks),
+                interval_optimizer_bytes=() if run.lisa is None else tuple(run.lisa.optimizer_bytes),
+                resumed_at=tuple(self.resumed),
+            )
+            result.write(temporary / "train.json")
+        shutil.rmtree(self.work, ignore_errors=True)
+        return result
+
+
+def scorer(
+    model: Any, parts: Parts, data: Data, training: Training, device: torch.device, compute: torch.dtype,
+    progress: Progress,
+) -> Callable[[str, list[Sample]], Metrics]:  # fmt: skip
+    """A function (name, samples) -> Metrics that scores no more at once than a training step holds."""
 
     def score(name: str, samples: list[Sample]) -> Metrics:
         return evaluate(
@@ -353,88 +561,7 @@ def train(
             progress=lambda done, total: progress(name, done, total, {}),
         )  # fmt: skip
 
-    valid = data.valid[: training.eval_rows]
-    scores: dict[str, Any] = {}
-    if not any(work.glob("step-*")):
-        ledger.reset_peak(device)
-        scores["base_valid"] = score("base on valid", valid).model_dump()
-        scores["base_test"] = score("base on test", data.test).model_dump() if data.test else None
-        phases["evaluate"] = ledger.peak_bytes(device)
-    run = Run(training, device, compute, model, parts, apply_tuner(model, parts, training))
-    counters = run.load(work) or {"scores": scores, "resumed_at": [], "seconds": 0.0, "phases": phases}
-    resumed = [*counters["resumed_at"], *([run.step] if run.step else [])]
-    scores, phases = counters["scores"], {**phases, **counters["phases"]}
-    if not scores:  # every checkpoint there was had become unreadable
-        return _start_over(plan, out, plan_sha256, progress, wanted_device)
-    ledger.reset_peak(device)
-    before = counters["seconds"]
-    loop_started = time.monotonic()
-
-    def extra() -> dict[str, Any]:
-        phases["train"] = max(phases.get("train", 0), ledger.peak_bytes(device))
-        spent = before + time.monotonic() - loop_started
-        return {"scores": scores, "resumed_at": resumed, "seconds": spent, "phases": phases}
-
-    with Stop() as stop:
-        last_saved = time.monotonic()
-        for samples in remaining_steps(training, data.train, run.step):
-            loss = run.train_step(samples)
-            run.curve.append((run.step, round(loss, 6)))
-            spent = before + time.monotonic() - loop_started
-            progress("train", run.step, training.steps, {
-                "loss": loss, "learning_rate": learning_rate(training, run.step - 1),
-                "tokens_per_second": run.tokens / spent, "bytes_now": ledger.bytes_now(device),
-                "seconds_left": spent / run.step * (training.steps - run.step),
-            })  # fmt: skip
-            due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
-            if training.checkpoint_steps is not None:
-                due = run.step % training.checkpoint_steps == 0
-            if (due and run.step < training.steps) or stop.asked:
-                run.save(work, extra())
-                last_saved = time.monotonic()
-            if stop.asked:
-                raise KeyboardInterrupt
-    spent = extra()["seconds"]
-    run.optimizer.state.clear()  # scoring needs no optimizer states
-    ledger.reset_peak(device)
-    tuned_valid = score("valid", valid)
-    tuned_test = score("test", data.test) if data.test else None
-    phases["evaluate"] = max(phases.get("evaluate", 0), ledger.peak_bytes(device))
-    ledger.reset_peak(device)
-    with staging(out) as temporary:
-        save_tuned(model, parts, training, plan.job.model, temporary)
-        phases["save"] = ledger.peak_bytes(device)
-        result = TrainResult(
-            input_sha256=plan_sha256,
-            versions=versions(),
-            plan=plan,
-            base_sha256=base_sha256,
-            deviations=tuple(deviations),
-            steps=run.step,
-            trained_parameters=sum(p.numel() for _, p in run.chosen),
-            trained_tokens=run.tokens,
-            seconds=round(spent, 2),
-            tokens_per_second=round(run.tokens / spent, 1),
-            predicted_peak_bytes=plan.peak_bytes,
-            measured_peak_bytes=max(phases.values()),
-            phase_peak_bytes=phases,
-            loss_curve=tuple(run.curve),
-            cut_rows=sum(sample.cut_tokens > 0 for sample in data.train),
-            base_valid=Metrics.model_validate(scores["base_valid"]),
-            valid=tuned_valid,
-            base_test=Metrics.model_validate(scores["base_test"]) if scores["base_test"] else None,
-            test=tuned_test,
-            resumed_at=tuple(resumed),
-        )
-        result.write(temporary / "train.json")
-    shutil.rmtree(work, ignore_errors=True)
-    progress("done", 1, 1, {"seconds": time.monotonic() - started})
-    return result
-
-
-def _start_over(plan: Plan, out: Path, plan_sha256: str, progress: Progress, wanted: str | None) -> TrainResult:
-    shutil.rmtree(work_folder(out))
-    return train(plan, out, plan_sha256=plan_sha256, progress=progress, wanted_device=wanted)
+    return score
 
 
 def remaining_steps(training: Training, samples: list[Sample], done: int) -> Iterator[list[Sample]]:

@@ -383,7 +383,7 @@ def training(base_precision: str, compute_dtype: str = "fp32") -> Training:
     return Training.model_validate(
         {
             "device": "cpu", "tuner": "lora", "base_precision": base_precision,
-            "compute_dtype": compute_dtype, "trained_layers": (0, 1), "trains_ends": False,
+            "compute_dtype": compute_dtype, "trained_layers": (0, 1),
             "micro_batch_size": 1, "batch_size": 1,
             "max_length": 8, "checkpointing": False, "loss_chunk_tokens": 16,
             "optimizer": "adamw",

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def plan_of(layers: range, tokens: int, **changes: Any) -> Training:
     values: dict[str, Any] = {
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 8,
-        "lora_alpha": 16.0, "target_modules": ALL, "trained_layers": tuple(layers), "trains_ends": False,
+        "lora_alpha": 16.0, "target_modules": ALL, "trained_layers": tuple(layers),
         "micro_batch_size": 2, "batch_size": 2, "max_length": tokens, "checkpointing": False, "loss_chunk_tokens": 64,
         "optimizer": "adamw", "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0,
         "max_grad_norm": 1.0, "seed": 0, "checkpoint_steps": None, "eval_rows": 1,
@@ -70,6 +70,7 @@ def shape(**changes: Any) -> LlamaConfig:
 
 
 FOUR = range(4)
+ENDS_ON = {"embedding": "on", "norm": "on", "head": "on"}
 CASES: dict[str, tuple[dict[str, Any], range, int, int, dict[str, Any], float]] = {
     # name: shape, trained layers, tokens, trained tokens, plan, tolerance
     "LoRA": ({}, FOUR, 256, 255, {}, 0.002),
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[dict[str, Any], range, int, int, dict[str, Any], float]] 
     "LoRA, tied, attention only": ({"tie_word_embeddings": True}, FOUR, 256, 255, {"target_modules": ALL[:4]}, 0.002),
     "LoRA, bf16": ({}, FOUR, 256, 255, {"base_precision": "bf16", "compute_dtype": "bf16"}, 0.005),
     "LoRA, checkpointing": ({}, FOUR, 256, 4, {"checkpointing": True}, 0.05),
-    "full": ({}, FOUR, 256, 4, {"tuner": "full", "trains_ends": True}, 0.03),
+    "full": ({}, FOUR, 256, 4, {"tuner": "full", **ENDS_ON}, 0.03),
     "full, top two layers": ({}, range(2, 4), 256, 4, {"tuner": "full"}, 0.03),
 }
 
@@ -101,7 +102,7 @@ def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
     spec = spec_of(config, tmp_path)
     for plan, layers in (
         ({}, range(1, 4)),
-        ({"tuner": "full", "trains_ends": True}, FOUR),
+        ({"tuner": "full", **ENDS_ON}, FOUR),
         ({"tuner": "full"}, range(3, 4)),
     ):
         training = plan_of(layers, 32, **plan)

@@ -46,7 +46,15 @@ def test_every_rejected_candidate_missed_and_says_by_how_much() -> None:
 
 
 def test_what_the_user_sets_is_kept() -> None:
-    made = plan(rank=8, micro_batch_size=2, checkpointing=True, top_layers=3, loss_chunk_tokens=128, max_length=512)
+    made = plan(
+        rank=8,
+        micro_batch_size=2,
+        checkpointing=True,
+        layers="sparse",
+        active_layers=3,
+        loss_chunk_tokens=128,
+        max_length=512,
+    )
     training = made.training
     assert (training.rank, training.micro_batch_size, training.checkpointing) == (8, 2, True)
     assert (training.trained_layers, training.loss_chunk_tokens, training.max_length) == ((29, 30, 31), 128, 512)
@@ -89,14 +97,18 @@ def test_a_pin_that_does_not_fit_is_named() -> None:
             {"base_precision": "bf16"},
             "base_precision: t4 does not compute bf16 at full rate\n\nhint: use one of fp32, fp16, nf4",
         ),
-        ({"top_layers": 40}, "top_layers: 40 is more than the model's 32 layers\n\nhint: at most 32"),
+        (
+            {"layers": "sparse", "active_layers": 40},
+            "active_layers: 40 is more than the model's 32 layers\n\nhint: at most 32",
+        ),
         (
             {"max_length": 200_000},
             "max_length: 200000 is more than the model's 131072 positions\n\nhint: at most 131072",
         ),
         (
             {"tuner": "full", "base_precision": "nf4"},
-            "base_precision: 4-bit weights cannot be trained themselves\n\nhint: use tuner=lora, or another precision",
+            "base_precision: 4-bit weights cannot be trained themselves\n\nhint: use tuner=lora, layers=lisa or "
+            "layers=sparse (the layers that train are dense then), or another precision",
         ),
     ],
 )

@@ -28,6 +28,9 @@ def test_only_the_model_is_required() -> None:
     assert job.model_dump(exclude_none=True) == {
         "model": "m",
         "profile": "cpu",
+        "layer_score": "top",
+        "lisa_schedule": "cycle",
+        "lisa_state": "drop",
         "batch_size": 16,
         "epochs": 3.0,
         "warmup_fraction": 0.05,

@@ -52,7 +52,8 @@ def run(path: Path, out: Path, **options: Any) -> TrainResult:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"tuner": "full"}, {"top_layers": 1}, {"checkpointing": True, "micro_batch_size": 2}]
+    "settings",
+    [{}, {"tuner": "full"}, {"layers": "sparse", "active_layers": 1}, {"checkpointing": True, "micro_batch_size": 2}],
 )
 def test_training_lowers_the_loss_and_changes_only_what_was_planned(
     settings: dict[str, Any], plan_file: Any, checkpoint_folder: Path, tmp_path: Path
@@ -231,7 +232,7 @@ def test_frozen_layers_run_without_autograd(plan_file: Any, checkpoint_folder: P
     from edgeft.tuners import apply_tuner
 
     for checkpointing in (False, True):
-        training = Plan.read(plan_file(top_layers=1, checkpointing=checkpointing)).training
+        training = Plan.read(plan_file(layers="sparse", active_layers=1, checkpointing=checkpointing)).training
         model = load_plain(checkpoint_folder)
         parts = find_parts(model)
         Run(training, torch.device("cpu"), torch.float32, model, parts, apply_tuner(model, parts, training))

@@ -1,0 +1,204 @@
+"""Which ways of training are looked at? Every combination of what the user left open, none of what cannot work."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from edgeft.errors import BadInput
+from edgeft.model_spec import ModelSpec
+from edgeft.profile import Profile
+from edgeft.settings import ENDS, Job, Optimizer, Precision, Training, Tuner
+
+# Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
+# memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
+# comparison named in planner.py) and far smaller.
+SMALL_MODEL = 50_000_000
+RANKS = (64, 32, 16, 8)
+CHUNKS = (1024, 256, 64)
+LORA_ALPHA = 16.0
+LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
+
+
+def check_job(job: Job, spec: ModelSpec) -> None:
+    """Raise BadInput for settings that contradict one another or the model."""
+    count = spec.num_hidden_layers
+    if job.tuner == "full" and job.base_precision == "nf4" and job.layers not in ("lisa", "sparse"):
+        hint = (
+            "use tuner=lora, layers=lisa or layers=sparse (the layers that train are dense then), or another precision"
+        )
+        raise BadInput("base_precision", "4-bit weights cannot be trained themselves", hint)
+    for name, most in (("active_layers", job.active_layers), ("trained_layers", max(job.trained_layers or (0,)) + 1)):
+        if getattr(job, name) is not None and most is not None and most > count:
+            raise BadInput(name, f"{most} is more than the model's {count} layers", f"at most {count}")
+    if job.trained_layers == ():
+        raise BadInput("trained_layers", "names no layer", f"name some of 0 to {count - 1}, as in 0,5,12-15")
+    for name in ("active_layers", "trained_layers"):
+        if getattr(job, name) is not None and job.layers in (None, "all"):
+            raise BadInput(name, "says which layers train, but all do", "add --set layers=sparse or layers=lisa")
+    if job.layers == "sparse" and job.trained_layers and job.active_layers not in (None, len(job.trained_layers)):
+        raise BadInput("active_layers", f"{job.active_layers}, but trained_layers names {len(job.trained_layers)}",
+                       "leave one of them out")  # fmt: skip
+    ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
+    if ends and job.tuner == "lora":
+        raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
+    if "rotate" in (job.embedding, job.norm, job.head) and job.layers != "lisa":
+        raise BadInput("rotate", "embedding, norm and head rotate only with the layers", "add --set layers=lisa")
+    if spec.tie_word_embeddings and job.head is not None and job.embedding is not None and job.head != job.embedding:
+        problem = f"{job.head}, the embedding {job.embedding}: they are one tied tensor in this model"
+        raise BadInput("head", problem, "leave head out: it follows the embedding")
+    if job.lisa_schedule == "weighted" and job.layer_score in ("top", "random"):
+        raise BadInput("lisa_schedule", "weighted draws need scores", "add --set layer_score=gradient (or another)")
+
+
+def _layer_ways(
+    job: Job, spec: ModelSpec, tuner: Tuner, steps: int, scores: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """The fields of Training that say which layers and ends train, best first."""
+    count = spec.num_hidden_layers
+    every = tuple(range(count))
+    given = {end: getattr(job, end) or "off" for end in ENDS}
+    if spec.tie_word_embeddings:
+        given["head"] = given["embedding"] = job.embedding or job.head or "off"
+    full_ends = dict.fromkeys(ENDS, "on") if tuner == "full" else {}
+    whole = {
+        "layers": "all",
+        "trained_layers": every,
+        **full_ends,
+        **{e: m for e, m in given.items() if getattr(job, e)},
+    }
+    ways = []
+    if job.layers in (None, "all"):
+        ways.append(whole)
+    if job.layers == "sparse" or (job.layers is None and tuner == "lora"):
+        counts = [job.active_layers] if job.active_layers else sorted({max(1, count * k // 4) for k in (1, 2, 3)})[::-1]
+        sets = [job.trained_layers] if job.trained_layers else [_best(job, spec, n, scores) for n in counts]
+        ways += [{"layers": "sparse", "trained_layers": chosen, **given} for chosen in sets]
+    if job.layers == "lisa" or (job.layers is None and tuner == "full"):
+        pool = job.trained_layers or every
+        size = len(pool) + sum(mode == "rotate" for mode in given.values())
+        for active in [job.active_layers] if job.active_layers else sorted({min(n, len(pool)) for n in (4, 2)})[::-1]:
+            interval = job.lisa_interval or max(1, min(LISA_INTERVAL, steps // (2 * -(-size // active))))
+            ways.append({
+                "layers": "lisa", "trained_layers": pool, "active_layers": active, "lisa_interval": interval,
+                "lisa_schedule": job.lisa_schedule, "lisa_state": job.lisa_state, **given,
+                "layer_weights": tuple(scores[i] for i in pool) if scores and job.lisa_schedule == "weighted" else (),
+            })  # fmt: skip
+    return ways
+
+
+def _best(job: Job, spec: ModelSpec, count: int, scores: Sequence[float] | None) -> tuple[int, ...]:
+    """The `count` layers that sparse training takes: the topmost, random ones, or those of the highest scores."""
+    layers = spec.num_hidden_layers
+    if job.layer_score == "random":
+        return tuple(sorted(random.Random(f"layers {job.seed}").sample(range(layers), count)))
+    if scores:
+        return tuple(sorted(sorted(range(layers), key=lambda i: -scores[i])[:count]))
+    return tuple(range(layers - count, layers))
+
+
+def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
+    """LoRA, and full fine-tuning too where the model is so small that adapters save nothing."""
+    if job.tuner is not None:
+        return [job.tuner]
+    if any(getattr(job, end) not in (None, "off") for end in ENDS):
+        return ["full"]
+    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision == "nf4"
+    return ["full", "lora"] if spec.total_parameters <= SMALL_MODEL and not pinned_lora else ["lora"]
+
+
+def _precisions(job: Job, profile: Profile, tuner: Tuner, some_layers: bool) -> list[Precision]:
+    """Ways to keep the base, best first. A GPU computes in half precision, a CPU in fp32.
+
+    Half-precision weights cannot take small updates: full fine-tuning of all layers is fp32. Of some layers, those
+    that train are fp32 beside a base of any precision.
+    """
+    if job.base_precision is not None:
+        return [job.base_precision]
+    half: Precision = "bf16" if profile.supports("bf16") else "fp16"
+    if tuner == "full" and (not some_layers or profile.device == "cpu"):
+        return ["fp32", "nf4"] if some_layers else ["fp32"]
+    if profile.device == "cpu":
+        return ["fp32", "bf16", "nf4"] if profile.supports("bf16") else ["fp32", "nf4"]
+    return [half] if profile.device == "mps" else [half, "nf4"]  # bitsandbytes has no 4-bit kernels for Apple GPUs
+
+
+def candidates(
+    job: Job, profile: Profile, spec: ModelSpec, length: int, steps: int, scores: Sequence[float] | None = None
+) -> Iterator[Training]:
+    """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data."""
+    ranks = [job.rank] if job.rank else RANKS
+    smallest = min(RANKS[-1], spec.hidden_size)
+    batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
+    optimizers: list[Optimizer] = ["adamw"] if profile.device != "cuda" else ["adamw", "adamw8bit", "paged_adamw8bit"]
+    if job.optimizer and job.optimizer not in optimizers:
+        raise BadInput(
+            "optimizer",
+            f"{job.optimizer} needs CUDA, {profile.name} is a {profile.device} profile",
+            "use adamw",
+        )
+    ways = [
+        (tuner, precision, rank, layers)
+        for tuner in _tuners(job, spec)
+        for layers in _layer_ways(job, spec, tuner, steps, scores)
+        for precision in _precisions(job, profile, tuner, layers["layers"] != "all")
+        for rank in (ranks if tuner == "lora" else [0])
+    ]
+    for (tuner, precision, rank, layers), batch, checkpointing, chunk, optimizer in itertools.product(
+        ways,
+        [job.micro_batch_size] if job.micro_batch_size else batches,
+        [job.checkpointing] if job.checkpointing is not None else [False, True],
+        [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
+        [job.optimizer] if job.optimizer else optimizers,
+    ):
+        if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
+            continue  # more than half the hidden size is no low rank
+        compute = precision if precision != "nf4" else _compute_of_nf4(profile)
+        trains_end = next((end for end in ENDS if layers["layers"] == "lisa" and layers[end] != "off"), None)
+        if compute != "fp32" and trains_end is not None:
+            if job.base_precision is None:
+                continue  # an fp32 embedding or norm would make every activation fp32
+            problem = f"trains in fp32, but this plan computes in {compute}"
+            raise BadInput(trains_end, problem, f"leave {trains_end} off, or base_precision to the planner")
+        lora = tuner == "lora"
+        yield Training(
+            device=profile.device,
+            tuner=tuner,
+            base_precision=precision,
+            compute_dtype=compute,  # type: ignore[arg-type]
+            rank=rank,
+            lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
+            target_modules=tuple(linear.name for linear in spec.linears if linear.role != "other") if lora else (),
+            **layers,
+            micro_batch_size=batch,
+            batch_size=job.batch_size,
+            max_length=length,
+            checkpointing=checkpointing,
+            loss_chunk_tokens=chunk,
+            optimizer=optimizer,
+            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
+            steps=steps,
+            warmup_steps=max(1, round(job.warmup_fraction * steps)),
+            weight_decay=job.weight_decay,
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
+            checkpoint_steps=job.checkpoint_steps,
+            eval_rows=job.eval_rows,
+        )
+
+
+def _compute_of_nf4(profile: Profile) -> str:
+    """What 4-bit weights are multiplied in: half precision on a GPU, fp32 on a CPU."""
+    return "fp32" if profile.device == "cpu" else "bf16" if profile.supports("bf16") else "fp16"
+
+
+def default_learning_rate(spec: ModelSpec, tuner: Tuner) -> float:
+    """LoRA: 2e-4 (2000 / h)^0.775; full fine-tuning: 0.15 / h, falling with the width as in muP (arXiv 2203.03466).
+
+    The exponent is that of Schulman et al., "LoRA Without Regret", 2025; of their 5e-4 the example, at rsLoRA's scale,
+    reached 73.9% exact match on its test rows, of 2e-4 79.2%.
+    """
+    rate = 2e-4 * (2000 / spec.hidden_size) ** 0.775 if tuner == "lora" else 0.15 / spec.hidden_size
+    return float(f"{rate:.2g}")

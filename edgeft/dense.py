@@ -1,0 +1,120 @@
+"""How does a layer of a 4-bit or half-precision base train at full rank in fp32, and how does it go back?
+
+The layer that trains is made dense from the *original* weights plus what it learnt before. When it leaves, what it
+learnt is kept as it is, in fp32, in a file of its own, and the layer re-enters the base in the base's precision. The
+change is never rounded: only the copy that other layers train beside is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeft.architectures import Parts
+from edgeft.artifacts import saving
+from edgeft.checkpoint import Checkpoint, TensorFile, make_nf4
+from edgeft.lisa import Named
+
+
+class DenseTurns:
+    """`edgeft.lisa.Turns` over the decoder layers of a model whose base is NF4, bf16 or fp16.
+
+    Only matrices turn fp32 and train where the compute dtype is half: an fp32 norm would make the whole residual
+    stream fp32. In fp32 compute every parameter of the layer trains.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts, base: Checkpoint, folder: Path, compute: torch.dtype) -> None:
+        self.layers, self.path, self.device = parts.layers, parts.layers_path, next(model.parameters()).device
+        self.base, self.folder, self.compute = base, folder, compute
+
+    def file(self, unit: str) -> Path:
+        """Where what a layer learnt is kept between its turns."""
+        return self.folder / f"{unit}.safetensors"
+
+    def _layer(self, unit: str) -> tuple[str, nn.Module]:
+        index = int(unit.removeprefix("layer "))
+        return f"{self.path}.{index}.", self.layers[index]
+
+    def _read(self, unit: str, name: str) -> torch.Tensor:
+        """A parameter of the layer in fp32: as it was left, or the base's own."""
+        path = self.file(unit)
+        if path.is_file():
+            kept = TensorFile(path)
+            if name in kept.entries:
+                return kept.read(name)
+        return self.base.read(self.base.name_of(name)).float()
+
+    def enter(self, unit: str) -> Named:
+        """Make the layer's parameters dense fp32 ones that train; (name, parameter) of each."""
+        prefix, layer = self._layer(unit)
+        named: Named = []
+        for place, module in list(layer.named_modules()):
+            if type(module).__name__ == "Linear4bit":
+                module = _dense_of(module)
+                layer.set_submodule(place, module)
+            for key, old in list(module.named_parameters(recurse=False)):
+                trains = old.ndim > 1 or self.compute == torch.float32
+                name = f"{prefix}{place}.{key}" if place else f"{prefix}{key}"
+                if not trains:
+                    continue
+                value = self._read(unit, name)
+                if key == "weight" and getattr(module, "transposed", False):
+                    value = value.T.contiguous()
+                parameter = nn.Parameter(value.to(self.device))
+                setattr(module, key, parameter)
+                named.append((name, parameter))
+        return named
+
+    def keep(self, unit: str) -> Path:
+        """Write what the layer learnt, in fp32 under the base's names, to its file."""
+        from safetensors.torch import save_file
+
+        prefix, layer = self._layer(unit)
+        transposed = {f"{place}.weight" for place, m in layer.named_modules() if getattr(m, "transposed", False)}
+        trained = {
+            prefix + key: (p.detach().T if key in transposed else p.detach()).cpu().contiguous()
+            for key, p in layer.named_parameters()
+            if p.dtype == torch.float32
+        }
+        with saving(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{unit}.tmp"
+            save_file(trained, temporary, metadata={"format": "pt"})
+            temporary.replace(self.file(unit))
+        return self.file(unit)
+
+    def leave(self, unit: str) -> Named:
+        """Keep what the layer learnt in its file and put the layer back in the base's precision."""
+        self.keep(unit)
+        return self._requantise(unit)
+
+    def restore(self, unit: str) -> Named:
+        """Put a layer whose file exists back in the base's precision, as `leave` once did."""
+        self.enter(unit)
+        return self._requantise(unit)
+
+    def _requantise(self, unit: str) -> Named:
+        prefix, layer = self._layer(unit)
+        for place, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear) and getattr(module, "was_nf4", False):
+                layer.set_submodule(place, make_nf4(module, self.compute))
+                continue
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dtype == torch.float32 != self.compute and parameter.ndim > 1:
+                    setattr(module, key, nn.Parameter(parameter.detach().to(self.compute), requires_grad=False))
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        return [(prefix + key, parameter) for key, parameter in layer.named_parameters()]
+
+
+def _dense_of(module: Any) -> nn.Linear:
+    """An empty Linear of a 4-bit one's shape and bias; it remembers what it was."""
+    with torch.device("meta"):
+        linear: Any = nn.Linear(module.in_features, module.out_features, bias=False)
+    linear.bias = module.bias
+    linear.was_nf4, linear.source_cls = True, module.source_cls
+    linear.transposed = module.source_cls.__name__ == "Conv1D"
+    return linear  # type: ignore[no-any-return]
