@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,19 @@ def train(folder: Path, settings: dict[str, Any], *, model: Path = BASE, data: P
     verb("plan", "--model", str(model), "--profile", "cpu", *files, *pins, "--out", str(folder / "plan.json"))
     verb("train", str(folder / "plan.json"), "--out", str(folder / "train"))
     return json.loads((folder / "train" / "train.json").read_text())
+
+
+def random_model(folder: Path, shape: dict[str, Any]) -> Path:
+    """A Llama of that shape with random weights and the example's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = shape["hidden_size"] // 64
+    values = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64, **shape}
+    config = LlamaConfig(**values, max_position_embeddings=1024, eos_token_id=0, bos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(BASE / name, folder / name)
+    return folder
 
 
 def record(name: str, result: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
@@ -116,6 +116,10 @@ def plan(
         list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft settings")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="memory budget, as in 9GiB; the profile's when absent")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="time limit for all training steps, by the estimate")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
     out: Annotated[
         Path | None, typer.Option(help="plan file; default build/<profile>/plan.json, - writes none")
     ] = None,
@@ -123,11 +127,16 @@ def plan(
 ) -> None:
     """Choose how to train inside the profile's memory, and say what it takes. Needs no torch, data or weights."""
     from edgeft.planner import Plan, make_plan, request_digest
-    from edgeft.report import plan_text
+    from edgeft.report import explain_text, plan_text
+
+    def shown(plan: Plan) -> RenderableType:
+        return Group(plan_text(plan), explain_text(plan)) if explain else plan_text(plan)
 
     values = parse_settings(settings or [])
     if max_memory is not None:
         values["max_memory_bytes"] = parse_bytes(max_memory)
+    if max_seconds is not None:
+        values["max_seconds"] = max_seconds
     job = make_job(**{**values, "model": model, "profile": profile, "data": data, "valid": valid, "test": test})
     path = out or default_out(profile, "plan.json")
     if str(path) != "-" and path.is_file():
@@ -137,7 +146,7 @@ def plan(
             old = None
         if old is not None and old.request_sha256 == request_digest(job, Path(model) if Path(model).is_dir() else None):
             say(f"{path} is up to date")
-            show(as_json, old, plan_text(old))
+            show(as_json, old, shown(old))
             return
     made = make_plan(job)
     if str(path) != "-":
@@ -146,7 +155,7 @@ def plan(
         except OSError as problem:
             raise BadInput(path, f"cannot write: {problem.strerror}", "choose another place with --out") from None
         made.write(path)
-    show(as_json, made, plan_text(made))
+    show(as_json, made, shown(made))
 
 
 @app.command()

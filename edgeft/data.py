@@ -6,6 +6,7 @@ import csv
 import datetime
 import gzip
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from edgeft.artifacts import Strict, sha256_file
 from edgeft.errors import BadInput, MissingExtra
 
+QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)
 IGNORED = -100  # the label of a token that is read but not trained on (torch's cross_entropy default)
 COLUMNS = ("{'prompt', 'completion'}", "{'messages'}", "{'text'}")
 TEMPLATE = "chat template"  # where an error is that a template itself raised
@@ -63,6 +67,7 @@ class Lengths(Strict):
     tokens: int
     longest_trained: int
     cut_rows: int = 0
+    quantiles: dict[str, int] = Field(default_factory=dict)  # share of the samples: tokens that it has at most
 
 
 class TextTokenizer:
@@ -384,6 +389,7 @@ def measure_lengths(source: str, tokenizer: TextTokenizer, max_length: int | Non
         tokens=sum(lengths),
         longest_trained=max(sample.trained_tokens for sample in samples),
         cut_rows=sum(sample.cut_tokens > 0 for sample in samples),
+        quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )
 
 

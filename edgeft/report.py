@@ -67,10 +67,45 @@ def plan_text(plan: Plan) -> RenderableType:
             Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
         )
     lines = [Text(f"note: {note}") for note in plan.notes]
+    if plan.savings:
+        lines.append(Text("what makes it fit, each by itself:", style="bold"))
+        lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
     if plan.gave_up:
         lines.append(Text("given up to fit the budget:", style="bold"))
         lines += [Text(f"  - {line}") for line in plan.gave_up]
     return Group(facts, table, *lines)
+
+
+def explain_text(plan: Plan) -> RenderableType:
+    """What else was looked at: the chosen way with one choice changed, and the smallest way of each quality."""
+    changed = _table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
+                     title=f"{plan.looked_at} candidates; the chosen way with one choice changed")  # fmt: skip
+    last = ""
+    for other in plan.alternatives:
+        time = 100 * other.more_seconds_per_step / plan.seconds_per_step if plan.seconds_per_step else 0.0
+        changed.add_row(
+            "" if other.setting == last else other.setting,
+            other.value,
+            show_bytes(other.high_bytes),
+            f"{'+' if other.more_bytes >= 0 else ''}{show_bytes(other.more_bytes)}",
+            f"{time:+.0f}%",
+            f"{other.more_quality_cost:+.1f}",
+            "yes" if other.fits else "no",
+        )
+        last = other.setting
+    best = _table("quality given up", "peak", "time a step", "fits", "way", title="the smallest way of each quality")
+    for row in plan.frontier:
+        rank = f" rank {row.rank}" if row.rank else ""
+        way = f"{row.tuner}{rank}, {row.base_precision}, {row.layers} {row.trained} layers, {row.optimizer}"
+        chosen = row.high_bytes == plan.peak_bytes
+        best.add_row(
+            f"{row.quality_cost:.1f}",
+            show_bytes(row.high_bytes),
+            show_seconds(row.seconds_per_step),
+            "chosen" if chosen else "yes" if row.fits else "no",
+            Text(way, justify="left"),
+        )
+    return Group(changed, best)
 
 
 def profiles_text(profiles: list[Profile]) -> RenderableType:

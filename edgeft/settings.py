@@ -88,6 +88,7 @@ class Job(Strict):
     eval_rows: int = Field(200, ge=1, description="validation rows scored during training")
 
     max_memory_bytes: int | None = Field(None, gt=0, description="memory budget; the profile's when absent")
+    max_seconds: float | None = Field(None, gt=0, description="time limit for all training steps, by the estimate")
 
 
 def parse_settings(assignments: list[str]) -> dict[str, object]:

@@ -38,11 +38,63 @@ def test_nine_gigabytes_fit_and_say_what_was_given_up(model: str) -> None:
     assert any("checkpointing" in line for line in made.gave_up)
 
 
-def test_every_rejected_candidate_missed_and_says_by_how_much() -> None:
+def test_the_frontier_holds_the_chosen_way_and_nothing_that_another_beats() -> None:
     made = plan(max_memory_bytes=9 * GIB)
-    assert made.rejected
-    for candidate in made.rejected:
-        assert candidate.missed_bytes == candidate.high_bytes - made.budget_bytes > 0
+    mine = [row for row in made.frontier if row.high_bytes == made.peak_bytes]
+    assert len(mine) == 1 and mine[0].fits
+    others = [row for row in made.frontier if row not in mine]
+    costs, sizes = [row.quality_cost for row in others], [row.high_bytes for row in others]
+    assert costs == sorted(set(costs)) and sizes == sorted(set(sizes), reverse=True)
+    assert all(not row.fits for row in others if row.quality_cost < mine[0].quality_cost)
+    assert all(row.fits == (row.high_bytes <= made.budget_bytes) for row in made.frontier)
+
+
+def test_alternatives_differ_in_one_choice_and_say_what_it_costs() -> None:
+    made = plan(max_memory_bytes=9 * GIB)
+    by_setting = {a.setting for a in made.alternatives}
+    assert {"base_precision", "rank", "layers", "checkpointing", "optimizer", "loss_chunk_tokens"} <= by_setting
+    for other in made.alternatives:
+        assert other.more_bytes == other.high_bytes - made.peak_bytes
+        assert other.fits == (other.high_bytes <= made.budget_bytes)
+        better = (other.more_quality_cost, other.more_seconds_per_step) < (0, 0)
+        assert not (other.fits and better), f"{other} was the better plan"
+
+
+def test_savings_are_what_the_peak_would_be_without_each_choice() -> None:
+    made = plan(max_memory_bytes=9 * GIB)
+    found = {saving.choice: saving.bytes for saving in made.savings}
+    assert found["base weights in nf4"] > 8 * GIB and list(found.values()) == sorted(found.values(), reverse=True)
+    assert all(saved > 0 for saved in found.values())
+
+
+def test_a_time_limit_is_kept_or_named() -> None:
+    free = plan(profile="cpu-8gb", model=str(CONFIGS / "smollm2-135m"))
+    limited = plan(profile="cpu-8gb", model=str(CONFIGS / "smollm2-135m"), max_seconds=0.8 * free.seconds)
+    assert limited.seconds <= 0.8 * free.seconds
+    with pytest.raises(DoesNotFit, match=r"nothing ends within 5.0 s: the fastest .*\n\nhint: .*--set max_steps=\d+"):
+        plan(profile="cpu-8gb", model=str(CONFIGS / "smollm2-135m"), max_seconds=5.0)
+
+
+def test_a_larger_budget_is_never_worse_over_random_jobs() -> None:
+    """Property: the chosen way's (quality, time) never rises with the budget."""
+    import random
+
+    generator = random.Random(7)
+    for _ in range(12):
+        model = str(CONFIGS / generator.choice(["smollm2-135m", "qwen2.5-0.5b", "gemma-2-2b", "llama-3.1-8b"]))
+        profile = generator.choice(["t4", "rtx4090-24gb", "rtx3060-12gb", "laptop-16gb"])
+        length = generator.choice([128, 700, 2048])
+        costs = []
+        for budget in sorted(generator.uniform(0.8, 24) for _ in range(4)):
+            try:
+                made = plan(model, profile, max_length=length, max_memory_bytes=int(budget * GIB))
+            except DoesNotFit:
+                costs.append((float("inf"), 0.0))
+                continue
+            mine = next(row for row in made.frontier if row.high_bytes == made.peak_bytes)
+            costs.append((mine.quality_cost, mine.seconds_per_step))
+            assert made.peak_bytes <= min(int(budget * GIB), made.budget_bytes)
+        assert costs == sorted(costs, reverse=True), (model, profile, length)
 
 
 def test_what_the_user_sets_is_kept() -> None:
@@ -139,6 +191,7 @@ def test_the_longest_sample_is_planned_for(checkpoint_folder: Path, write_rows) 
     cut = plan(str(checkpoint_folder), "cpu-8gb", data=data, max_length=16)
     assert cut.training.max_length == 16 and cut.lengths is not None and cut.lengths.cut_rows == 1
     assert any("1 of 21 rows are cut to 16 tokens" in note for note in cut.notes)
+    assert made.lengths.quantiles["0.95"] < made.lengths.longest == cut.lengths.longest + made.lengths.longest - 16
 
 
 def test_digest_follows_settings_and_data(checkpoint_folder: Path, write_rows) -> None:  # type: ignore[no-untyped-def]

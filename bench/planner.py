@@ -1,0 +1,149 @@
+"""How far is a training process's predicted peak memory from its measured one? 56 real runs on this CPU.
+
+    make bench-planner
+
+Four shapes (tied and untied, vocabularies of 4,096 to 49,152, grouped and full attention) x seven ways to train
+(LoRA in all layers, in the top quarter, full fine-tuning, LISA; fp32 and NF4 bases) x activations kept and recomputed,
+with three lengths and two batch sizes in turn. Weights are random. Predicted is the highest phase's expected bytes in plan.json,
+measured the process's highest RSS. Each run is recorded as soon as it ends, and an interrupted bench goes on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from run import ROOT, random_model, record, train
+
+from edgeft.settings import Job
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "wide, tied": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 4096,
+                   "tie_word_embeddings": True},
+    "deep": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 16, "vocab_size": 8192},
+    "vocabulary, tied": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 49152,
+                         "tie_word_embeddings": True},
+    "grouped, vocabulary": {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 8, "vocab_size": 32768,
+                            "num_key_value_heads": 1},
+}  # fmt: skip
+LISA = {"tuner": "full", "layers": "lisa", "active_layers": 2, "lisa_interval": 2}
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA": {"tuner": "lora", "rank": 16, "base_precision": "fp32"},
+    "LoRA on NF4": {"tuner": "lora", "rank": 16, "base_precision": "nf4"},
+    "LoRA in top quarter": {"tuner": "lora", "rank": 16, "base_precision": "fp32", "layers": "sparse"},
+    "LoRA in top quarter on NF4": {"tuner": "lora", "rank": 16, "base_precision": "nf4", "layers": "sparse"},
+    "full": {"tuner": "full"},
+    "LISA": {**LISA, "base_precision": "fp32"},
+    "LISA on NF4": {**LISA, "base_precision": "nf4"},
+}
+LENGTHS, BATCHES = (128, 256, 512), (1, 4)
+FITTED_ON = (
+    "deep",
+    "vocabulary, tied",
+)  # the process's own share (memory.CPU_BUFFERS and so on); nothing else is fitted
+
+
+def cases() -> list[tuple[str, str, dict[str, Any]]]:
+    """(shape, way, settings) of each run."""
+    found = []
+    for number, (shape, way, checkpointing) in enumerate(itertools.product(SHAPES, WAYS, (False, True))):
+        settings = {**WAYS[way], "checkpointing": checkpointing, "max_length": LENGTHS[number % 3]}
+        settings |= {"batch_size": BATCHES[number // 3 % 2], "max_steps": 3, "eval_rows": 8}
+        if settings.get("layers") == "sparse":
+            settings["active_layers"] = max(1, SHAPES[shape]["num_hidden_layers"] // 4)
+        found.append((shape, way, {**settings, "micro_batch_size": settings["batch_size"]}))
+    return found
+
+
+def long_texts(path: Path) -> Path:
+    """Rows of the example's text that fill 512 tokens."""
+    with gzip.open(ROOT / "examples" / "debian-descriptions" / "train.jsonl.gz", "rt") as lines:
+        long = [line for line in (next(lines) for _ in range(4000)) if len(line) > 1500]
+    path.write_text("".join(long[:100]))
+    return path
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors of predicted against measured: over all runs, and over the shapes that nothing was fitted on."""
+
+    def of(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+        errors = [row["error"] for row in chosen]
+        return {"runs": len(chosen), "mean_absolute_error": round(statistics.fmean(map(abs, errors)), 5),
+                "most_under": min(errors), "most_over": max(errors),
+                "high_below_measured": sum(row["high_bytes"] < row["measured_bytes"] for row in chosen)}  # fmt: skip
+
+    return {"all": of(rows), "not fitted on": of([row for row in rows if row["shape"] not in FITTED_ON])}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Predicted against measured, a point a run, with the lines of 2.5% error."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "edgeft", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4))
+    for way in WAYS:
+        own = [row for row in rows if row["way"] == way]
+        sizes = [row["measured_bytes"] / 2**20 for row in own]
+        left.plot(sizes, [row["predicted_bytes"] / 2**20 for row in own], ".", label=way)
+        right.plot(sizes, [100 * row["error"] for row in own], ".")
+    ends = [min(r["measured_bytes"] for r in rows) / 2**20, max(r["measured_bytes"] for r in rows) / 2**20]
+    left.plot(ends, ends, "k-", linewidth=0.6)
+    left.set(xlabel="measured peak, MiB", ylabel="predicted peak, MiB")
+    left.legend(fontsize=7, frameon=False)
+    for level in (-2.5, 0, 2.5):
+        right.axhline(level, color="k", linewidth=0.6, linestyle="-" if level == 0 else ":")
+    right.set(xlabel="measured peak, MiB", ylabel="error of the prediction, %")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    only = sys.argv[1:]  # words that the name of a run must hold
+    kept = ROOT / "build" / "bench-planner.jsonl"
+    kept.parent.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        text = long_texts(Path(scratch) / "text.jsonl")
+        models: dict[str, Path] = {}
+        for number, (shape, way, settings) in enumerate(cases()):
+            name = f"{shape}; {way}; {'recomputed' if settings['checkpointing'] else 'kept'}"
+            if any(row["run"] == name for row in rows) or not all(word in name for word in only):
+                continue
+            if shape not in models:
+                models[shape] = random_model(Path(scratch) / shape, SHAPES[shape])
+            folder = Path(scratch) / str(number)
+            result = train(folder, settings, data=text, valid=text, model=models[shape])
+            phases = {p["name"]: p["expected_bytes"] for p in result["plan"]["phases"]}
+            predicted, measured = max(phases.values()), result["measured_peak_bytes"]
+            row = {
+                "run": name, "shape": shape, "way": way,
+                "settings": {key: value for key, value in settings.items() if key in Job.model_fields},
+                "predicted_bytes": predicted, "high_bytes": result["plan"]["peak_bytes"], "measured_bytes": measured,
+                "error": round(predicted / measured - 1, 5), "phases": phases,
+                "phase_peak_bytes": result["phase_peak_bytes"],
+            }  # fmt: skip
+            rows.append(row)
+            with open(kept, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            mib = 2**20
+            print(f"{name:60} {settings['max_length']:4} x {settings['batch_size']}  predicted {predicted / mib:7.1f}  "
+                  f"measured {measured / mib:7.1f} MiB  {100 * row['error']:+.2f}%", flush=True)  # fmt: skip
+    if only or len(rows) < len(cases()):
+        return
+    print(json.dumps(summary(rows)))
+    record("planner", {"summary": summary(rows), "runs": rows})
+    plot(rows, ROOT / "bench" / "results" / "planner.svg")
+    kept.unlink()
+
+
+if __name__ == "__main__":
+    main()
