@@ -21,7 +21,7 @@ def main() -> None:
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = AutoConfig.from_pretrained(ROOT / "tests" / "configs" / "smollm2-135m")
+        config = AutoConfig.from_pretrained(ROOT / "examples" / "configs" / "smollm2-135m")
         config.eos_token_id = config.bos_token_id = 0
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

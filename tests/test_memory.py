@@ -113,7 +113,7 @@ def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
 
 def test_nf4_weights_are_4_127_bits(tmp_path: Path) -> None:
     """0.5 + 1/64 + 4/(64 * 256) bytes per quantised weight; embedding, head and norms stay dense."""
-    spec = read_model_spec(str(Path(__file__).parent / "configs" / "llama-3.1-8b"))
+    spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b"))
     training = plan_of(range(32), 32, base_precision="nf4", compute_dtype="bf16")
     linears = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
     dense = 2 * (spec.total_parameters - linears)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,21 +23,17 @@ from edgeft.errors import BadInput
 from edgeft.families import FAMILIES
 from edgeft.model_spec import ModelSpec, read_model_spec
 
-CONFIGS = Path(__file__).parent / "configs"
-PUBLISHED = sorted(folder.name for folder in CONFIGS.iterdir())
-# Sums over the published safetensors, as the model pages show them.
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+# One of each family and shape against the model itself; the rest against the published counts below.
+PUBLISHED = (
+    "gemma-2-2b", "gemma-2b", "gemma-3-1b", "gemma-3-4b", "gpt2", "granite-3.0-2b", "llama-3.1-8b", "mistral-7b",
+    "mistral-nemo-12b", "opt-125m", "opt-350m", "phi-3-mini", "phi-4-mini", "pythia-160m", "qwen2.5-0.5b",
+    "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "smollm2-135m", "smollm3-3b",
+)  # fmt: skip
+# Sums over the published safetensors (a tied head once), as the table beside the configs names them.
 TOTALS = {
-    "gemma-2-2b": 2_614_341_888,
-    "gpt2": 124_439_808,
-    "llama-3.1-8b": 8_030_261_248,
-    "mistral-7b": 7_241_732_096,
-    "opt-125m": 125_239_296,
-    "phi-3-mini": 3_821_079_552,
-    "pythia-160m": 162_322_944,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-1.5b": 1_543_714_304,
-    "qwen2.5-7b": 7_615_616_512,
-    "smollm2-135m": 134_515_008,
+    name: int(count.replace(",", ""))
+    for name, count in re.findall(r"^\| ([\w.-]+) \| ([\d,]+) \|", (CONFIGS / "README.md").read_text(), re.M)
 }
 
 LLAMA: dict[str, Any] = {
@@ -211,6 +208,16 @@ def test_both_ways_of_counting_agree(name: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", TOTALS)
 def test_known_total(name: str) -> None:
     assert read_model_spec(str(CONFIGS / name)).total_parameters == TOTALS[name]
+
+
+def test_every_config_has_a_published_total_and_a_source() -> None:
+    """Each folder is a row of the table and each row a folder: dense and MoE, tied and untied, 0.1 to 72B."""
+    assert sorted(TOTALS) == sorted(path.parent.name for path in CONFIGS.glob("*/config.json"))
+    assert len(TOTALS) >= 28
+    for line in (CONFIGS / "README.md").read_text().splitlines():
+        if line.startswith("| ") and line.split(" | ")[0].removeprefix("| ") in TOTALS:
+            source = line.split(" | ")[2].removesuffix(" |")
+            assert re.fullmatch(r"\[([\w.-]+/[\w.-]+)\]\(https://huggingface\.co/\1\)", source), line
 
 
 def test_roles_and_names_of_a_fused_family(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from edgeft.profile import list_profiles
 from edgeft.settings import make_job
 from edgeft.units import GIB
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
 
 
