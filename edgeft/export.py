@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgeft.artifacts import sha256_file
-from edgeft.bundle import ArtifactModel, Bundle, GoldenInput, build_bundle
+from edgeft.build import ArtifactModel, build_bundle
+from edgeft.bundle import Bundle, GoldenInput
 from edgeft.checkpoint import load_plain
 from edgeft.data import Row, TextTokenizer, read_rows
 from edgeft.errors import BadInput

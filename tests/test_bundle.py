@@ -15,22 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edgeft.artifacts import sha256_file
-from edgeft.bundle import (
-    ArtifactModel,
-    Bundle,
-    GoldenInput,
-    _record,
-    build_bundle,
-    choose_context,
-    kv_cache_bytes_per_token,
-    predict,
-    read_weights,
-    runner_module,
-    stop_ids_of,
-)
+from edgeft.build import ArtifactModel, _record, build_bundle, read_weights, stop_ids_of
+from edgeft.bundle import Bundle, GoldenInput, choose_context, kv_cache_bytes_per_token, predict
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.model_spec import read_model_spec
+from edgeft.runner import runner_module
 from edgeft.target import Target, load_target
 
 DATA = Path(__file__).parent.parent / "examples" / "debian-sections" / "valid.jsonl"

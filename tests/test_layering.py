@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
     "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
-    "planner", "report", "data", "scores", "runner", "cli",
+    "planner", "report", "data", "scores", "runner", "bundle", "cli",
 )  # fmt: skip
 
 

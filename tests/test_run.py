@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from test_bundle import ROWS, bundle, save_tokenizer
 
-from edgeft.bundle import ArtifactModel, runner_module
+from edgeft.build import ArtifactModel
 from edgeft.data import TextTokenizer
+from edgeft.runner import runner_module
 
 NAMES = [
     "bundle.json", "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "run.py",
