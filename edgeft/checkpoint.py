@@ -60,18 +60,27 @@ class TensorFile:
             hint = "load it with transformers and save it in bfloat16"
             raise BadInput(path, f"holds tensors of a type that is not read here: {', '.join(unknown)}", hint)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor in memory of its own."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.entries[name]["shape"])
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """One tensor, or a range of its rows, in memory of its own."""
         entry = self.entries[name]
         begin, end = entry["data_offsets"]
+        shape = list(entry["shape"])
+        if shape and rows != slice(None):
+            first, last, _ = rows.indices(shape[0])
+            row_bytes = (end - begin) // max(1, shape[0])
+            begin, end = begin + first * row_bytes, begin + last * row_bytes
+            shape[0] = last - first
         with open(self.path, "rb") as file:
             file.seek(self.start + begin)
             data = bytearray(end - begin)
             file.readinto(data)
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         if not data:
-            return torch.empty(entry["shape"], dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 class Checkpoint:
@@ -82,11 +91,11 @@ class Checkpoint:
         self.files = [TensorFile(path) for path in weight_files(folder)]
         self.owner = {name: file for file in self.files for name in file.entries}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.owner[name].read(name)
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        return self.owner[name].read(name, rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.owner[name].entries[name]["shape"])
+        return self.owner[name].shape(name)
 
     def itemsize(self, name: str) -> int:
         return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]].itemsize
@@ -178,6 +187,7 @@ def write_checkpoint(
                 if list(tensor.shape) != header[name]["shape"]:
                     raise BadInput(name, f"changed its shape from {header[name]['shape']} to {list(tensor.shape)}")
                 writer.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                del tensor  # before the next one is read
                 weight_map[name] = file.path.name
                 done += 1
                 yield name, done, total

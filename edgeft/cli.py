@@ -20,7 +20,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from edgeft.artifacts import Artifact, sha256_file
+from edgeft.artifacts import Artifact, sha256_file, sha256_json
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.settings import make_job, parse_settings
 from edgeft.units import parse_bytes, show_bytes, show_seconds
@@ -207,16 +207,21 @@ def _current(path: Path, input_sha256: str) -> bool:
 
 @app.command()
 def merge(
-    trained: Annotated[Path, typer.Argument(metavar="TRAIN", help="folder that `edgeft train` wrote")],
+    trained: Annotated[
+        Path, typer.Argument(metavar="TRAIN", help="folder that `edgeft train` wrote, or any PEFT adapter's")
+    ],
     wise_alpha: Annotated[float, typer.Option(help="share of the change that is taken: 0 base, 1 fine-tuned")] = 1.0,
+    base: Annotated[
+        str | None, typer.Option(help="base model, for an adapter or checkpoint that edgeft did not train")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
-    _need(trained / "train.json", "edgeft train PLAN")
     target = out or trained.parent / "merged"
     path = target / "merged.json"
-    if _current(path, sha256_file(trained / "train.json")) and json.loads(path.read_text())["wise_alpha"] == wise_alpha:
+    digest = _digest(trained, base)
+    if _current(path, digest) and json.loads(path.read_text())["wise_alpha"] == wise_alpha:
         say(f"{target} is up to date")
         return
     _replaceable(target, "merged.json")
@@ -224,8 +229,18 @@ def merge(
     from edgeft.report import merge_text
 
     with Reporter() as progress:
-        merged = run(trained, target, wise_alpha=wise_alpha, progress=progress)
+        merged = run(trained, target, wise_alpha=wise_alpha, progress=progress, base=base, input_sha256=digest)
     show(as_json, merged, merge_text(merged))
+
+
+def _digest(trained: Path, base: str | None) -> str:
+    """The hash of a merge's input: train.json, or every file of an adapter or checkpoint and the base's name."""
+    if base is None and (trained / "train.json").is_file():
+        return sha256_file(trained / "train.json")
+    if base is None and not (trained / "adapter_config.json").is_file():
+        raise BadInput(trained / "train.json", "no such file", "run edgeft train PLAN first, or name the --base")
+    files = [path for pattern in ("*.safetensors", "*.bin", "*.json") for path in sorted(trained.glob(pattern))]
+    return sha256_json([base, *map(sha256_file, files)])
 
 
 @app.command()

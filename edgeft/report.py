@@ -16,7 +16,7 @@ from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
     from edgeft.bundle import Bundle
-    from edgeft.merge import MergedCheckpoint
+    from edgeft.merge import Merged, MergedCheckpoint
     from edgeft.train import TrainResult
 
 
@@ -161,13 +161,16 @@ def predicted_expected(result: TrainResult) -> int:
     return max(phase.expected_bytes for phase in result.plan.phases)
 
 
-def merge_text(merged: MergedCheckpoint) -> RenderableType:
-    """A merge in two lines."""
+def merge_text(merged: Merged) -> RenderableType:
+    """A merge in two lines, a third when the head is no longer tied."""
     percent = f"{100 * merged.relative_change:.2f}% of their norm"
     share = f"{merged.changed_tensors} of {merged.tensors} tensors changed by {percent}"
     memory = f"peak memory: predicted {show_bytes(merged.predicted_peak_bytes)}, "
     memory += f"measured {show_bytes(merged.measured_peak_bytes)}"
-    return Group(Text(f"wise_alpha {merged.wise_alpha:g}: {share}, stored in {merged.dtype}"), Text(memory))
+    lines = [Text(f"wise_alpha {merged.wise_alpha:g}: {share}, stored in {merged.dtype}"), Text(memory)]
+    if merged.untied_head:
+        lines.append(Text("head and embedding changed apart: they are two tensors now (tie_word_embeddings false)"))
+    return Group(*lines)
 
 
 def ladder_text(proof: Proof) -> RenderableType:

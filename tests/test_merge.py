@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 
@@ -114,12 +118,64 @@ def test_another_base_is_refused_with_every_shape(plan_file: Any, tmp_path: Path
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_that_cannot_be_merged_is_refused(plan_file: Any, tmp_path: Path) -> None:  # noqa: F811
-    trained = tmp_path / "train"
-    run(plan_file(max_steps=1), trained)
-    config = json.loads((trained / "adapter_config.json").read_text())
-    (trained / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(
-        BadInput, match="is an adapter that cannot be merged: use_dora\n\nhint: use plain LoRA or rsLoRA"
-    ):
-        merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
+MEASURE = """
+import sys, pathlib
+import torch, transformers, edgeft.merge as m
+from edgeft import ledger
+from edgeft.checkpoint import Checkpoint
+ledger.control_malloc()
+base, tuned, out, alpha = *map(pathlib.Path, sys.argv[1:4]), float(sys.argv[4])
+before = ledger.rss_bytes()
+made = m.merge(tuned, out, wise_alpha=alpha, progress=lambda *_: None, base=str(base))
+source = Checkpoint(base)
+largest = max(torch.Size(source.shape(n)).numel() * source.itemsize(n) for n in source.owner)
+print(largest, made.measured_peak_bytes - before, made.predicted_peak_bytes - before)
+"""
+
+
+def big(folder: Path, rows: int, shards: int, kind: str) -> tuple[Path, Path]:
+    """(base in several shards of one [rows, 1024] fp32 tensor each, what changes every one of them)."""
+    config = json.loads((ROOT / "tests" / "configs" / "llama-3.1-8b" / "config.json").read_text())
+    base, tuned = folder / "base", folder / kind
+    for path in (base, tuned):
+        path.mkdir(parents=True, exist_ok=True)
+    (base / "config.json").write_text(json.dumps(config))
+    names = ["model.embed_tokens"] + [f"model.layers.{i}.mlp.up_proj" for i in range(shards - 1)]
+    for i, name in enumerate(names):
+        if not (base / f"model-{i}.safetensors").exists():
+            save_file({name + ".weight": torch.randn(rows, 1024)}, base / f"model-{i}.safetensors")
+    weight_map = {name + ".weight": f"model-{i}.safetensors" for i, name in enumerate(names)}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if kind == "changed":
+        for i, name in enumerate(names):  # one file would be built in memory here
+            save_file({name + ".weight": torch.randn(rows, 1024)}, tuned / f"model-{i}.safetensors")
+        (tuned / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        dora = kind == "dora"
+        options = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": dora}
+        (tuned / "adapter_config.json").write_text(json.dumps(options))
+        tensors = {}
+        for name in names:
+            a, b = ("lora_embedding_A", "lora_embedding_B") if "embed" in name else ("lora_A.weight", "lora_B.weight")
+            inner, outer = (rows, 1024) if "embed" in name else (1024, rows)
+            tensors |= {f"base_model.model.{name}.{a}": torch.randn(8, inner)}
+            tensors |= {f"base_model.model.{name}.{b}": torch.randn(outer, 8)}
+            tensors |= {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(outer)} if dora else {}
+        save_file(tensors, tuned / "adapter_model.safetensors")
+    return base, tuned
+
+
+@pytest.mark.parametrize(
+    "rows, shards",
+    [(8192, 2), pytest.param(51200, 4, marks=pytest.mark.slow)],
+    ids=["64 MiB", "800 MiB"],
+)
+def test_a_merge_holds_at_most_three_of_the_largest_tensors(rows: int, shards: int, tmp_path: Path) -> None:
+    for kind, alpha in (("changed", 0.5), ("dora", 1.0)):
+        base, tuned = big(tmp_path, rows, shards, kind)
+        command = [sys.executable, "-c", MEASURE, base, tuned, tmp_path / "out", str(alpha)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        largest, measured, predicted = map(int, done.stdout.split())
+        assert largest == rows * 4096
+        assert largest <= measured <= min(3 * largest, 1.1 * predicted)
+        shutil.rmtree(tmp_path / "out")

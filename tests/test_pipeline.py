@@ -105,6 +105,23 @@ def test_bundle_runs_and_verifies_by_its_own_file(line: Path, tmp_path: Path) ->
     assert broken.returncode == 4 and "model.onnx.data" in broken.stdout + broken.stderr
 
 
+def test_an_adapter_of_another_tool_is_merged_but_has_nothing_to_prove_with(
+    line: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "adapter"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(line / "train" / name, foreign / name)
+    merge = ("merge", foreign, "--base", checkpoint_folder, "--wise-alpha", 0.9, "--out", tmp_path / "merged")
+    made = json.loads(edgeft(*merge, "--json").stdout)
+    assert made["kind"] == "LORA" and made["base"] == str(checkpoint_folder)
+    merged = [folder / "model.safetensors" for folder in (line / "merged", tmp_path / "merged")]
+    assert merged[0].read_bytes() == merged[1].read_bytes()
+    assert "is up to date" in edgeft(*merge).stderr
+    done = edgeft("export", tmp_path / "merged", "--target", "ort-fp32", code=1)
+    assert "was merged from what edgeft did not train: it has no data to prove with" in done.stderr
+
+
 def test_parity_failure_writes_nothing_and_names_the_rung(line: Path, tmp_path: Path) -> None:
     strict = tmp_path / "strict.toml"
     text = (ROOT / "export" / "ort-int4.toml").read_text()
