@@ -4,8 +4,8 @@
 
 Four shapes (tied and untied, vocabularies of 4,096 to 49,152, grouped and full attention) x seven ways to train
 (LoRA in all layers, in the top quarter, full fine-tuning, LISA; fp32 and NF4 bases) x activations kept and recomputed,
-with three lengths and two batch sizes in turn. Weights are random. Predicted is the highest phase's expected bytes in plan.json,
-measured the process's highest RSS. Each run is recorded as soon as it ends, and an interrupted bench goes on.
+with three lengths and two batch sizes in turn. Weights are random. Predicted is the highest phase's expected bytes in
+plan.json, measured the process's highest RSS. Each run is kept as soon as it ends: an interrupted bench goes on.
 """
 
 from __future__ import annotations

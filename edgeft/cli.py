@@ -119,6 +119,9 @@ def plan(
     max_seconds: Annotated[
         float | None, typer.Option(help="time limit for all training steps, by the estimate")
     ] = None,
+    verify_here: Annotated[
+        bool, typer.Option("--verify", help="measure the plan's own steps here, with random weights")
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
     out: Annotated[
         Path | None, typer.Option(help="plan file; default build/<profile>/plan.json, - writes none")
@@ -131,6 +134,13 @@ def plan(
 
     def shown(plan: Plan) -> RenderableType:
         return Group(plan_text(plan), explain_text(plan)) if explain else plan_text(plan)
+
+    def done(plan: Plan) -> None:
+        show(as_json, plan, shown(plan))
+        if verify_here:
+            if str(path) == "-":
+                raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
+            _try_out(path, as_json)
 
     values = parse_settings(settings or [])
     if max_memory is not None:
@@ -146,7 +156,7 @@ def plan(
             old = None
         if old is not None and old.request_sha256 == request_digest(job, Path(model) if Path(model).is_dir() else None):
             say(f"{path} is up to date")
-            show(as_json, old, shown(old))
+            done(old)
             return
     made = make_plan(job)
     if str(path) != "-":
@@ -155,7 +165,25 @@ def plan(
         except OSError as problem:
             raise BadInput(path, f"cannot write: {problem.strerror}", "choose another place with --out") from None
         made.write(path)
-    show(as_json, made, shown(made))
+    done(made)
+
+
+def _try_out(plan_file: Path, as_json: bool) -> None:
+    """Measure a plan's steps in a process of their own: this one must not carry torch, nor its memory count."""
+    import subprocess
+
+    out = plan_file.with_name("trial.json")
+    say("measuring the plan's steps with random weights")
+    done = subprocess.run([sys.executable, "-m", "edgeft.trial", str(plan_file), str(out)], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    if as_json:
+        sys.stdout.write(out.read_text())
+        return
+    from edgeft.report import trial_text
+    from edgeft.trial import Trial
+
+    stdout.print(trial_text(Trial.read(out)))
 
 
 @app.command()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeft.bundle import Bundle
     from edgeft.merge import Merged, MergedCheckpoint
     from edgeft.train import TrainResult
+    from edgeft.trial import Trial
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -106,6 +107,17 @@ def explain_text(plan: Plan) -> RenderableType:
             Text(way, justify="left"),
         )
     return Group(changed, best)
+
+
+def trial_text(trial: Trial) -> RenderableType:
+    """Real steps with random weights against the plan."""
+    table = _table("on " + trial.device, "predicted", "at most", "measured", "error")
+    table.add_row("training, peak memory", show_bytes(trial.predicted_bytes), show_bytes(trial.high_bytes),
+                  show_bytes(trial.measured_bytes), f"{100 * trial.error:+.1f}%")  # fmt: skip
+    seconds = trial.estimated_seconds_per_step / trial.measured_seconds_per_step - 1
+    table.add_row("a step of longest samples", f"{show_seconds(trial.estimated_seconds_per_step)} (typical ones)", "-",
+                  show_seconds(trial.measured_seconds_per_step), f"{100 * seconds:+.0f}%")  # fmt: skip
+    return table
 
 
 def profiles_text(profiles: list[Profile]) -> RenderableType:

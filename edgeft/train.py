@@ -433,13 +433,7 @@ class Session:
             fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
             fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
             phases["evaluate"] = ledger.peak_bytes(device)
-        chosen = apply_tuner(model, parts, training)
-        lisa = None
-        low = training.tuner == "full" and (training.base_precision == "nf4" or compute != torch.float32)
-        if training.layers == "lisa" or (training.layers == "sparse" and low):
-            turns = DenseTurns(model, parts, Checkpoint(folder), work / "layers", compute) if low else None
-            lisa = make_lisa(model, parts, training, turns, work / "layers")
-        run = Run(training, device, compute, model, parts, chosen, lisa, work)
+        run = make_run(training, device, compute, model, parts, folder, work)
         resumed = [run.step] if run.step else []
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         return cls(
@@ -546,6 +540,19 @@ class Session:
             result.write(temporary / "train.json")
         shutil.rmtree(self.work, ignore_errors=True)
         return result
+
+
+def make_run(
+    training: Training, device: torch.device, compute: torch.dtype, model: Any, parts: Parts, base: Path, work: Path
+) -> Run:
+    """What trains put into a loaded model, going on from the newest checkpoint in `work`; `base` holds its weights."""
+    chosen = apply_tuner(model, parts, training)
+    lisa = None
+    low = training.tuner == "full" and (training.base_precision == "nf4" or compute != torch.float32)
+    if training.layers == "lisa" or (training.layers == "sparse" and low):
+        turns = DenseTurns(model, parts, Checkpoint(base), work / "layers", compute) if low else None
+        lisa = make_lisa(model, parts, training, turns, work / "layers")
+    return Run(training, device, compute, model, parts, chosen, lisa, work)
 
 
 def scorer(

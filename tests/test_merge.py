@@ -135,7 +135,7 @@ print(largest, made.measured_peak_bytes - before, made.predicted_peak_bytes - be
 
 def big(folder: Path, rows: int, shards: int, kind: str) -> tuple[Path, Path]:
     """(base in several shards of one [rows, 1024] fp32 tensor each, what changes every one of them)."""
-    config = json.loads((ROOT / "tests" / "configs" / "llama-3.1-8b" / "config.json").read_text())
+    config = json.loads((ROOT / "examples" / "configs" / "llama-3.1-8b" / "config.json").read_text())
     base, tuned = folder / "base", folder / kind
     for path in (base, tuned):
         path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,107 @@
+"""Does a plan hold on this machine? Its own training steps, with random weights, measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from edgeft import ledger
+from edgeft.artifacts import Artifact, sha256_file, versions
+from edgeft.checkpoint import local_folder
+from edgeft.data import IGNORED, Sample
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.planner import Plan
+from edgeft.train import check_budget, choose_device, make_run, prepare
+from edgeft.units import show_bytes
+
+STEPS = 3  # the first has no optimizer states yet, the second is the highest, the third is timed
+
+
+class Trial(Artifact):
+    """What the steps of a plan took here; `error` is predicted / measured - 1, None where the device is not planned."""
+
+    device: str
+    predicted_bytes: int
+    high_bytes: int
+    measured_bytes: int
+    error: float
+    estimated_seconds_per_step: float
+    measured_seconds_per_step: float
+
+
+def trial(plan: Plan, plan_sha256: str = "") -> Trial:
+    """Run `STEPS` optimizer steps of the plan on its device, each on samples as long as the longest.
+
+    The model has the plan's shape and random weights, read from disk and quantised as a real one. Raises BadInput when
+    the planned device is not here, DoesNotFit when memory or disk are too small.
+    """
+    ledger.import_all()
+    ledger.control_malloc()
+    device, compute, deviations = choose_device(plan, None)
+    if deviations:
+        problem = f"needs {plan.training.device}, which is not here"
+        raise BadInput("--verify", problem, "plan with the profile of this machine, or leave --verify out")
+    check_budget(plan, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        need = 2 * 4 * plan.spec.total_parameters
+        if shutil.disk_usage(scratch).free < need:
+            raise DoesNotFit("--verify", f"random weights need {show_bytes(need)} of disk in {scratch}", "set TMPDIR")
+        _random_checkpoint(local_folder(plan.job.model), folder)
+        os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")  # these quantised weights are of no use later
+        model, parts = prepare(plan, device, compute, folder)
+        run = make_run(plan.training, device, compute, model, parts, folder, Path(scratch))
+        longest = plan.training.max_length
+        trained = min(longest, plan.lengths.longest_trained if plan.lengths else longest)
+        labels = [IGNORED] * (longest - trained) + [1] * trained
+        sample = Sample([1] * longest, labels, max(0, longest - trained), "")
+        ledger.reset_peak(device)
+        for _ in range(STEPS):
+            started = time.monotonic()
+            run.train_step([sample] * plan.training.batch_size)
+        seconds = time.monotonic() - started
+        measured = ledger.peak_bytes(device)
+    phase = next(phase for phase in plan.phases if phase.name == "train")
+    data = sum(term.bytes for term in phase.terms if term.name == "data")
+    predicted = phase.expected_bytes - data
+    return Trial(
+        input_sha256=plan_sha256, versions=versions(), device=str(device), predicted_bytes=predicted,
+        high_bytes=phase.high_bytes, measured_bytes=measured, error=round(predicted / measured - 1, 5),
+        estimated_seconds_per_step=plan.seconds_per_step, measured_seconds_per_step=round(seconds, 4),
+    )  # fmt: skip
+
+
+def _random_checkpoint(source: Path, out: Path) -> None:
+    """A checkpoint of `source`'s shape and dtype with random weights; another process makes it, as that leaves heap."""
+    import subprocess
+
+    code = (
+        "import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM as A;"
+        "c = AutoConfig.from_pretrained(sys.argv[1]); c.use_cache = False;"
+        "d = c.dtype or torch.float32;"
+        "A.from_config(c, dtype=d if isinstance(d, torch.dtype) else getattr(torch, d)).save_pretrained(sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(out)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BadInput(source, f"no model with random weights can be made of it: {reason}")
+
+
+def main() -> None:
+    """`python -m edgeft.trial plan.json out.json`: a process of its own, as training is."""
+    plan, out = map(Path, sys.argv[1:])
+    try:
+        trial(Plan.read(plan), sha256_file(plan)).write(out)
+    except EdgeftError as problem:
+        print(f"edgeft: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()
