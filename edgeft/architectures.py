@@ -92,3 +92,14 @@ def repeat_for_groups(module: nn.Module, query: torch.Tensor, key: torch.Tensor,
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=causal
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def repeat_groups(model: nn.Module) -> None:
+    """Make a transformers model attend with `repeat_for_groups`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("edgeft_repeat", repeat_for_groups)
+    AttentionMaskInterface.register("edgeft_repeat", sdpa_mask)
+    causal: Any = model
+    causal.set_attn_implementation("edgeft_repeat")

@@ -265,22 +265,33 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         )
     model.config.use_cache = False
     model.eval()
+    compute_in(model, compute)
+    return model
+
+
+def compute_in(model: Any, compute: torch.dtype) -> None:
+    """Make a 4-bit model compute in one dtype, forth and back, as plans count on: what is dense is kept in it too.
+
+    transformers leaves what was not quantised in the dtype it was stored in: an fp32 checkpoint would hold more than
+    planned, a bf16 one not run at all in fp32.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             _compute_in(module, compute)
-    for parameter in model.parameters():  # embedding, head and norms come back in the dtype of the original file
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(compute)
-    return model
 
 
 def _compute_in(linear: Any, compute: torch.dtype) -> None:
     """Let a 4-bit Linear multiply in `compute`, with a backward pass.
 
     In eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has none: every layer below would get
-    no gradient, and nothing would say so.
+    no gradient, and nothing would say so. Its backward pass unpacks to the dtype that was quantised.
     """
     linear.compute_dtype, linear.compute_type_is_set = compute, True
+    if getattr(linear.weight, "quant_state", None) is not None:
+        linear.weight.quant_state.dtype = compute
     linear.train()
 
 

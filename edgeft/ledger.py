@@ -96,16 +96,32 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
                 storage = leaf.untyped_storage()
                 if storage not in self._seen:
-                    size = storage.nbytes()
-                    self._seen[storage] = size
-                    self.live_bytes += size
-                    self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-                    weakref.finalize(storage, self._forget, size)
+                    self._seen[storage] = True
+                    weakref.finalize(storage, self.forget, *self.born(leaf, storage.nbytes()))
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-    def _forget(self, size: int) -> None:
+    def born(self, tensor: torch.Tensor, size: int) -> tuple[int, ...]:
+        """Count a storage of `size` bytes first seen as `tensor`; the result goes to `forget` when it is freed."""
+        self.live_bytes += size
+        return (size,)
+
+    def forget(self, size: int) -> None:
         self.live_bytes -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.count(result)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + hidden_bytes(function, args))
         return result
+
+
+def hidden_bytes(function: Any, args: Any) -> int:
+    """Bytes that an operation holds only while it runs, where no dispatch mode sees them.
+
+    bitsandbytes multiplies with a dense copy of the 4-bit matrix, made beside its unpacked fp32 scales.
+    """
+    if getattr(function, "namespace", "") != "bitsandbytes" or function._opname != "gemm_4bit":
+        return 0
+    inputs, _, shape, _, block = args[:5]
+    elements = int(shape[0]) * int(shape[1])
+    return elements * int(inputs.element_size()) + 4 * -(-elements // int(block))

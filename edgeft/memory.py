@@ -19,6 +19,7 @@ STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, 8-bit scales per 64 weights, fp32 scales of 256 scales
 NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quantised matrix
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
+PAGED_ELEMENTS = 100_000  # bitsandbytes pages the 8-bit states of tensors of at least this many elements, no others
 CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorch's allocator
 
 # What a training process holds on a CPU beyond the tiny run's: the matrix library keeps buffers that grow with its

@@ -19,7 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from edgeft import ledger
-from edgeft.architectures import Parts, find_parts, repeat_for_groups, units
+from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.batches import epoch_order, steps_per_epoch
 from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
@@ -321,12 +321,7 @@ def prepare(plan: Plan, device: torch.device, compute: torch.dtype, folder: Path
     """The base model on its device, frozen, with the attention the plan counts on."""
     model = load_base(folder, plan.training, device, compute)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register("edgeft_repeat", repeat_for_groups)
-        AttentionMaskInterface.register("edgeft_repeat", sdpa_mask)
-        model.set_attn_implementation("edgeft_repeat")
+        repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model, find_parts(model)

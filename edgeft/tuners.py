@@ -85,7 +85,7 @@ def lora_config(model: nn.Module, parts: Parts, training: Training) -> Any:
         f"{parts.layers_path}.{i}.{name}"
         for i in training.trained_layers
         for name, _ in parts.layers[i].named_modules()
-        if name.split(".")[-1] in training.target_modules
+        if f".{name}".endswith(tuple(f".{target}" for target in training.target_modules))  # GPT-2: attn.c_proj
     ]
     fan_in_fan_out = any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in chosen)
     return LoraConfig(

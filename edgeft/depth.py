@@ -1,0 +1,173 @@
+"""What is alive during a deep model's step, computed from steps of shallow ones? Exact: memory is a sum over layers.
+
+Layers of one kind hold the same bytes, so that what is alive at an operation of layer j of n is linear in j and in n.
+Three layers of a kind and then four give both slopes, for each operation of its own: the highest may be another one
+in the deep model than in the shallow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+KEPT, WORTHWHILE, LONGEST_PERIOD = 3, 5, 8
+
+
+class Place(NamedTuple):
+    """Where in a step an operation runs: `layer` counts decoder layers, None outside of them."""
+
+    phase: str
+    micro_batch: int
+    layer: int | None
+    part: str
+
+
+# The bytes of one operation of the deep model: the sum of factor * bytes of `event` in `trace`.
+Sum = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Consecutive layers first .. first + period * units - 1 whose kinds repeat every `period`."""
+
+    first: int
+    period: int
+    units: int
+
+    def layers(self, units: int) -> range:
+        return range(self.first, self.first + self.period * units)
+
+
+def find_regions(kinds: Sequence[Hashable]) -> list[Region]:
+    """The layers as repeating stretches, each as long as possible; what does not repeat often enough stands alone."""
+    found, start = [], 0
+    while start < len(kinds):
+        best = Region(start, 1, 1)
+        for period in range(1, LONGEST_PERIOD + 1):
+            end = start + period
+            while end < len(kinds) and kinds[end] == kinds[end - period]:
+                end += 1
+            units = (end - start) // period
+            if units >= WORTHWHILE and period * units > best.period * best.units:
+                best = Region(start, period, units)
+        found.append(best)
+        start += best.period * best.units
+    return found
+
+
+def shallow_models(regions: Sequence[Region]) -> list[list[int]]:
+    """Units of each region in each model to trace: the base with at most three, then one more of each cut region."""
+    base = [min(region.units, KEPT) if region.units >= WORTHWHILE else region.units for region in regions]
+    cut = [k for k, region in enumerate(regions) if base[k] < region.units]
+    return [base, *([units + (k == one) for k, units in enumerate(base)] for one in cut)]
+
+
+def kept_layers(regions: Sequence[Region], units: Sequence[int]) -> list[int]:
+    """Indices, in the deep model, of the layers that a shallow one has."""
+    return [layer for region, count in zip(regions, units, strict=True) for layer in region.layers(count)]
+
+
+def weights_of(regions: Sequence[Region], models: Sequence[Sequence[int]]) -> list[int]:
+    """The factors by which the shallow models' bytes add up to the deep one's, for what is there from the start."""
+    more = [region.units - count for region, count in zip(regions, models[0], strict=True) if region.units > count]
+    return [1 - sum(more), *more]
+
+
+class _Key(NamedTuple):
+    """Consecutive operations of one pass in one layer, by (region, unit, offset) of it, or outside of the layers."""
+
+    phase: str
+    micro_batch: int
+    spot: tuple[int, int, int] | None
+    nth: int
+
+
+def _blocks(
+    regions: Sequence[Region], units: Sequence[int], places: Sequence[Place], live: Sequence[int]
+) -> dict[_Key, range]:
+    """The events of each block of one trace, in order."""
+    spots = [(r, u, o) for r, count in enumerate(units) for u in range(count) for o in range(regions[r].period)]
+    blocks: dict[_Key, range] = {}
+    start = 0
+    for end in range(1, len(places) + 1):
+        if end < len(places) and places[end][:3] == places[start][:3]:
+            continue
+        phase, micro_batch, layer, _ = places[start]
+        events = range(start, end)
+        if phase == "optimizer":  # as many operations as parameters; its highest one is the same in every model
+            highest = max(events, key=live.__getitem__)
+            events = range(highest, highest + 1)
+        key = _Key(phase, micro_batch, None if layer is None else spots[layer], 0)
+        while key in blocks:
+            key = key._replace(nth=key.nth + 1)
+        blocks[key] = events
+        start = end
+    return blocks
+
+
+def deepen(
+    regions: Sequence[Region], models: Sequence[Sequence[int]], traces: Sequence[Sequence[Place]],
+    live: Sequence[Sequence[int]],
+) -> list[tuple[Place, Sum]] | None:  # fmt: skip
+    """Every operation of the deep model in order, with its bytes as a sum over the traces of `models`.
+
+    None where the traces do not have the same operations, layer for layer: then only the deep model itself tells.
+    """
+    base = models[0]
+    stretched = [next(r for r, count in enumerate(units) if count > base[r]) for units in models[1:]]
+    found = [_blocks(regions, *args) for args in zip(models, traces, live, strict=True)]
+    for own, blocks in enumerate(found):
+        more = {key for key in blocks if own and key.spot and key.spot[:2] == (stretched[own - 1], KEPT)}
+        twin = {key: key._replace(spot=(key.spot[0], KEPT - 1, key.spot[2])) for key in more if key.spot}
+        if blocks.keys() - more != found[0].keys() or not found[0].keys() >= set(twin.values()):
+            return None
+        if any(len(events) != len(found[0][twin.get(key, key)]) for key, events in blocks.items()):
+            return None
+
+    def across(key: _Key, n: int, own: int | None) -> list[tuple[int, int, int]]:
+        """The sum for operation `n` of a block; how deep region `own` is, is left to the caller."""
+        terms = [(0, found[0][key][n], 1)]
+        for trace, region in enumerate(stretched, 1):
+            if region != own:
+                more = regions[region].units - base[region]
+                terms += [(trace, found[trace][key][n], more), (0, found[0][key][n], -more)]
+        return terms
+
+    def of_unit(key: _Key, unit: int, n: int) -> list[tuple[int, int, int]]:
+        """The sum for operation `n` of one unit of a stretched region; `key` is the block's in the base."""
+        assert key.spot is not None
+        region, near, offset = key.spot
+        own, more = stretched.index(region) + 1, regions[region].units - KEPT
+        last = near == KEPT - 1
+        deeper = found[own][key._replace(spot=(region, KEPT if last else near, offset))][n]
+        terms = [*across(key, n, region), (0, found[0][key][n], -more), (own, deeper, more)]
+        if near == 1:  # a middle unit: unit - 1 further along than the first of them
+            beside = found[own][key._replace(spot=(region, 2, offset))][n]
+            terms += [(own, beside, unit - 1), (own, deeper, 1 - unit)]
+        return terms
+
+    result: list[tuple[Place, Sum]] = []
+    done: set[_Key] = set()
+    for key in found[0]:
+        if key in done:
+            continue
+        if key.spot is None or key.spot[0] not in stretched:
+            layer = None
+            if key.spot is not None:
+                region = regions[key.spot[0]]
+                layer = region.first + key.spot[1] * region.period + key.spot[2]
+            for n, event in enumerate(found[0][key]):
+                result.append((traces[0][event]._replace(layer=layer), tuple(across(key, n, None))))
+            continue
+        region = regions[key.spot[0]]
+        step = -1 if key.spot[1] > 0 else 1  # the backward pass meets the last layer first
+        for unit in range(region.units)[::step]:
+            near = 0 if unit == 0 else KEPT - 1 if unit == region.units - 1 else 1
+            for offset in range(region.period)[::step]:
+                here = key._replace(spot=(key.spot[0], near, offset))
+                done.add(here)
+                layer = region.first + unit * region.period + offset
+                for n, event in enumerate(found[0][here]):
+                    result.append((traces[0][event]._replace(layer=layer), tuple(of_unit(here, unit, n))))
+    return result

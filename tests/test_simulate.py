@@ -1,0 +1,247 @@
+"""Simulated steps against real ones: the same live tensor bytes, to the byte, and the same from shallow models."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from edgeft import checkpoint, ledger
+from edgeft.architectures import find_parts
+from edgeft.checkpoint import DTYPES, load_base
+from edgeft.data import IGNORED, Sample
+from edgeft.errors import BadInput
+from edgeft.fake import quantisation_states
+from edgeft.memory import Workload, weight_bytes
+from edgeft.model_spec import ModelSpec, read_model_spec
+from edgeft.settings import Training
+from edgeft.simulate import simulate
+from edgeft.simulation import Simulation
+from edgeft.train import Run
+from edgeft.tuners import apply_tuner
+
+CPU = torch.device("cpu")
+
+
+def plan_of(spec: ModelSpec, layers: range, **changes: Any) -> Training:
+    values: dict[str, Any] = {
+        "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
+        "lora_alpha": 16.0, "target_modules": tuple(linear.name for linear in spec.linears),
+        "trained_layers": tuple(layers), "trains_ends": False, "micro_batch_size": 2, "batch_size": 2,
+        "max_length": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
+        "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
+        "checkpoint_steps": None, "eval_rows": 1,
+    }  # fmt: skip
+    values |= changes
+    if values["tuner"] == "full":
+        values |= {"rank": 0, "target_modules": ()}
+    return Training(**values)
+
+
+def save_model(folder: Path, kind: str = "llama", **changes: Any) -> ModelSpec:
+    """A tiny random checkpoint of a family, as save_pretrained writes it."""
+    values = {
+        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 256,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **{**values, **changes})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return read_model_spec(str(folder))
+
+
+def real_step(spec: ModelSpec, training: Training, work: Workload) -> tuple[int, int]:
+    """(live bytes before, peak) of the second optimizer step of a real model, every sample as long as `work` allows."""
+    compute = DTYPES[training.compute_dtype]
+    model = load_base(Path(spec.model), training, CPU, compute)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parts = find_parts(model)
+    run = Run(training, CPU, compute, model, parts, apply_tuner(model, parts, training))
+    labels = [IGNORED] * (work.longest - work.longest_trained) + [5] * work.longest_trained
+    ids = torch.randint(0, spec.vocab_size, (work.longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    samples = [Sample(ids, labels, 1, "x")] * training.batch_size
+    run.train_step(samples)
+    gc.collect()
+    live = ledger.LiveBytes()
+    live.count([list(model.parameters()), list(model.buffers()), quantisation_states(model)])
+    live.count(list(run.optimizer.state.values()))
+    before = live.live_bytes
+    with live:
+        run.train_step(samples)
+    return before, live.peak_bytes
+
+
+def check(spec: ModelSpec, training: Training, work: Workload) -> None:
+    found = simulate(spec, training, work)
+    before, peak = real_step(spec, training, work)
+    assert found.weights_bytes + found.adapter_bytes + found.optimizer_bytes == before
+    assert found.live_peak_bytes == peak
+
+
+ALL, TOP = range(2), range(1, 2)
+HALF = {"base_precision": "bf16", "compute_dtype": "bf16"}
+FULL = {"tuner": "full", "trains_ends": True}
+NF4 = {"base_precision": "nf4"}
+WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
+    # what trains, trained tokens of 48, the rest of the plan
+    "LoRA": (ALL, 47, {}),
+    "LoRA, few trained tokens": (ALL, 5, {}),
+    "LoRA, top layer": (TOP, 47, {}),
+    "LoRA, two micro-batches": (ALL, 47, {"batch_size": 4}),
+    "LoRA, five micro-batches, the last smaller": (ALL, 47, {"batch_size": 9}),
+    "LoRA, recomputed": (ALL, 47, {"checkpointing": True}),
+    "LoRA, top layer, recomputed": (TOP, 47, {"checkpointing": True}),
+    "LoRA, attention only": (ALL, 47, {"target_modules": ("q_proj", "v_proj")}),
+    "LoRA, bf16": (ALL, 47, HALF),
+    "LoRA, bf16, recomputed": (ALL, 47, {**HALF, "checkpointing": True, "batch_size": 4}),
+    "full": (ALL, 47, FULL),
+    "full, two micro-batches": (ALL, 47, {**FULL, "batch_size": 4}),
+    "full, recomputed": (ALL, 5, {**FULL, "checkpointing": True}),
+    "full, top layer": (TOP, 47, {"tuner": "full"}),
+    "full, bf16": (ALL, 47, {**FULL, **HALF}),
+    "NF4": (ALL, 47, NF4),
+    "NF4, recomputed": (ALL, 47, {**NF4, "checkpointing": True, "batch_size": 4}),
+    "NF4, top layer": (TOP, 5, NF4),
+    "NF4, bf16": (ALL, 47, {**NF4, "compute_dtype": "bf16"}),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_simulated_equals_real(way: str, llama: ModelSpec, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, trained, changes = WAYS[way]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    training = plan_of(llama, layers, **changes)
+    quantised = checkpoint.quantised_folder(Path(llama.model))
+    if training.base_precision == "nf4" and not quantised.exists():
+        quantised.parent.mkdir(parents=True)
+        checkpoint.quantise(Path(llama.model), quantised)
+    check(llama, training, Workload(48, trained))
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {}, "qwen2": {}, "qwen3": {}, "granite": {}, "smollm3": {"no_rope_layer_interval": 2}, "gemma": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {}, "gpt2": {"n_inner": 192}, "gpt_neox": {}, "opt": {"ffn_dim": 192, "word_embed_proj_dim": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_equal_real(kind: str, tmp_path: Path) -> None:
+    spec = save_model(tmp_path, kind, **FAMILIES[kind])
+    check(spec, plan_of(spec, ALL), Workload(48, 47))
+    check(spec, plan_of(spec, TOP, tuner="full", checkpointing=True, **HALF), Workload(48, 47))
+
+
+def test_tied_head_equals_real(tmp_path: Path) -> None:
+    spec = save_model(tmp_path, tie_word_embeddings=True)
+    check(spec, plan_of(spec, ALL), Workload(48, 47))
+    check(spec, plan_of(spec, ALL, **FULL, batch_size=4), Workload(48, 47))
+
+
+STACKS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
+    # family, layers, layers that train, plan, layers run
+    "LoRA": ("llama", 9, 9, {}, 7),
+    "LoRA, recomputed, two micro-batches": ("llama", 9, 9, {"checkpointing": True, "batch_size": 4}, 7),
+    "LoRA, bf16": ("llama", 9, 9, HALF, 7),
+    "LoRA, top layers of NF4": ("llama", 26, 12, NF4, 20),
+    "LoRA, two top layers": ("llama", 14, 2, {}, 11),
+    "full": ("llama", 8, 8, FULL, 7),
+    "full, many layers, few tokens": ("llama", 30, 30, {**FULL, "micro_batch_size": 1, "loss_chunk_tokens": 16}, 7),
+    "layers in pairs": ("gemma2", 16, 16, {}, 14),
+    "too few pairs": ("gemma2", 8, 8, {}, 8),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_shallow_models_tell_the_deep_one(name: str, tmp_path: Path) -> None:
+    kind, layers, top, changes, run = STACKS[name]
+    more = {"sliding_window": 16, "query_pre_attn_scalar": 16} if kind == "gemma2" else {}
+    spec = save_model(tmp_path, kind, num_hidden_layers=layers, **more)
+    training = plan_of(spec, range(layers - top, layers), **changes)
+    deep, shallow = (simulate(spec, training, Workload(48, 20), full_depth=full) for full in (True, False))
+    assert (deep.extrapolated, deep.layers_simulated) == (False, layers)
+    assert (shallow.extrapolated, shallow.layers_simulated) == (run < layers, run)
+    same = {"seconds": 0.0, "extrapolated": True, "layers_simulated": 0}
+    # the optimizer's many small norms are one moment each, in an order that depends on the depth
+    assert shallow.model_copy(update=same) == deep.model_copy(update=same)
+
+
+def test_an_8b_model_needs_no_memory_and_few_layers() -> None:
+    spec = read_model_spec(str(Path(__file__).parent / "configs" / "llama-3.1-8b"))
+    training = plan_of(spec, range(32), rank=16, micro_batch_size=1, loss_chunk_tokens=256, **NF4)
+    before = ledger.rss_bytes()
+    found = simulate(spec, training, Workload(2048, 2047))
+    assert ledger.rss_bytes() - before < 2**28
+    assert found.extrapolated and found.layers_simulated == 7
+    assert found.weights_bytes == pytest.approx(weight_bytes(spec, training), rel=1e-6)
+    assert found.optimizer_bytes - 4 * 32 * 7 * 2 == 2 * found.adapter_bytes  # and a step count for each tensor
+    assert found.live_peak_bytes == max(moment.live_bytes for moment in found.timeline)
+    assert [moment.phase for moment in found.phase_peaks] == ["forward", "backward", "optimizer"]
+    assert len(found.timeline) <= 200 and len(found.largest) == 10
+    assert sum(group.bytes * group.count for group in found.largest) > 0.8 * found.live_peak_bytes
+    assert Simulation.model_validate_json(found.model_dump_json()) == found
+
+
+def test_cuda_counts_in_blocks_and_takes_its_own_kernels(llama: ModelSpec) -> None:
+    work = Workload(64, 63)
+    for compute in ("bf16", "fp16"):
+        way = {"base_precision": compute, "compute_dtype": compute}
+        cpu, cuda = (simulate(llama, plan_of(llama, ALL, device=device, **way), work) for device in ("cpu", "cuda"))
+        assert cuda.live_peak_bytes % 512 == 0 and cuda.weights_bytes >= cpu.weights_bytes
+        names = {group.operation for group in cuda.largest}
+        assert any("efficient" in name for name in names) == (compute == "fp16")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_eight_bit_states_are_counted_where_they_live(optimizer: str, tmp_path: Path) -> None:
+    spec = save_model(tmp_path, vocab_size=2048)
+    training = plan_of(spec, ALL, **FULL, device="cuda", optimizer=optimizer)
+    found = simulate(spec, training, Workload(48, 47))
+    # two vocabularies of 131,072 elements are paged, everything else is not; two code books are shared
+    expected = 2 * 1024
+    for _, parameter in AutoModelForCausalLM.from_pretrained(spec.model).named_parameters():
+        size, blocks = parameter.numel(), -(-parameter.numel() // 256)
+        state = size if size >= 4096 else 4 * size
+        state = 0 if size == 131_072 and optimizer.startswith("paged") else -(-state // 512) * 512
+        expected += 2 * (state + (-(-4 * blocks // 512) * 512 if size >= 4096 else 0))
+    assert found.optimizer_bytes == expected
+
+
+def test_hidden_bytes_are_those_of_the_operation_itself() -> None:
+    """The kernel of gemm_4bit, called as the Python function it is, shows what it holds beside its result."""
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+    from bitsandbytes.functional import quantize_4bit
+
+    matrix, inputs = torch.randn(192, 64), torch.randn(5, 64)
+    packed, state = quantize_4bit(matrix, quant_type="nf4", compress_statistics=True)
+    arguments = (inputs, packed, state.shape, state.state2.absmax, 64, "nf4", None, state.absmax, state.state2.code,
+                 state.offset)  # fmt: skip
+    inside, outside = ledger.LiveBytes(), ledger.LiveBytes()
+    with inside:
+        _gemm_4bit_default_impl(*arguments)
+    with outside:
+        torch.ops.bitsandbytes.gemm_4bit.default(*arguments)
+    assert outside.peak_bytes == inside.peak_bytes > 192 * 64 * 4
+
+
+def test_a_model_that_branches_on_values_is_refused(tmp_path: Path) -> None:
+    spec = save_model(tmp_path, "mixtral", num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(BadInput, match="cannot be simulated"):
+        simulate(spec, plan_of(spec, ALL), Workload(48, 47))
