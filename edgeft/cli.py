@@ -122,6 +122,9 @@ def plan(
     verify_here: Annotated[
         bool, typer.Option("--verify", help="measure the plan's own steps here, with random weights")
     ] = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="run the chosen way's step without memory, and count its bytes")
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
     out: Annotated[
         Path | None, typer.Option(help="plan file; default build/<profile>/plan.json, - writes none")
@@ -154,11 +157,17 @@ def plan(
             old = Plan.read(path)
         except EdgeftError:
             old = None
-        if old is not None and old.request_sha256 == request_digest(job, Path(model) if Path(model).is_dir() else None):
+        digest = request_digest(job, Path(model) if Path(model).is_dir() else None)
+        if old is not None and old.request_sha256 == digest and (old.simulation or not simulate):
             say(f"{path} is up to date")
             done(old)
             return
     made = make_plan(job)
+    if simulate:
+        from edgeft.simulate import simulate as run_step
+
+        say("simulating the step")
+        made = made.model_copy(update={"simulation": run_step(made.spec, made.training, made.work)})
     if str(path) != "-":
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ change is never rounded: only the copy that other layers train beside is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +51,12 @@ class DenseTurns:
     def enter(self, unit: str) -> Named:
         """Make the layer's parameters dense fp32 ones that train; (name, parameter) of each."""
         prefix, layer = self._layer(unit)
-        named: Named = []
-        for place, module in list(layer.named_modules()):
-            if type(module).__name__ == "Linear4bit":
-                module = _dense_of(module)
-                layer.set_submodule(place, module)
-            for key, old in list(module.named_parameters(recurse=False)):
-                trains = old.ndim > 1 or self.compute == torch.float32
-                name = f"{prefix}{place}.{key}" if place else f"{prefix}{key}"
-                if not trains:
-                    continue
-                value = self._read(unit, name)
-                if key == "weight" and getattr(module, "transposed", False):
-                    value = value.T.contiguous()
-                parameter = nn.Parameter(value.to(self.device))
-                setattr(module, key, parameter)
-                named.append((name, parameter))
-        return named
+
+        def value(place: str, key: str, old: torch.Tensor, transposed: bool) -> torch.Tensor:
+            found = self._read(unit, f"{prefix}{place}.{key}" if place else f"{prefix}{key}")
+            return (found.T.contiguous() if transposed else found).to(self.device)
+
+        return [(prefix + name, parameter) for name, parameter in make_dense(layer, self.compute, value)]
 
     def keep(self, unit: str) -> Path:
         """Write what the layer learnt, in fp32 under the base's names, to its file."""
@@ -108,6 +98,24 @@ class DenseTurns:
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
         return [(prefix + key, parameter) for key, parameter in layer.named_parameters()]
+
+
+def make_dense(
+    layer: nn.Module, compute: torch.dtype, value: Callable[[str, str, torch.Tensor, bool], torch.Tensor]
+) -> Named:
+    """Give a layer dense parameters that train, each `value(place, key, old, transposed)`; (name, parameter)."""
+    named: Named = []
+    for place, module in list(layer.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            module = _dense_of(module)
+            layer.set_submodule(place, module)
+        for key, old in list(module.named_parameters(recurse=False)):
+            if old.ndim > 1 or compute == torch.float32:
+                transposed = key == "weight" and bool(getattr(module, "transposed", False))
+                parameter = nn.Parameter(value(place, key, old, transposed))
+                setattr(module, key, parameter)
+                named.append((f"{place}.{key}" if place else key, parameter))
+    return named
 
 
 def _dense_of(module: Any) -> nn.Linear:

@@ -21,6 +21,7 @@ from edgeft.architectures import Parts, find_parts, repeat_groups
 from edgeft.batches import Batch, make_batch
 from edgeft.checkpoint import DTYPES, compute_in
 from edgeft.data import Sample
+from edgeft.dense import make_dense
 from edgeft.memory import PAGED_ELEMENTS
 from edgeft.settings import Training
 
@@ -46,12 +47,20 @@ def build_meta(config: Any, training: Training, compute: torch.dtype) -> tuple[A
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
         quantizer.postprocess_model(model)
         compute_in(model, compute)
+    if training.densely:
+        with torch.device("meta"):
+            for index in training.trained_layers:
+                make_dense(find_parts(model).layers[index], compute, _dense_shape)
     model.config.use_cache = False
     if training.device == "cuda" and training.compute_dtype != "bf16":
         repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model, find_parts(model)
+
+
+def _dense_shape(place: str, key: str, old: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return torch.empty(old.shape, dtype=torch.float32)
 
 
 def make_fake(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ and key, V vocabulary, L layers, T tokens of one micro-batch, r rank, e bytes of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
 
 from edgeft.artifacts import Strict
 from edgeft.model_spec import Linear, ModelSpec
@@ -118,7 +118,7 @@ def optimizer_bytes(spec: ModelSpec, training: Training, trained: int) -> int:
 
 def trained_itemsize(training: Training) -> int:
     """Bytes of one trained parameter: adapters are fp32, fully trained weights have the base's dtype."""
-    if training.tuner == "lora" or training.layers != "all":  # layers of a half-precision or 4-bit base train in fp32
+    if training.tuner == "lora" or training.densely:
         return 4
     return DTYPE_BYTES[training.base_precision]
 

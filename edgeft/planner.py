@@ -28,6 +28,7 @@ from edgeft.explain import (
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.profile import Profile, detect, load_profile
 from edgeft.settings import Job, Training
+from edgeft.simulation import Simulation
 
 HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
@@ -56,6 +57,8 @@ class Plan(Artifact):
     frontier: tuple[Candidate, ...]
     alternatives: tuple[Alternative, ...]
     savings: tuple[Saving, ...]
+    work: memory.Workload
+    simulation: Simulation | None = None  # of the chosen way, when asked for
 
 
 def request_digest(job: Job, model_folder: Path | None) -> str:
@@ -120,6 +123,7 @@ def make_plan(job: Job) -> Plan:
         frontier=frontier(question, training, looked_at),
         alternatives=alternatives(question, training, looked_at),
         savings=savings(question, training),
+        work=work,
     )
 
 

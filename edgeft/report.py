@@ -12,6 +12,7 @@ from rich.text import Text
 from edgeft.planner import Plan
 from edgeft.profile import Profile
 from edgeft.scores import Metrics, Proof
+from edgeft.simulation import Simulation
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from edgeft.merge import Merged, MergedCheckpoint
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
+
+NOT_TENSORS = ("process", "data", "cuBLAS workspace")  # terms of a step that no tensor of it accounts for
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -68,6 +71,8 @@ def plan_text(plan: Plan) -> RenderableType:
             Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
         )
     lines = [Text(f"note: {note}") for note in plan.notes]
+    if plan.simulation is not None:
+        lines.insert(0, Text(simulation_line(plan, plan.simulation)))
     if plan.savings:
         lines.append(Text("what makes it fit, each by itself:", style="bold"))
         lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
@@ -75,6 +80,17 @@ def plan_text(plan: Plan) -> RenderableType:
         lines.append(Text("given up to fit the budget:", style="bold"))
         lines += [Text(f"  - {line}") for line in plan.gave_up]
     return Group(facts, table, *lines)
+
+
+def simulation_line(plan: Plan, simulation: Simulation) -> str:
+    """What a simulated step holds against the closed form's tensors, in one line."""
+    train = next(phase for phase in plan.phases if phase.name == "train")
+    closed = sum(term.bytes for term in train.terms if term.name not in NOT_TENSORS)
+    return (
+        f"simulated step: {show_bytes(simulation.live_peak_bytes)} of tensors at most ({simulation.phase}, "
+        f"{simulation.moment}); the closed form says {show_bytes(closed)}, "
+        f"{100 * (closed / simulation.live_peak_bytes - 1):+.2f}% ({show_seconds(simulation.seconds)})"
+    )
 
 
 def explain_text(plan: Plan) -> RenderableType:

@@ -148,6 +148,11 @@ class Training(Strict):
     eval_rows: int
 
     @property
+    def densely(self) -> bool:
+        """Whether layers that train are dense fp32 ones in a base of another precision (`edgeft.dense`)."""
+        return self.tuner == "full" and self.layers != "all" and self.base_precision != "fp32"
+
+    @property
     def trains_ends(self) -> bool:
         """Whether embedding, final norm and head train all the time, as in full fine-tuning."""
         return self.embedding == self.norm == self.head == "on"

@@ -21,7 +21,7 @@ from edgeft.checkpoint import DTYPES, quiet_transformers
 from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput
 from edgeft.fake import as_planned, build_meta, make_fake, quantisation_states
-from edgeft.memory import Workload
+from edgeft.memory import Workload, worst_sets
 from edgeft.model_spec import ModelSpec
 from edgeft.settings import Training
 from edgeft.simulation import Moment, Simulation, StepPhase, TensorGroup
@@ -48,7 +48,10 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
     """Trace one optimizer step of a model, its optimizer's states made before."""
     compute = DTYPES[training.compute_dtype]
     model, parts = build_meta(config, training, compute)
-    names = [name for name, _ in apply_tuner(model, parts, training)]
+    chosen = apply_tuner(model, parts, training)
+    for _, parameter in chosen:
+        parameter.requires_grad_(not training.densely or parameter.dtype == torch.float32)
+    names = [name for name, parameter in chosen if parameter.requires_grad]
     samples = min(training.batch_size, 2 * training.micro_batch_size)
     micro_batches = -(-samples // training.micro_batch_size)
     trace = Trace(micro_batches, CUDA_UNIT if training.device == "cuda" else 1)
@@ -170,6 +173,10 @@ def simulate(spec: ModelSpec, training: Training, work: Workload, *, full_depth:
     Equal to the byte to what a real step on a CPU holds (tests/test_simulate.py); a few layers are run and the rest
     computed, equally exact, unless `full_depth`. Raises BadInput when transformers cannot build or run the model so.
     """
+    if training.layers == "lisa":  # the set of layers that needs most, as far as a set is known to
+        each = [simulate(spec, one, work, full_depth=full_depth) for one in worst_sets(spec, training)]
+        highest = max(each, key=lambda simulation: simulation.live_peak_bytes)
+        return highest.model_copy(update={"seconds": round(sum(simulation.seconds for simulation in each), 3)})
     from transformers import AutoConfig
 
     started = time.monotonic()

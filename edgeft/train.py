@@ -543,9 +543,10 @@ def make_run(
     """What trains put into a loaded model, going on from the newest checkpoint in `work`; `base` holds its weights."""
     chosen = apply_tuner(model, parts, training)
     lisa = None
-    low = training.tuner == "full" and (training.base_precision == "nf4" or compute != torch.float32)
-    if training.layers == "lisa" or (training.layers == "sparse" and low):
-        turns = DenseTurns(model, parts, Checkpoint(base), work / "layers", compute) if low else None
+    # a half-precision base on a device that cannot compute in it is fp32 already, and simply trains
+    densely = training.densely and (training.base_precision == "nf4" or compute != torch.float32)
+    if training.layers == "lisa" or densely:
+        turns = DenseTurns(model, parts, Checkpoint(base), work / "layers", compute) if densely else None
         lisa = make_lisa(model, parts, training, turns, work / "layers")
     return Run(training, device, compute, model, parts, chosen, lisa, work)
 

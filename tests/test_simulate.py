@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,16 @@ from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
 from edgeft.simulate import simulate
 from edgeft.simulation import Simulation
-from edgeft.train import Run
-from edgeft.tuners import apply_tuner
+from edgeft.train import make_run
 
 CPU = torch.device("cpu")
 
 
-def plan_of(spec: ModelSpec, layers: range, **changes: Any) -> Training:
+def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     values: dict[str, Any] = {
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
         "lora_alpha": 16.0, "target_modules": tuple(linear.name for linear in spec.linears),
-        "trained_layers": tuple(layers), "trains_ends": False, "micro_batch_size": 2, "batch_size": 2,
+        "trained_layers": tuple(trained), "micro_batch_size": 2, "batch_size": 2,
         "max_length": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
         "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
         "checkpoint_steps": None, "eval_rows": 1,
@@ -62,7 +62,8 @@ def real_step(spec: ModelSpec, training: Training, work: Workload) -> tuple[int,
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parts = find_parts(model)
-    run = Run(training, CPU, compute, model, parts, apply_tuner(model, parts, training))
+    with tempfile.TemporaryDirectory() as work_folder:
+        run = make_run(training, CPU, compute, model, parts, Path(spec.model), Path(work_folder))
     labels = [IGNORED] * (work.longest - work.longest_trained) + [5] * work.longest_trained
     ids = torch.randint(0, spec.vocab_size, (work.longest,), generator=torch.Generator().manual_seed(0)).tolist()
     samples = [Sample(ids, labels, 1, "x")] * training.batch_size
@@ -86,7 +87,7 @@ def check(spec: ModelSpec, training: Training, work: Workload) -> None:
 
 ALL, TOP = range(2), range(1, 2)
 HALF = {"base_precision": "bf16", "compute_dtype": "bf16"}
-FULL = {"tuner": "full", "trains_ends": True}
+FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
 NF4 = {"base_precision": "nf4"}
 WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     # what trains, trained tokens of 48, the rest of the plan
@@ -108,6 +109,15 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     "NF4": (ALL, 47, NF4),
     "NF4, recomputed": (ALL, 47, {**NF4, "checkpointing": True, "batch_size": 4}),
     "NF4, top layer": (TOP, 5, NF4),
+    "sparse, embedding on": (TOP, 47, {"tuner": "full", "layers": "sparse", "embedding": "on"}),
+    "sparse, head and norm on": (TOP, 47, {"tuner": "full", "layers": "sparse", "head": "on", "norm": "on"}),
+    "sparse on NF4": (TOP, 47, {"tuner": "full", "layers": "sparse", **NF4}),
+    "sparse on NF4, the lower layer, recomputed": (
+        range(1),
+        47,
+        {"tuner": "full", "layers": "sparse", **NF4, "checkpointing": True, "batch_size": 4},
+    ),
+    "sparse on bf16": (TOP, 47, {"tuner": "full", "layers": "sparse", **HALF}),
     "NF4, bf16": (ALL, 47, {**NF4, "compute_dtype": "bf16"}),
 }
 
@@ -132,6 +142,19 @@ def test_simulated_equals_real(way: str, llama: ModelSpec, cache: Path, monkeypa
         quantised.parent.mkdir(parents=True)
         checkpoint.quantise(Path(llama.model), quantised)
     check(llama, training, Workload(48, trained))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_lisa_is_never_above_its_worst_set(
+    precision: str, llama: ModelSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every set of layers, in the real step: the simulated peak is the highest of them, to the byte."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    way = {"tuner": "full", "active_layers": 1, "lisa_interval": 2, "base_precision": precision}
+    work = Workload(48, 47)
+    found = simulate(llama, plan_of(llama, ALL, layers="lisa", **way), work)
+    real = [real_step(llama, plan_of(llama, range(i, i + 1), layers="sparse", **way), work)[1] for i in ALL]
+    assert found.live_peak_bytes == max(real) > min(real)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -184,7 +207,7 @@ def test_shallow_models_tell_the_deep_one(name: str, tmp_path: Path) -> None:
 
 
 def test_an_8b_model_needs_no_memory_and_few_layers() -> None:
-    spec = read_model_spec(str(Path(__file__).parent / "configs" / "llama-3.1-8b"))
+    spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b"))
     training = plan_of(spec, range(32), rank=16, micro_batch_size=1, loss_chunk_tokens=256, **NF4)
     before = ledger.rss_bytes()
     found = simulate(spec, training, Workload(2048, 2047))
