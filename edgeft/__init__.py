@@ -1,6 +1,8 @@
 """edgeft: fine-tune a language model inside a memory budget and ship it to a small device, proven equal.
 
     plan = edgeft.make_plan(edgeft.make_job(model="folder", data="rows.jsonl", profile="t4"))
+    with edgeft.wise(model, 0.5):  # a live model, half way between base and fine-tuned
+        model.generate(...)
 
 The stages are functions of the modules of their name: edgeft.train.train, edgeft.merge.merge, edgeft.export.export.
 """
@@ -10,18 +12,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgeft.live import wise
     from edgeft.planner import make_plan
     from edgeft.settings import make_job
 
 __version__ = "0.1.0"
-__all__ = ["make_job", "make_plan"]
+__all__ = ["make_job", "make_plan", "wise"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the planner on first use only: importing edgeft costs nothing."""
+    """Import what is named on first use only: importing edgeft costs nothing."""
     import importlib
 
-    homes = {"make_job": "settings", "make_plan": "planner"}
+    homes = {"make_job": "settings", "make_plan": "planner", "wise": "live"}
     if name in homes:
         return getattr(importlib.import_module(f"edgeft.{homes[name]}"), name)
     raise AttributeError(f"module 'edgeft' has no attribute {name!r}")

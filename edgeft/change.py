@@ -85,6 +85,14 @@ def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(first, min(rows, first + each))
 
 
+def find_tensor(base: Checkpoint, name: str) -> str | None:
+    """A tensor's name in a checkpoint's files, which may lack a leading 'model.' or so; None when it is not there."""
+    if name in base:
+        return name
+    found = [n for n in base.owner if name.endswith("." + n) or n.endswith("." + name)]
+    return found[0] if len(found) == 1 else None
+
+
 class Change:
     """What fine-tuning did to a base, by the tensor names of the base; `tied`: its head is its embedding.
 
@@ -141,12 +149,10 @@ class Change:
         return reader
 
     def _find(self, name: str) -> str | None:
-        """The tensor's name in the base's files, which may lack a leading 'model.' or so."""
-        if name in self.base:
-            return name
-        found = [n for n in self.base.owner if name.endswith("." + n) or n.endswith("." + name)]
-        if len(found) == 1:
-            return found[0]
+        """The tensor's name in the base's files; a tied head's also where the base stores the embedding alone."""
+        found = find_tensor(self.base, name)
+        if found is not None:
+            return found
         if self._tied and name.endswith(HEADS):  # a tied head need not be stored
             self._head = self._head or name
             return self._head
