@@ -281,6 +281,30 @@ def _digest(trained: Path, base: str | None) -> str:
 
 
 @app.command()
+def survival(
+    merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
+    target: Annotated[str, typer.Option(help="whose rounding: a name in export/, or a TOML file")] = "ort-int4",
+    base: Annotated[str | None, typer.Option(help="base model, when merged.json does not name it")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw it, as an SVG file")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default survival.json beside MERGED")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how much of a fine-tune survives a target's rounding, and which tensors lose most of it."""
+    from edgeft.report import survival_text
+    from edgeft.survival import survival as run
+    from edgeft.target import load_target
+
+    with Reporter() as progress:
+        found = run(merged, load_target(target), base=base, progress=progress)
+    found.write(out or merged.parent / "survival.json")
+    if plot is not None:
+        from edgeft.plots import plot_survival
+
+        plot_survival(found, plot)
+    show(as_json, found, survival_text(found))
+
+
+@app.command()
 def export(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
     target: Annotated[str, typer.Option(help="what to build: a name in export/, or a TOML file")] = "ort-int4",

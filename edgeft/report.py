@@ -18,6 +18,7 @@ from edgeft.units import show_bytes, show_count, show_seconds
 if TYPE_CHECKING:
     from edgeft.bundle import Bundle
     from edgeft.merge import Merged, MergedCheckpoint
+    from edgeft.survival import Survival
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
 
@@ -251,3 +252,23 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint) -> RenderableType:
             )
     size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
     return Group(*parts, table, Text(f"{size} (limited by the {bundle.context_limited_by})"))
+
+
+def survival_text(survival: Survival) -> RenderableType:
+    """What rounding leaves of a change: per layer, then the tensors that lose most."""
+    title = f"what of the change survives in {survival.target}"
+    table = _table("layer", "tensors", "projection", "cosine", "noise", title=title)
+    for layer in survival.layers:
+        name = "ends" if layer.layer is None else str(layer.layer)
+        cells = (f"{layer.projection:.3f}", f"{layer.cosine:.3f}", f"{layer.noise:.2f}")
+        table.add_row(name, str(layer.tensors), *cells)
+    table.add_row(
+        "all", str(sum(x.tensors for x in survival.layers)), f"{survival.projection:.3f}", f"{survival.cosine:.3f}", ""
+    )
+    by_name = {tensor.name: tensor for tensor in survival.tensors}
+    worst = _table("first to promote to 8 bits", "change in steps", "codes changed", "cosine")
+    for name in survival.promote[:8]:
+        tensor = by_name[name]
+        cells = (f"{tensor.delta_in_steps:.3f}", f"{100 * tensor.codes_changed:.1f}%", f"{tensor.cosine:.3f}")
+        worst.add_row(name, *cells)
+    return Group(table, worst) if survival.promote else Group(table)
