@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from edgeft.artifacts import versions
-from edgeft.machine import usable_cores
+from edgeft.budget import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ROOT / "examples" / "debian-sections"

@@ -123,7 +123,7 @@ def saving(path: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_nearest_folder(path)).free
+            free = shutil.disk_usage(nearest_folder(path)).free
             hint = "free some space or choose another place with --out (make: out=...), then run the same command again"
             raise EdgeftError(path, f"the disk is full ({show_bytes(free)} left)", hint) from None
         if problem.errno in (
@@ -138,7 +138,8 @@ def saving(path: Path) -> Iterator[None]:
         raise
 
 
-def _nearest_folder(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the first folder above it that exists."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent
@@ -177,6 +178,11 @@ def staging(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def cache_folder() -> Path:
+    """Where edgeft keeps what can be made again: $XDG_CACHE_HOME/edgeft or ~/.cache/edgeft."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeft"
 
 
 def shipped_folder(name: str) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
+from edgeft.budget import MALLOC_ENVIRONMENT, reset_resident_peak, resident_bytes
 from edgeft.bundle import (
     MANIFEST,
     Bundle,
@@ -23,12 +24,10 @@ from edgeft.bundle import (
     GoldenInput,
     Measured,
     PromptFormat,
-    Weights,
-    choose_context,
-    predict,
 )
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed
+from edgeft.footprint import Weights, choose_context, predict
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.scores import Proof
@@ -84,6 +83,7 @@ def build_bundle(
     provenance: dict[str, str] | None = None,
     prove: Callable[[ArtifactModel], Proof] | None = None,
     measure: bool = True,
+    predicted_peak_bytes: int | None = None,
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
@@ -96,7 +96,9 @@ def build_bundle(
     if prompt_format == "chat" and tokenizer.template_text is None:
         raise BadInput(merged, "there is no chat template", "export with prompt_format 'plain'")
     with staging(out) as folder:
-        _build_model(merged, target, spec, folder)
+        reset_resident_peak()
+        waiting = resident_bytes()
+        builder = _build_model(merged, target, spec, folder)
         _copy_tokenizer(merged, folder)
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
@@ -137,14 +139,19 @@ def build_bundle(
             measured = _measure(folder)
             here = predict(spec, target, weights, measured.prompt_tokens + measured.new_tokens)
             bundle = bundle.model_copy(update={"measured": measured, "predicted_here_bytes": here.memory_bytes})
-        bundle = bundle.model_copy(update={"seconds": time.perf_counter() - start})
+        peak = max(waiting + builder, resident_bytes(highest=True)) if builder else None
+        peaks = {"predicted_peak_bytes": predicted_peak_bytes, "measured_peak_bytes": peak}
+        bundle = bundle.model_copy(update={**peaks, "seconds": time.perf_counter() - start})
         bundle.write(folder / MANIFEST)
     return Bundle.read(out / MANIFEST)
 
 
-def _build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> None:
-    """model.onnx, its weights and genai_config.json in `folder`, by onnxruntime-genai's model builder."""
-    _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, ()))
+def _build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> int:
+    """model.onnx, its weights and genai_config.json in `folder`, by onnxruntime-genai's model builder.
+
+    Returns the builder's highest resident bytes, 0 where no /proc tells them.
+    """
+    peak = _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, ()))
     if target.weight_bits == 8 and spec.tie_word_embeddings:
         # The builder shares a tied table between embedding and head only where its base type is int4, and
         # would store an fp32 copy for int8 (10.9 MB instead of 6.9 in ort-int8.toml). So: int4, every matmul
@@ -154,7 +161,8 @@ def _build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) ->
             for node in _graph(folder / "model.onnx").node
             if node.op_type == "MatMulNBits"
         ]
-        _run_builder(merged, folder, _quantisation(target, True, names))
+        peak = max(peak, _run_builder(merged, folder, _quantisation(target, True, names)))
+    return peak
 
 
 def _quantisation(target: Target, tied: bool, promoted: Sequence[str]) -> dict[str, Any] | None:
@@ -179,13 +187,27 @@ def _quantisation(target: Target, tied: bool, promoted: Sequence[str]) -> dict[s
     }
 
 
-def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> None:
-    """Run the builder in its own process: its memory ends with it, its noise goes to a log. Offline."""
+# The builder as a script that, whatever happens to it, leaves its highest resident bytes in a file.
+BUILDER = """
+import os, runpy, shutil
+try:
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+finally:
+    if os.path.exists("/proc/self/status"):
+        shutil.copyfile("/proc/self/status", os.environ["EDGEFT_BUILDER_STATUS"])
+"""
+
+
+def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> int:
+    """Run the builder in its own process: its memory ends with it, its noise goes to a log. Offline.
+
+    Returns its highest resident bytes, 0 where no /proc tells them.
+    """
     scratch = folder / ".scratch"
     scratch.mkdir(exist_ok=True)
-    log = scratch / "builder.log"
+    log, status = scratch / "builder.log", scratch / "status"
     # -P: no file of the current folder may shadow a module
-    command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
+    command = [sys.executable, "-P", "-c", BUILDER, "-e", "cpu"]
     command += [
         "-i",
         str(merged.resolve()),
@@ -201,14 +223,15 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
         command += ["--builder_config_version", "2", "--target_options", json.dumps(options)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(scratch.resolve()),
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1", "EDGEFT_BUILDER_STATUS": str(status.resolve()), **MALLOC_ENVIRONMENT,
     }  # fmt: skip
     with open(log, "wb") as noise:
         code = subprocess.run(command, stdout=noise, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     text = log.read_text(encoding="utf-8", errors="replace")
     if code == 0 and (folder / "genai_config.json").is_file():
+        peak = resident_bytes(highest=True, status=status)
         shutil.rmtree(scratch)
-        return
+        return peak
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
     if "No module named onnxruntime_genai" in text or "No module named 'onnxruntime_genai'" in text:
         raise MissingExtra("onnxruntime-genai", "is not installed", "pip install onnxruntime-genai")

@@ -13,9 +13,7 @@ import torch
 
 from edgeft.checkpoint import Checkpoint, TensorFile
 from edgeft.errors import BadInput
-
-# fp32 bytes of one tensor that are computed at once: a tensor of any size changes within a few times this much
-BLOCK_BYTES = 8 * 2**20
+from edgeft.stages import BLOCK_BYTES
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
 Rows = Callable[[slice], torch.Tensor]

@@ -18,8 +18,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from edgeft.artifacts import saving, sha256_file, sha256_json, staging
+from edgeft import disk
+from edgeft.artifacts import cache_folder, saving, sha256_file, sha256_json, staging
+from edgeft.budget import MALLOC_ENVIRONMENT
 from edgeft.errors import BadInput
+from edgeft.model_spec import read_model_spec
 from edgeft.settings import Training
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -250,10 +253,12 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         return load_plain(folder, dense).to(device)
     cached = quantised_folder(folder)
     if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
+        disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
         # in a process of its own: what quantising leaves in the heap would count against training
         code = "import sys, pathlib; from edgeft.checkpoint import quantise; quantise(*map(pathlib.Path, sys.argv[1:]))"
         command = [sys.executable, "-c", code, str(folder), str(cached)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = os.environ | MALLOC_ENVIRONMENT  # large matrices would fragment its heap to twice the size
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
@@ -336,11 +341,6 @@ def write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
     text += b" " * (-len(text) % 8)
     writer.write(struct.pack("<Q", len(text)))
     writer.write(text)
-
-
-def cache_folder() -> Path:
-    """Where edgeft keeps what can be made again: $XDG_CACHE_HOME/edgeft or ~/.cache/edgeft."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeft"
 
 
 def weights_sha256(folder: Path) -> str:

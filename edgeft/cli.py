@@ -13,17 +13,20 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from edgeft.artifacts import Artifact, sha256_file, sha256_json
+from edgeft.artifacts import Artifact, cache_folder, sha256_file, sha256_json
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.settings import make_job, parse_settings
 from edgeft.units import parse_bytes, show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from edgeft.planner import Plan
 
 app = typer.Typer(
     name="edgeft",
@@ -139,6 +142,7 @@ def plan(
         return Group(plan_text(plan), explain_text(plan)) if explain else plan_text(plan)
 
     def done(plan: Plan) -> None:
+        _say_shortages(plan, path)
         show(as_json, plan, shown(plan))
         if verify_here:
             if str(path) == "-":
@@ -195,6 +199,15 @@ def _try_out(plan_file: Path, as_json: bool) -> None:
     stdout.print(trial_text(Trial.read(out)))
 
 
+def _say_shortages(made: Plan, path: Path) -> None:
+    """Warn when the disk of the stages' folder has too little room: of this machine now, so not a part of the plan."""
+    from edgeft.disk import shortages
+
+    folder = default_out(made.job.profile, "") if str(path) == "-" else path.parent
+    for line in shortages(made.stages.disk, folder, cache_folder()):
+        say(f"note: {line}")
+
+
 @app.command()
 def train(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json as `edgeft plan` wrote it")],
@@ -203,10 +216,12 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
+    from edgeft.budget import settle_allocator
     from edgeft.planner import Plan
     from edgeft.profile import why_absent
 
     made = Plan.read(plan_file)
+    settle_allocator(made.training.device)  # before anything imports torch
     target = out or plan_file.parent / "train"
     digest = sha256_file(plan_file)
     if _current(target / "train.json", digest):
@@ -307,8 +322,12 @@ def survival(
 @app.command()
 def export(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
-    target: Annotated[str, typer.Option(help="what to build: a name in export/, or a TOML file")] = "ort-int4",
-    device: Annotated[str | None, typer.Option(help="target device profile the bundle must fit")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="what to build: a name in export/, or a TOML file; the plan's when absent")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -317,7 +336,9 @@ def export(
     from edgeft.profile import load_profile
     from edgeft.target import load_target
 
-    wanted = load_target(target)
+    train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
+    planned = train["plan"]["job"] if train else {}
+    wanted, device = load_target(target or planned.get("target", "ort-int4")), device or planned.get("device")
     folder = out or merged.parent / "bundle"
     device_name = load_profile(device).name if device else ""
     if _current(folder / "bundle.json", sha256_file(merged / "merged.json")):

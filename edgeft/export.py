@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from edgeft import disk, stages
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle
 from edgeft.bundle import Bundle, GoldenInput
 from edgeft.checkpoint import load_plain
 from edgeft.data import Row, TextTokenizer, read_rows
 from edgeft.errors import BadInput
+from edgeft.footprint import bundle_weights
+from edgeft.memory import Workload
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import climb, score_artifact, score_model
-from edgeft.profile import Profile, detect, load_profile
 from edgeft.scores import Metrics, Proof
+from edgeft.stages import PARITY_PROMPTS, target_device
 from edgeft.target import Target
 from edgeft.train import Data
 
-PARITY_PROMPTS = 64
 GOLDEN_PROMPTS = 4
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -28,11 +30,21 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
     """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
 
     Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
-    DoesNotFit when the device has no room for it; BadInput for an unknown device or a missing merge.
+    DoesNotFit when the device, this machine or its disk has no room; BadInput for an unknown device or a missing merge.
     """
     merged = MergedCheckpoint.read(merged_folder / "merged.json")
     trained = trained_folder(merged_folder, merged)
     profile = target_device(device)
+    plan = merged.train.plan
+    has, longest = stages.processes(plan.profile), plan.training.max_length
+    work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
+    phases = (
+        stages.build(plan.spec, target, has, plan.stages.data_bytes),
+        stages.prove(plan.spec, plan.training, target, has, work, plan.stages.data_bytes),
+    )
+    for phase in phases:
+        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase))
+    disk.require(disk.export_disk(bundle_weights(plan.spec, target).stored_bytes), out)
     data = Data.read(merged.train.plan)
     tokenizer = TextTokenizer(merged_folder)
     prompts = data.valid[:PARITY_PROMPTS]
@@ -75,6 +87,7 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
             "device": profile.name if profile else "",
         },
         prove=prove,
+        predicted_peak_bytes=max(phase.expected_bytes for phase in phases),
     )
 
 
@@ -85,16 +98,6 @@ def trained_folder(merged_folder: Path, merged: MergedCheckpoint) -> Path:
         hint = "keep train/ and merged/ in one folder, or run edgeft merge again"
         raise BadInput(folder, "does not hold the training result this merge was made from", hint)
     return folder
-
-
-def target_device(device: str | None) -> Profile | None:
-    """The profile of the device a bundle must fit, or None. Raises BadInput for a training-only host."""
-    if device is None:
-        return None
-    profile = detect(load_profile(device))
-    if "deploy" not in profile.roles:
-        raise BadInput("--device", f"{profile.name} is a training host, not a target device", "see edgeft profiles")
-    return profile
 
 
 def _scores_of_training(merged: MergedCheckpoint, test: bool) -> dict[str, Metrics]:

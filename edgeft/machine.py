@@ -1,4 +1,4 @@
-"""What may this process have of its machine, and how fast is that: memory, cores, rates, bandwidth?"""
+"""How fast is this machine's CPU and what do processes hold before they have a model, measured once and kept?"""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 from edgeft.artifacts import Artifact, sha256_json, versions
+from edgeft.budget import PROC, resident_bytes, usable_cores, usable_memory
 from edgeft.errors import BadInput, EdgeftError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class Probe(Artifact):
@@ -30,92 +30,9 @@ class Probe(Artifact):
     cores: int
     matmul_tflops: dict[Dtype, float]  # every dtype tried, those too slow to be used included
     bandwidth_gb_per_second: float  # 10^9 bytes read plus written by a copy, as STREAM counts
+    torch_rss_bytes: int  # resident after importing torch and edgeft's own modules: what a merge begins with
     import_rss_bytes: int  # resident after the imports of a training run and one tiny step and one generated token
     seconds: float
-
-
-def usable_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
-    """Bytes this process may hold in all, the ones it holds already included; swap is never counted.
-
-    The least of MemAvailable, RLIMIT_AS and the room in each cgroup (v1 or v2), its own and those above;
-    file cache counts as room. Elsewhere than on Linux: what psutil calls available.
-    """
-    memory, own = _kib_lines(proc / "meminfo"), _kib_lines(proc / "self/status")
-    if "MemAvailable" not in memory:
-        return _usable_memory_elsewhere()
-    held = own.get("RssAnon", 0)  # file pages are in MemAvailable already
-    rooms = [memory["MemAvailable"], *_cgroup_rooms(proc, cgroup)]
-    with contextlib.suppress(ImportError):
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            rooms.append(limit - own.get("VmSize", 0))  # mapped libraries use address space too
-    return max(0, min(rooms) + held)
-
-
-def usable_cores(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
-    """Cores this process may keep busy: its affinity and each cgroup's quota, rounded down; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in _cgroup_folders("cpu", proc, cgroup):
-        quota, period = _integer(folder / "cpu.cfs_quota_us"), _integer(folder / "cpu.cfs_period_us")
-        with contextlib.suppress(OSError, ValueError):  # v2: "200000 100000", or "max 100000" for no quota
-            quota, period = (int(part) for part in (folder / "cpu.max").read_text().split())
-        if quota and period and quota > 0:  # v1 writes -1 for no quota
-            cores = min(cores, quota // period)
-    return max(1, cores)
-
-
-def _kib_lines(path: Path) -> dict[str, int]:
-    """`Name:  123 kB` lines as bytes; {} if there is no such file."""
-    try:
-        lines = [line.split() for line in path.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3 and line[2] == "kB"}
-
-
-def _integer(path: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):  # "max", v2's word for no limit, is a ValueError
-        return int(path.read_text())
-    return None
-
-
-def _cgroup_folders(controller: str, proc: Path, cgroup: Path) -> Iterator[Path]:
-    """The process's cgroup and its ancestors. In a container with the host's path only the root exists."""
-    with contextlib.suppress(OSError):
-        for line in (proc / "self/cgroup").read_text().splitlines():
-            _, names, path = line.split(":", 2)  # v2 has no names; v1 mounts may join several: cpu,cpuacct
-            if names and controller not in names.split(","):
-                continue
-            for root in {cgroup / names, cgroup / controller} if names else {cgroup}:
-                folder = root / path.lstrip("/")
-                yield from (folder, *(parent for parent in folder.parents if parent.is_relative_to(root)))
-
-
-def _cgroup_rooms(proc: Path, cgroup: Path) -> Iterator[int]:
-    for folder in _cgroup_folders("memory", proc, cgroup):
-        limits = [_integer(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-        known = [limit for limit in limits if limit is not None]
-        if not known:
-            continue
-        used = _integer(folder / "memory.current") or _integer(folder / "memory.usage_in_bytes") or 0
-        stat: dict[str, int] = {}
-        with contextlib.suppress(OSError, ValueError):
-            lines = (folder / "memory.stat").read_text().splitlines()
-            stat = {key: int(value) for key, value in map(str.split, lines)}
-        total = "total_" if "total_inactive_file" in stat else ""  # v1's plain lines are this cgroup alone
-        cache = stat.get(f"{total}inactive_file", 0) + stat.get(f"{total}active_file", 0)
-        yield min(known) - used + cache
-
-
-def _usable_memory_elsewhere() -> int:
-    try:
-        psutil = importlib.import_module("psutil")
-    except ImportError:
-        hint = "install psutil, or plan for a fixed machine, as in --profile cpu-16gb"
-        raise BadInput("this machine", "cannot tell how much memory is left", hint) from None
-    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
 def probe_cpu() -> Probe:
@@ -126,7 +43,7 @@ def probe_cpu() -> Probe:
     """
     # Virtual machines hide the CPU's model: only the flags (on ARM, Features) tell one with AMX from another.
     cpu = [_cpuinfo("model name"), _cpuinfo("flags", "Features") or platform.node(), platform.machine()]
-    key = {"cpu": cpu, "cores": usable_cores(), "versions": _probe_versions()}
+    key = {"cpu": cpu, "cores": usable_cores(), "versions": _probe_versions(), "fields": sorted(Probe.model_fields)}
     base = os.environ.get("XDG_CACHE_HOME", "")
     path = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "edgeft")
     path /= f"probe-{sha256_json(key)[:16]}.json"
@@ -167,6 +84,7 @@ def _probe_versions() -> dict[str, str]:
 def measure() -> str:
     """This CPU's Probe as JSON, measured in this process, which must be fresh: imports stay resident."""
     start = time.perf_counter()
+    torch_rss_bytes = _rss_after_torch()
     import_rss_bytes = _rss_after_tiny_step()
     import torch
 
@@ -176,11 +94,24 @@ def measure() -> str:
         cores=usable_cores(),
         matmul_tflops={dtype: _matmul_tflops(dtype) for dtype in get_args(Dtype)},
         bandwidth_gb_per_second=_copy_gb_per_second(),
+        torch_rss_bytes=torch_rss_bytes,
         import_rss_bytes=import_rss_bytes,
         seconds=round(time.perf_counter() - start, 2),
         versions=_probe_versions(),
     )
     return probe.model_dump_json()
+
+
+def _rss_after_torch() -> int:
+    """Resident bytes of a process that is about to merge."""
+    for name in ("edgeft.cli", "edgeft.report", "rich.progress", "edgeft.merge"):
+        importlib.import_module(name)
+    return resident()
+
+
+def resident() -> int:
+    """Resident bytes of this process, on any system."""
+    return resident_bytes() or int(importlib.import_module("psutil").Process().memory_info().rss)
 
 
 def _rss_after_tiny_step() -> int:
@@ -202,8 +133,6 @@ def _rss_after_tiny_step() -> int:
     from edgeft.train import Run
     from edgeft.tuners import apply_tuner
 
-    for name in ("edgeft.cli", "edgeft.report", "rich.progress"):
-        importlib.import_module(name)
     ledger.import_all()
     ledger.control_malloc()
     config = LlamaConfig(
@@ -230,7 +159,7 @@ def _rss_after_tiny_step() -> int:
     greedy(model, [ids[:8]], [0], 2, device)
     del run, model, parts
     gc.collect()
-    return ledger.rss_bytes() or int(importlib.import_module("psutil").Process().memory_info().rss)
+    return resident()
 
 
 def _matmul_tflops(name: Dtype) -> float:

@@ -7,6 +7,8 @@ and key, V vocabulary, L layers, T tokens of one micro-batch, r rank, e bytes of
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic.dataclasses import dataclass
 
 from edgeft.artifacts import Strict
@@ -40,9 +42,13 @@ class Term(Strict):
 
 
 class Phase(Strict):
-    """One phase of a run: its terms add up to `expected_bytes`; `high_bytes` is the promise a budget is held to."""
+    """One phase of a run: its terms add up to `expected_bytes`; `high_bytes` is the promise a budget is held to.
+
+    `where` is whose memory: the training device's, the host's main memory (on a CPU profile the same), the target's.
+    """
 
     name: str
+    where: Literal["device", "host", "target"] = "device"
     terms: tuple[Term, ...]
     low_bytes: int
     expected_bytes: int

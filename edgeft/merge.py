@@ -13,16 +13,14 @@ from typing import Any, Self
 
 import torch
 
-from edgeft import ledger
+from edgeft import disk, ledger, stages
 from edgeft.artifacts import Artifact, sha256_file, staging, versions
-from edgeft.change import BLOCK_BYTES, EMBEDDINGS, Change, Rows, blocks, read_adapter_config
+from edgeft.change import EMBEDDINGS, Change, Rows, blocks, read_adapter_config
 from edgeft.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
 from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
 from edgeft.train import TrainResult
 
-# blocks that exist while one is computed: W0, the product or norm, Wft, their difference
-BLOCKS_AT_ONCE = 4
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -90,7 +88,8 @@ def merge(
     """Write the merged checkpoint, a standard folder, to `out`.
 
     `trained` is what `edgeft train` wrote, or with `base` any PEFT adapter or fine-tuned checkpoint of that model.
-    Raises BadInput for an alpha outside 0 to 1 and for a change that does not fit the base or no weight can hold.
+    Raises BadInput for an alpha outside 0 to 1 and for a change that does not fit the base or no weight can hold,
+    DoesNotFit when this machine's memory or the disk has no room.
     """
     check_alpha(wise_alpha)
     started = time.monotonic()
@@ -100,6 +99,7 @@ def merge(
     folder = local_folder(model)
     source = Checkpoint(folder)
     spec = result.plan.spec if result else read_model_spec(str(folder))
+    disk.require(disk.merge_disk(spec), out)
     change = Change(trained, source, tied=spec.tie_word_embeddings)
     changes = [] if wise_alpha == 0.0 else sorted(change.steps.keys() & source.owner.keys())
     untied = change.untied if wise_alpha else None
@@ -109,6 +109,7 @@ def merge(
     cpu = torch.device("cpu")
     ledger.reset_peak(cpu)
     predicted = ledger.rss_bytes() + peak_above_baseline(source, change)
+    stages.check_host("merge", predicted)
     moved = total = 0.0
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -165,13 +166,16 @@ def base_of(tuned: Path) -> str:
 
 
 def peak_above_baseline(source: Checkpoint, change: Change) -> int:
-    """Bytes of the tensor that needs most: itself as stored, and, where it changes, its factors and a few blocks."""
+    """Bytes of the tensor that needs most."""
     return max(
-        torch.Size(source.shape(name)).numel() * source.itemsize(name)
-        + (min(BLOCKS_AT_ONCE * BLOCK_BYTES, BLOCKS_AT_ONCE * 4 * torch.Size(source.shape(name)).numel())
-           + change.factor_bytes.get(name, 0) if name in change else 0)
+        stages.merge_bytes(
+            torch.Size(source.shape(name)).numel(),
+            source.itemsize(name),
+            changed=name in change,
+            factor_bytes=change.factor_bytes.get(name, 0),
+        )
         for name in source.owner
-    )  # fmt: skip
+    )
 
 
 def add_head(source: Checkpoint, head: str) -> None:

@@ -16,10 +16,10 @@ from edgeft.errors import ParityFailed
 from edgeft.evaluate import answer_tokens, evaluate, greedy, is_exact, metrics
 from edgeft.merge import MergedCheckpoint
 from edgeft.scores import Metrics, Rung
+from edgeft.stages import LOGIT_BYTES
 from edgeft.target import Tolerance
 from edgeft.tuners import apply_tuner
 
-LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
 TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
 # the same weights in another order of operations: fp32 rounding only
 SAME = Tolerance(

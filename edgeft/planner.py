@@ -29,6 +29,7 @@ from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.profile import Profile, detect, load_profile
 from edgeft.settings import Job, Training
 from edgeft.simulation import Simulation
+from edgeft.stages import Stages, plan_stages
 
 HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
@@ -49,6 +50,7 @@ class Plan(Artifact):
     budget_bytes: int
     peak_bytes: int
     phases: tuple[memory.Phase, ...]
+    stages: Stages
     seconds_per_step: float
     seconds: float
     notes: tuple[str, ...]
@@ -104,6 +106,8 @@ def make_plan(job: Job) -> Plan:
     better = looked_at[: looked_at.index(training)]
     per_step = question.seconds(training)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
+    peak = question.high_bytes(training)
+    stages, stage_notes = plan_stages(job, profile, spec, training, work, budget, data_bytes, peak)
     return Plan(
         request_sha256=request_digest(job, folder),
         versions=versions(),
@@ -113,11 +117,12 @@ def make_plan(job: Job) -> Plan:
         lengths=lengths,
         training=training,
         budget_bytes=budget,
-        peak_bytes=question.high_bytes(training),
+        peak_bytes=peak,
         phases=question.phases(training),
+        stages=stages,
         seconds_per_step=round(per_step, 4),
         seconds=round(per_step * training.steps, 1),
-        notes=tuple(notes),
+        notes=(*notes, *stage_notes),
         gave_up=tuple(gave_up(question, looked_at[0], training)) if better else (),
         looked_at=len(looked_at),
         frontier=frontier(question, training, looked_at),

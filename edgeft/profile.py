@@ -10,7 +10,8 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from edgeft.artifacts import Strict, read_toml, shipped_folder, shipped_path
-from edgeft.machine import Dtype, Probe, probe_cpu, usable_cores, usable_memory
+from edgeft.budget import memory_limit, usable_cores
+from edgeft.machine import Dtype, Probe, probe_cpu
 from edgeft.units import GIB
 
 Role = Literal["train", "deploy"]
@@ -41,6 +42,7 @@ class Profile(Strict):
     bandwidth_gb_per_second: Annotated[float, Detected] = Field(ge=0, description="memory, 10^9 bytes/s")
     # 10^12 dense operations a second, for each dtype that runs at hardware rate
     matmul_tflops: Annotated[dict[Dtype, Annotated[float, Field(gt=0)]], DetectedTable]
+    memory_limit: str = Field("", description="what limits a detected memory; written by detect(), not by hand")
     probe: Probe | None = Field(None, description="written by detect(), not by hand")
 
     @property
@@ -59,6 +61,14 @@ class Profile(Strict):
         if not self.memory_gib:
             raise ValueError(f"profile {self.name} is not resolved: call detect() first")
         return max(0, round((self.memory_gib - self.runtime_memory_gib) * GIB))
+
+    @property
+    def budget_reason(self) -> str:
+        """Where `budget_bytes` comes from, in words: the limit that was found, or the file's figure."""
+        kept = f"{self.runtime_memory_gib:g} GiB kept for the {'CUDA context' if self.device == 'cuda' else 'system'}"
+        if self.memory_limit:
+            return f"{self.memory_limit}; {kept}"
+        return f"{self.memory_gib:g} GiB of {self.name}, {kept}"
 
     @property
     def training_baseline_bytes(self) -> int:
@@ -100,7 +110,9 @@ def load_profile(name_or_path: str) -> Profile:
 
     Raises BadInput for an unknown name, a file that is no TOML, an unknown key or a value that does not fit.
     """
-    return read_toml("profile", shipped_path("profile", "profiles", name_or_path), Profile, ("name", "probe"))
+    return read_toml(
+        "profile", shipped_path("profile", "profiles", name_or_path), Profile, ("name", "probe", "memory_limit")
+    )
 
 
 def detect(profile: Profile) -> Profile:
@@ -112,7 +124,9 @@ def detect(profile: Profile) -> Profile:
         return profile
     found: dict[str, object] = {}
     if not profile.memory_gib:
-        found["memory_gib"] = math.floor(usable_memory() / GIB * 100) / 100  # two digits: what a report shows
+        limit = memory_limit()
+        found["memory_gib"] = math.floor(limit.bytes / GIB * 100) / 100  # two digits: what a report shows
+        found["memory_limit"] = limit.reason
     if not profile.cores:
         found["cores"] = usable_cores()
     if not (profile.matmul_tflops and profile.bandwidth_gb_per_second):

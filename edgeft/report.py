@@ -9,10 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edgeft.disk import total
+from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
 from edgeft.scores import Metrics, Proof
 from edgeft.simulation import Simulation
+from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -58,17 +61,20 @@ def plan_text(plan: Plan) -> RenderableType:
             f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
         ),
     ]
+    rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
-        facts.add_row(Text(name, style="bold"), value)
-    table = _table("phase", "expected", "high", "budget", "largest parts")
-    for phase in plan.phases:
-        parts = sorted(phase.terms, key=lambda term: -term.bytes)[:4]
+        facts.add_row(Text(name, style="bold"), Text(value))
+    table = _table("phase", "where", "expected", "high", "limit", "largest parts")
+    for phase in (*plan.phases, *plan.stages.phases):
+        parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
+        limit = plan.budget_bytes if phase.where == "device" else plan.stages.limit_bytes(phase)
         table.add_row(
             phase.name,
+            _memory_of(plan, phase),
             show_bytes(phase.expected_bytes),
             show_bytes(phase.high_bytes),
-            show_bytes(plan.budget_bytes),
+            show_bytes(limit) if limit is not None else "-",
             Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
         )
     lines = [Text(f"note: {note}") for note in plan.notes]
@@ -92,6 +98,34 @@ def simulation_line(plan: Plan, simulation: Simulation) -> str:
         f"{simulation.moment}); the closed form says {show_bytes(closed)}, "
         f"{100 * (closed / simulation.live_peak_bytes - 1):+.2f}% ({show_seconds(simulation.seconds)})"
     )
+
+
+def _budget(plan: Plan) -> str:
+    """The training device's budget and which limit decided it."""
+    reason, whole = plan.profile.budget_reason, plan.profile.budget_bytes
+    if plan.budget_bytes < whole:
+        reason = f"as asked for; without, {show_bytes(whole)}: {reason}"
+    return f"{show_bytes(plan.budget_bytes)}: {reason}"
+
+
+def _memory_of(plan: Plan, phase: Phase) -> str:
+    """Whose memory a phase takes: on a CPU all but the bundle's is this machine's."""
+    if phase.where == "target":
+        return plan.stages.target_name or "any device"
+    return "GPU" if phase.where == "device" and plan.profile.device != "cpu" else "host"
+
+
+def _bundle(stages: Stages) -> str:
+    weights = next(term.bytes for term in stages.phases[-1].terms if term.name == "weights")
+    size = f"{stages.target.name}: about {show_bytes(weights)}, context {stages.context_tokens} tokens"
+    return f"{size} (limited by the {stages.context_limited_by})"
+
+
+def _disk(stages: Stages) -> str:
+    """Highest bytes beside the plan when the stages run one after the other, and each stage's own."""
+    each = ", ".join(f"{disk.stage} {show_bytes(disk.peak_bytes)}" for disk in stages.disk if disk.where == "out")
+    cached = "".join(f", and {show_bytes(disk.peak_bytes)} in the cache" for disk in stages.disk if disk.where != "out")
+    return f"up to {show_bytes(total(disk for disk in stages.disk if disk.where == 'out'))} ({each}){cached}"
 
 
 def explain_text(plan: Plan) -> RenderableType:
@@ -234,6 +268,10 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint) -> RenderableType:
     train = merged.train
     table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
     table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
+    if bundle.measured_peak_bytes is not None and bundle.predicted_peak_bytes is not None:
+        table.add_row(
+            "export, peak memory", show_bytes(bundle.predicted_peak_bytes), show_bytes(bundle.measured_peak_bytes)
+        )
     if bundle.measured is not None and bundle.predicted_here_bytes is not None:
         measured = bundle.measured
         table.add_row(

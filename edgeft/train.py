@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from edgeft import ledger
+from edgeft import disk, ledger
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.batches import epoch_order, steps_per_epoch
@@ -357,9 +357,10 @@ def train(
 ) -> TrainResult:
     """Run a plan and write `out`/train.json beside what was trained.
 
-    Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory than the plan
-    needs, EdgeftError when the loss is not finite, KeyboardInterrupt after saving when asked to stop.
+    Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory or disk than
+    the plan needs, EdgeftError when the loss is not finite, KeyboardInterrupt after saving when asked to stop.
     """
+    disk.require(disk.train_disk(plan.spec, plan.training), out, there=disk.size_of(work_folder(out)))
     ledger.import_all()
     ledger.control_malloc()
     started = time.monotonic()
@@ -580,7 +581,7 @@ def remaining_steps(training: Training, samples: list[Sample], done: int) -> Ite
 
 def check_budget(plan: Plan, device: torch.device) -> None:
     """Raise DoesNotFit when this process can really have less than the plan's high estimate."""
-    from edgeft.machine import usable_memory
+    from edgeft.budget import usable_memory
 
     have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()
     need = plan.peak_bytes

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import machine
+from edgeft import budget, machine
 from edgeft import profile as module
 from edgeft.artifacts import shipped_folder
+from edgeft.budget import Limit, usable_cores, usable_memory
 from edgeft.errors import BadInput
-from edgeft.machine import Probe, probe_cpu, usable_cores, usable_memory
+from edgeft.machine import Probe, probe_cpu
 from edgeft.profile import Profile, detect, list_profiles, load_profile, present, why_absent
 from edgeft.units import GIB
 
@@ -39,6 +40,7 @@ PROBE = Probe(
     cores=2,
     matmul_tflops={"fp32": 0.1, "fp16": 0.05, "bf16": 0.049},
     bandwidth_gb_per_second=9.0,
+    torch_rss_bytes=240_000_000,
     import_rss_bytes=400_000_000,
     seconds=9.0,
 )
@@ -325,15 +327,15 @@ def test_cores(
     expected: int,
 ) -> None:
     proc, cgroup = roots
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(budget.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     written(proc / "self/cgroup", f"{line}\n")
     put(cgroup / folder, **files)
     assert usable_cores(proc, cgroup) == expected
 
 
 def test_cores_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(machine.os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 6)
+    monkeypatch.delattr(budget.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(budget.os, "cpu_count", lambda: 6)
     assert usable_cores(tmp_path, tmp_path) == 6
 
 
@@ -397,7 +399,7 @@ def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPat
 
 
 def test_detect_fills_in_what_is_missing(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "usable_memory", lambda: 5 * GIB)
+    monkeypatch.setattr(module, "memory_limit", lambda: Limit(5 * GIB, "ulimit -v of 5.00 GiB"))
     monkeypatch.setattr(module, "usable_cores", lambda: 3)
     profile = detect(load_profile("cpu"))
     assert (profile.memory_gib, profile.cores, profile.bandwidth_gb_per_second) == (5.0, 3, 9.0)
@@ -467,7 +469,7 @@ def test_present_on_apple(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_planning_imports_no_torch() -> None:
     code = (
-        "import sys; from edgeft.profile import list_profiles, load_profile; from edgeft.machine import usable_memory; "
+        "import sys; from edgeft.profile import list_profiles, load_profile; from edgeft.budget import usable_memory; "
         "list_profiles(); load_profile('t4').budget_bytes; usable_memory(); "
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )

@@ -1,0 +1,395 @@
+"""What do quantising, resuming, merging, exporting and running the bundle take, and in whose memory?
+
+Closed forms like those of edgeft/memory.py, for the stages around a training step. Coefficients come from the order in
+which each stage makes and drops its arrays, read from its source and confirmed by measurement (bench/stages.py); the
+fitted numbers are those of whole processes before they hold a model, and say so. Symbols as in edgeft/memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from edgeft import memory
+from edgeft.artifacts import Strict
+from edgeft.budget import Gpu, Limit, memory_limit, usable_memory, visible_gpu
+from edgeft.disk import Disk, checkpoint_bytes, plan_disk
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.footprint import (
+    RUNTIME_BYTES,
+    LimitedBy,
+    Weights,
+    bundle_weights,
+    choose_context,
+    kv_cache_bytes_per_token,
+    linear_weights,
+    predict,
+    quantised_bytes,
+    rotary_elements,
+)
+from edgeft.memory import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
+from edgeft.model_spec import Linear, ModelSpec
+from edgeft.profile import Profile, detect, load_profile
+from edgeft.settings import Job, Training
+from edgeft.target import Target, load_target
+from edgeft.units import GIB, MIB, show_bytes
+
+# Resident bytes of processes that hold no model yet: Python 3.11, torch 2.13 (CPU build), transformers 5.23,
+# onnxruntime-genai 0.18 on Linux. A probe of this machine replaces the first two.
+TORCH_BYTES, TRAINING_BYTES = 245_000_000, 450_000_000
+QUANTISE_IMPORTS_BYTES = 178_000_000  # beyond torch: transformers, bitsandbytes, accelerate
+BUILDER_IMPORTS_BYTES = 175_500_000  # beyond torch: transformers, onnx, onnxruntime, onnx_ir
+BUILDER_BYTES_PER_LAYER = 120_000  # graph nodes and values
+EXPORT_IMPORTS_BYTES = 40_000_000  # beyond torch, while the builder runs: transformers' tokenizer, pydantic, the plan
+RUNTIME_LIBRARIES_BYTES = 30_000_000  # onnxruntime-genai's, in a process that has the others
+MATRIX_LIBRARY_BYTES = 12_000_000  # its buffers after the first products of a merge
+# A process that uses a GPU keeps the driver's and libraries' own memory on the host as well. Not measured.
+CUDA_HOST_BYTES = 1_000_000_000
+
+# Bytes per element of the matrix that ONNX Runtime's quantiser is working on. Round-to-nearest in numpy: the weight,
+# its transposed copy, the quotient in fp64, and per block of 32 two extremes, scale and zero point. The C++ quantiser
+# ("default"): the weight, its codes, two serialised copies of them.
+ROUNDING_BYTES, DEFAULT_BYTES = 16.85, 8.3
+QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops only when the next one's is made
+
+# A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
+# much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
+BLOCK_BYTES, BLOCKS_AT_ONCE = 8 * MIB, 4
+
+PARITY_PROMPTS = 64
+LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Resident bytes of processes before they hold a model: one that imported torch, one ready to train."""
+
+    torch_bytes: int
+    training_bytes: int
+
+
+class Stages(Strict):
+    """What the stages around training take: a plan's forecast of everything after, and beside, the training step."""
+
+    phases: tuple[Phase, ...]
+    disk: tuple[Disk, ...]
+    target: Target
+    context_tokens: int = Field(description="the bundle's context, as the export would choose it")
+    context_limited_by: LimitedBy
+    host_bytes: int | None = Field(description="what the host has for a stage; None: not known")
+    target_bytes: int | None = Field(description="what the named device has for the bundle; None: none named")
+    target_name: str = ""
+    data_bytes: int = Field(description="samples in memory, in the stages that read them")
+
+    def limit_bytes(self, phase: Phase) -> int | None:
+        """What a stage's memory must fit in, where that is known."""
+        return self.target_bytes if phase.where == "target" else self.host_bytes
+
+    def notes(self) -> list[str]:
+        """A line for each stage that may need more of the host than there is, pages of files left out of it."""
+        if self.host_bytes is None:
+            return []
+        return [
+            f"{phase.name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes)}: run it elsewhere"
+            for phase in self.phases
+            if phase.where == "host" and (need := phase.high_bytes - file_bytes(phase)) > self.host_bytes
+        ]
+
+
+def file_bytes(phase: Phase) -> int:
+    """Bytes of a phase that are pages of files: resident, but the system takes them back when it needs them."""
+    return sum(term.bytes for term in phase.terms if term.name == "weight file")
+
+
+def plan_stages(
+    job: Job,
+    profile: Profile,
+    spec: ModelSpec,
+    training: Training,
+    work: memory.Workload,
+    budget_bytes: int,
+    data_bytes: int,
+    peak_bytes: int,
+) -> tuple[Stages, list[str]]:
+    """Every stage of a job besides the training step itself, and a note for each that may not fit.
+
+    Raises DoesNotFit when the bundle would not fit the device that the job names, BadInput for an unknown one.
+    """
+    target, device = load_target(job.target), target_device(job.device)
+    has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
+    weights = bundle_weights(spec, target)
+    device_bytes = device.budget_bytes if device else None
+    context, limited_by = choose_context(spec, target, weights, device_bytes)
+    phases = [quantise(spec, has)] if training.base_precision == "nf4" else []
+    phases += [host_load(spec, training, has)] if profile.device == "cuda" else []
+    phases += [
+        resume(spec, training, has, data_bytes),
+        merge(spec, training, has),
+        build(spec, target, has, data_bytes),
+        prove(spec, training, target, has, work, data_bytes),
+        run_bundle(spec, target, weights, context),
+    ]
+    stages = Stages(
+        phases=tuple(phases),
+        disk=plan_disk(spec, training, weights.stored_bytes),
+        target=target,
+        context_tokens=context,
+        context_limited_by=limited_by,
+        data_bytes=data_bytes,
+        host_bytes=host_memory(profile, budget_bytes, usable_memory() if gpu else None),
+        target_bytes=device_bytes,
+        target_name=device.name if device else "",
+    )
+    return stages, stages.notes() + machine_notes(profile, peak_bytes, gpu)
+
+
+def machine_notes(profile: Profile, peak_bytes: int, gpu: Gpu | None) -> list[str]:
+    """A line when this machine is of the profile's kind and has less than the plan needs: training would refuse."""
+    if profile.device == "cuda":
+        here = Limit(gpu.free_bytes, f"{gpu.name}, {show_bytes(gpu.total_bytes)}") if gpu else None
+    else:
+        here = memory_limit() if profile.device == "cpu" and not profile.memory_limit else None
+    if here is None or here.bytes >= peak_bytes:
+        return []
+    fits = f"--max-memory {here.bytes // MIB}MiB plans for this one"
+    return [
+        f"this machine has {show_bytes(here.bytes)} ({here.reason}), the plan needs {show_bytes(peak_bytes)}: {fits}"
+    ]
+
+
+def target_device(device: str | None) -> Profile | None:
+    """The profile of the device a bundle must fit, or None. Raises BadInput for a training-only host."""
+    if device is None:
+        return None
+    profile = detect(load_profile(device))
+    if "deploy" not in profile.roles:
+        raise BadInput("--device", f"{profile.name} is a training host, not a target device", "see edgeft profiles")
+    return profile
+
+
+def check_host(name: str, need_bytes: int) -> None:
+    """Raise DoesNotFit when this process can have less than a stage needs at least."""
+    have = memory_limit()
+    if need_bytes > have.bytes:
+        problem = f"needs {show_bytes(need_bytes)}, this process can have {show_bytes(have.bytes)} ({have.reason})"
+        raise DoesNotFit(name, problem, "copy the folder to a machine with more memory and run the stage there")
+
+
+def processes(profile: Profile) -> Processes:
+    """What processes hold before a model: as probed here, or else what was measured where edgeft was made."""
+    if profile.probe is not None:
+        return Processes(profile.probe.torch_rss_bytes, profile.probe.import_rss_bytes)
+    return Processes(TORCH_BYTES, profile.training_baseline_bytes or TRAINING_BYTES)
+
+
+def stage(name: str, where: Literal["device", "host", "target"], terms: list[Term], spec: ModelSpec) -> Phase:
+    """A phase with its estimates: 5% and 16 MiB around what is expected, 15% for families approximated by a Llama's."""
+    expected = sum(term.bytes for term in terms)
+    known = spec.model_type in memory.EXACT_FAMILIES and spec.counted_from == "config"
+    margin = 0.05 if known else 0.15
+    return Phase(
+        name=name,
+        where=where,
+        terms=tuple(term for term in terms if term.bytes),
+        low_bytes=max(0, int(expected * (1 - margin)) - 16 * MIB),
+        expected_bytes=expected,
+        high_bytes=int(expected * (1 + margin)) + 16 * MIB,
+    )
+
+
+def stored_bytes(spec: ModelSpec) -> int:
+    """Bytes of the checkpoint's weight files."""
+    return spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
+
+
+def _file(spec: ModelSpec) -> Term:
+    """Weights that are read through the page cache, see `file_bytes`."""
+    return Term(name="weight file", bytes=stored_bytes(spec), formula=f"pages of the file, {spec.dtype}")
+
+
+def _process(count: int, what: str) -> Term:
+    return Term(name="process", bytes=count, formula=what)
+
+
+def quantise(spec: ModelSpec, has: Processes) -> Phase:
+    """A base made NF4, in a process of its own on the host: the file it reads and the codes it makes."""
+    codes = linear_weights(spec) * NF4_BYTES
+    return stage("quantise", "host", [
+        _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
+        _file(spec),
+        Term(name="NF4 codes", bytes=int(codes), formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B"),
+    ], spec)  # fmt: skip
+
+
+def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
+    """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece."""
+    terms = [_process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
+    if training.base_precision == "nf4":
+        file = memory.weight_bytes(spec, training)
+        terms.append(Term(name="weight file", bytes=file, formula="pages of the NF4 file"))
+    else:
+        itemsize = DTYPE_BYTES[training.base_precision]
+        dense = spec.total_parameters * itemsize if itemsize != STORED_BYTES.get(spec.dtype, 4) else 0
+        terms += [_file(spec), Term(name="weights", bytes=dense, formula=f"cast to {training.base_precision}")]
+    return stage("load", "host", terms, spec)
+
+
+def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
+    """Going on from a training checkpoint: its state is read whole. Writing one copies nothing (at most a tensor)."""
+    trained = memory.trained_parameters(spec, training)
+    state = checkpoint_bytes(spec, training)
+    terms = [
+        _process(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
+        Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
+        Term(name="state file", bytes=state, formula=f"trained parameters and their {training.optimizer} states"),
+    ]
+    if training.device == "cpu":
+        adapters = trained * 4 if training.tuner == "lora" else 0
+        weights = memory.weight_bytes(spec, training)
+        terms += [
+            Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
+            Term(name="adapters", bytes=adapters, formula=f"{trained} x 4 B"),
+        ]
+    elif training.device == "cuda":
+        terms.append(Term(name="CUDA", bytes=CUDA_HOST_BYTES, formula="its libraries on the host: not measured"))
+    return stage("resume", "host", terms, spec)
+
+
+def merge_bytes(elements: int, itemsize: int, *, changed: bool, factor_bytes: int = 0) -> int:
+    """Bytes that merging one tensor holds at its highest: itself as stored and, where it changes, blocks and factors.
+
+    `factor_bytes`: fp32 bytes of an adapter's factors, which a change needs as a whole.
+    """
+    blocks = min(BLOCKS_AT_ONCE * BLOCK_BYTES, BLOCKS_AT_ONCE * 4 * elements) + factor_bytes
+    return elements * itemsize + (blocks if changed else 0)
+
+
+def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
+    """W0 + a (Wft - W0), tensor by tensor: the tensor that needs most, changed or not."""
+    itemsize = STORED_BYTES.get(spec.dtype, 4)
+    lora = training.tuner == "lora"
+    adapted = {linear.name for linear in memory.targets(spec, training)}
+    tensors = []
+    for linear in spec.linears:
+        factors = 4 * training.rank * (linear.in_features + linear.out_features) if linear.name in adapted else 0
+        count = linear.in_features * linear.out_features
+        tensors.append((count, merge_bytes(count, itemsize, changed=not lora or bool(factors), factor_bytes=factors)))
+    table = spec.vocab_size * spec.hidden_size
+    tensors.append((table, merge_bytes(table, itemsize, changed=not lora and training.embedding != "off")))
+    count, most = max(tensors, key=lambda tensor: tensor[1])
+    return stage("merge", "host", [
+        _process(has.torch_bytes + MATRIX_LIBRARY_BYTES, "Python, torch, the matrix library's buffers"),
+        Term(name="largest tensor", bytes=count * itemsize, formula=f"{count} x {itemsize} B"),
+        Term(name="blocks", bytes=most - count * itemsize, formula="fp32 forms of some rows, an adapter's factors"),
+    ], spec)  # fmt: skip
+
+
+def build(spec: ModelSpec, target: Target, has: Processes, data_bytes: int = 0) -> Phase:
+    """onnxruntime-genai's model builder beside the waiting export: source, fp32 graph, and the quantiser's arrays.
+
+    The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
+    in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
+    """
+    size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
+    waiting = _process(has.torch_bytes + EXPORT_IMPORTS_BYTES + data_bytes, "the export itself, its data and tokenizer")
+    builder = has.torch_bytes + BUILDER_IMPORTS_BYTES + BUILDER_BYTES_PER_LAYER * spec.num_hidden_layers
+    fused = _fused_weights(spec) * size
+    terms = [
+        waiting,
+        Term(name="builder", bytes=builder, formula="Python, torch, transformers, onnx, onnxruntime"),
+        _file(spec),
+        Term(name="fused QKV", bytes=fused, formula=f"{_fused_weights(spec)} x {size} B"),
+        Term(name="rotary tables", bytes=8 * rotary_elements(spec), formula="cosine and sine, fp32, full width"),
+    ]
+    if target.weight_bits == 32:
+        # one tensor at a time: its transposed copy, and before that its cast
+        copies = 1 if size == 4 else 2
+        writing = Term(name="largest tensor", bytes=4 * copies * head, formula=f"{copies} fp32 copies of the head")
+        return stage("export: build", "host", [*terms, writing], spec)
+    graph = 4 * (spec.total_parameters + rotary_elements(spec))
+    if target.weight_bits == 8 and spec.tie_word_embeddings:
+        graph += 4 * head  # the first of its two passes stores the tied table twice
+    name, elements, done, temporary = _quantising(spec, target)
+    terms += [
+        Term(name="fp32 graph", bytes=graph, formula=f"{graph // 4} x 4 B, serialised at once"),
+        Term(name="quantised", bytes=done, formula=f"what is done when the {name} is reached"),
+        Term(name="quantiser", bytes=temporary, formula=f"the {name}, {elements} weights"),
+    ]
+    return stage("export: build", "host", terms, spec)
+
+
+def _quantising(spec: ModelSpec, target: Target) -> tuple[str, int, int, int]:
+    """(matrix, its elements, quantised bytes before it, temporary bytes) of the quantiser's highest moment."""
+    by_numpy = spec.tie_word_embeddings or target.embedding_bits == 32
+    linears = sum(quantised_bytes(linear, target.weight_bits, target) for linear in spec.linears)
+    layers = linears * spec.num_hidden_layers
+    head = Linear(name="head", in_features=spec.hidden_size, out_features=spec.vocab_size, has_bias=False, role="other")
+    if not by_numpy:  # the embedding comes first, the head in a pass of its own
+        layers += quantised_bytes(head, 4, target)
+    order = [(linear.name, linear.in_features * linear.out_features, layers - linears) for linear in spec.linears]
+    order.append(("head", head.in_features * head.out_features, layers))
+    moments = []
+    for index, (name, elements, done) in enumerate(order):
+        before = order[index - 1][1] if by_numpy and index else 0
+        each = ROUNDING_BYTES if by_numpy else DEFAULT_BYTES
+        moments.append((name, elements, int(done), int(each * elements + QUOTIENT_BYTES * before)))
+    return max(moments, key=lambda moment: moment[2] + moment[3])
+
+
+def prove(
+    spec: ModelSpec, training: Training, target: Target, has: Processes, work: memory.Workload, data_bytes: int = 0
+) -> Phase:
+    """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms."""
+    half = STORED_BYTES.get(spec.dtype, 4) != 4
+    changed = 4 * memory.trained_parameters(spec, training) if training.tuner == "full" else 0
+    weights = bundle_weights(spec, target)
+    bundle = predict(spec, target, weights, min(work.longest + 256, target.context_tokens))
+    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, PARITY_PROMPTS * work.longest_trained)
+    forms = 5 * 4 * positions * spec.vocab_size
+    logits = 3 * 4 * work.longest * spec.vocab_size
+    runtime = bundle.memory_bytes - RUNTIME_BYTES
+    return stage("export: prove", "host", [
+        _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, onnxruntime"),
+        Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
+        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
+        Term(name="weight file", bytes=max(stored_bytes(spec) if half else 0, changed),
+             formula="read beside it"),
+        Term(name="bundle", bytes=runtime, formula="weights, cache and graph in their runtime"),
+        Term(name="probabilities", bytes=max(forms, logits), formula=f"{positions} positions, V = {spec.vocab_size}"),
+    ], spec)  # fmt: skip
+
+
+def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens: int) -> Phase:
+    """`predict` as a phase on the target device, with that context in use."""
+    found = predict(spec, target, weights, context_tokens)
+    copies = found.weights_bytes - weights.stored_bytes
+    each = kv_cache_bytes_per_token(spec)
+    return stage("bundle", "target", [
+        Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
+        Term(name="head copies", bytes=copies, formula="packed for its kernel, and for the embedding's lookup"),
+        Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
+        Term(name="logits", bytes=found.logits_bytes, formula=f"one prefill pass, V = {spec.vocab_size}"),
+        Term(name="runtime", bytes=found.runtime_bytes, formula="Python, numpy, ONNX Runtime and its graph"),
+    ], spec)  # fmt: skip
+
+
+def _fused_weights(spec: ModelSpec) -> int:
+    """Elements of query, key and value, which the builder joins where they are three matrices."""
+    inputs = [linear for linear in spec.linears if linear.role == "attention_in"]
+    if len(inputs) != 3:
+        return 0
+    return sum(linear.in_features * linear.out_features for linear in inputs) * spec.num_hidden_layers
+
+
+def host_memory(profile: Profile, budget_bytes: int, here_bytes: int | None) -> int | None:
+    """What the stages around training may hold on the host: a CPU's own budget, or a GPU host's main memory.
+
+    `here_bytes` is what this process may have, where the profile's GPU is in this machine; None: not known.
+    """
+    if profile.device != "cuda":
+        return budget_bytes
+    if here_bytes is not None:
+        return here_bytes
+    return round(profile.host_memory_gib * GIB) if profile.host_memory_gib else None
