@@ -83,8 +83,8 @@ def main() -> None:
                 rows[-1]["share_of_full"] = round(share, 4)
                 rows[-1]["step_time_against_full"] = round(rows[-1]["seconds_per_step"] / full["seconds_per_step"], 3)
                 row, mib = rows[-1], 2**20
-                print(f"{name:14} recomputed {checkpointing!s:5}  predicted {row['predicted_bytes'] / mib:6.0f}  measured "
-                      f"{row['measured_bytes'] / mib:6.0f} MiB  {100 * share:5.1f}% of full  "
+                print(f"{name:14} recomputed {checkpointing!s:5} predicted {row['predicted_bytes'] / mib:6.0f} "
+                      f"measured {row['measured_bytes'] / mib:6.0f} MiB  {100 * share:5.1f}% of full  "
                       f"{row['step_time_against_full']:.2f} of its step time", flush=True)  # fmt: skip
                 for one in intervals:
                     print(f"    {', '.join(one['units']):22} predicted {one['predicted_bytes'] / mib:6.0f} measured "
