@@ -23,8 +23,18 @@ class Place(NamedTuple):
     part: str
 
 
-# The bytes of one operation of the deep model: the sum of factor * bytes of `event` in `trace`.
+# The bytes of consecutive operations of the deep model: the sum of factor * bytes of the events from `first` on in
+# `trace`, operation for operation.
 Sum = tuple[tuple[int, int, int], ...]
+
+
+class Stretch(NamedTuple):
+    """Operations of the deep model: those of the base's trace from `first` on, in decoder layer `layer` of the deep."""
+
+    layer: int | None
+    first: int
+    length: int
+    terms: Sum
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def _blocks(
 def deepen(
     regions: Sequence[Region], models: Sequence[Sequence[int]], traces: Sequence[Sequence[Place]],
     live: Sequence[Sequence[int]],
-) -> list[tuple[Place, Sum]] | None:  # fmt: skip
+) -> list[Stretch] | None:  # fmt: skip
     """Every operation of the deep model in order, with its bytes as a sum over the traces of `models`.
 
     None where the traces do not have the same operations, layer for layer: then only the deep model itself tells.
@@ -125,29 +135,32 @@ def deepen(
         if any(len(events) != len(found[0][twin.get(key, key)]) for key, events in blocks.items()):
             return None
 
-    def across(key: _Key, n: int, own: int | None) -> list[tuple[int, int, int]]:
-        """The sum for operation `n` of a block; how deep region `own` is, is left to the caller."""
-        terms = [(0, found[0][key][n], 1)]
+    def across(key: _Key, own: int | None) -> list[tuple[int, int, int]]:
+        """The sum for a block; how deep region `own` is, is left to the caller."""
+        terms = [(0, found[0][key].start, 1)]
         for trace, region in enumerate(stretched, 1):
             if region != own:
                 more = regions[region].units - base[region]
-                terms += [(trace, found[trace][key][n], more), (0, found[0][key][n], -more)]
+                terms += [(trace, found[trace][key].start, more), (0, found[0][key].start, -more)]
         return terms
 
-    def of_unit(key: _Key, unit: int, n: int) -> list[tuple[int, int, int]]:
-        """The sum for operation `n` of one unit of a stretched region; `key` is the block's in the base."""
+    def of_unit(key: _Key, unit: int) -> list[tuple[int, int, int]]:
+        """The sum for a block of one unit of a stretched region; `key` is the block's in the base."""
         assert key.spot is not None
         region, near, offset = key.spot
         own, more = stretched.index(region) + 1, regions[region].units - KEPT
         last = near == KEPT - 1
-        deeper = found[own][key._replace(spot=(region, KEPT if last else near, offset))][n]
-        terms = [*across(key, n, region), (0, found[0][key][n], -more), (own, deeper, more)]
+        deeper = found[own][key._replace(spot=(region, KEPT if last else near, offset))].start
+        terms = [*across(key, region), (0, found[0][key].start, -more), (own, deeper, more)]
         if near == 1:  # a middle unit: unit - 1 further along than the first of them
-            beside = found[own][key._replace(spot=(region, 2, offset))][n]
+            beside = found[own][key._replace(spot=(region, 2, offset))].start
             terms += [(own, beside, unit - 1), (own, deeper, 1 - unit)]
         return terms
 
-    result: list[tuple[Place, Sum]] = []
+    def stretch(key: _Key, layer: int | None, terms: list[tuple[int, int, int]]) -> Stretch:
+        return Stretch(layer, found[0][key].start, len(found[0][key]), tuple(terms))
+
+    result: list[Stretch] = []
     done: set[_Key] = set()
     for key in found[0]:
         if key in done:
@@ -157,8 +170,7 @@ def deepen(
             if key.spot is not None:
                 region = regions[key.spot[0]]
                 layer = region.first + key.spot[1] * region.period + key.spot[2]
-            for n, event in enumerate(found[0][key]):
-                result.append((traces[0][event]._replace(layer=layer), tuple(across(key, n, None))))
+            result.append(stretch(key, layer, across(key, None)))
             continue
         region = regions[key.spot[0]]
         step = -1 if key.spot[1] > 0 else 1  # the backward pass meets the last layer first
@@ -167,7 +179,20 @@ def deepen(
             for offset in range(region.period)[::step]:
                 here = key._replace(spot=(key.spot[0], near, offset))
                 done.add(here)
-                layer = region.first + unit * region.period + offset
-                for n, event in enumerate(found[0][here]):
-                    result.append((traces[0][event]._replace(layer=layer), tuple(of_unit(here, unit, n))))
+                result.append(stretch(here, region.first + unit * region.period + offset, of_unit(here, unit)))
     return result
+
+
+def whole(places: Sequence[Place]) -> list[Stretch]:
+    """A trace of the deep model itself, in the same form."""
+    starts = [n for n, place in enumerate(places) if n == 0 or place[:3] != places[n - 1][:3]]
+    ends = [*starts[1:], len(places)]
+    return [Stretch(places[a].layer, a, b - a, ((0, a, 1),)) for a, b in zip(starts, ends, strict=True)]
+
+
+def live_bytes(stretch: Stretch, live: Sequence[Sequence[int]]) -> list[int]:
+    """What is alive at each operation of a stretch, from what was at each event of each trace."""
+    total = [0] * stretch.length
+    for trace, first, factor in stretch.terms:
+        total = [a + factor * b for a, b in zip(total, live[trace][first : first + stretch.length], strict=True)]
+    return total

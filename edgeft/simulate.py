@@ -115,21 +115,27 @@ def _with_layers(config: Any, training: Training, layers: list[int]) -> tuple[An
 
 
 def _summary(
-    operations: list[tuple[depth.Place, depth.Sum]], steps: list[_Step], weights: list[int], simulated: int,
-    extrapolated: bool, seconds: float,
+    stretches: list[depth.Stretch], steps: list[_Step], weights: list[int], simulated: int, extrapolated: bool,
+    seconds: float,
 ) -> Simulation:  # fmt: skip
     """The result of the operations of a step; `weights` are the factors by which the traces add up to the model."""
-    moments: list[Moment] = []
-    peak, peak_terms, last = 0, operations[0][1], None
-    for place, terms in operations:
-        live = sum(factor * steps[trace].trace.live[event] for trace, event, factor in terms)
-        name = place.part if place.layer is None else f"layer {place.layer} {place.part}".strip()
-        before = moments.pop().live_bytes if place == last else 0
-        moments.append(Moment(phase=cast(StepPhase, place.phase), name=name, live_bytes=max(live, before)))
-        last = place
-        if live > peak:
-            peak, peak_terms = live, terms
-    highest = next(moment for moment in moments if moment.live_bytes == peak)
+    live, places = [step.trace.live for step in steps], steps[0].trace.places
+    found: list[tuple[str, str, int]] = []  # phase, part, bytes
+    peak, peak_terms = 0, stretches[0].terms
+    last: tuple[Any, ...] = ()
+    for stretch in stretches:
+        for n, size in enumerate(depth.live_bytes(stretch, live)):
+            place = places[stretch.first + n]
+            if (here := (place.phase, place.micro_batch, stretch.layer, place.part)) != last:
+                name = place.part if stretch.layer is None else f"layer {stretch.layer} {place.part}".strip()
+                found.append((place.phase, name, size))
+                last = here
+            elif size > found[-1][2]:
+                found[-1] = (*found[-1][:2], size)
+            if size > peak:
+                peak, peak_terms = size, tuple((trace, first + n, factor) for trace, first, factor in stretch.terms)
+    moments = [Moment(phase=cast(StepPhase, phase), name=name, live_bytes=size) for phase, name, size in found]
+    highest = max(moments, key=lambda moment: moment.live_bytes)
     alive: Counter[tuple[Any, ...]] = Counter()
     for number, event, factor in peak_terms:
         for kind, count in steps[number].trace.alive(event).items():
@@ -187,22 +193,22 @@ def simulate(spec: ModelSpec, training: Training, work: Workload, *, full_depth:
             shallow = depth.shallow_models(regions)
             layers = [depth.kept_layers(regions, units) for units in shallow]
             steps: list[_Step] = []
-            operations = None
+            stretches = None
             if not full_depth and sum(map(len, layers)) < spec.num_hidden_layers:
                 for kept in layers:
                     less, plan = _with_layers(config, training, kept)
                     steps.append(_run(less, spec, plan, work))
                 places, live = [step.trace.places for step in steps], [step.trace.live for step in steps]
-                operations = depth.deepen(regions, shallow, places, live)
+                stretches = depth.deepen(regions, shallow, places, live)
             weights, simulated = depth.weights_of(regions, shallow), sum(map(len, layers))
-            extrapolated = operations is not None
-            if operations is None:
+            extrapolated = stretches is not None
+            if stretches is None:
                 weights, simulated, steps = [1], spec.num_hidden_layers, [_run(config, spec, training, work)]
-                operations = [(place, ((0, event, 1),)) for event, place in enumerate(steps[0].trace.places)]
+                stretches = depth.whole(steps[0].trace.places)
     except BadInput:
         raise
     except Exception as problem:  # a model's code may do anything with a tensor that has no values
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         hint = "plan without simulating: the closed form needs the model's shape alone"
         raise BadInput(spec.model, f"{spec.architecture} cannot be simulated: {reason:.200}", hint) from problem
-    return _summary(operations, steps, weights, simulated, extrapolated, time.monotonic() - started)
+    return _summary(stretches, steps, weights, simulated, extrapolated, time.monotonic() - started)

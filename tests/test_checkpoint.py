@@ -22,6 +22,7 @@ from edgeft.checkpoint import (
     Checkpoint,
     TensorFile,
     cache_folder,
+    compute_in,
     copy_side_files,
     load_base,
     load_plain,
@@ -430,6 +431,9 @@ def test_the_nf4_base_is_quantised_once_and_kept(
     assert torch.equal(kept, fresh)
     error = float((kept - dense).norm() / dense.norm())
     assert 1e-4 < error < 0.25  # four bits: not the same, not far
+    compute_in(again, torch.bfloat16)  # what is not quantised must follow, and what is unpacked
+    assert {p.dtype for p in again.parameters()} == {torch.uint8, torch.bfloat16}
+    assert {module.weight.quant_state.dtype for module in linears} == {torch.bfloat16}
 
 
 def test_the_hash_of_the_weights_changes_with_any_byte(

@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
     "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
-    "planner", "report", "data", "scores", "runner", "bundle", "cli",
+    "candidates", "costs", "explain", "planner", "stages", "footprint", "disk", "budget", "simulation", "depth",
+    "report", "data", "scores", "runner", "bundle", "cli",
 )  # fmt: skip
 
 

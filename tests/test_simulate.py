@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgeft import checkpoint, ledger
+from edgeft import checkpoint, ledger, memory
 from edgeft.architectures import find_parts
 from edgeft.checkpoint import DTYPES, load_base
 from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput
 from edgeft.fake import quantisation_states
-from edgeft.memory import Workload, weight_bytes
+from edgeft.memory import Workload
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
 from edgeft.simulate import simulate
@@ -83,6 +83,8 @@ def check(spec: ModelSpec, training: Training, work: Workload) -> None:
     before, peak = real_step(spec, training, work)
     assert found.weights_bytes + found.adapter_bytes + found.optimizer_bytes == before
     assert found.live_peak_bytes == peak
+    if training.tuner == "lora":
+        assert found.adapter_bytes == 4 * memory.trained_parameters(spec, training)
 
 
 ALL, TOP = range(2), range(1, 2)
@@ -169,7 +171,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_families_equal_real(kind: str, tmp_path: Path) -> None:
     spec = save_model(tmp_path, kind, **FAMILIES[kind])
     check(spec, plan_of(spec, ALL), Workload(48, 47))
-    check(spec, plan_of(spec, TOP, tuner="full", checkpointing=True, **HALF), Workload(48, 47))
+    if kind not in memory.EXACT_FAMILIES:
+        check(spec, plan_of(spec, TOP, tuner="full", checkpointing=True, **HALF), Workload(48, 47))
 
 
 def test_tied_head_equals_real(tmp_path: Path) -> None:
@@ -180,29 +183,26 @@ def test_tied_head_equals_real(tmp_path: Path) -> None:
 
 STACKS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
     # family, layers, layers that train, plan, layers run
-    "LoRA": ("llama", 9, 9, {}, 7),
-    "LoRA, recomputed, two micro-batches": ("llama", 9, 9, {"checkpointing": True, "batch_size": 4}, 7),
-    "LoRA, bf16": ("llama", 9, 9, HALF, 7),
-    "LoRA, top layers of NF4": ("llama", 26, 12, NF4, 20),
+    "LoRA, recomputed, two micro-batches": ("llama", 8, 8, {"checkpointing": True, "batch_size": 4}, 7),
+    "LoRA, bf16": ("llama", 8, 8, HALF, 7),
+    "LoRA, top layers of NF4": ("llama", 21, 6, NF4, 20),
     "LoRA, two top layers": ("llama", 14, 2, {}, 11),
-    "full": ("llama", 8, 8, FULL, 7),
-    "full, many layers, few tokens": ("llama", 30, 30, {**FULL, "micro_batch_size": 1, "loss_chunk_tokens": 16}, 7),
-    "layers in pairs": ("gemma2", 16, 16, {}, 14),
-    "too few pairs": ("gemma2", 8, 8, {}, 8),
+    "full, short samples": ("llama", 12, 12, {**FULL, "micro_batch_size": 1, "loss_chunk_tokens": 16}, 7),
+    "layers in pairs": ("smollm3", 16, 16, {"target_modules": ("q_proj",)}, 14),
+    "too few pairs": ("smollm3", 6, 6, {"target_modules": ("q_proj",)}, 6),
 }
 
 
 @pytest.mark.parametrize("name", STACKS)
 def test_shallow_models_tell_the_deep_one(name: str, tmp_path: Path) -> None:
     kind, layers, top, changes, run = STACKS[name]
-    more = {"sliding_window": 16, "query_pre_attn_scalar": 16} if kind == "gemma2" else {}
+    more = {"no_rope_layer_interval": 2} if kind == "smollm3" else {}
     spec = save_model(tmp_path, kind, num_hidden_layers=layers, **more)
     training = plan_of(spec, range(layers - top, layers), **changes)
     deep, shallow = (simulate(spec, training, Workload(48, 20), full_depth=full) for full in (True, False))
     assert (deep.extrapolated, deep.layers_simulated) == (False, layers)
     assert (shallow.extrapolated, shallow.layers_simulated) == (run < layers, run)
     same = {"seconds": 0.0, "extrapolated": True, "layers_simulated": 0}
-    # the optimizer's many small norms are one moment each, in an order that depends on the depth
     assert shallow.model_copy(update=same) == deep.model_copy(update=same)
 
 
@@ -213,7 +213,7 @@ def test_an_8b_model_needs_no_memory_and_few_layers() -> None:
     found = simulate(spec, training, Workload(2048, 2047))
     assert ledger.rss_bytes() - before < 2**28
     assert found.extrapolated and found.layers_simulated == 7
-    assert found.weights_bytes == pytest.approx(weight_bytes(spec, training), rel=1e-6)
+    assert found.weights_bytes == pytest.approx(memory.weight_bytes(spec, training), rel=1e-6)
     assert found.optimizer_bytes - 4 * 32 * 7 * 2 == 2 * found.adapter_bytes  # and a step count for each tensor
     assert found.live_peak_bytes == max(moment.live_bytes for moment in found.timeline)
     assert [moment.phase for moment in found.phase_peaks] == ["forward", "backward", "optimizer"]
