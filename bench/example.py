@@ -13,6 +13,7 @@ from run import ROOT, record
 def main() -> None:
     folder = ROOT / "build" / "cpu"
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
+    here = json.loads((folder / "bundle.measured.json").read_text())
     merged = json.loads((folder / "merged" / "merged.json").read_text())
     train = merged["train"]
     record("example", {
@@ -24,7 +25,7 @@ def main() -> None:
             "measured_bytes": train["measured_peak_bytes"], "seconds": train["seconds"], "steps": train["steps"],
         },
         "merge": {"predicted_bytes": merged["predicted_peak_bytes"], "measured_bytes": merged["measured_peak_bytes"]},
-        "bundle": {"predicted_bytes": bundle["predicted_here_bytes"], **bundle["measured"]},
+        "bundle": {"predicted_bytes": here["predicted_here_bytes"], **here["measured"]},
     })  # fmt: skip
 
 

@@ -88,9 +88,9 @@ def measure(scratch: Path, title: str) -> list[dict[str, Any]]:
         loose = build / f"{target}.toml"
         loose.write_text(loosened((CONFIGS.parent.parent / "export" / f"{target}.toml").read_text()))
         verb("export", str(build / "merged"), "--target", str(loose))
-        bundle = json.loads((build / "bundle" / "bundle.json").read_text())
+        exported = json.loads((build / "bundle.measured.json").read_text())
         mine = [phase for phase in phases if phase["name"].startswith("export")]
-        rows.append(row(title, f"export {target}", mine, bundle["measured_peak_bytes"]))
+        rows.append(row(title, f"export {target}", mine, exported["measured_peak_bytes"]))
         shutil.rmtree(build)
     return rows
 

@@ -18,18 +18,22 @@ from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versi
 from edgeft.budget import MALLOC_ENVIRONMENT, reset_resident_peak, resident_bytes
 from edgeft.bundle import (
     MANIFEST,
+    SBOM,
     Bundle,
     BundledFile,
     Golden,
     GoldenInput,
     Measured,
+    Measurement,
     PromptFormat,
+    measurement_path,
 )
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed
 from edgeft.footprint import Weights, choose_context, predict
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.runner import RUNNER, runner_module
+from edgeft.sbom import Component, bill_of_materials
 from edgeft.scores import Proof
 from edgeft.target import Target
 
@@ -84,8 +88,12 @@ def build_bundle(
     prove: Callable[[ArtifactModel], Proof] | None = None,
     measure: bool = True,
     predicted_peak_bytes: int | None = None,
+    sources: Sequence[Component] = (),
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
+
+    `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
+    inputs give the same bundle, byte for byte.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
@@ -107,6 +115,10 @@ def build_bundle(
         stop_ids = stop_ids_of(tokenizer)
         _limit(folder, context_tokens, stop_ids)
         files = _hash(folder)
+        hashes = {name: file.sha256 for name, file in files.items()}
+        with saving(out):
+            (folder / SBOM).write_text(bill_of_materials(hashes, sources, target.name), encoding="utf-8")
+        files = _hash(folder)
         bundle = Bundle(
             input_sha256=input_sha256,
             versions=versions(),
@@ -125,7 +137,6 @@ def build_bundle(
             predicted=predict(
                 spec, target, weights, context_tokens, device_memory_bytes, device_bandwidth_bytes_per_second
             ),
-            seconds=0.0,
         )
         bundle.write(folder / MANIFEST)
         model = ArtifactModel(folder)
@@ -135,14 +146,23 @@ def build_bundle(
         bundle.write(folder / MANIFEST)
         if prove is not None:
             bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
-        if measure:
-            measured = _measure(folder)
-            here = predict(spec, target, weights, measured.prompt_tokens + measured.new_tokens)
-            bundle = bundle.model_copy(update={"measured": measured, "predicted_here_bytes": here.memory_bytes})
+            bundle.write(folder / MANIFEST)
         peak = max(waiting + builder, resident_bytes(highest=True)) if builder else None
-        peaks = {"predicted_peak_bytes": predicted_peak_bytes, "measured_peak_bytes": peak}
-        bundle = bundle.model_copy(update={**peaks, "seconds": time.perf_counter() - start})
-        bundle.write(folder / MANIFEST)
+        measured = _measure(folder) if measure else None
+    path = measurement_path(out.resolve())
+    with saving(path):
+        path.unlink(missing_ok=True)  # of the bundle that was here before
+    if measured is not None:
+        here = predict(spec, target, weights, measured.prompt_tokens + measured.new_tokens)
+        Measurement(
+            input_sha256=sha256_file(out / MANIFEST),
+            versions=versions(),
+            measured=measured,
+            predicted_here_bytes=here.memory_bytes,
+            predicted_peak_bytes=predicted_peak_bytes,
+            measured_peak_bytes=peak,
+            seconds=time.perf_counter() - start,
+        ).write(path)
     return Bundle.read(out / MANIFEST)
 
 

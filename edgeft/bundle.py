@@ -16,6 +16,7 @@ from edgeft.scores import Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
+SBOM = "sbom.cdx.json"
 PromptFormat = Literal["plain", "chat"]
 
 
@@ -71,8 +72,26 @@ class Measured(Strict):
     cores: int
 
 
+class Measurement(Artifact):
+    """BUNDLE.measured.json, beside the bundle: what it cost here. `input_sha256` is the hash of its bundle.json.
+
+    Not a part of the bundle: the same inputs give the same bundle, byte for byte, and no clock says the same twice.
+    """
+
+    measured: Measured
+    predicted_here_bytes: int = Field(description="peak memory as predicted for what was measured")
+    predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
+    measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")
+    seconds: float = Field(description="of the whole export")
+
+
+def measurement_path(bundle: Path) -> Path:
+    """Where the measurement of a bundle folder is kept: beside it."""
+    return bundle.with_name(f"{bundle.name}.measured.json")
+
+
 class Bundle(Artifact):
-    """bundle.json: what is in the folder, where it came from, what it needs and what it gave here."""
+    """bundle.json: what is in the folder, where it came from, what it needs and what it must give."""
 
     format_version: Literal[1] = 1
     target: Target
@@ -83,17 +102,12 @@ class Bundle(Artifact):
     context_limited_by: LimitedBy
     golden_logit_tolerance: float
     weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
-    size_bytes: int = Field(description="all files but bundle.json")
+    size_bytes: int = Field(description="all files but bundle.json and a signature")
     files: dict[str, BundledFile]
     golden: list[Golden]
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
     predicted: Predicted
     proof: Proof | None = None
-    measured: Measured | None = None
-    predicted_here_bytes: int | None = Field(default=None, description="peak memory as predicted for what was measured")
-    predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
-    measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")
-    seconds: float
     self_sha256: str = Field(default="0" * 64, description="sha256 of this file with 64 zeros here")
 
     def write(self, path: Path) -> None:

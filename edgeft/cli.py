@@ -347,13 +347,15 @@ def export(
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
+    from edgeft.bundle import Measurement, measurement_path
     from edgeft.export import export as run
     from edgeft.merge import MergedCheckpoint
     from edgeft.report import bundle_text
 
     with Reporter() as progress:
         bundle = run(merged, wanted, folder, device=device, progress=progress)
-    show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json")))
+    here = Measurement.read(measurement_path(folder.resolve()))
+    show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
 
 
 def _replaceable(out: Path, document: str) -> None:
@@ -374,9 +376,38 @@ def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bun
 
 
 @app.command()
-def verify(bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
-    """Check every hash of a bundle and replay its golden vectors (exit 4 when anything differs)."""
-    raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify"]))
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="bundle folder")],
+    public_key: Annotated[Path | None, typer.Option(help="the bundle must be signed by this key (PEM)")] = None,
+    no_replay: Annotated[bool, typer.Option("--no-replay", help="hashes and signature only")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs)."""
+    options = [*(["--public-key", str(public_key)] if public_key else []), *(["--no-replay"] if no_replay else [])]
+    options += ["--json"] if as_json else []
+    raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify", *options]))
+
+
+@app.command()
+def keygen(out: Annotated[Path, typer.Option(help="the private key's file; the public one gets .pub")]) -> None:
+    """Make an Ed25519 key pair that signs bundles."""
+    from edgeft.sign import keygen as run
+    from edgeft.sign import public_key_path
+
+    stdout.print(run(out))
+    say(f"keep {out} to yourself; give {public_key_path(out)} to those who verify, by another way than the bundle")
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="bundle folder")],
+    key: Annotated[Path, typer.Option(help="private key that `edgeft keygen` wrote")],
+) -> None:
+    """Sign a bundle's manifest, which names every file by its hash (exit 4 when a file is not as exported)."""
+    from edgeft.sign import sign as run
+
+    stdout.print(run(bundle, key))
+    say(f"signed {bundle}; verify with: edgeft verify {bundle} --public-key {key}.pub")
 
 
 def _runner() -> Any:

@@ -16,6 +16,7 @@ from edgeft.footprint import bundle_weights
 from edgeft.memory import Workload
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import climb, score_artifact, score_model
+from edgeft.sbom import BASE, Component, model_licence
 from edgeft.scores import Metrics, Proof
 from edgeft.stages import PARITY_PROMPTS, target_device
 from edgeft.target import Target
@@ -88,7 +89,24 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
         },
         prove=prove,
         predicted_peak_bytes=max(phase.expected_bytes for phase in phases),
+        sources=made_from(merged, merged_folder),
     )
+
+
+def made_from(merged: MergedCheckpoint, merged_folder: Path) -> list[Component]:
+    """What a merge was made from: base model and data by name and hash, never a path or content."""
+    job = merged.train.plan.job
+    licence = model_licence(Path(job.model)) or model_licence(merged_folder)
+    name = Path(job.model).resolve().name if Path(job.model).is_dir() else job.model
+    found = [Component("machine-learning-model", name, BASE, weights_sha256=merged.train.base_sha256, licence=licence)]
+    lengths = merged.train.plan.lengths
+    for role, source in (("training data", job.data), ("validation data", job.valid), ("test data", job.test)):
+        if source is None:
+            continue
+        path = Path(source)
+        digest = lengths.sha256 if lengths and source == job.data else sha256_file(path) if path.is_file() else ""
+        found.append(Component("data", path.name if path.is_file() else source, role, sha256=digest))
+    return found
 
 
 def trained_folder(merged_folder: Path, merged: MergedCheckpoint) -> Path:

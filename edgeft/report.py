@@ -19,7 +19,7 @@ from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
-    from edgeft.bundle import Bundle
+    from edgeft.bundle import Bundle, Measurement
     from edgeft.merge import Merged, MergedCheckpoint
     from edgeft.survival import Survival
     from edgeft.train import TrainResult
@@ -254,7 +254,7 @@ def ladder_text(proof: Proof) -> RenderableType:
     return table
 
 
-def bundle_text(bundle: Bundle, merged: MergedCheckpoint) -> RenderableType:
+def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | None) -> RenderableType:
     """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
     parts: list[RenderableType] = []
     if bundle.proof is not None:
@@ -268,15 +268,15 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint) -> RenderableType:
     train = merged.train
     table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
     table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
-    if bundle.measured_peak_bytes is not None and bundle.predicted_peak_bytes is not None:
+    if here is not None and here.measured_peak_bytes is not None and here.predicted_peak_bytes is not None:
         table.add_row(
-            "export, peak memory", show_bytes(bundle.predicted_peak_bytes), show_bytes(bundle.measured_peak_bytes)
+            "export, peak memory", show_bytes(here.predicted_peak_bytes), show_bytes(here.measured_peak_bytes)
         )
-    if bundle.measured is not None and bundle.predicted_here_bytes is not None:
-        measured = bundle.measured
+    if here is not None:
+        measured = here.measured
         table.add_row(
             "bundle here, peak memory",
-            show_bytes(bundle.predicted_here_bytes),
+            show_bytes(here.predicted_here_bytes),
             show_bytes(measured.peak_memory_bytes),
         )
         bound = f"at most {measured.bound_tokens_per_second:,.0f} tok/s"

@@ -3,18 +3,28 @@
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input)
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
-python run.py --verify      every file's sha256, then the golden vectors recorded at export
+python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
+
+Hashes show damage. They do not show who made a bundle: whoever can replace a file can replace its hash and this
+script too. Against that, --verify with a copy of this script and a --public-key from elsewhere than the bundle.
 
 Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 onnxruntime-genai is missing.
 """
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # this folder: a file put beside this one must not be imported as hashlib or numpy
+
 import argparse
+import base64
+import binascii
 import hashlib
 import json
 import os
-import sys
+import stat
 import threading
 import time
 from pathlib import Path
@@ -26,7 +36,10 @@ BLANK_HASH = "0" * 64
 # Tokens per forward pass of a prompt. The graph gives logits for every position: 256 x 128k words x 4 bytes
 # are 134 MB instead of gigabytes for a long prompt. Blocks of 64 or more give the very numbers of one pass.
 PREFILL_TOKENS = 256
-FILES_OF_THE_MODEL = ("genai_config.json", ".onnx", ".onnx.data")
+SIGNATURE = "bundle.sig"
+SIGNED = b"edgeft bundle 1\n"  # what is signed: this, so that no other use of a key can be mistaken, and bundle.json
+# A file of these may crash the runtime when it is damaged.
+FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".onnx.data", ".onnx_adapter")
 
 
 class RunError(Exception):
@@ -220,20 +233,184 @@ def check_files(bundle: Path) -> list[str]:
     listed = manifest["files"]
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         return [*problems, f"{MANIFEST}: 'files' is not a table of names, sizes and hashes"]
+    found = _entries(bundle)
+    contents = {entry.get("sha256"): name for name, entry in listed.items()}
+    sizes = {entry.get("size_bytes") for entry in listed.values()}
+
+    def content(path: Path) -> str:
+        """What a file that is not as listed holds instead, if the export wrote that too."""
+        same = contents.get(sha256_of(path)) if path.stat().st_size in sizes else None
+        return f", it holds what the export wrote as {same}" if same else ""
+
     for name, entry in sorted(listed.items()):
         path = bundle / name
-        if not path.is_file():
+        if name not in found:
             problems.append(f"{name}: missing")
+        elif found[name]:
+            problems.append(f"{name}: {found[name]}, the export wrote a file")
         elif path.stat().st_size != entry.get("size_bytes"):
-            problems.append(f"{name}: {path.stat().st_size} bytes, the export wrote {entry.get('size_bytes')}")
+            size = f"{path.stat().st_size} bytes, the export wrote {entry.get('size_bytes')}"
+            problems.append(f"{name}: {size}{content(path)}")
         elif sha256_of(path) != entry.get("sha256"):
-            problems.append(f"{name}: changed since the export")
-    for path in sorted(bundle.rglob("*")):
-        name = path.relative_to(bundle).as_posix()
-        # Python writes __pycache__ beside any file it imports
-        if path.is_file() and name != MANIFEST and name not in listed and "__pycache__" not in path.parts:
-            problems.append(f"{name}: not part of the export")
+            problems.append(f"{name}: changed since the export{content(path)}")
+    for name, kind in sorted(found.items()):
+        if name in (MANIFEST, SIGNATURE) and kind:
+            problems.append(f"{name}: {kind}, not a file")
+        elif name not in (*listed, MANIFEST, SIGNATURE):
+            more = f" ({kind})" if kind else content(bundle / name)
+            problems.append(f"{name}: not part of the export{more}")
     return problems
+
+
+def _entries(bundle: Path) -> dict[str, str]:
+    """Everything in the folder but folders with something in them, and what it is if it is no plain file.
+
+    Links are not followed: behind one may be the right bytes today and others tomorrow.
+    """
+    found = {}
+    for folder, folders, files in os.walk(str(bundle)):
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            kind = ""
+            if path.is_symlink():
+                inside = bundle.resolve() in path.resolve().parents
+                kind = f"a link to {os.readlink(str(path))}" + ("" if inside else ", outside the bundle")
+            elif not os.access(str(path), os.R_OK):
+                kind = "unreadable"
+            elif name in folders:
+                if any(path.iterdir()):
+                    continue
+                kind = "an empty folder"
+            elif not stat.S_ISREG(path.stat().st_mode):
+                kind = "a device, pipe or socket"
+            found[path.relative_to(bundle).as_posix()] = kind
+    return found
+
+
+# Ed25519 (RFC 8032, section 5.1): points of -x^2 + y^2 = 1 + d x^2 y^2 over the integers modulo PRIME, as
+# (X, Y, Z, T) with x = X/Z, y = Y/Z, x y = T/Z. Checking involves no secret: nothing here has to take constant time.
+PRIME = 2**255 - 19
+ORDER = 2**252 + 27742317777372353535851937790883648493
+CURVE_D = -121665 * pow(121666, PRIME - 2, PRIME) % PRIME
+ROOT_OF_MINUS_ONE = pow(2, (PRIME - 1) // 4, PRIME)
+Point = tuple[int, int, int, int]
+
+
+def point_add(a: Point, b: Point) -> Point:
+    """The sum of two points (RFC 8032, 5.1.4)."""
+    low, high = (a[1] - a[0]) * (b[1] - b[0]), (a[1] + a[0]) * (b[1] + b[0])
+    t, z = 2 * CURVE_D * a[3] * b[3], 2 * a[2] * b[2]
+    e, f, g, h = high - low, z - t, z + t, high + low
+    return e * f % PRIME, g * h % PRIME, f * g % PRIME, e * h % PRIME
+
+
+def point_multiply(factor: int, point: Point) -> Point:
+    """`factor` times a point, by doubling and adding."""
+    result = (0, 1, 1, 0)
+    while factor:
+        if factor & 1:
+            result = point_add(result, point)
+        point = point_add(point, point)
+        factor >>= 1
+    return result
+
+
+def point_encode(point: Point) -> bytes:
+    """32 bytes: y, and the lowest bit of x in the highest bit."""
+    inverse = pow(point[2], PRIME - 2, PRIME)
+    x, y = point[0] * inverse % PRIME, point[1] * inverse % PRIME
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def point_decode(raw: bytes) -> Point:
+    """The point of 32 bytes. Raises ValueError if there is none (RFC 8032, 5.1.3)."""
+    number = int.from_bytes(raw, "little")
+    odd, y = number >> 255, number & (2**255 - 1)
+    above, below = (y * y - 1) % PRIME, (CURVE_D * y * y + 1) % PRIME
+    x = above * pow(below, 3, PRIME) * pow(above * pow(below, 7, PRIME), (PRIME - 5) // 8, PRIME) % PRIME
+    if (below * x * x + above) % PRIME == 0:
+        x = x * ROOT_OF_MINUS_ONE % PRIME
+    if len(raw) != 32 or y >= PRIME or (below * x * x - above) % PRIME or (x == 0 and odd):
+        raise ValueError("not a point of the curve")
+    x = x if x & 1 == odd else PRIME - x
+    return x, y, 1, x * y % PRIME
+
+
+# the point with y = 4/5 and even x
+BASE_POINT = point_decode((4 * pow(5, PRIME - 2, PRIME) % PRIME).to_bytes(32, "little"))
+
+
+def signature_is_right(public_key: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether `signature` is one of `message` by the owner of `public_key` (RFC 8032, 5.1.7)."""
+    if len(public_key) != 32 or len(signature) != 64:
+        return False
+    commitment, answer = signature[:32], int.from_bytes(signature[32:], "little")
+    if answer >= ORDER:  # the same signature written in a second way
+        return False
+    try:
+        key = point_decode(public_key)
+    except ValueError:
+        return False
+    challenge = int.from_bytes(hashlib.sha512(commitment + public_key + message).digest(), "little") % ORDER
+    # S B - k A must be R: adding (ORDER - k) A subtracts k A
+    wanted = point_add(point_multiply(answer, BASE_POINT), point_multiply(ORDER - challenge, key))
+    return point_encode(wanted) == commitment
+
+
+KEY_PREFIX = bytes.fromhex(
+    "302a300506032b6570032100"
+)  # of an Ed25519 public key in DER (RFC 8410), its 32 bytes follow
+
+
+def read_public_key(path: Path) -> bytes:
+    """The 32 bytes of an Ed25519 public key in PEM, as `edgeft keygen` and openssl write it. Raises RunError."""
+    hint = "give the .pub file that edgeft keygen wrote"
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, ValueError) as problem:
+        raise RunError(path, f"cannot be read: {problem}", hint) from None
+    lines = [line.strip() for line in text.strip().splitlines()]
+    if len(lines) < 3 or lines[0] != "-----BEGIN PUBLIC KEY-----" or lines[-1] != "-----END PUBLIC KEY-----":
+        raise RunError(path, "is no public key in PEM", hint)
+    try:
+        raw = base64.b64decode("".join(lines[1:-1]), validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if len(raw) != 44 or not raw.startswith(KEY_PREFIX):
+        raise RunError(path, "is no Ed25519 public key", hint)
+    return raw[-32:]
+
+
+def signature_text(public_key: bytes, signature: bytes) -> str:
+    """bundle.sig: the one way of writing it, so that every changed byte of the file shows."""
+    return f"edgeft signature 1\nkey {public_key.hex()}\nsignature {signature.hex()}\n"
+
+
+def check_signature(bundle: Path, trusted: bytes | None) -> tuple[list[str], str]:
+    """(what is wrong with the signature, who signed in words). A bundle without one is right if no key is given."""
+    wanted = f"the trusted key {trusted.hex()}" if trusted else ""
+    path = bundle / SIGNATURE
+    if not path.is_file():
+        if trusted:
+            return [f"{SIGNATURE}: missing, {wanted} must have signed"], "not signed"
+        return [], "not signed: the hashes show damage, not who made this"
+    raw = path.read_bytes()[:1000]
+    try:
+        words = raw.decode("ascii").split()
+        key, signature = bytes.fromhex(words[4]), bytes.fromhex(words[6])
+    except (ValueError, IndexError):
+        key = signature = b""
+    if signature_text(key, signature).encode() != raw or len(key) != 32 or len(signature) != 64:
+        return [f"{SIGNATURE}: is not a signature file"], "not signed"
+    if trusted is not None and key != trusted:
+        return [f"{SIGNATURE}: signed by {key.hex()}, not by {wanted}"], "signed by another key"
+    try:
+        message = SIGNED + (bundle / MANIFEST).read_bytes()
+    except OSError:
+        return [f"{SIGNATURE}: there is no {MANIFEST} to check it against"], "not signed"
+    if not signature_is_right(key, message, signature):
+        return [f"{SIGNATURE}: is not {key.hex()}'s signature of this {MANIFEST}"], "wrongly signed"
+    return [], f"signed by {wanted or key.hex() + ' (not checked against a trusted key)'}"
 
 
 def check_golden(bundle: Path) -> list[str]:
@@ -272,22 +449,28 @@ def check_golden(bundle: Path) -> list[str]:
     return problems
 
 
-def verify(bundle: Path) -> list[str]:
+def verify(bundle: Path, trusted: bytes | None = None, replay: bool = True) -> list[str]:
     """Everything by which a bundle is not what was exported, one line each; [] if it is.
 
-    Damaged weights may crash the runtime and this process: vectors are replayed only if the model's own files
-    are whole. Raises MissingRuntime if all files are right and the vectors cannot be replayed.
+    `trusted` is the public key that must have signed. Damaged weights may crash the runtime and this process, those
+    of a stranger do worse: vectors are replayed only if the model's own files and the signature are right.
+    Raises MissingRuntime if all files are right and the vectors cannot be replayed.
     """
     bundle = Path(bundle)
-    problems = check_files(bundle)
-    if any(line.split(": ")[0].endswith((*FILES_OF_THE_MODEL, MANIFEST, "tokenizer_config.json")) for line in problems):
+    problems = check_files(bundle) + check_signature(bundle, trusted)[0]
+    if not replay:
+        return problems
+    first = (*FILES_OF_THE_MODEL, MANIFEST, SIGNATURE)
+    if any(line.split(": ")[0].endswith(first) for line in problems):
         return [*problems, "golden vectors: not replayed, the files above come first"]
     try:
         return problems + check_golden(bundle)
-    except MissingRuntime:
+    except MissingRuntime as problem:
         if problems:
             return [*problems, "golden vectors: not replayed, onnxruntime-genai is not installed"]
-        raise
+        text = "the files are as exported; the golden vectors need onnxruntime-genai, which "
+        hint = "pip install onnxruntime-genai, or check the files alone with --no-replay"
+        raise MissingRuntime("verify", text + str(problem).split(": ", 1)[1].split("\n\nhint: ")[0], hint) from None
     except RunError as problem:
         return [*problems, str(problem).split("\n\nhint: ")[0]]
     except (KeyError, TypeError, ValueError) as problem:
@@ -445,7 +628,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--bench", action="store_true", help="measure speed and memory")
-    action.add_argument("--verify", action="store_true", help="check hashes and golden vectors")
+    action.add_argument("--verify", action="store_true", help="check hashes, signature and golden vectors")
+    parser.add_argument("--public-key", type=Path, help="--verify: the bundle must be signed by this key (PEM)")
+    parser.add_argument(
+        "--no-replay", action="store_true", help="--verify: hashes and signature only; needs no library"
+    )
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--chat", dest="format", action="store_const", const="chat", help="through the chat template")
     style.add_argument("--plain", dest="format", action="store_const", const="plain", help="the prompt as it is")
@@ -462,11 +649,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
         if options.verify:
-            problems = verify(options.bundle)
+            trusted = read_public_key(options.public_key) if options.public_key else None
+            problems = verify(options.bundle, trusted, not options.no_replay)
+            signed = check_signature(options.bundle, trusted)[1]
             if options.json:
-                print(json.dumps({"ok": not problems, "problems": problems}))
+                print(json.dumps({"ok": not problems, "problems": problems, "signature": signed}))
             elif not problems:
-                print("verified: every file and every golden vector is as exported")
+                what = "every file" if options.no_replay else "every file and every golden vector"
+                print(f"verified: {what} is as exported\n{signed}")
             else:
                 print(f"{options.bundle}: not what was exported\n" + "\n".join(problems), file=sys.stderr)
             return 4 if problems else 0

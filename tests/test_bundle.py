@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, _record, build_bundle, read_weights, stop_ids_of
-from edgeft.bundle import Bundle, GoldenInput, choose_context, kv_cache_bytes_per_token, predict
+from edgeft.bundle import (
+    Bundle,
+    GoldenInput,
+    Measurement,
+    choose_context,
+    kv_cache_bytes_per_token,
+    measurement_path,
+    predict,
+)
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.model_spec import read_model_spec
@@ -121,7 +129,7 @@ def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str
     assert (made.input_sha256, made.provenance) == ("ab" * 32, {"merged": "cd" * 32})
     assert set(made.files) == {
         "run.py", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja",
+        "tokenizer_config.json", "chat_template.jinja", "sbom.cdx.json",
     }  # fmt: skip
     assert {path.name for path in bundle(name).iterdir()} == {*made.files, "bundle.json"}
     for file in ("tokenizer.json", "chat_template.jinja"):
@@ -131,8 +139,9 @@ def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str
     assert (made.context_tokens, made.context_limited_by) == (512, "model")
     assert made.predicted.kv_cache_bytes == 2 * 2 * 1 * 32 * 4 * 512  # K and V, layers, heads, head_dim, fp32
     assert made.predicted.tokens_per_second_bound == 1e9 / made.weight_bytes_per_token
-    assert made.measured is not None and made.predicted_here_bytes is not None
-    assert made.predicted_here_bytes == pytest.approx(made.measured.peak_memory_bytes, rel=0.25)
+    here = Measurement.read(measurement_path(bundle(name)))
+    assert here.input_sha256 == sha256_file(bundle(name) / "bundle.json")
+    assert here.predicted_here_bytes == pytest.approx(here.measured.peak_memory_bytes, rel=0.25)
     assert made.versions["onnxruntime-genai"]
 
 
@@ -226,14 +235,21 @@ def test_another_tokenizer_or_template_than_in_training_stops_the_export(tmp_pat
         _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:], 0.1)
 
 
-def test_building_twice_gives_the_same_files_and_replaces_the_old_folder(tmp_path: Path) -> None:
+def test_building_twice_gives_the_same_bytes_and_replaces_the_old_folder(tmp_path: Path) -> None:
     out = tmp_path / "b"
     out.mkdir()
     (out / "stale").write_text("x", encoding="utf-8")
-    again = build_bundle(checkpoint(), load_target("ort-int4"), out, prompts=PROMPTS, measure=False)
-    assert again.files == Bundle.read(bundle("ort-int4") / "bundle.json").files
-    assert again.golden == Bundle.read(bundle("ort-int4") / "bundle.json").golden
-    assert [path.name for path in tmp_path.iterdir()] == ["b"] and not (out / "stale").exists()
+    measurement_path(out).write_text("of what was here before", encoding="utf-8")
+    elsewhere = tmp_path / "another place"
+    shutil.copytree(checkpoint(), elsewhere)
+    build_bundle(
+        elsewhere, load_target("ort-int4"), out, prompts=PROMPTS, device_memory_bytes=2**30, measure=False,
+        device_bandwidth_bytes_per_second=1e9, input_sha256="ab" * 32, provenance={"merged": "cd" * 32},
+    )  # fmt: skip
+    shutil.rmtree(elsewhere)
+    first = {path.name: path.read_bytes() for path in bundle("ort-int4").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_an_architecture_the_runtime_does_not_know_is_named(tmp_path: Path) -> None:

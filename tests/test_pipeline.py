@@ -122,6 +122,19 @@ def test_an_adapter_of_another_tool_is_merged_but_has_nothing_to_prove_with(
     assert "was merged from what edgeft did not train: it has no data to prove with" in done.stderr
 
 
+def test_exporting_twice_gives_the_same_bytes(line: Path, tmp_path: Path) -> None:
+    """Proof, golden vectors and bill of materials included: only what a clock said is beside the folder."""
+    again = tmp_path / "another name"
+    edgeft("export", line / "merged", "--target", "ort-fp32", "--device", "raspberrypi5-8gb", "--out", again)
+    first = {path.name: path.read_bytes() for path in (line / "bundle").iterdir()}
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == first
+    assert json.loads((line / "bundle.measured.json").read_text())["measured"]["peak_memory_bytes"] > 0
+    text = b"".join(first[name] for name in first if name != "model.onnx.data")
+    assert str(line.parent).encode() not in text  # no path of this machine
+    bill = {entry["bom-ref"]: entry for entry in json.loads(first["sbom.cdx.json"])["components"]}
+    assert bill["training data/my rows.jsonl"]["hashes"][0]["content"]
+
+
 def test_parity_failure_writes_nothing_and_names_the_rung(line: Path, tmp_path: Path) -> None:
     strict = tmp_path / "strict.toml"
     text = (ROOT / "export" / "ort-int4.toml").read_text()
