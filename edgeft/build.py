@@ -8,18 +8,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
+from edgeft.adapters import AdapterSource, Written, add_adapters
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.budget import MALLOC_ENVIRONMENT, reset_resident_peak, resident_bytes
 from edgeft.bundle import (
     MANIFEST,
     SBOM,
     Bundle,
+    BundledAdapter,
     BundledFile,
     Golden,
     GoldenInput,
@@ -53,6 +55,13 @@ class ArtifactModel:
         except runner.RunError as problem:
             raise BadInput(bundle, str(problem)) from None
         self.context_tokens: int = self._runner.context_tokens
+
+    def use(self, adapter: str | None) -> None:
+        """Answer with this adapter of the bundle from now on (None: without). Raises BadInput."""
+        try:
+            self._runner.use(adapter)
+        except runner_module().RunError as problem:
+            raise BadInput("artifact", str(problem)) from None
 
     def logits(self, ids: list[int]) -> numpy.ndarray[Any, numpy.dtype[numpy.float32]]:
         """Logits after each token: (len(ids), vocabulary). Raises BadInput if ids exceed the context."""
@@ -89,11 +98,12 @@ def build_bundle(
     measure: bool = True,
     predicted_peak_bytes: int | None = None,
     sources: Sequence[Component] = (),
+    adapters: Sequence[AdapterSource] = (),
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
-    inputs give the same bundle, byte for byte.
+    inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
@@ -107,10 +117,11 @@ def build_bundle(
         reset_resident_peak()
         waiting = resident_bytes()
         builder = _build_model(merged, target, spec, folder)
+        inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
         _copy_tokenizer(merged, folder)
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
-        weights = read_weights(folder / "model.onnx")
+        weights = _with_adapters(read_weights(folder / "model.onnx"), written)
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
         stop_ids = stop_ids_of(tokenizer)
         _limit(folder, context_tokens, stop_ids)
@@ -142,7 +153,9 @@ def build_bundle(
         model = ArtifactModel(folder)
         golden = _record(model._runner, tokenizer, prompts, target.golden_logit_tolerance)
         del model  # its memory, before the bench
-        bundle = bundle.model_copy(update={"golden": golden})
+        bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": inputs})
+        bundle.write(folder / MANIFEST)
+        bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, written)})
         bundle.write(folder / MANIFEST)
         if prove is not None:
             bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
@@ -164,6 +177,42 @@ def build_bundle(
             seconds=time.perf_counter() - start,
         ).write(path)
     return Bundle.read(out / MANIFEST)
+
+
+def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:
+    """All adapters may be loaded at a time; a token reads those of one."""
+    sizes = [sum(4 * rows * columns for rows, columns in each.parameters.values()) for each in written.values()]
+    if not sizes:
+        return weights
+    return Weights(weights.stored_bytes + sum(sizes), weights.head_bytes, weights.bytes_per_token + max(sizes))
+
+
+def _prove_adapters(
+    folder: Path, bundle: Bundle, sources: Sequence[AdapterSource], written: Mapping[str, Written]
+) -> dict[str, BundledAdapter]:
+    """What each adapter answers and how near that is to what was trained, all of them by one loaded model."""
+    entries: dict[str, BundledAdapter] = {}
+    if not sources:
+        return entries
+    for source in sources:
+        file, rank, parameters = written[source.name]
+        entries[source.name] = BundledAdapter(
+            file=file,
+            base_sha256=source.base_sha256,
+            train_sha256=source.train_sha256,
+            rank=rank,
+            prompt_format=source.prompt_format,
+            parameters=parameters,
+            golden=[],
+        )
+    bundle.model_copy(update={"adapters": entries}).write(folder / MANIFEST)  # for the runner's check of the contract
+    model = ArtifactModel(folder)
+    for source in sources:
+        model.use(source.name)
+        golden = _record(model._runner, source.tokenizer, source.prompts, bundle.golden_logit_tolerance)
+        proof = source.prove(model) if source.prove else None
+        entries[source.name] = entries[source.name].model_copy(update={"golden": golden, "proof": proof})
+    return entries
 
 
 def _build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> int:

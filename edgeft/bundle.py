@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 from pydantic import Field
 
-from edgeft.artifacts import Artifact, Strict, saving
+from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
 from edgeft.scores import Proof
 from edgeft.target import Target
@@ -55,6 +56,19 @@ class BundledFile(Strict):
     size_bytes: int
 
 
+class BundledAdapter(Strict):
+    """A LoRA adapter that run.py loads beside the model and switches to, fed to the graph's `adapter_inputs`."""
+
+    file: str
+    base_sha256: str = Field(description="of the base weights it was trained on: the bundle must hold the same")
+    train_sha256: str = Field(description="of its train.json")
+    rank: int
+    prompt_format: PromptFormat
+    parameters: dict[str, list[int]] = Field(description="names and shapes in the file; the scale is in lora_B")
+    golden: list[Golden]
+    proof: Proof | None = None
+
+
 class Measured(Strict):
     """What run.py --bench found on the machine that exported."""
 
@@ -90,6 +104,11 @@ def measurement_path(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}.measured.json")
 
 
+def adapters_digest(train_sha256: Mapping[str, str]) -> str:
+    """What a bundle of adapters was made from, as one hash: each one's name and train.json."""
+    return sha256_json(dict(train_sha256))
+
+
 class Bundle(Artifact):
     """bundle.json: what is in the folder, where it came from, what it needs and what it must give."""
 
@@ -108,6 +127,8 @@ class Bundle(Artifact):
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
     predicted: Predicted
     proof: Proof | None = None
+    adapters: dict[str, BundledAdapter] = Field(default={}, description="by the name that --adapter takes")
+    adapter_inputs: dict[str, list[int]] = Field(default={}, description="shapes, with 0 where an adapter has its rank")
     self_sha256: str = Field(default="0" * 64, description="sha256 of this file with 64 zeros here")
 
     def write(self, path: Path) -> None:

@@ -358,6 +358,44 @@ def export(
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
 
 
+@app.command()
+def adapters(
+    trained: Annotated[list[str], typer.Argument(metavar="NAME=TRAIN...", help="folders that `edgeft train` wrote")],
+    target: Annotated[str, typer.Option(help="what to build: a name in export/, or a TOML file")] = "ort-int4",
+    device: Annotated[str | None, typer.Option(help="target device profile the bundle must fit")] = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build one bundle of a base model and LoRA adapters that run.py --adapter NAME switches between, each proven."""
+    folders: dict[str, Path] = {}
+    for text in trained:
+        name, equals, place = text.partition("=")
+        if not equals or not name or not place or name in folders:
+            raise BadInput("adapters", f"cannot use {text!r}", "give each one as NAME=TRAIN, with a name of its own")
+        folders[name] = Path(place)
+        _need(folders[name] / "train.json", "edgeft train PLAN")
+    from edgeft.bundle import Measurement, adapters_digest, measurement_path
+    from edgeft.profile import load_profile
+    from edgeft.target import load_target
+
+    wanted = load_target(target)
+    folder = out or next(iter(folders.values())).parent / "adapters"
+    device_name = load_profile(device).name if device else ""
+    digest = adapters_digest({name: sha256_file(place / "train.json") for name, place in folders.items()})
+    if _current(folder / "bundle.json", digest):
+        held = json.loads((folder / "bundle.json").read_text())
+        if held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name:
+            say(f"{folder} is up to date")
+            return
+    _replaceable(folder, "bundle.json")
+    from edgeft.export import export_adapters as run
+    from edgeft.report import adapters_text
+
+    with Reporter() as progress:
+        bundle = run(folders, wanted, folder, device=device, progress=progress)
+    show(as_json, bundle, adapters_text(bundle, Measurement.read(measurement_path(folder.resolve()))))
+
+
 def _replaceable(out: Path, document: str) -> None:
     """Refuse to replace a folder that no stage wrote: it may be somebody's model."""
     if out.is_dir() and any(out.iterdir()) and not (out / document).is_file():

@@ -1,26 +1,40 @@
-"""How does a merged checkpoint become a proven bundle: built, compared rung by rung, scored, written whole?"""
+"""How does a merged checkpoint, or a base with adapters, become a proven bundle: built, compared, scored, written?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy
+
 from edgeft import disk, stages
+from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle
-from edgeft.bundle import Bundle, GoldenInput
-from edgeft.checkpoint import load_plain
+from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
+from edgeft.change import lora_scale, read_adapter_config
+from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
 from edgeft.data import Row, TextTokenizer, read_rows
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, ParityFailed
 from edgeft.footprint import bundle_weights
 from edgeft.memory import Workload
 from edgeft.merge import MergedCheckpoint
-from edgeft.parity import climb, score_artifact, score_model
+from edgeft.parity import (
+    HINTS,
+    climb,
+    compare,
+    load_tuned,
+    observe_artifact,
+    observe_model,
+    score_artifact,
+    score_model,
+)
 from edgeft.sbom import BASE, Component, model_licence
-from edgeft.scores import Metrics, Proof
+from edgeft.scores import Metrics, Proof, Rung
 from edgeft.stages import PARITY_PROMPTS, target_device
 from edgeft.target import Target
-from edgeft.train import Data
+from edgeft.train import Data, TrainResult
 
 GOLDEN_PROMPTS = 4
 
@@ -55,7 +69,7 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
 
     def prove(artifact: ArtifactModel) -> Proof:
         rungs = climb(trained, merged_folder, artifact, prompts, tokenizer, target.parity, progress)
-        scores = _scores_of_training(merged, bool(data.test))
+        scores = _scores_of_training(merged.train, bool(data.test))
         scores["merged"] = score_model(
             load_plain(merged_folder),
             rows,
@@ -69,7 +83,7 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
         return Proof(prompts=len(prompts), positions=positions, rungs=rungs, scored_on=source, scores=scores)
 
     progress("build", 0, 1, {})
-    golden, chat = golden_inputs(merged, tokenizer)
+    golden, chat = golden_inputs(merged.train, tokenizer)
     return build_bundle(
         merged_folder,
         target,
@@ -89,17 +103,17 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
         },
         prove=prove,
         predicted_peak_bytes=max(phase.expected_bytes for phase in phases),
-        sources=made_from(merged, merged_folder),
+        sources=made_from(merged.train, merged_folder),
     )
 
 
-def made_from(merged: MergedCheckpoint, merged_folder: Path) -> list[Component]:
-    """What a merge was made from: base model and data by name and hash, never a path or content."""
-    job = merged.train.plan.job
-    licence = model_licence(Path(job.model)) or model_licence(merged_folder)
+def made_from(result: TrainResult, folder: Path) -> list[Component]:
+    """What a model was made from: base model and data by name and hash, never a path or content."""
+    job = result.plan.job
+    licence = model_licence(Path(job.model)) or model_licence(folder)
     name = Path(job.model).resolve().name if Path(job.model).is_dir() else job.model
-    found = [Component("machine-learning-model", name, BASE, weights_sha256=merged.train.base_sha256, licence=licence)]
-    lengths = merged.train.plan.lengths
+    found = [Component("machine-learning-model", name, BASE, weights_sha256=result.base_sha256, licence=licence)]
+    lengths = result.plan.lengths
     for role, source in (("training data", job.data), ("validation data", job.valid), ("test data", job.test)):
         if source is None:
             continue
@@ -118,15 +132,14 @@ def trained_folder(merged_folder: Path, merged: MergedCheckpoint) -> Path:
     return folder
 
 
-def _scores_of_training(merged: MergedCheckpoint, test: bool) -> dict[str, Metrics]:
-    result = merged.train
+def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
     base, tuned = (result.base_test, result.test) if test else (result.base_valid, result.valid)
     return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
 
 
-def golden_inputs(merged: MergedCheckpoint, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
+def golden_inputs(result: TrainResult, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
     """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
-    job = merged.train.plan.job
+    job = result.plan.job
     source = job.valid or job.data
     assert source is not None  # Data.read has refused a plan without data
     rows = read_rows(source, tokenizer)[:GOLDEN_PROMPTS]
@@ -142,3 +155,104 @@ def _prompt_text(row: Row) -> str:
 def _chat_input(row: Row) -> GoldenInput:
     assert row.messages is not None
     return GoldenInput(messages=list(row.messages))
+
+
+def export_adapters(
+    trained: Mapping[str, Path], target: Target, out: Path, *, device: str | None, progress: Progress
+) -> Bundle:
+    """Build, prove and write one bundle of a base model and its LoRA adapters, by the names they get in it.
+
+    Raises BadInput (full fine-tunes, adapters of different bases, a base that is no longer what they were trained on),
+    ParityFailed if base or an adapter is not in the runtime what it was in training: then nothing is written.
+    """
+    results = {name: TrainResult.read(folder / "train.json") for name, folder in trained.items()}
+    first, result = next(iter(results.items()))
+    base = local_folder(result.plan.job.model)
+    _same_base(trained, results, base)
+    profile = target_device(device)
+    sources = [adapter_source(name, trained[name], results[name], base, target, progress) for name in trained]
+    rows = Data.read(result.plan).valid[:PARITY_PROMPTS]
+    tokenizer = TextTokenizer(base)
+
+    def prove(artifact: ArtifactModel) -> Proof:
+        progress("parity: base", 0, 1, {})
+        form = observe_model("base", load_plain(base), rows, tokenizer)
+        rung = _proven(compare(form, observe_artifact("artifact", artifact, rows, tokenizer), target.parity))
+        positions = sum(sample.trained_tokens for sample in rows)
+        return Proof(prompts=len(rows), positions=positions, rungs=(rung,), scored_on="validation", scores={})
+
+    progress("build", 0, 1, {})
+    digests = {name: source.train_sha256 for name, source in zip(trained, sources, strict=True)}
+    components = {component: None for each in results.values() for component in made_from(each, base)}
+    return build_bundle(
+        base,
+        target,
+        out,
+        prompts=sources[0].prompts,
+        prompt_format=sources[0].prompt_format,
+        device_memory_bytes=profile.budget_bytes if profile else None,
+        device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
+        input_sha256=adapters_digest(digests),
+        provenance={"base weights": results[first].base_sha256, "device": profile.name if profile else ""}
+        | {f"train.json of {name}": digest for name, digest in digests.items()},
+        prove=prove,
+        sources=list(components),
+        adapters=sources,
+    )
+
+
+def _same_base(trained: Mapping[str, Path], results: Mapping[str, TrainResult], base: Path) -> None:
+    held = weights_sha256(base)
+    wrong = [
+        f"{name} ({trained[name]}): trained on {result.base_sha256}"
+        for name, result in results.items()
+        if result.base_sha256 != held
+    ]
+    if wrong:
+        problem = f"holds the base weights {held}, other than\n" + "\n".join(wrong)
+        raise BadInput(base, problem, "give adapters of one base, and keep that base as it was")
+
+
+def adapter_source(
+    name: str, folder: Path, result: TrainResult, base: Path, target: Target, progress: Progress
+) -> AdapterSource:
+    """A training result as an adapter of a bundle, with what proves it. Raises BadInput if it is no plain LoRA."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise BadInput("adapters", f"{name!r} is no name", "use small letters, digits, - and _: NAME=TRAIN")
+    if result.plan.training.tuner != "lora":
+        hint = "plan with --set tuner=lora, or merge it and export a bundle of its own"
+        raise BadInput(folder, "is a full fine-tune, which cannot be switched to", hint)
+    config, weights = read_adapter_config(folder), Checkpoint(base)
+    file, changes = TensorFile(folder / "adapter_model.safetensors"), {}
+    for key in file.entries:
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            down, up = (file.read(part).float().numpy().T for part in (key, key.replace(".lora_A.", ".lora_B.")))
+            scale = numpy.float32(lora_scale(config, module, down.shape[1]))
+            changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
+    tokenizer = TextTokenizer(local_folder(result.plan.job.model))
+    prompts, chat = golden_inputs(result, tokenizer)
+    data = Data.read(result.plan)
+    rows = data.valid[:PARITY_PROMPTS]
+    source, scored = ("test", data.test) if data.test else ("validation", data.valid[: result.plan.training.eval_rows])
+
+    def prove(artifact: ArtifactModel) -> Proof:
+        progress(f"parity: {name}", 0, 1, {})
+        form = observe_model(f"{name} as trained", load_tuned(folder, result), rows, tokenizer)
+        made = observe_artifact(name, artifact, rows, tokenizer)
+        rung = _proven(compare(form, made, target.parity))
+        scores = _scores_of_training(result, bool(data.test))
+        scores[target.name] = score_artifact(artifact, scored, tokenizer, lambda done, total: None)
+        positions = sum(sample.trained_tokens for sample in rows)
+        return Proof(prompts=len(rows), positions=positions, rungs=(rung,), scored_on=source, scores=scores)
+
+    digest = sha256_file(folder / "train.json")
+    form: PromptFormat = "chat" if chat else "plain"
+    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove)
+
+
+def _proven(rung: Rung) -> Rung:
+    if rung.problems:
+        where = f"parity ladder, rung {rung.name!r} against {rung.against!r}"
+        raise ParityFailed(where, "\n".join(rung.problems), HINTS["artifact"])
+    return rung

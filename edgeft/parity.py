@@ -18,6 +18,7 @@ from edgeft.merge import MergedCheckpoint
 from edgeft.scores import Metrics, Rung
 from edgeft.stages import LOGIT_BYTES
 from edgeft.target import Tolerance
+from edgeft.train import TrainResult
 from edgeft.tuners import apply_tuner
 
 TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
@@ -159,9 +160,14 @@ def compare(before: Form, form: Form, tolerance: Tolerance) -> Rung:
 
 def load_trained(trained: Path, merged: MergedCheckpoint) -> Any:
     """The model as trained, on the CPU in fp32, its change scaled by wise_alpha: adapters live, nothing merged."""
+    return load_tuned(trained, merged.train, merged.wise_alpha)
+
+
+def load_tuned(trained: Path, result: TrainResult, alpha: float = 1.0) -> Any:
+    """Base and change of a training result, nothing merged, the change scaled by alpha; on the CPU in fp32."""
     from safetensors.torch import load_file
 
-    plan, alpha = merged.train.plan, merged.wise_alpha
+    plan = result.plan
     folder = local_folder(plan.job.model)
     model = load_plain(folder)
     training = plan.training.model_copy(update={"compute_dtype": "fp32"})

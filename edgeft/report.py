@@ -268,6 +268,27 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | No
     train = merged.train
     table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
     table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
+    _add_costs(table, bundle, here)
+    return Group(*parts, table, _size_text(bundle))
+
+
+def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
+    """What an export of adapters ends with: how near the base and each of them are, and the bundle's costs."""
+    proofs = [proof for proof in (bundle.proof, *(each.proof for each in bundle.adapters.values())) if proof]
+    scores = _table("adapter", "rank", "base loss", "fine-tuned", bundle.target.name, "exact match")
+    for name, adapter in bundle.adapters.items():
+        if adapter.proof is not None:
+            found = adapter.proof.scores
+            last = found[bundle.target.name]
+            match = "-" if last.exact_match is None else f"{100 * last.exact_match:.1f}%"
+            losses = [f"{found[form].loss:.4f}" for form in ("base", "fine-tuned", bundle.target.name)]
+            scores.add_row(name, str(adapter.rank), *losses, match)
+    costs = _table("", "predicted", "measured")
+    _add_costs(costs, bundle, here)
+    return Group(*(ladder_text(proof) for proof in proofs), scores, costs, _size_text(bundle))
+
+
+def _add_costs(table: Table, bundle: Bundle, here: Measurement | None) -> None:
     if here is not None and here.measured_peak_bytes is not None and here.predicted_peak_bytes is not None:
         table.add_row(
             "export, peak memory", show_bytes(here.predicted_peak_bytes), show_bytes(here.measured_peak_bytes)
@@ -288,8 +309,11 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | No
             table.add_row(
                 "on the device, decode", f"at most {bundle.predicted.tokens_per_second_bound:,.0f} tok/s", "-"
             )
+
+
+def _size_text(bundle: Bundle) -> Text:
     size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
-    return Group(*parts, table, Text(f"{size} (limited by the {bundle.context_limited_by})"))
+    return Text(f"{size} (limited by the {bundle.context_limited_by})")
 
 
 def survival_text(survival: Survival) -> RenderableType:

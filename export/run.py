@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Does this bundle answer, how fast, and is it still what was exported? Needs Python 3.9, onnxruntime-genai.
 
-python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input)
+python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
+                            --adapter NAME with one of the bundle's adapters
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
 python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
 
@@ -84,6 +85,32 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> Path:
+    """The file of an adapter that fits the bundle's graph: base, names, shapes, hash. Raises RunError."""
+    adapters = manifest.get("adapters") or {}
+    if name not in adapters:
+        known = ", ".join(sorted(adapters)) or "none"
+        raise RunError("--adapter", f"there is no adapter {name!r} in this bundle", f"it has: {known}")
+    where, again = f"adapter {name}", "export the bundle again with this adapter"
+    try:
+        entry, inputs = adapters[name], manifest["adapter_inputs"]
+        base, wanted = manifest["provenance"].get("base weights"), entry["base_sha256"]
+        if base != wanted:
+            raise RunError(where, f"was trained on the base {wanted}, this bundle holds {base}", again)
+        for parameter, shape in entry["parameters"].items():
+            if parameter not in inputs:
+                raise RunError(where, f"{parameter}: the graph has no such input", again)
+            # 0 stands for the rank, which every adapter has its own of
+            if len(shape) != 2 or any(size not in (0, given) for size, given in zip(inputs[parameter], shape)):  # noqa: B905
+                raise RunError(where, f"{parameter}: shape {shape} does not fit the graph's {inputs[parameter]}", again)
+        path = bundle / entry["file"]
+        if sha256_of(path) != manifest["files"][entry["file"]]["sha256"]:
+            raise RunError(where, f"{entry['file']}: changed since the export", "copy the bundle again")
+    except (KeyError, TypeError, AttributeError, OSError) as problem:
+        raise RunError(where, f"cannot be used: {problem!r}", "run --verify") from None
+    return path
+
+
 class Runner:
     """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
 
@@ -97,6 +124,10 @@ class Runner:
             self.eos_ids = list(eos) if isinstance(eos, list) else [eos]
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise RunError(bundle / "genai_config.json", f"cannot be used: {problem!r}", "run --verify") from None
+        self.bundle = bundle
+        self.adapters: Any = None  # the loaded ones
+        self.loaded: set[str] = set()
+        self.adapter: str | None = None  # the one in use
         try:
             self.model = self.og.Model(str(bundle))
             self.tokenizer = self.og.Tokenizer(self.model)
@@ -106,6 +137,23 @@ class Runner:
             raise RunError(
                 bundle, f"cannot be loaded: {problem}", "run --verify to see which file is damaged"
             ) from None
+
+    def use(self, adapter: str | None) -> None:
+        """From the next prompt on, answer with this adapter (None: without). The model stays loaded.
+
+        Raises RunError if the bundle has none of that name, or one that is not for this graph or is damaged.
+        """
+        if adapter is not None and adapter not in self.loaded:
+            path = check_adapter(self.bundle, self.manifest, adapter)
+            try:
+                if self.adapters is None:
+                    self.adapters = self.og.Adapters(self.model)
+                self.adapters.load(str(path), adapter)
+            except Exception as problem:  # bare RuntimeError, as above
+                hint = "run --verify to see which file is damaged"
+                raise RunError(f"adapter {adapter}", f"cannot be loaded: {problem}", hint) from None
+            self.loaded.add(adapter)
+        self.adapter = adapter
 
     def encode(self, text: str, plain: bool) -> list[int]:
         """Token ids of a text; a plain prompt gets the tokenizer's begin-of-text ids in front."""
@@ -132,7 +180,10 @@ class Runner:
     def _generator(self, max_tokens: int) -> Any:
         params = self.og.GeneratorParams(self.model)
         params.set_search_options(max_length=max_tokens)  # the KV cache is allocated for this many tokens
-        return self.og.Generator(self.model, params)
+        generator = self.og.Generator(self.model, params)
+        if self.adapter is not None:
+            generator.set_active_adapter(self.adapters, self.adapter)
+        return generator
 
     def _read(self, generator: Any, ids: list[int]) -> Iterator[None]:
         """Run a prompt through the model, a yield after each pass."""
@@ -414,12 +465,24 @@ def check_signature(bundle: Path, trusted: bytes | None) -> tuple[list[str], str
 
 
 def check_golden(bundle: Path) -> list[str]:
-    """Where the runtime here gives something else than it gave at export, one line each."""
+    """Where the runtime here gives something else than it gave at export, one line each: without and with adapters."""
     runner = Runner(bundle)
+    problems = _check_vectors(runner, runner.manifest["golden"], "")
+    for name, entry in (runner.manifest.get("adapters") or {}).items():
+        try:
+            runner.use(name)
+        except RunError as problem:
+            problems.append(str(problem).split("\n\nhint: ")[0])
+            continue
+        problems += _check_vectors(runner, entry["golden"], f"adapter {name}, ")
+    return problems
+
+
+def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str) -> list[str]:
     problems = []
     tolerance = float(runner.manifest["golden_logit_tolerance"])
-    for number, golden in enumerate(runner.manifest["golden"], start=1):
-        where = f"golden vector {number}"
+    for number, golden in enumerate(vectors, start=1):
+        where = f"{whose}golden vector {number}"
         if golden["messages"] is not None:
             text = runner.render(golden["messages"])
             if text != golden["text"]:
@@ -518,13 +581,16 @@ def read_bandwidth(threads: int, megabytes: int = 64) -> float:
     return best
 
 
-def bench(bundle: Path, prompt_tokens: int = 128, new_tokens: int = 64, rounds: int = 3) -> dict[str, Any]:
+def bench(
+    bundle: Path, prompt_tokens: int = 128, new_tokens: int = 64, rounds: int = 3, adapter: str | None = None
+) -> dict[str, Any]:
     """What the bundle costs here: the fastest of `rounds` runs, peak memory, the bandwidth bound.
 
     bound = bytes per second this machine reads / weight bytes that every new token reads.
     """
     start = time.perf_counter()
     runner = Runner(bundle)
+    runner.use(adapter)
     load_seconds = time.perf_counter() - start
     prompt_tokens = max(1, min(prompt_tokens, runner.context_tokens // 2))
     new_tokens = max(2, min(new_tokens, runner.context_tokens - prompt_tokens))
@@ -591,7 +657,9 @@ def answer(bundle: Path, options: argparse.Namespace) -> int:
     """0, after writing the answer to standard output as it comes."""
     prompt = read_prompt(options.prompt)
     runner = Runner(bundle)
-    chat = runner.manifest["prompt_format"] == "chat" if options.format is None else options.format == "chat"
+    runner.use(options.adapter)
+    trained = runner.manifest["adapters"][options.adapter] if options.adapter else runner.manifest
+    chat = (options.format or trained["prompt_format"]) == "chat"
     text = runner.render([{"role": "user", "content": prompt}]) if chat else prompt
     ids = runner.encode(text, plain=not chat)
     pieces = runner.tokenizer.create_stream()
@@ -636,6 +704,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--chat", dest="format", action="store_const", const="chat", help="through the chat template")
     style.add_argument("--plain", dest="format", action="store_const", const="plain", help="the prompt as it is")
+    parser.add_argument("--adapter", help="answer with this adapter of the bundle")
     parser.add_argument("--max-tokens", type=_at_least(1, int), default=128, help="longest answer (128)")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=_at_least(0, float), default=1.0, help="sample from this share of the chances")
@@ -661,7 +730,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{options.bundle}: not what was exported\n" + "\n".join(problems), file=sys.stderr)
             return 4 if problems else 0
         if options.bench:
-            made = bench(options.bundle)
+            made = bench(options.bundle, adapter=options.adapter)
             print(json.dumps(made) if options.json else show_bench(made))
             return 0
         return answer(options.bundle, options)

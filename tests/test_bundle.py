@@ -20,13 +20,11 @@ from edgeft.bundle import (
     Bundle,
     GoldenInput,
     Measurement,
-    choose_context,
-    kv_cache_bytes_per_token,
     measurement_path,
-    predict,
 )
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
+from edgeft.footprint import choose_context, kv_cache_bytes_per_token, predict
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import runner_module
 from edgeft.target import Target, load_target

@@ -1,0 +1,247 @@
+"""Does one loaded model give each adapter's own answers, the base's without one, and refuse what does not fit it?"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from test_bundle import PROMPTS, bundle, checkpoint, reference, some_ids, workplace
+from test_run import reseal, script
+from transformers import AutoModelForCausalLM
+
+from edgeft.adapters import AdapterSource
+from edgeft.build import ArtifactModel, build_bundle, read_weights
+from edgeft.bundle import Bundle
+from edgeft.data import TextTokenizer
+from edgeft.errors import BadInput
+from edgeft.runner import runner_module
+from edgeft.target import load_target
+
+RUNNER = runner_module()
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = {"all": (LINEARS, 4), "some": (("q_proj", "v_proj", "down_proj"), 8)}
+BASE = "ba" * 32
+
+
+@functools.cache
+def tuned(name: str) -> Any:
+    """The base in torch with random adapters on it, by PEFT: the independent reference."""
+    modules, rank = ADAPTERS[name]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32).eval()
+    torch.manual_seed(rank)
+    config = LoraConfig(r=rank, lora_alpha=3, use_rslora=True, target_modules=list(modules))
+    model = inject_adapter_in_model(config, model)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def source(name: str, **other: Any) -> AdapterSource:
+    values = dict(tuned(name).named_parameters())
+    rank = ADAPTERS[name][1]
+    changes = {}
+    for key, a in values.items():
+        if ".lora_A." in key:
+            b = values[key.replace(".lora_A.", ".lora_B.")]
+            weight = key.replace(".lora_A.default.weight", ".weight")
+            changes[weight] = (a.detach().numpy().T, b.detach().numpy().T * np.float32(3 / rank**0.5))
+    fields: dict[str, Any] = {
+        "name": name, "folder": Path(name), "changes": changes, "base_sha256": BASE, "train_sha256": "cd" * 32,
+        "prompt_format": "plain", "prompts": PROMPTS[:2], "tokenizer": TextTokenizer(checkpoint()),
+    }  # fmt: skip
+    return AdapterSource(**fields | other)
+
+
+@functools.cache
+def switchable(target: str) -> Path:
+    out = workplace() / f"adapters {target}"
+    build_bundle(
+        checkpoint(), load_target(target), out, prompts=PROMPTS, measure=False, provenance={"base weights": BASE},
+        adapters=[source(name) for name in ADAPTERS],
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    folder = tmp_path / "my bundle"
+    shutil.copytree(switchable("ort-int4"), folder)
+    return folder
+
+
+def torch_logits(name: str | None, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return (tuned(name) if name else reference())(torch.tensor([ids])).logits[0].numpy()
+
+
+def test_each_adapter_gives_the_logits_of_torch_by_one_loaded_model_in_any_order() -> None:
+    model, ids = ArtifactModel(switchable("ort-fp32")), some_ids(300)
+    loaded = model._runner.model
+    seen: dict[str | None, np.ndarray] = {}
+    for name in (None, "all", "some", "all", None, "some"):
+        model.use(name)
+        given = model.logits(ids)
+        assert np.abs(given - torch_logits(name, ids)).max() < 2e-3  # of logits up to 30
+        if name in seen:
+            assert np.array_equal(given, seen[name])  # nothing of the one before is left
+        seen[name] = given
+    assert model._runner.model is loaded and model._runner.loaded == {"all", "some"}
+    assert min(np.abs(seen[a] - seen[b]).max() for a, b in ((None, "all"), (None, "some"), ("all", "some"))) > 1
+
+
+def test_greedy_answers_follow_the_adapter_in_use() -> None:
+    model, prompt = ArtifactModel(switchable("ort-fp32")), some_ids(20)
+    for name in ("some", None, "all"):
+        model.use(name)
+        expected = list(prompt)
+        for _ in range(8):
+            expected.append(int(torch_logits(name, expected)[-1].argmax()))
+        assert model.greedy(prompt, 8, []) == expected[20:]
+
+
+@pytest.mark.parametrize("target", ["ort-int4", "ort-int8", "ort-fp32"])
+def test_without_an_adapter_the_base_answers_bit_for_bit(target: str) -> None:
+    ids = some_ids(64)
+    assert np.array_equal(ArtifactModel(switchable(target)).logits(ids), ArtifactModel(bundle(target)).logits(ids))
+
+
+def test_quantising_the_base_costs_an_adapter_no_more_than_the_base() -> None:
+    model, ids = ArtifactModel(switchable("ort-int8")), some_ids(100)
+    errors = {}
+    for name in (None, *ADAPTERS):
+        model.use(name)
+        p, q = (torch.log_softmax(torch.tensor(x), -1) for x in (torch_logits(name, ids), model.logits(ids)))
+        errors[name] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert all(0 < errors[name] < 4 * errors[None] for name in ADAPTERS), errors
+
+
+def test_the_contract_says_what_is_in_the_files_and_the_graph() -> None:
+    made = Bundle.read(switchable("ort-int4") / "bundle.json")
+    assert list(made.adapters) == ["all", "some"]
+    # q, k and v share a matmul: three ranks beside each other
+    assert made.adapters["all"].parameters["model.layers.1.attn.qkv_proj.lora_A.weight"] == [64, 12]
+    assert made.adapters["some"].parameters["model.layers.1.attn.qkv_proj.lora_B.weight"] == [16, 64 + 2 * 32]
+    assert made.adapter_inputs["model.layers.0.mlp.down_proj.lora_A.weight"] == [128, 0]
+    assert set(made.adapters["some"].parameters) < set(made.adapters["all"].parameters) == set(made.adapter_inputs)
+    assert [made.adapters[name].rank for name in ADAPTERS] == [4, 8]
+    assert {f"adapters/{name}.onnx_adapter" for name in ADAPTERS} < set(made.files)
+    sizes = {
+        name: 4 * sum(rows * columns for rows, columns in adapter.parameters.values())
+        for name, adapter in made.adapters.items()
+    }
+    alone = Bundle.read(bundle("ort-int4") / "bundle.json")
+    assert made.weight_bytes_per_token == alone.weight_bytes_per_token + max(sizes.values())
+    assert made.predicted.weights_bytes == alone.predicted.weights_bytes + sum(sizes.values())
+    assert read_weights(switchable("ort-int4") / "model.onnx") == read_weights(bundle("ort-int4") / "model.onnx")
+
+
+def test_same_inputs_same_bytes(tmp_path: Path) -> None:
+    build_bundle(
+        checkpoint(), load_target("ort-int4"), tmp_path / "b", prompts=PROMPTS, measure=False,
+        provenance={"base weights": BASE}, adapters=[source(name) for name in ADAPTERS],
+    )  # fmt: skip
+    for path in switchable("ort-int4").rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "b" / path.relative_to(switchable("ort-int4"))).read_bytes() == path.read_bytes()
+
+
+def test_verify_replays_every_adapter(copy: Path) -> None:
+    assert RUNNER.verify(copy) == []
+    manifest = Bundle.read(copy / "bundle.json")
+    assert manifest.adapters["all"].golden[0].top_logits != manifest.golden[0].top_logits
+
+    def exchange(manifest: dict[str, Any]) -> None:
+        entries = manifest["adapters"]
+        entries["all"]["golden"], entries["some"]["golden"] = entries["some"]["golden"], entries["all"]["golden"]
+
+    reseal(copy, exchange)
+    problems = RUNNER.verify(copy)
+    assert problems and {line.split("'s first")[0].split(" continues")[0] for line in problems} == {
+        f"model: adapter {name}, golden vector {number}" for name in ADAPTERS for number in (1, 2)
+    }
+
+
+def test_run_py_answers_with_the_adapter_that_is_named(copy: Path) -> None:
+    model = ArtifactModel(copy)
+    ids = model._runner.encode("Package: x", plain=True)
+    for name in (None, *ADAPTERS):
+        model.use(name)
+        options = ["--adapter", name] if name else []
+        given = json.loads(script(copy, "Package: x", "--max-tokens", "6", "--json", *options).stdout)
+        assert given["ids"] == model.greedy(ids, 6, [0, 2])
+    assert json.loads(script(copy, "--bench", "--adapter", "all", "--json").stdout)["peak_memory_bytes"] > 0
+    done = script(copy, "x", "--adapter", "other")
+    assert done.returncode == 1
+    assert done.stderr == "--adapter: there is no adapter 'other' in this bundle\n\nhint: it has: all, some\n"
+    done = script(bundle("ort-int4"), "x", "--adapter", "all")
+    assert done.stderr.endswith("hint: it has: none\n")
+
+
+def another_base(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["adapters"]["all"]["base_sha256"] = "00" * 32
+
+
+def no_such_input(folder: Path, manifest: dict[str, Any]) -> None:
+    del manifest["adapter_inputs"]["model.layers.1.mlp.up_proj.lora_B.weight"]
+
+
+def another_shape(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["adapters"]["all"]["parameters"]["model.layers.0.attn.o_proj.lora_A.weight"] = [63, 4]
+
+
+def another_file(folder: Path, manifest: dict[str, Any]) -> None:
+    shutil.copyfile(folder / "adapters/some.onnx_adapter", folder / "adapters/all.onnx_adapter")
+
+
+def no_file(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "adapters/all.onnx_adapter").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_base, rf"adapter all: was trained on the base (00){{32}}, this bundle holds {BASE}"),
+        (no_such_input, r"adapter all: model\.layers\.1\.mlp\.up_proj\.lora_B\.weight: the graph has no such input"),
+        (another_shape, r"adapter all: .*o_proj\.lora_A\.weight: shape \[63, 4\] does not fit the graph's \[64, 0\]"),
+        (another_file, r"adapter all: adapters/all\.onnx_adapter: changed since the export"),
+        (no_file, r"adapter all: cannot be used: FileNotFoundError"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_when_it_is_loaded(copy: Path, change: Any, message: str) -> None:
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    change(copy, manifest)
+    (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    model = ArtifactModel(copy)
+    with pytest.raises(BadInput, match=message):
+        model.use("all")
+    model.use("some")  # the others still load
+    assert model.logits(some_ids(3)).shape[0] == 3
+
+
+def test_an_adapter_file_that_was_tampered_with_is_named(copy: Path) -> None:
+    path = copy / "adapters" / "some.onnx_adapter"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    expected = ["adapters/some.onnx_adapter: changed since the export"]
+    assert RUNNER.verify(copy) == [*expected, "golden vectors: not replayed, the files above come first"]
+
+
+def test_a_change_of_what_is_no_matmul_of_the_graph_is_refused(tmp_path: Path) -> None:
+    a, b = np.ones((64, 2), np.float32), np.ones((2, 600), np.float32)
+    for weight in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.7.mlp.up_proj.weight"):
+        with pytest.raises(BadInput, match=rf"all: changes what is no matmul of its own .*:\n{weight}: 64 to 600"):
+            build_bundle(
+                checkpoint(), load_target("ort-fp32"), tmp_path / "b", prompts=[], measure=False,
+                adapters=[source("all", changes={weight: (a, b)})],
+            )  # fmt: skip
+        assert not (tmp_path / "b").exists()
