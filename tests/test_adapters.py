@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,24 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from rich.console import Console
 from test_bundle import PROMPTS, bundle, checkpoint, reference, some_ids, workplace
 from test_run import reseal, script
+from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM
 
-from edgeft.adapters import AdapterSource
+from edgeft.adapters import AdapterSource, add_adapters
+from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle, read_weights
 from edgeft.bundle import Bundle
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput
+from edgeft.export import export_adapters
+from edgeft.model_spec import read_model_spec
+from edgeft.planner import make_plan
+from edgeft.report import adapters_text
 from edgeft.runner import runner_module
+from edgeft.settings import make_job
 from edgeft.target import load_target
 
 RUNNER = runner_module()
@@ -109,19 +120,23 @@ def test_greedy_answers_follow_the_adapter_in_use() -> None:
 
 
 @pytest.mark.parametrize("target", ["ort-int4", "ort-int8", "ort-fp32"])
-def test_without_an_adapter_the_base_answers_bit_for_bit(target: str) -> None:
+def test_without_an_adapter_the_base_answers_bit_for_bit(target: str, tmp_path: Path) -> None:
+    shutil.copytree(bundle(target), tmp_path / "b")
+    inputs, written = add_adapters(tmp_path / "b", read_model_spec(str(checkpoint())), [source("some"), source("all")])
+    assert set(inputs) == set(written["all"].parameters)
     ids = some_ids(64)
-    assert np.array_equal(ArtifactModel(switchable(target)).logits(ids), ArtifactModel(bundle(target)).logits(ids))
+    assert np.array_equal(ArtifactModel(tmp_path / "b").logits(ids), ArtifactModel(bundle(target)).logits(ids))
 
 
 def test_quantising_the_base_costs_an_adapter_no_more_than_the_base() -> None:
-    model, ids = ArtifactModel(switchable("ort-int8")), some_ids(100)
+    model, ids = ArtifactModel(switchable("ort-int4")), some_ids(200)
     errors = {}
     for name in (None, *ADAPTERS):
         model.use(name)
         p, q = (torch.log_softmax(torch.tensor(x), -1) for x in (torch_logits(name, ids), model.logits(ids)))
         errors[name] = float((p.exp() * (p - q)).sum(-1).mean())
-    assert all(0 < errors[name] < 4 * errors[None] for name in ADAPTERS), errors
+    # 4 bits of random weights cost much: an adapter that were not in use would cost several times more
+    assert all(errors[name] < 1.5 * errors[None] for name in ADAPTERS), errors
 
 
 def test_the_contract_says_what_is_in_the_files_and_the_graph() -> None:
@@ -145,13 +160,10 @@ def test_the_contract_says_what_is_in_the_files_and_the_graph() -> None:
 
 
 def test_same_inputs_same_bytes(tmp_path: Path) -> None:
-    build_bundle(
-        checkpoint(), load_target("ort-int4"), tmp_path / "b", prompts=PROMPTS, measure=False,
-        provenance={"base weights": BASE}, adapters=[source(name) for name in ADAPTERS],
-    )  # fmt: skip
-    for path in switchable("ort-int4").rglob("*"):
-        if path.is_file():
-            assert (tmp_path / "b" / path.relative_to(switchable("ort-int4"))).read_bytes() == path.read_bytes()
+    shutil.copytree(bundle("ort-int4"), tmp_path / "b")
+    add_adapters(tmp_path / "b", read_model_spec(str(checkpoint())), [source(name) for name in ADAPTERS])
+    for name in ("model.onnx", "adapters/all.onnx_adapter", "adapters/some.onnx_adapter"):
+        assert (tmp_path / "b" / name).read_bytes() == (switchable("ort-int4") / name).read_bytes()
 
 
 def test_verify_replays_every_adapter(copy: Path) -> None:
@@ -236,12 +248,91 @@ def test_an_adapter_file_that_was_tampered_with_is_named(copy: Path) -> None:
     assert RUNNER.verify(copy) == [*expected, "golden vectors: not replayed, the files above come first"]
 
 
-def test_a_change_of_what_is_no_matmul_of_the_graph_is_refused(tmp_path: Path) -> None:
+def test_a_change_of_what_is_no_matmul_of_the_graph_is_refused() -> None:
     a, b = np.ones((64, 2), np.float32), np.ones((2, 600), np.float32)
+    spec = read_model_spec(str(checkpoint()))
     for weight in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.7.mlp.up_proj.weight"):
         with pytest.raises(BadInput, match=rf"all: changes what is no matmul of its own .*:\n{weight}: 64 to 600"):
-            build_bundle(
-                checkpoint(), load_target("ort-fp32"), tmp_path / "b", prompts=[], measure=False,
-                adapters=[source("all", changes={weight: (a, b)})],
-            )  # fmt: skip
-        assert not (tmp_path / "b").exists()
+            add_adapters(bundle("ort-int4"), spec, [source("all", changes={weight: (a, b)})])
+        assert not (bundle("ort-int4") / "adapters").exists()
+
+
+@pytest.fixture
+def trained(checkpoint_folder: Path, write_rows: Any, tmp_path: Path) -> dict[str, Path]:
+    """Two trainings of one base that answer the same prompts differently."""
+    folders = {}
+    for name, answer in (("libs", "libs"), ("docs", "doc")):
+        rows = [{"prompt": f"Package: lib{i}\nSection:", "completion": f" {answer}"} for i in range(24)]
+        data, path = write_rows(f"{name}.jsonl", rows), tmp_path / f"{name}.json"
+        values = {"profile": "cpu-8gb", "batch_size": 4, "epochs": 6.0, "learning_rate": 1e-2, "eval_rows": 4}
+        rank = 4 if name == "libs" else 8
+        make_plan(make_job(model=str(checkpoint_folder), data=str(data), rank=rank, **values)).write(path)
+        folders[name] = tmp_path / name
+        run(path, folders[name])
+    return folders
+
+
+def test_two_trainings_become_one_bundle_that_is_proven_for_each(
+    trained: dict[str, Path], checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    made = export_adapters(trained, load_target("ort-fp32"), tmp_path / "b", device=None, progress=silent)
+    assert RUNNER.verify(tmp_path / "b") == []
+    assert made.proof is not None and made.proof.rungs[0].mean_kl_nats < 1e-6
+    for name, adapter in made.adapters.items():
+        assert adapter.proof is not None
+        (rung,) = adapter.proof.rungs
+        assert rung.mean_kl_nats < 1e-6 and rung.problems == ()
+        scores = adapter.proof.scores
+        assert scores["ort-fp32"].loss == pytest.approx(scores["fine-tuned"].loss, abs=1e-4)
+        assert (scores["base"].exact_match, scores["ort-fp32"].exact_match) == (0.0, 1.0)
+        assert adapter.train_sha256 == sha256_file(trained[name] / "train.json")
+    model = ArtifactModel(tmp_path / "b")
+    ids = model._runner.encode("Package: lib3\nSection:", plain=True)
+    answers = {}
+    for name in ("docs", "libs", "docs"):
+        model.use(name)
+        answers[name] = model._runner.decode(model.greedy(ids, 3, [0]))
+    assert answers["libs"].startswith(" libs") and answers["docs"].startswith(" doc")
+    bill = json.loads((tmp_path / "b" / "sbom.cdx.json").read_text(encoding="utf-8"))
+    names = [entry["name"] for entry in bill["components"]]
+    assert {"libs.jsonl", "docs.jsonl", "adapters/libs.onnx_adapter"} < set(names)
+    text = io.StringIO()
+    Console(file=text, width=120).print(adapters_text(made, None))
+    assert "docs as trained" in text.getvalue() and "base loss" in text.getvalue()
+
+
+def test_what_cannot_be_switched_to_is_refused_by_name(
+    trained: dict[str, Path],
+    checkpoint_folder: Path,
+    plan_file: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def attempt(**folders: Path) -> None:
+        export_adapters(folders, load_target("ort-fp32"), tmp_path / "b", device=None, progress=silent)
+
+    with pytest.raises(BadInput, match=r"adapters: 'Not a name' is no name"):
+        attempt(**{"Not a name": trained["libs"]})
+    run(plan_file(tuner="full", epochs=1.0), tmp_path / "full")
+    with pytest.raises(BadInput, match=r"full: is a full fine-tune, which cannot be switched to\n\nhint: plan with"):
+        attempt(libs=trained["libs"], full=tmp_path / "full")
+    document = trained["docs"] / "train.json"
+    result = json.loads(document.read_text())
+    held = result["base_sha256"]
+    document.write_text(json.dumps(result | {"base_sha256": "00" * 32}))
+    with pytest.raises(
+        BadInput, match=rf"holds the base weights {held}, other than\ndocs \(.*\): trained on (00){{32}}"
+    ):
+        attempt(**trained)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_verb_refuses_what_it_cannot_read(trained: dict[str, Path], tmp_path: Path) -> None:
+    def edgeft(*arguments: object) -> str:
+        command = [sys.executable, "-m", "edgeft", "adapters", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "cannot use 'libs'" in edgeft("libs")
+    assert "cannot use 'libs=b'" in edgeft(f"libs={trained['libs']}", "libs=b")
+    assert "train.json: no such file" in edgeft(f"libs={tmp_path / 'nothing'}")
