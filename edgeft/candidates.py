@@ -19,7 +19,15 @@ SMALL_MODEL = 50_000_000
 RANKS = (64, 32, 16, 8)
 CHUNKS = (1024, 256, 64)
 LORA_ALPHA = 16.0
+DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/importance.py measures them
 LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
+
+
+def needs_importance(job: Job) -> bool:
+    """Whether a plan of this job needs scores of layers that are measured on its data."""
+    weighted = job.layers == "lisa" and job.lisa_schedule == "weighted"
+    chooses = job.layers == "sparse" and not job.trained_layers
+    return (weighted or chooses) and job.layer_score in DATA_SCORES
 
 
 def check_job(job: Job, spec: ModelSpec) -> None:
@@ -51,6 +59,12 @@ def check_job(job: Job, spec: ModelSpec) -> None:
         raise BadInput("head", problem, "leave head out: it follows the embedding")
     if job.lisa_schedule == "weighted" and job.layer_score in ("top", "random"):
         raise BadInput("lisa_schedule", "weighted draws need scores", "add --set layer_score=gradient (or another)")
+    if job.layer_score in DATA_SCORES and job.layers != "sparse" and not needs_importance(job):
+        hint = "add --set layers=sparse, or layers=lisa and lisa_schedule=weighted"
+        raise BadInput("layer_score", f"{job.layer_score} chooses layers, but nothing here asks for a choice", hint)
+    if needs_importance(job) and job.data is None:
+        hint = "plan with --data FILE (make: data=FILE), or use layer_score=top"
+        raise BadInput("layer_score", f"{job.layer_score} is measured on training data, and none was given", hint)
 
 
 def _layer_ways(
@@ -74,7 +88,9 @@ def _layer_ways(
         ways.append(whole)
     if job.layers == "sparse" or (job.layers is None and tuner == "lora"):
         counts = [job.active_layers] if job.active_layers else sorted({max(1, count * k // 4) for k in (1, 2, 3)})[::-1]
-        sets = [job.trained_layers] if job.trained_layers else [_best(job, spec, n, scores) for n in counts]
+        if job.layer_score == "progressive" and scores and not job.active_layers:
+            counts = [max(1, sum(score > 0 for score in scores))]  # the search says itself how far down it pays
+        sets = [job.trained_layers] if job.trained_layers else [_best(job, count, n, scores) for n in counts]
         ways += [{"layers": "sparse", "trained_layers": chosen, **given} for chosen in sets]
     if job.layers == "lisa" or (job.layers is None and tuner == "full"):
         pool = job.trained_layers or every
@@ -84,19 +100,38 @@ def _layer_ways(
             ways.append({
                 "layers": "lisa", "trained_layers": pool, "active_layers": active, "lisa_interval": interval,
                 "lisa_schedule": job.lisa_schedule, "lisa_state": job.lisa_state, **given,
-                "layer_weights": tuple(scores[i] for i in pool) if scores and job.lisa_schedule == "weighted" else (),
+                "layer_weights": draw_weights([scores[i] for i in pool]) if scores else (),
             })  # fmt: skip
     return ways
 
 
-def _best(job: Job, spec: ModelSpec, count: int, scores: Sequence[float] | None) -> tuple[int, ...]:
+def _best(job: Job, layers: int, count: int, scores: Sequence[float] | None) -> tuple[int, ...]:
     """The `count` layers that sparse training takes: the topmost, random ones, or those of the highest scores."""
-    layers = spec.num_hidden_layers
     if job.layer_score == "random":
-        return tuple(sorted(random.Random(f"layers {job.seed}").sample(range(layers), count)))
-    if scores:
-        return tuple(sorted(sorted(range(layers), key=lambda i: -scores[i])[:count]))
+        return random_layers(job.seed, layers, count)
+    if scores:  # of equal ones the upper: what lies below the lowest that trains costs no memory
+        return tuple(sorted(sorted(range(layers), key=lambda i: (-scores[i], -i))[:count]))
+    return top_layers(layers, count)
+
+
+def top_layers(layers: int, count: int) -> tuple[int, ...]:
+    """The `count` layers nearest to the head."""
     return tuple(range(layers - count, layers))
+
+
+def random_layers(seed: int, layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers drawn by the seed alone."""
+    return tuple(sorted(random.Random(f"layers {seed}").sample(range(layers), count)))
+
+
+def draw_weights(scores: Sequence[float]) -> tuple[float, ...]:
+    """Weights of LISA's draws: the scores, no less than a tenth of their mean, so that every layer has its turn.
+
+    Scores that are not positive say that a layer brings nothing; if all say so, the draws are uniform.
+    """
+    positive = [max(0.0, score) for score in scores]
+    mean = sum(positive) / len(positive)
+    return tuple(max(score, mean / 10) for score in positive) if mean > 0 else (1.0,) * len(positive)
 
 
 def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:

@@ -134,7 +134,11 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose how to train inside the profile's memory, and say what it takes. Needs no torch, data or weights."""
+    """Choose how to train inside the profile's memory, and say what it takes.
+
+    Needs no torch, data or weights, except where layers are chosen by what they do on the data (layer_score).
+    """
+    from edgeft.candidates import needs_importance
     from edgeft.planner import Plan, make_plan, request_digest
     from edgeft.report import explain_text, plan_text
 
@@ -166,7 +170,17 @@ def plan(
             say(f"{path} is up to date")
             done(old)
             return
-    made = make_plan(job)
+    importance = None
+    if needs_importance(job):
+        from edgeft.scoring import score_layers
+
+        with Reporter() as progress:
+            try:
+                importance = score_layers(job, progress)
+            except KeyboardInterrupt:
+                say("\nstopped; no plan was made")
+                raise typer.Exit(130) from None
+    made = make_plan(job, importance=importance)
     if simulate:
         from edgeft.simulate import simulate as run_step
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgeft import memory
 from edgeft.artifacts import Artifact, sha256_file, sha256_json, shipped_path, versions
-from edgeft.candidates import candidates, check_job
+from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers
 from edgeft.costs import Candidate, Question
 from edgeft.data import Lengths, TextTokenizer, measure_lengths
 from edgeft.errors import BadInput, DoesNotFit
@@ -27,6 +27,7 @@ from edgeft.explain import (
 )  # fmt: skip
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.profile import Profile, detect, load_profile
+from edgeft.scores import Importance
 from edgeft.settings import Job, Training
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages, plan_stages
@@ -61,6 +62,7 @@ class Plan(Artifact):
     savings: tuple[Saving, ...]
     work: memory.Workload
     simulation: Simulation | None = None  # of the chosen way, when asked for
+    importance: Importance | None = None
 
 
 def request_digest(job: Job, model_folder: Path | None) -> str:
@@ -68,6 +70,8 @@ def request_digest(job: Job, model_folder: Path | None) -> str:
     profile = shipped_path("profile", "profiles", job.profile)
     files = [profile, *((model_folder / name) for name in ("config.json", "tokenizer.json") if model_folder)]
     files += [Path(source) for source in (job.data, job.valid, job.test) if source]
+    if needs_importance(job) and model_folder:  # then the weights themselves say which layers train
+        files += sorted(model_folder.glob("*.safetensors"))
     return sha256_json(
         [
             job.model_dump(),
@@ -77,8 +81,11 @@ def request_digest(job: Job, model_folder: Path | None) -> str:
     )
 
 
-def make_plan(job: Job) -> Plan:
-    """The plan of a job. Raises BadInput for what cannot be planned, DoesNotFit (exit 3) when nothing fits."""
+def make_plan(job: Job, importance: Importance | None = None) -> Plan:
+    """The plan of a job. Raises BadInput for what cannot be planned, DoesNotFit (exit 3) when nothing fits.
+
+    Where the choice of layers reads data, `importance` is what `edgeft.scoring.score_layers(job)` gives.
+    """
     profile = detect(load_profile(job.profile))
     if "train" not in profile.roles:
         hint = "plan on a training machine; the device is named at export: --device " + profile.name
@@ -96,13 +103,15 @@ def make_plan(job: Job) -> Plan:
         hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
         raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
     check_job(job, spec)
+    importance = _importance_of(job, spec, importance)
+    scores = importance.scores if importance else None
     question = Question(job, profile, spec, lengths, work, data_bytes, budget)
-    looked_at = sorted(candidates(job, profile, spec, length, steps), key=question.key)
+    looked_at = sorted(candidates(job, profile, spec, length, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
     training = next((t for t in looked_at if not question.too_slow(t) and question.high_bytes(t) <= budget), None)
     if training is None:
-        raise does_not_fit(question, looked_at, _unpinned(job))
+        raise does_not_fit(question, looked_at, _unpinned(job, importance))
     better = looked_at[: looked_at.index(training)]
     per_step = question.seconds(training)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
@@ -129,7 +138,34 @@ def make_plan(job: Job) -> Plan:
         alternatives=alternatives(question, training, looked_at),
         savings=savings(question, training),
         work=work,
+        importance=_with_choice(importance, training, spec) if importance else None,
     )
+
+
+def _importance_of(job: Job, spec: ModelSpec, given: Importance | None) -> Importance | None:
+    """The scores that this job's choice of layers reads; None when it reads none. Raises BadInput for others'."""
+    if not needs_importance(job):
+        return None
+    if given is None:
+        hint = "call make_plan(job, importance=edgeft.scoring.score_layers(job))"
+        raise BadInput("layer_score", f"{job.layer_score} is measured before planning, and it was not", hint)
+    if given.method != job.layer_score or len(given.scores) != spec.num_hidden_layers:
+        problem = f"{len(given.scores)} scores by {given.method} were given, the job wants {spec.num_hidden_layers} by"
+        raise BadInput("importance", f"{problem} {job.layer_score}", "give what edgeft.scoring.score_layers(job) does")
+    return given
+
+
+def _with_choice(importance: Importance, training: Training, spec: ModelSpec) -> Importance:
+    """The scores together with what a sparse plan chose by them, and as many layers chosen by nothing."""
+    if training.layers != "sparse":
+        return importance
+    count = len(training.trained_layers)
+    choices = {
+        "chosen": training.trained_layers,
+        "top": top_layers(spec.num_hidden_layers, count),
+        "random": random_layers(training.seed, spec.num_hidden_layers, count),
+    }
+    return importance.model_copy(update=choices)
 
 
 def _read_lengths(job: Job, folder: Path | None) -> tuple[Lengths | None, list[Lengths], list[str]]:
@@ -176,7 +212,7 @@ def _steps(job: Job, lengths: Lengths | None) -> int:
     return min(steps, job.max_steps or steps)
 
 
-def _unpinned(job: Job) -> str | None:
+def _unpinned(job: Job, importance: Importance | None) -> str | None:
     """The setting that, given back to the planner, makes the job fit; None when none does."""
     for name in (
         "base_precision",
@@ -191,13 +227,13 @@ def _unpinned(job: Job) -> str | None:
         if getattr(job, name) is None:
             continue
         try:
-            make_plan(job.model_copy(update={name: None}))
+            make_plan(job.model_copy(update={name: None}), importance=importance)
         except (DoesNotFit, BadInput):
             continue
         return f"it fits when {name} is left to the planner: drop --set {name}={getattr(job, name)}"
     if job.tuner == "full":  # the user's own wish; what the planner chose itself has had its LoRA candidates
         try:
-            make_plan(job.model_copy(update={"tuner": "lora"}))
+            make_plan(job.model_copy(update={"tuner": "lora"}), importance=importance)
             return "LoRA would fit: --set tuner=lora"
         except (DoesNotFit, BadInput):
             pass

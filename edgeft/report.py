@@ -13,7 +13,7 @@ from edgeft.disk import total
 from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
-from edgeft.scores import Metrics, Proof
+from edgeft.scores import Importance, Metrics, Proof
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -62,6 +62,8 @@ def plan_text(plan: Plan) -> RenderableType:
         ),
     ]
     rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
+    if plan.importance is not None:
+        rows.insert(3, ("importance", importance_text(plan.importance)))
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), Text(value))
@@ -169,6 +171,23 @@ def trial_text(trial: Trial) -> RenderableType:
     table.add_row("a step of longest samples", f"{show_seconds(trial.estimated_seconds_per_step)} (typical ones)", "-",
                   show_seconds(trial.measured_seconds_per_step), f"{100 * seconds:+.0f}%")  # fmt: skip
     return table
+
+
+def importance_text(importance: Importance) -> str:
+    """How layers were scored, every score (* where the layer was chosen), and what the choice has to beat."""
+    scores = (f"{i}{'*' * (i in importance.chosen)} {score:.3g}" for i, score in enumerate(importance.scores))
+    seconds = show_seconds(importance.seconds)
+    text = f"{importance.method} of {importance.rows} rows, {seconds} on the {importance.device}, "
+    text += f"peak {show_bytes(importance.peak_bytes)}: " + ", ".join(scores)
+    if importance.chosen:
+        same = " (the same)" if set(importance.chosen) == set(importance.top) else ""
+        text += f". Chosen {_layers(importance.chosen)}, topmost {_layers(importance.top)}{same}, "
+        text += f"random {_layers(importance.random)}"
+    return text
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    return ",".join(map(str, layers))
 
 
 def profiles_text(profiles: list[Profile]) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgeft.artifacts import Strict
+from edgeft.settings import LayerScore
 
 
 class Metrics(Strict):
@@ -53,3 +54,22 @@ class UnitRecord(Strict):
     unit: str
     steps: int
     relative_change: float
+
+
+class Importance(Strict):
+    """How much each decoder layer matters for a user's data, by one method; higher is more.
+
+    `rows` and `tokens` are what was read of the training data. `chosen` are the layers that a sparse plan takes, `top`
+    and `random` as many by no score at all: what a choice has to beat. All three are empty where nothing is chosen.
+    """
+
+    method: LayerScore
+    scores: tuple[float, ...]
+    rows: int
+    tokens: int
+    device: str
+    seconds: float
+    peak_bytes: int
+    chosen: tuple[int, ...] = ()
+    top: tuple[int, ...] = ()
+    random: tuple[int, ...] = ()

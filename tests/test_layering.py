@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
     "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
     "candidates", "costs", "explain", "planner", "stages", "footprint", "disk", "budget", "simulation", "depth",
-    "report", "data", "scores", "runner", "bundle", "sbom", "sign", "cli",
+    "report", "data", "scores", "scoring", "importance_plot", "runner", "bundle", "sbom", "sign", "cli",
 )  # fmt: skip
 
 
