@@ -659,3 +659,10 @@ def test_scores_in_this_process_speak_of_progress(job_of: Any) -> None:
     )
     assert heard[-1] == (LAYERS, LAYERS) and len(found.scores) == LAYERS and found.scores[1] == 0.0
     assert json.loads(found.model_dump_json())["method"] == "ablation" and found.peak_bytes > 0
+
+
+def test_scores_that_are_not_finite_are_refused(job_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "hidden", lambda scored: ([1.0, float("nan"), 2.0, 3.0], scored.train))
+    with pytest.raises(EdgeftError, match="layer_score: hidden gave scores that are not finite") as caught:
+        importance.score(scoring.scoring_plan(job_of(layer_score="hidden")), "hidden", lambda *report: None)
+    assert "hint: use another layer_score, or another precision" in str(caught.value)
