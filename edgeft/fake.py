@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from edgeft import evaluate, train
+from edgeft import evaluate, loop
 from edgeft.architectures import Parts, find_parts, repeat_groups
 from edgeft.batches import Batch, make_batch
 from edgeft.checkpoint import DTYPES, compute_in
@@ -25,7 +25,7 @@ from edgeft.dense import make_dense
 from edgeft.memory import PAGED_ELEMENTS
 from edgeft.settings import Training
 
-CUDA_OPTIMIZER = train.make_optimizer  # the true one, also while it is replaced
+CUDA_OPTIMIZER = loop.make_optimizer  # the true one, also while it is replaced
 
 
 def build_meta(config: Any, training: Training, compute: torch.dtype) -> tuple[Any, Parts]:
@@ -198,5 +198,5 @@ def as_planned(training: Training, fake: FakeTensorMode, started: Callable[[], N
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(place, name, replacement))
         if training.optimizer != "adamw":
-            stack.enter_context(mock.patch.object(train, "make_optimizer", _eight_bit_optimizer))
+            stack.enter_context(mock.patch.object(loop, "make_optimizer", _eight_bit_optimizer))
         yield

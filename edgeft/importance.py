@@ -30,20 +30,11 @@ from edgeft.data import Sample
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.evaluate import autocast, by_length, token_losses
 from edgeft.gradients import watched
+from edgeft.loop import Run, recompute_layers, remaining_steps
 from edgeft.planner import Plan
 from edgeft.scores import Importance
 from edgeft.settings import LayerScore, Training
-from edgeft.train import (
-    Data,
-    Progress,
-    Run,
-    check_budget,
-    check_head,
-    choose_device,
-    prepare,
-    recompute_layers,
-    remaining_steps,
-)
+from edgeft.train import Data, Progress, check_budget, check_head, choose_device, prepare
 from edgeft.tuners import apply_tuner, trained_units
 
 CALIBRATION_ROWS = 64  # training rows that gradient and hidden read, drawn by the seed

@@ -129,8 +129,8 @@ def _rss_after_tiny_step() -> int:
     from edgeft.architectures import find_parts
     from edgeft.data import Sample
     from edgeft.evaluate import greedy
+    from edgeft.loop import Run
     from edgeft.settings import Training
-    from edgeft.train import Run
     from edgeft.tuners import apply_tuner
 
     ledger.import_all()

@@ -1,6 +1,6 @@
 """How many bytes does a training step hold, moment by moment, found by running it without weights or its device?
 
-The step is the project's own (`edgeft.train.Run.train_step`) on the model that transformers builds from config.json,
+The step is the project's own (`edgeft.loop.Run.train_step`) on the model that transformers builds from config.json,
 with fake tensors. Counting their live bytes gives what a real run on a CPU holds, to the byte.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeft import depth, train
+from edgeft import depth, loop
 from edgeft.checkpoint import DTYPES, quiet_transformers
 from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput
@@ -64,7 +64,7 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
     chosen = [(name, parameters[name]) for name in names]
     adapters = {id(p) for name, p in chosen} if training.tuner == "lora" else set()
     with as_planned(training, fake, trace.begin):
-        run = train.Run(training, CPU, compute, model, parts, chosen)
+        run = loop.Run(training, CPU, compute, model, parts, chosen)
         for _, parameter in chosen:
             parameter.grad = torch.empty_like(parameter)
         run.optimizer.step()

@@ -14,8 +14,9 @@ from edgeft.artifacts import Artifact, sha256_file, versions
 from edgeft.checkpoint import local_folder
 from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.loop import make_run
 from edgeft.planner import Plan
-from edgeft.train import check_budget, choose_device, make_run, prepare
+from edgeft.train import check_budget, choose_device, prepare
 from edgeft.units import show_bytes
 
 STEPS = 3  # the first has no optimizer states yet, the second is the highest, the third is timed

@@ -27,11 +27,11 @@ from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.importance import METHODS, Scored
 from edgeft.importance_plot import importance_svg
 from edgeft.lisa import draw
+from edgeft.loop import Run, learning_rate, remaining_steps
 from edgeft.planner import Plan, make_plan
 from edgeft.report import plan_text
 from edgeft.scores import Importance
 from edgeft.settings import Job, Training, make_job
-from edgeft.train import Run, learning_rate, remaining_steps
 from edgeft.tuners import apply_tuner
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from edgeft import ledger, memory
 from edgeft.architectures import find_parts
 from edgeft.data import IGNORED, Sample
+from edgeft.loop import Run
 from edgeft.model_spec import read_model_spec
 from edgeft.settings import Training
-from edgeft.train import Run
 from edgeft.tuners import apply_tuner
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

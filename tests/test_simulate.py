@@ -17,12 +17,12 @@ from edgeft.checkpoint import DTYPES, load_base
 from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput
 from edgeft.fake import quantisation_states
+from edgeft.loop import make_run
 from edgeft.memory import Workload
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
 from edgeft.simulate import simulate
 from edgeft.simulation import Simulation
-from edgeft.train import make_run
 
 CPU = torch.device("cpu")
 

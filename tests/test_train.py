@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from edgeft.artifacts import sha256_file
 from edgeft.checkpoint import load_plain
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.loop import learning_rate
 from edgeft.planner import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.train import TrainResult, learning_rate, train, work_folder
+from edgeft.train import TrainResult, train, work_folder
 
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
@@ -207,7 +208,7 @@ def test_a_device_that_is_absent_is_refused_or_recorded(plan_file: Any, tmp_path
 def test_a_plan_larger_than_the_machine_is_refused(
     plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeft.machine.usable_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr("edgeft.budget.usable_memory", lambda: 64 * 2**20)
     with pytest.raises(
         DoesNotFit, match=r"plan: needs .* MiB, this process can have 64.0 MiB\n\nhint: .*--max-memory 64MiB"
     ):
@@ -228,7 +229,7 @@ def test_learning_rate_warms_up_and_ends_at_zero(plan_file: Any) -> None:
 def test_frozen_layers_run_without_autograd(plan_file: Any, checkpoint_folder: Path) -> None:
     """Nothing below the lowest trained layer wants a gradient, with and without checkpointing."""
     from edgeft.architectures import find_parts
-    from edgeft.train import Run
+    from edgeft.loop import Run
     from edgeft.tuners import apply_tuner
 
     for checkpointing in (False, True):
