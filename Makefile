@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-memory bench-methods bench-example bench-large pretrain clean
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-planner bench-lisa bench-sparse bench-methods bench-example bench-large pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -78,10 +78,16 @@ test-slow: .venv/installed-dev  ## the tests that take minutes each
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-memory bench-methods bench-example bench-large  ## every benchmark: writes bench/results/*.json
+bench: bench-planner bench-lisa bench-sparse bench-methods bench-example bench-large  ## every benchmark: writes bench/results/*.json
 
-bench-memory: .venv/installed  ## predicted against measured peak memory of six training jobs
-	$(py) bench/memory.py
+bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
+	$(py) bench/planner.py
+
+bench-lisa: .venv/installed  ## memory of layers in turn at every interval, on a 135M shape
+	$(py) bench/lisa.py
+
+bench-sparse: .venv/installed  ## which layers to train: full, LoRA, sparse by each score, random, LISA
+	$(py) bench/sparse.py
 
 bench-methods: .venv/installed  ## full fine-tuning against LoRA on the example task
 	$(py) bench/methods.py
