@@ -495,6 +495,22 @@ def targets(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="folder of a Hugging Face checkpoint, or a hub id")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show which layers, embeddings and head a model has, and their sizes, from its config.json alone."""
+    from edgeft.discover import discover
+    from edgeft.report import layers_text
+
+    found = discover(model)
+    if as_json:
+        sys.stdout.write(found.model_dump_json() + "\n")
+    else:
+        stdout.print(layers_text(found))
+
+
+@app.command()
 def settings() -> None:
     """List every setting that `edgeft plan --set key=value` takes, with its meaning and default."""
     from edgeft.settings import Job

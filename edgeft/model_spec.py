@@ -68,7 +68,7 @@ class ModelSpec(Strict):
 
 def read_model_spec(model: str) -> ModelSpec:
     """The spec of a checkpoint folder, or of a hub id while the hub or its cache has it. Raises BadInput."""
-    path = _config_path(model)
+    path = config_path(model)
     config = _read_object(path)
     _refuse(path, config)
     own = config
@@ -92,7 +92,8 @@ def read_model_spec(model: str) -> ModelSpec:
         raise invalid(path, problem, ModelSpec) from None
 
 
-def _config_path(model: str) -> Path:
+def config_path(model: str) -> Path:
+    """Where the config.json of a checkpoint folder or a hub id lies. Raises BadInput."""
     folder, hint = Path(model).expanduser(), "give the folder of a Hugging Face checkpoint (with config.json)"
     if folder.is_file():
         raise BadInput(model, "is a file, not a folder", f"give the folder that holds it: {folder.parent}")
@@ -242,7 +243,7 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgeft.architectures import find_parts, is_linear
+    from edgeft.architectures import find_parts, is_linear, units
 
     try:
         loaded = AutoConfig.from_pretrained(path.parent)
@@ -256,6 +257,9 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
         hint = "known without transformers: " + ", ".join(FAMILIES)
         raise BadInput(path, f"transformers cannot build this model: {reason:.200}", hint) from None
     config, found = loaded.get_text_config(decoder=True), find_parts(net)
+    kinds = sorted({type(layer).__name__ for layer in found.layers})
+    if len(kinds) > 1:
+        raise BadInput(path, f"its layers are of different kinds: {', '.join(kinds)}", "edgeft plans equal layers only")
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None)
     if not heads:
         raise BadInput(path, f"{type(net).__name__} has no attention heads", "edgeft plans attention models only")
@@ -263,8 +267,9 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
     def count(*modules: torch.nn.Module) -> int:
         return sum(weight.numel() for weight in {weight for module in modules for weight in module.parameters()})
 
-    tied = found.head.weight is found.embedding.weight
-    embedding, head = count(found.embedding), 0 if tied else count(found.head)
+    embedding, head = count(found.embedding), 0 if found.tied else count(found.head)
+    parameters_of = units(net, found)
+    layers = [sum(p.numel() for _, p in parameters_of[f"layer {i}"]) for i in range(len(found.layers))]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     modules = dict(found.layers[0].named_modules())
     linears = _guess_roles({name: m for name, m in modules.items() if is_linear(m)}, hidden, heads * head_dim)
@@ -282,7 +287,7 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
         "intermediate_size": intermediate,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": found.tied,
         "hidden_act": str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", "unknown")),
         "linears": linears,
         "gated_mlp": inputs["mlp_in"] == 2 * intermediate,
@@ -290,7 +295,7 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
         "norms_per_layer": len(norms) - len(qk_norms),
         "norm_parameters_per_layer": count(*norms.values()),
         "embedding_parameters": embedding,
-        "layer_parameters": tuple(count(layer) for layer in found.layers),
+        "layer_parameters": tuple(layers),
         "head_parameters": head,
         "other_parameters": count(net) - embedding - head - count(found.layers),
     }

@@ -20,6 +20,7 @@ from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
     from edgeft.bundle import Bundle, Measurement
+    from edgeft.discover import Discovery
     from edgeft.merge import Merged, MergedCheckpoint
     from edgeft.survival import Survival
     from edgeft.train import TrainResult
@@ -207,6 +208,37 @@ def profiles_text(profiles: list[Profile]) -> RenderableType:
             profile.description,
         )
     return table
+
+
+def layers_text(found: Discovery) -> RenderableType:
+    """A model's units, a row for each kind of layer of a stack."""
+    size = f"{show_count(found.total_parameters)} parameters, {show_bytes(found.total_bytes)} in {found.dtype}"
+    table = _table("unit", "module", "parameters", "bytes")
+    table.columns[1].justify = "left"
+    for stack in found.stacks:
+        numbers: dict[tuple[str, int, int], list[str]] = {}
+        for group in stack.groups:
+            several = f"{group.first}-{group.last}" if group.last > group.first else f"{group.first}"
+            numbers.setdefault((group.module, group.parameters, group.bytes), []).append(several)
+        for (module, parameters, layer_bytes), ranges in numbers.items():
+            is_one = ranges[0].isdigit() and len(ranges) == 1
+            word, each = ("layer", "") if is_one else ("layers", " each")
+            table.add_row(
+                f"{stack.name} {word} {', '.join(ranges)}".lstrip(),
+                f"{stack.path}: {module}",
+                show_count(parameters) + each,
+                show_bytes(layer_bytes) + each,
+            )
+    units = {unit.name: unit for unit in found.units}
+    for name in ("embedding", "norm", "other", "head"):
+        unit = units.get(name)
+        lines = list(unit.modules) if unit is not None else []
+        if name == "head" and found.tied_head:
+            lines.append("weight tied to the embedding")
+        if lines:
+            counts = ("", "") if unit is None else (show_count(unit.parameters), show_bytes(unit.bytes))
+            table.add_row(name, "\n".join(lines), *counts)
+    return Group(Text(f"{found.model}: {found.architecture}, {size}"), table)
 
 
 def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:

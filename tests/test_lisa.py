@@ -67,7 +67,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 5, "n_head": 4},
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "t5": {"vocab_size": 64, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4},
+    "t5": {
+        "decoder_start_token_id": 0,
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_ff": 64,
+        "d_kv": 8,
+        "num_layers": 3,
+        "num_heads": 4,
+    },
     "bert": {**SMALL},
 }
 

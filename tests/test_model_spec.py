@@ -348,6 +348,11 @@ CAUSAL = (
             {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 20},
             "MambaForCausalLM has no attention heads\n\nhint: edgeft plans attention models only",
         ),
+        (
+            LLAMA | {"model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+            "its layers are of different kinds: JambaAttentionDecoderLayer, JambaMambaDecoderLayer\n\n"
+            "hint: edgeft plans equal layers only",
+        ),
     ],
 )
 def test_unusable_config(text: str | dict[str, Any], message: str, tmp_path: Path) -> None:
