@@ -56,6 +56,9 @@ def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], ta
     ]  # fmt: skip
     needed = [_package(name, "needed on the device") for name in NEEDED]
     components = [_entry(component) for component in (*inside, *needed, *sources)]
+    for number, entry in enumerate(components):  # data of two adapters may have one name
+        if any(entry["bom-ref"] == other["bom-ref"] for other in components[:number]):
+            entry["bom-ref"] += f" ({number})"
     name = f"{base.name} for {target}" if base else f"model for {target}"
     bundle = {"type": "machine-learning-model", "bom-ref": "bundle", "name": name}
     depends = [entry["bom-ref"] for entry in components]
@@ -65,7 +68,7 @@ def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], ta
         "version": 1,
         "metadata": {"tools": {"components": [_entry(edgeft)]}, "component": bundle},
         "components": components,
-        "dependencies": [{"ref": "bundle", "dependsOn": sorted(set(depends))}],
+        "dependencies": [{"ref": "bundle", "dependsOn": sorted(depends)}],
     }
     return json.dumps(bill, indent=1, ensure_ascii=False) + "\n"
 

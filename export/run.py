@@ -73,7 +73,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise RunError(path, "no such file", "run from inside a bundle, or name one with --bundle PATH") from None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise RunError(path, f"cannot be read: {problem}", "copy the bundle again") from None
     if not isinstance(manifest, dict):
         raise RunError(path, "is not a JSON object", "copy the bundle again")
@@ -103,7 +103,7 @@ def check_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> Path:
             # 0 stands for the rank, which every adapter has its own of
             if len(shape) != 2 or any(size not in (0, given) for size, given in zip(inputs[parameter], shape)):  # noqa: B905
                 raise RunError(where, f"{parameter}: shape {shape} does not fit the graph's {inputs[parameter]}", again)
-        path = bundle / entry["file"]
+        path = Path(bundle, entry["file"])
         if sha256_of(path) != manifest["files"][entry["file"]]["sha256"]:
             raise RunError(where, f"{entry['file']}: changed since the export", "copy the bundle again")
     except (KeyError, TypeError, AttributeError, OSError) as problem:
@@ -285,31 +285,36 @@ def check_files(bundle: Path) -> list[str]:
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         return [*problems, f"{MANIFEST}: 'files' is not a table of names, sizes and hashes"]
     found = _entries(bundle)
-    contents = {entry.get("sha256"): name for name, entry in listed.items()}
-    sizes = {entry.get("size_bytes") for entry in listed.values()}
+    contents = {str(entry.get("sha256")): name for name, entry in listed.items()}
+    sizes = {str(entry.get("size_bytes")) for entry in listed.values()}
 
     def content(path: Path) -> str:
         """What a file that is not as listed holds instead, if the export wrote that too."""
-        same = contents.get(sha256_of(path)) if path.stat().st_size in sizes else None
+        same = contents.get(sha256_of(path)) if str(path.stat().st_size) in sizes else None
         return f", it holds what the export wrote as {same}" if same else ""
 
-    for name, entry in sorted(listed.items()):
-        path = bundle / name
-        if name not in found:
-            problems.append(f"{name}: missing")
-        elif found[name]:
-            problems.append(f"{name}: {found[name]}, the export wrote a file")
-        elif path.stat().st_size != entry.get("size_bytes"):
-            size = f"{path.stat().st_size} bytes, the export wrote {entry.get('size_bytes')}"
-            problems.append(f"{name}: {size}{content(path)}")
-        elif sha256_of(path) != entry.get("sha256"):
-            problems.append(f"{name}: changed since the export{content(path)}")
-    for name, kind in sorted(found.items()):
-        if name in (MANIFEST, SIGNATURE) and kind:
-            problems.append(f"{name}: {kind}, not a file")
-        elif name not in (*listed, MANIFEST, SIGNATURE):
-            more = f" ({kind})" if kind else content(bundle / name)
-            problems.append(f"{name}: not part of the export{more}")
+    def fault(name: str) -> str:
+        """What is wrong with one file, or nothing."""
+        path, entry, kind = bundle / name, listed.get(name), found.get(name)
+        if kind is None:
+            return "missing"
+        if entry is None and name in (MANIFEST, SIGNATURE):
+            return f"{kind}, not a file" if kind else ""
+        if entry is None:
+            return "not part of the export" + (f" ({kind})" if kind else content(path))
+        if kind:
+            return f"{kind}, the export wrote a file"
+        size = path.stat().st_size
+        if size != entry.get("size_bytes"):
+            return f"{size} bytes, the export wrote {entry.get('size_bytes')}{content(path)}"
+        return "" if sha256_of(path) == entry.get("sha256") else f"changed since the export{content(path)}"
+
+    for name in sorted({*listed, *found}):
+        try:
+            text = fault(name)
+        except OSError as broken:
+            text = f"cannot be read: {broken.strerror}"
+        problems += [f"{name}: {text}"] if text else []
     return problems
 
 
@@ -324,7 +329,8 @@ def _entries(bundle: Path) -> dict[str, str]:
             path = Path(folder, name)
             kind = ""
             if path.is_symlink():
-                inside = bundle.resolve() in path.resolve().parents
+                home, place = os.path.realpath(str(bundle)), os.path.realpath(str(path))
+                inside = os.path.commonpath([home, place]) == home
                 kind = f"a link to {os.readlink(str(path))}" + ("" if inside else ", outside the bundle")
             elif not os.access(str(path), os.R_OK):
                 kind = "unreadable"
@@ -536,7 +542,7 @@ def verify(bundle: Path, trusted: bytes | None = None, replay: bool = True) -> l
         raise MissingRuntime("verify", text + str(problem).split(": ", 1)[1].split("\n\nhint: ")[0], hint) from None
     except RunError as problem:
         return [*problems, str(problem).split("\n\nhint: ")[0]]
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
         return [*problems, f"{MANIFEST}: the golden vectors cannot be read: {problem!r}"]
 
 

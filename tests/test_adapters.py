@@ -191,6 +191,10 @@ def test_run_py_answers_with_the_adapter_that_is_named(copy: Path) -> None:
         given = json.loads(script(copy, "Package: x", "--max-tokens", "6", "--json", *options).stdout)
         assert given["ids"] == model.greedy(ids, 6, [0, 2])
     assert json.loads(script(copy, "--bench", "--adapter", "all", "--json").stdout)["peak_memory_bytes"] > 0
+    reseal(copy, lambda manifest: manifest["adapters"]["all"].update(prompt_format="chat"))
+    chat = TextTokenizer(checkpoint()).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    given = json.loads(script(copy, "x", "--max-tokens", "1", "--json", "--adapter", "all").stdout)
+    assert given["prompt_ids"] == TextTokenizer(checkpoint()).encode([chat])[0]
     done = script(copy, "x", "--adapter", "other")
     assert done.returncode == 1
     assert done.stderr == "--adapter: there is no adapter 'other' in this bundle\n\nhint: it has: all, some\n"

@@ -56,6 +56,12 @@ def test_what_it_was_made_from_is_named_by_hash() -> None:
     assert made["dependencies"] == [{"ref": "bundle", "dependsOn": sorted(references)}]
 
 
+def test_two_data_files_of_one_name_are_two_components() -> None:
+    made = bill([*SOURCES, Component("data", "rows.jsonl", "training data", sha256="99" * 32)])
+    references = [entry["bom-ref"] for entry in made["components"]]
+    assert len(set(references)) == len(references) == len(made["dependencies"][0]["dependsOn"])
+
+
 def test_the_schema_of_cyclonedx_accepts_it() -> None:
     json_schema = pytest.importorskip("cyclonedx.validation.json")
     from cyclonedx.schema import SchemaVersion

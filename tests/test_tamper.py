@@ -110,6 +110,10 @@ def manifest_behind_a_link(folder: Path) -> None:
             link_with_the_right_bytes,
             ["model.onnx.data: a link to ../elsewhere, outside the bundle, the export wrote a file"],
         ),
+        (
+            lambda folder: (folder / "loop").symlink_to("loop"),
+            ["loop: not part of the export (a link to loop)"],
+        ),
         (link_inside, ["also run.py: not part of the export (a link to run.py)"]),
         (folder_behind_a_link, ["numpy: not part of the export (a link to {}, outside the bundle)"]),
         (folder_for_a_file, ["run.py: an empty folder, the export wrote a file"]),
@@ -141,6 +145,25 @@ def test_a_manifest_that_names_files_outside_the_bundle_does_not_reach_them(copy
     (copy.parent / "secret").write_text("x", encoding="utf-8")
     reseal(copy, lambda manifest: manifest["files"].update({"../secret": {}}))
     assert found(copy) == ["../secret: missing"]
+
+
+@pytest.mark.parametrize("entry", [{"sha256": []}, {"size_bytes": {}}, {"sha256": None, "size_bytes": None}])
+def test_a_manifest_of_odd_types_is_a_finding_not_a_crash(copy: Path, entry: dict[str, object]) -> None:
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    manifest["files"]["run.py"] |= entry
+    (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert [line.split(": ")[0] for line in found(copy)] == ["bundle.json", "run.py"]
+    (copy / "bundle.json").write_text("[" * 100_000, encoding="utf-8")
+    (line,) = found(copy)
+    assert "bundle.json: cannot be read: " in line
+
+
+def test_a_disk_that_fails_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(RUNNER, "sha256_of", broken)
+    assert found(copy)[0] == "chat_template.jinja: cannot be read: Input/output error"
 
 
 def test_files_beside_the_runner_are_not_imported_by_it(copy: Path) -> None:
