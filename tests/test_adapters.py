@@ -16,10 +16,10 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
-from test_bundle import PROMPTS, bundle, checkpoint, reference, some_ids, workplace
+from test_bundle import PROMPTS, bundle, checkpoint, reference, save_tokenizer, some_ids, workplace
 from test_run import reseal, script
 from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from edgeft.adapters import AdapterSource, add_adapters
 from edgeft.artifacts import sha256_file
@@ -259,6 +259,36 @@ def test_a_change_of_what_is_no_matmul_of_the_graph_is_refused() -> None:
         with pytest.raises(BadInput, match=rf"all: changes what is no matmul of its own .*:\n{weight}: 64 to 600"):
             add_adapters(bundle("ort-int4"), spec, [source("all", changes={weight: (a, b)})])
         assert not (bundle("ort-int4") / "adapters").exists()
+
+
+def test_an_architecture_that_takes_q_k_and_v_apart_again_to_norm_them(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=save_tokenizer(tmp_path), hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).eval().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    changes = {}
+    with torch.no_grad():  # W + A B by hand
+        for layer in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"):
+            weight = model.get_submodule(f"model.layers.0.{layer}").weight
+            a, b = torch.randn(weight.shape[1], 3) / 8, torch.randn(3, weight.shape[0])
+            weight += (a @ b).T
+            changes[f"model.layers.0.{layer}.weight"] = (a.numpy(), b.numpy())
+    build_bundle(
+        tmp_path, load_target("ort-fp32"), tmp_path / "b", prompts=[], measure=False,
+        provenance={"base weights": BASE}, adapters=[source("all", changes=changes, prompts=[])],
+    )  # fmt: skip
+    inputs = Bundle.read(tmp_path / "b" / "bundle.json").adapter_inputs
+    assert inputs["model.layers.0.attn.qkv_proj.lora_B.weight"] == [0, 64 + 2 * 32] and len(inputs) == 4
+    artifact, ids = ArtifactModel(tmp_path / "b"), some_ids(40)
+    base = artifact.logits(ids)
+    artifact.use("all")
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(artifact.logits(ids) - expected).max() < 1e-3 < np.abs(base - expected).max()
 
 
 @pytest.fixture
