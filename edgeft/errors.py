@@ -27,6 +27,7 @@ class DoesNotFit(EdgeftError):
     """No plan fits the memory budget, or a plan no longer fits the machine (exit 3)."""
 
     exit_code = 3
+    need_bytes: int | None = None  # of the smallest candidate, where one was looked for
 
 
 class ParityFailed(EdgeftError):

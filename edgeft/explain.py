@@ -209,11 +209,13 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
         f"{show_bytes(need)} in phase {highest.name} ({terms})"
     )
     hint = _shorter(question, smallest) or change
-    return DoesNotFit(
+    error = DoesNotFit(
         "plan",
         problem,
         hint or f"a budget of {show_bytes(need)} would do (now {show_bytes(budget)}), or a smaller model",
     )
+    error.need_bytes = need
+    return error
 
 
 def _shorter(question: Question, smallest: Training) -> str | None:

@@ -81,16 +81,19 @@ def request_digest(job: Job, model_folder: Path | None) -> str:
     )
 
 
-def make_plan(job: Job, importance: Importance | None = None) -> Plan:
+def make_plan(
+    job: Job, importance: Importance | None = None, *, spec: ModelSpec | None = None, profile: Profile | None = None
+) -> Plan:
     """The plan of a job. Raises BadInput for what cannot be planned, DoesNotFit (exit 3) when nothing fits.
 
-    Where the choice of layers reads data, `importance` is what `edgeft.scoring.score_layers(job)` gives.
+    Where the choice of layers reads data, `importance` is what `edgeft.scoring.score_layers(job)` gives. `spec` and
+    `profile` are what the job's names stand for, where the caller has read them already.
     """
-    profile = detect(load_profile(job.profile))
+    profile = profile or detect(load_profile(job.profile))
     if "train" not in profile.roles:
         hint = "plan on a training machine; the device is named at export: --device " + profile.name
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
-    spec = read_model_spec(job.model)
+    spec = spec or read_model_spec(job.model)
     folder = Path(job.model) if Path(job.model).is_dir() else None
     lengths, others, notes = _read_lengths(job, folder)
     length, length_note = _max_length(job, spec, lengths)

@@ -89,13 +89,15 @@ class Stages(Strict):
 
     def notes(self) -> list[str]:
         """A line for each stage that may need more of the host than there is, pages of files left out of it."""
-        if self.host_bytes is None:
-            return []
         return [
-            f"{phase.name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes)}: run it elsewhere"
-            for phase in self.phases
-            if phase.where == "host" and (need := phase.high_bytes - file_bytes(phase)) > self.host_bytes
+            f"{name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes or 0)}: run it elsewhere"
+            for name, need in self.too_large().items()
         ]
+
+    def too_large(self) -> dict[str, int]:
+        """Bytes that may be needed by each stage for which the host has less; nothing where that is not known."""
+        needs = {phase.name: phase.high_bytes - file_bytes(phase) for phase in self.phases if phase.where == "host"}
+        return {name: need for name, need in needs.items() if self.host_bytes is not None and need > self.host_bytes}
 
 
 def file_bytes(phase: Phase) -> int:
