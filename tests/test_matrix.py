@@ -1,0 +1,234 @@
+"""Is a cell of the matrix what planning that model on that machine gives, and does nothing stop the others?"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.footprint import SMALLEST_CONTEXT, bundle_weights, predict
+from edgeft.matrix import (
+    BUILDABLE,
+    Matrix,
+    device_cell,
+    find_models,
+    find_profiles,
+    make_matrix,
+    model_row,
+    training_cell,
+)
+from edgeft.model_spec import read_model_spec
+from edgeft.planner import make_plan
+from edgeft.profile import load_profile
+from edgeft.settings import make_job
+from edgeft.target import load_target
+from edgeft.units import GIB
+from edgeft.wording import cell_text, of_gib, show_pace, show_rate
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+INT4 = load_target("ort-int4")
+
+
+def models(*names: str) -> list[tuple[str, str]]:
+    return [(name, str(CONFIGS / name)) for name in names]
+
+
+def cell(model: str, profile: str, **settings: str) -> Any:
+    return training_cell(read_model_spec(str(CONFIGS / model)), load_profile(profile), settings)
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Matrix:
+    found = models("qwen2.5-72b", "smollm2-135m", "llama-3.1-8b")
+    return make_matrix(found, find_profiles("rtx4090-24gb,t4,cpu-8gb,raspberrypi5-8gb"))
+
+
+def test_a_cell_is_what_planning_says(matrix: Matrix) -> None:
+    for row in matrix.models:
+        for profile, found in zip(matrix.training_machines, row.training, strict=True):
+            assert found.machine == profile.name
+            job = make_job(model=str(CONFIGS / row.name), profile=profile.name)
+            try:
+                plan = make_plan(job)
+            except DoesNotFit as problem:
+                assert (found.grade, found.need_bytes) == ("none", problem.need_bytes)
+                continue
+            training = plan.training
+            assert (found.need_bytes, found.budget_bytes) == (plan.peak_bytes, plan.budget_bytes)
+            assert (found.base_precision, found.rank) == (training.base_precision, training.rank)
+            assert (found.micro_batch_size, found.max_length) == (training.micro_batch_size, 2048)
+            tokens = training.batch_size * training.max_length
+            assert found.seconds_per_million_tokens == pytest.approx(plan.seconds_per_step / tokens * 1e6)
+            assert found.gave_up == plan.gave_up
+
+
+def test_machines_by_memory_models_by_parameters_each_where_its_role_is(matrix: Matrix) -> None:
+    assert [m.name for m in matrix.training_machines] == ["cpu-8gb", "t4", "rtx4090-24gb"]
+    assert [m.name for m in matrix.devices] == ["raspberrypi5-8gb", "cpu-8gb"]
+    assert [m.name for m in matrix.models] == ["smollm2-135m", "llama-3.1-8b", "qwen2.5-72b"]
+    assert Matrix.model_validate_json(matrix.model_dump_json()) == matrix
+
+
+@pytest.mark.parametrize(
+    ("model", "profile", "grade", "method"),
+    [
+        ("smollm2-135m", "t4", "full", "FP16 LoRA r64, all 30 layers"),
+        ("llama-3.1-8b", "t4", "4-bit", "NF4 LoRA r64, all 32 layers"),
+        ("phi-4", "rtx3060-12gb", "reduced", "NF4 LoRA r8, 10 of 40 layers"),
+        ("qwen2.5-72b", "t4", "none", ""),
+    ],
+)
+def test_grade_and_method(model: str, profile: str, grade: str, method: str) -> None:
+    found = cell(model, profile)
+    assert (found.grade, found.method) == (grade, method)
+    assert found.fits == (grade != "none")
+
+
+def test_what_the_user_pins_is_no_loss() -> None:
+    found = cell("smollm2-135m", "t4", rank="8", layers="sparse", active_layers="10")
+    assert (found.grade, found.method) == ("full", "FP16 LoRA r8, 10 of 30 layers")
+
+
+def test_a_model_that_does_not_fit_gives_a_cell_that_says_what_it_needs() -> None:
+    found = cell("qwen2.5-72b", "t4")
+    assert found.need_bytes > 40 * GIB > found.budget_bytes
+    assert re.fullmatch(r"does not fit: needs 4\d\.\d of 14\.0 GiB", cell_text(found))
+    assert found.hint
+
+
+def test_shorter_samples_that_would_fit_do_fit() -> None:
+    found = cell("gemma-2-9b", "rtx4060-8gb")
+    assert found.grade == "none" and found.fits_at_tokens
+    assert cell_text(found).endswith(f"; samples of {found.fits_at_tokens} tokens fit")
+    assert cell("gemma-2-9b", "rtx4060-8gb", max_length=str(found.fits_at_tokens)).fits
+
+
+def test_settings_that_a_model_cannot_take_are_a_cell() -> None:
+    found = cell("gpt2", "t4", max_length="2048")
+    assert (found.grade, found.need_bytes) == ("none", None)
+    assert cell_text(found) == "max_length: 2048 is more than the model's 1024 positions"
+
+
+def test_a_stage_that_the_host_cannot_hold_is_named() -> None:
+    found = cell("llama-3.1-8b", "t4")  # its host has 16 GiB, the export's graph is in fp32
+    assert found.elsewhere == ("export",)
+    assert cell_text(found).endswith("; export elsewhere")
+    assert cell("smollm2-135m", "t4").elsewhere == ()
+
+
+def test_a_config_that_cannot_be_used_is_a_row(tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    row = model_row("quantised", str(tmp_path), [load_profile("t4")], [], INT4, {})
+    assert row.problem == "is quantised (mxfp4); a merge needs the original-precision weights"
+    assert (row.parameters, row.training) == (None, ())
+
+
+def test_experts_are_said_to_be_approximate_and_stop_nothing() -> None:
+    [name, folder] = models("qwen3-30b-a3b")[0]
+    row = model_row(name, folder, [load_profile("t4")], [load_profile("cpu-16gb")], INT4, {})
+    assert row.parameters == 30_532_122_624
+    assert row.approximate.startswith("mixture of experts")
+    assert row.training[0].grade == "none" and row.training[0].need_bytes > 2 * row.parameters
+    assert row.devices[0].problem == "bundles of mixtures of experts are not predicted"
+
+
+def test_families_outside_the_closed_form_are_marked() -> None:
+    rows = [model_row(*pair, [], [], INT4, {}) for pair in models("gemma-2-2b", "llama-3.2-1b")]
+    assert [row.approximate for row in rows] == ["approximated by a Llama of that shape, with a wider margin", ""]
+
+
+def test_a_device_cell_is_what_the_bundle_is_predicted_to_take() -> None:
+    spec, profile = read_model_spec(str(CONFIGS / "llama-3.1-8b")), load_profile("raspberrypi5-8gb")
+    found = device_cell(spec, INT4, profile)
+    assert found.limited_by == "device memory" and SMALLEST_CONTEXT < found.context_tokens < INT4.context_tokens
+    weights = bundle_weights(spec, INT4)
+    assert found.need_bytes == predict(spec, INT4, weights, found.context_tokens).memory_bytes <= profile.budget_bytes
+    one_more = predict(spec, INT4, weights, found.context_tokens + 1).memory_bytes
+    assert one_more > profile.budget_bytes
+    bound = profile.bandwidth_gb_per_second * 1e9 / weights.bytes_per_token
+    assert found.tokens_per_second_bound == pytest.approx(bound, rel=5e-3)
+    assert re.fullmatch(r"context 1,\d{3}, 6\.80 of 6\.80 GiB, at most 3\.\d\d tok/s", cell_text(found))
+
+
+def test_devices_that_cannot_run_a_model_say_why() -> None:
+    pi = load_profile("raspberrypi5-8gb")
+    large = device_cell(read_model_spec(str(CONFIGS / "phi-4")), INT4, pi)
+    assert not large.fits and large.need_bytes > pi.budget_bytes
+    assert cell_text(large).startswith("does not fit: needs 1")
+    unknown = device_cell(read_model_spec(str(CONFIGS / "gpt2")), INT4, pi)
+    assert cell_text(unknown) == "the runtime's builder cannot build GPT2LMHeadModel"
+
+
+def test_the_builder_names_every_architecture_that_is_said_to_be_buildable() -> None:
+    package = find_spec("onnxruntime_genai")
+    if package is None or package.origin is None:
+        pytest.skip("onnxruntime-genai is not installed")
+    source = (Path(package.origin).parent / "models" / "builder.py").read_text()
+    assert set(re.findall(r'config\.architectures\[0\] == "(\w+)"', source)) >= BUILDABLE
+
+
+def test_many_processes_give_what_one_gives() -> None:
+    found, machines = models("gpt2", "opt-125m", "smollm2-135m", "pythia-160m"), [load_profile("apple-16gb")]
+    assert make_matrix(found, machines, workers=2) == make_matrix(found, machines)
+
+
+def test_misspelt_settings_are_refused() -> None:
+    with pytest.raises(BadInput, match="unknown key 'rnak'"):
+        make_matrix(models("gpt2"), [], settings={"rnak": "8"})
+
+
+def test_models_are_found_by_their_configs(tmp_path: Path) -> None:
+    for name in ("b", "a/x"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    assert [name for name, _ in find_models(tmp_path)] == ["a/x", "b"]
+    assert find_models(tmp_path / "b") == [("b", str(tmp_path / "b"))]
+    with pytest.raises(BadInput, match="no such folder"):
+        find_models(tmp_path / "c")
+    (tmp_path / "a" / "x" / "config.json").unlink()
+    with pytest.raises(BadInput, match=r"holds no config\.json"):
+        find_models(tmp_path / "a")
+
+
+def test_profiles_are_named_once_each() -> None:
+    assert [p.name for p in find_profiles("t4, l4-24gb,t4")] == ["t4", "l4-24gb"]
+    with pytest.raises(BadInput, match="names no profile"):
+        find_profiles(" ,")
+    with pytest.raises(BadInput, match="unknown profile 't5'"):
+        find_profiles("t5")
+
+
+def test_rounding_never_turns_fitting_into_not_fitting() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        budget = rng.randrange(GIB // 10, 100 * GIB)
+        need = budget + rng.choice((-1, 0, 1)) * rng.randrange(0, budget // 10)
+        shown, limit = map(float, re.findall(r"[\d.]+", of_gib(need, budget)))
+        assert (shown <= limit) == (need <= budget)
+        assert shown == pytest.approx(need / GIB, abs=0.151 if need >= 9.9 * GIB else 0.0151)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "time unknown"), (12.3, "12 s/Mtok"), (59.9, "1.0 min/Mtok"), (3000, "50 min/Mtok"),
+     (3.6e4, "10 h/Mtok"), (1.3e5, "1.5 d/Mtok"), (2.5e7, "290 d/Mtok")],
+)  # fmt: skip
+def test_pace(seconds: float | None, text: str) -> None:
+    assert show_pace(seconds) == text
+
+
+def test_rates() -> None:
+    assert [show_rate(value) for value in (3.314, 46.12, 999.4, 999.6, 12345)] == [
+        "3.31",
+        "46.1",
+        "999",
+        "1,000",
+        "12,345",
+    ]
