@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-planner bench-lisa bench-sparse bench-methods bench-example bench-large pretrain clean
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-planner bench-lisa bench-sparse bench-methods bench-example bench-large report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -98,6 +98,14 @@ bench-example:  ## the default job from base to bundle
 
 bench-large: .venv/installed  ## a 135M model with random weights through every stage
 	$(py) bench/large.py
+
+report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
+	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \
+	  $(foreach pair,$(set),--set '$(pair)') --out build/report/matrix.html
+
+schemas: .venv/installed  ## write the JSON Schemas again after a change to what plan.json or a report holds
+	@for name in plan report; do $(edgeft) schema $$name >edgeft/schemas/.$$name.tmp && \
+	  mv edgeft/schemas/.$$name.tmp edgeft/schemas/$$name.schema.json || exit 1; done
 
 # Tensors of a fixed size come and go every step: keeping their memory mapped is worth 60% on a CPU.
 pretrain: .venv/installed  ## make the example model again from its text (about an hour)

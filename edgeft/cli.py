@@ -469,6 +469,65 @@ def _runner() -> Any:
 
 
 @app.command()
+def report(
+    plan_file: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="plan.json, or the build folder that holds it")
+    ] = None,
+    models: Annotated[Path | None, typer.Option(help="instead of a plan: every model in this folder")] = None,
+    machines: Annotated[str, typer.Option("--profiles", help="for --models: all, or names as in t4,l4-24gb")] = "all",
+    target: Annotated[str, typer.Option(help="for --models: what is shipped, a name in export/ or a TOML file")] = (
+        "ort-int4"
+    ),
+    settings: Annotated[list[str] | None, typer.Option("--set", help="for --models: pin a setting, key=value")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page; Markdown and JSON are written beside it")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one page to decide on hardware with: a plan, the run made from it, or many models on many machines."""
+    from edgeft.budget import usable_cores
+    from edgeft.matrix import Matrix, find_models, find_profiles, make_matrix
+    from edgeft.pages import write_report
+    from edgeft.records import read_run
+    from edgeft.summary import Summary, summarise
+
+    made: Summary | Matrix
+    if models is not None and plan_file is not None:
+        raise BadInput("report", "a plan and --models were given", "give one of them")
+    if models is not None:
+        found, pinned = find_models(models), [text.partition("=") for text in settings or []]
+        parse_settings(settings or [])  # a misspelt key is an error, not a cell
+        with Reporter() as progress:
+            made = make_matrix(
+                found,
+                find_profiles(machines),
+                target=target,
+                settings={key: value for key, _, value in pinned},
+                workers=usable_cores(),
+                progress=progress,
+            )
+        path = out or Path("build") / "report" / "matrix.html"
+    else:
+        if plan_file is None:
+            raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
+        source = plan_file / "plan.json" if plan_file.is_dir() else plan_file
+        devices = [profile for profile in find_profiles("all") if "deploy" in profile.roles]
+        made = summarise(read_run(source), sorted(devices, key=lambda profile: profile.budget_bytes))
+        path = out or source.parent / "report.html"
+    written = write_report(made, path)
+    if as_json:
+        sys.stdout.write(made.model_dump_json() + "\n")
+    else:
+        stdout.print("\n".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+@app.command()
+def schema(name: Annotated[str, typer.Argument(help="plan or report")]) -> None:
+    """Print the JSON Schema of a document that other programs read."""
+    from edgeft.schema import schema_text
+
+    sys.stdout.write(schema_text(name))
+
+
+@app.command()
 def profiles(as_json: JsonOption = False) -> None:
     """List the shipped hardware profiles."""
     from edgeft.profile import list_profiles
