@@ -103,6 +103,8 @@ class Trace(LiveBytes):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:  # a value is read: whatever it is, it is fine
             return True if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+        if function.namespace == "prim":  # a question, for the device say
+            return function(*args, **(kwargs or {}))
         self._place, self._operation = self._where(), function._opname
         result = function(*args, **(kwargs or {}))
         self.count(result)
