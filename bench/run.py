@@ -18,6 +18,7 @@ from edgeft.budget import usable_cores
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ROOT / "examples" / "debian-sections"
 BASE = ROOT / "examples" / "debian-tiny"
+CONFIGS = ROOT / "examples" / "configs"
 
 
 def environment() -> dict[str, Any]:

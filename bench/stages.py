@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import BASE, CONFIGS, SECTIONS, record, verb
+from run import BASE, CONFIGS, ROOT, SECTIONS, record, verb
 from transformers import AutoConfig, AutoModelForCausalLM
 
 MODELS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     "smollm2-135m": ("smollm2-135m", {}, torch.float32),
     "smollm2-135m, bf16": ("smollm2-135m", {}, torch.bfloat16),
     "qwen2.5-0.5b of 6 layers, 20,000 words": (
-        "qwen2.5-0.5b", {"num_hidden_layers": 6, "vocab_size": 20_000, "layer_types": None}, torch.float32
+        "qwen2.5-0.5b", {"num_hidden_layers": 6, "vocab_size": 20_000}, torch.float32
     ),
     "llama-3.1-8b of 4 layers, a quarter as wide": (
         "llama-3.1-8b",
@@ -44,6 +44,8 @@ def random_model(folder: Path, name: str, changes: dict[str, Any], dtype: torch.
     config = AutoConfig.from_pretrained(CONFIGS / name)
     for key, value in changes.items():
         setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     config.eos_token_id = config.bos_token_id = 0
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -86,7 +88,7 @@ def measure(scratch: Path, title: str) -> list[dict[str, Any]]:
             rows.append(row(title, "merge", mine, merged["measured_peak_bytes"]))
         # random weights: parity of their near ties is not what is measured here
         loose = build / f"{target}.toml"
-        loose.write_text(loosened((CONFIGS.parent.parent / "export" / f"{target}.toml").read_text()))
+        loose.write_text(loosened((ROOT / "export" / f"{target}.toml").read_text()))
         verb("export", str(build / "merged"), "--target", str(loose))
         exported = json.loads((build / "bundle.measured.json").read_text())
         mine = [phase for phase in phases if phase["name"].startswith("export")]

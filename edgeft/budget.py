@@ -164,9 +164,9 @@ def visible_gpu() -> Gpu | None:
     rows = list(csv.reader(_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()))
     found = {}
     for row in rows:
-        index, uuid, name, *sizes = (cell.strip() for cell in row)
-        if len(sizes) == 2 and all(size.isdigit() for size in sizes):
-            found[index, uuid] = Gpu(name, int(sizes[0]) * MIB, int(sizes[1]) * MIB)
+        cells = [cell.strip() for cell in row]
+        if len(cells) == 5 and cells[3].isdigit() and cells[4].isdigit():  # "[N/A]" where a driver does not tell
+            found[cells[0], cells[1]] = Gpu(cells[2], int(cells[3]) * MIB, int(cells[4]) * MIB)
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     first = wanted.split(",")[0].strip() if wanted is not None else "0"
     gpu = next(

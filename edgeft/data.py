@@ -66,6 +66,7 @@ class Lengths(Strict):
     mean: float
     tokens: int
     longest_trained: int
+    trained_tokens: int = Field(0, description="tokens that are trained, of all rows")
     cut_rows: int = 0
     quantiles: dict[str, int] = Field(default_factory=dict)  # share of the samples: tokens that it has at most
 
@@ -388,6 +389,7 @@ def measure_lengths(source: str, tokenizer: TextTokenizer, max_length: int | Non
         mean=round(statistics.fmean(lengths), 2),
         tokens=sum(lengths),
         longest_trained=max(sample.trained_tokens for sample in samples),
+        trained_tokens=sum(sample.trained_tokens for sample in samples),
         cut_rows=sum(sample.cut_tokens > 0 for sample in samples),
         quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )

@@ -10,9 +10,11 @@ from typing import Literal
 from edgeft import memory
 from edgeft.artifacts import Strict, nearest_folder
 from edgeft.errors import DoesNotFit
+from edgeft.footprint import bundle_weights
 from edgeft.memory import STORED_BYTES, Term
 from edgeft.model_spec import ModelSpec
 from edgeft.settings import ENDS, Training
+from edgeft.target import Target
 from edgeft.units import show_bytes
 
 CHECKPOINTS_KEPT = 2
@@ -30,9 +32,9 @@ class Disk(Strict):
     kept_bytes: int
 
 
-def plan_disk(spec: ModelSpec, training: Training, bundle_bytes: int) -> tuple[Disk, ...]:
+def plan_disk(spec: ModelSpec, training: Training, target: Target) -> tuple[Disk, ...]:
     """Every stage's disk. A stage writes beside what it replaces: an earlier result is not counted as room."""
-    found = [train_disk(spec, training), merge_disk(spec), export_disk(bundle_bytes)]
+    found = [train_disk(spec, training), merge_disk(spec), export_disk(spec, target)]
     return (nf4_disk(spec, training), *found) if training.base_precision == "nf4" else tuple(found)
 
 
@@ -88,12 +90,17 @@ def merge_disk(spec: ModelSpec) -> Disk:
     return Disk(stage="merge", where="out", terms=terms, peak_bytes=size + side.bytes, kept_bytes=size + side.bytes)
 
 
-def export_disk(bundle_bytes: int) -> Disk:
-    """The bundle. An int8 one of tied embeddings is built twice, each time in the same place."""
-    side = Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most")
-    terms = (Term(name="weights", bytes=bundle_bytes, formula="as stored in the bundle"), side)
-    size = bundle_bytes + side.bytes
-    return Disk(stage="export", where="out", terms=terms, peak_bytes=size, kept_bytes=size)
+def export_disk(spec: ModelSpec, target: Target) -> Disk:
+    """The bundle. The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too."""
+    stored = bundle_weights(spec, target).stored_bytes
+    twice = 4 * spec.vocab_size * spec.hidden_size if target.weight_bits == 8 and spec.tie_word_embeddings else 0
+    terms = (
+        Term(name="weights", bytes=stored, formula="as stored in the bundle"),
+        Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most"),
+        Term(name="first build", bytes=twice, formula="an fp32 table that the second build leaves out"),
+    )
+    kept = stored + SIDE_FILES_BYTES
+    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + twice, kept_bytes=kept)
 
 
 def free_bytes(folder: Path) -> int:

@@ -15,9 +15,9 @@ from edgeft.build import ArtifactModel, build_bundle
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.change import lora_scale, read_adapter_config
 from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
+from edgeft.costs import Question
 from edgeft.data import Row, TextTokenizer, read_rows
 from edgeft.errors import BadInput, ParityFailed
-from edgeft.footprint import bundle_weights
 from edgeft.memory import Workload
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import (
@@ -51,15 +51,14 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
     trained = trained_folder(merged_folder, merged)
     profile = target_device(device)
     plan = merged.train.plan
-    has, longest = stages.processes(plan.profile), plan.training.max_length
+    longest = plan.training.max_length
     work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
-    phases = (
-        stages.build(plan.spec, target, has, plan.stages.data_bytes),
-        stages.prove(plan.spec, plan.training, target, has, work, plan.stages.data_bytes),
-    )
+    data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
+    question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
+    phases = (stages.build(question, target), stages.prove(question, plan.training, target))
     for phase in phases:
         stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase))
-    disk.require(disk.export_disk(bundle_weights(plan.spec, target).stored_bytes), out)
+    disk.require(disk.export_disk(plan.spec, target), out)
     data = Data.read(merged.train.plan)
     tokenizer = TextTokenizer(merged_folder)
     prompts = data.valid[:PARITY_PROMPTS]

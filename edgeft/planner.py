@@ -118,8 +118,7 @@ def make_plan(
     better = looked_at[: looked_at.index(training)]
     per_step = question.seconds(training)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
-    peak = question.high_bytes(training)
-    stages, stage_notes = plan_stages(job, profile, spec, training, work, budget, data_bytes, peak)
+    stages, stage_notes = plan_stages(question, training)
     return Plan(
         request_sha256=request_digest(job, folder),
         versions=versions(),
@@ -129,7 +128,7 @@ def make_plan(
         lengths=lengths,
         training=training,
         budget_bytes=budget,
-        peak_bytes=peak,
+        peak_bytes=question.high_bytes(training),
         phases=question.phases(training),
         stages=stages,
         seconds_per_step=round(per_step, 4),

@@ -87,8 +87,10 @@ class Job(Strict):
     )
     eval_rows: int = Field(200, ge=1, description="validation rows scored during training")
 
-    target: str = Field("ort-int4", description="what will be exported: a name in export/ or a path to a TOML file")
-    device: str | None = Field(None, description="device profile that the bundle must fit")
+    target: str = Field(
+        "ort-int4", description="what the plan counts on being exported: a name in export/ or a TOML file"
+    )
+    device: str | None = Field(None, description="target device profile that the bundle must fit")
 
     max_memory_bytes: int | None = Field(None, gt=0, description="memory budget; the profile's when absent")
     max_seconds: float | None = Field(None, gt=0, description="time limit for all training steps, by the estimate")

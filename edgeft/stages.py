@@ -15,7 +15,8 @@ from pydantic import Field
 from edgeft import memory
 from edgeft.artifacts import Strict
 from edgeft.budget import Gpu, Limit, memory_limit, usable_memory, visible_gpu
-from edgeft.disk import Disk, checkpoint_bytes, plan_disk
+from edgeft.costs import Question
+from edgeft.disk import Disk, checkpoint_bytes, learnt_parameters, plan_disk
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.footprint import (
     RUNTIME_BYTES,
@@ -32,7 +33,7 @@ from edgeft.footprint import (
 from edgeft.memory import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
 from edgeft.model_spec import Linear, ModelSpec
 from edgeft.profile import Profile, detect, load_profile
-from edgeft.settings import Job, Training
+from edgeft.settings import Training
 from edgeft.target import Target, load_target
 from edgeft.units import GIB, MIB, show_bytes
 
@@ -42,9 +43,9 @@ TORCH_BYTES, TRAINING_BYTES = 245_000_000, 450_000_000
 QUANTISE_IMPORTS_BYTES = 178_000_000  # beyond torch: transformers, bitsandbytes, accelerate
 BUILDER_IMPORTS_BYTES = 175_500_000  # beyond torch: transformers, onnx, onnxruntime, onnx_ir
 BUILDER_BYTES_PER_LAYER = 120_000  # graph nodes and values
-EXPORT_IMPORTS_BYTES = 40_000_000  # beyond torch, while the builder runs: transformers' tokenizer, pydantic, the plan
+EXPORT_IMPORTS_BYTES = 14_000_000  # beyond torch, while the builder runs: transformers' tokenizer, pydantic, the plan
 RUNTIME_LIBRARIES_BYTES = 30_000_000  # onnxruntime-genai's, in a process that has the others
-MATRIX_LIBRARY_BYTES = 12_000_000  # its buffers after the first products of a merge
+MATRIX_LIBRARY_BYTES = 4_000_000  # its buffers after the first products of a merge
 # A process that uses a GPU keeps the driver's and libraries' own memory on the host as well. Not measured.
 CUDA_HOST_BYTES = 1_000_000_000
 
@@ -58,6 +59,7 @@ QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops onl
 # much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
 BLOCK_BYTES, BLOCKS_AT_ONCE = 8 * MIB, 4
 
+STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PARITY_PROMPTS = 64
 LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
 
@@ -105,46 +107,39 @@ def file_bytes(phase: Phase) -> int:
     return sum(term.bytes for term in phase.terms if term.name == "weight file")
 
 
-def plan_stages(
-    job: Job,
-    profile: Profile,
-    spec: ModelSpec,
-    training: Training,
-    work: memory.Workload,
-    budget_bytes: int,
-    data_bytes: int,
-    peak_bytes: int,
-) -> tuple[Stages, list[str]]:
+def plan_stages(question: Question, training: Training) -> tuple[Stages, list[str]]:
     """Every stage of a job besides the training step itself, and a note for each that may not fit.
 
     Raises DoesNotFit when the bundle would not fit the device that the job names, BadInput for an unknown one.
     """
+    job, profile, spec, data_bytes = question.job, question.profile, question.spec, question.data_bytes
     target, device = load_target(job.target), target_device(job.device)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     weights = bundle_weights(spec, target)
     device_bytes = device.budget_bytes if device else None
     context, limited_by = choose_context(spec, target, weights, device_bytes)
     phases = [quantise(spec, has)] if training.base_precision == "nf4" else []
-    phases += [host_load(spec, training, has)] if profile.device == "cuda" else []
+    if profile.device == "cuda":
+        phases += [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
     phases += [
         resume(spec, training, has, data_bytes),
         merge(spec, training, has),
-        build(spec, target, has, data_bytes),
-        prove(spec, training, target, has, work, data_bytes),
+        build(question, target),
+        prove(question, training, target),
         run_bundle(spec, target, weights, context),
     ]
     stages = Stages(
         phases=tuple(phases),
-        disk=plan_disk(spec, training, weights.stored_bytes),
+        disk=plan_disk(spec, training, target),
         target=target,
         context_tokens=context,
         context_limited_by=limited_by,
         data_bytes=data_bytes,
-        host_bytes=host_memory(profile, budget_bytes, usable_memory() if gpu else None),
+        host_bytes=host_memory(profile, question.budget_bytes, usable_memory() if gpu else None),
         target_bytes=device_bytes,
         target_name=device.name if device else "",
     )
-    return stages, stages.notes() + machine_notes(profile, peak_bytes, gpu)
+    return stages, stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
 
 
 def machine_notes(profile: Profile, peak_bytes: int, gpu: Gpu | None) -> list[str]:
@@ -186,11 +181,16 @@ def processes(profile: Profile) -> Processes:
     return Processes(TORCH_BYTES, profile.training_baseline_bytes or TRAINING_BYTES)
 
 
-def stage(name: str, where: Literal["device", "host", "target"], terms: list[Term], spec: ModelSpec) -> Phase:
-    """A phase with its estimates: 5% and 16 MiB around what is expected, 15% for families approximated by a Llama's."""
+def stage(
+    name: str, where: Literal["device", "host", "target"], terms: list[Term], spec: ModelSpec, *, margins: int = 1
+) -> Phase:
+    """A phase with its estimates: 5% and 16 MiB around what is expected, 15% for families approximated by a Llama's.
+
+    `margins` widens the share.
+    """
     expected = sum(term.bytes for term in terms)
     known = spec.model_type in memory.EXACT_FAMILIES and spec.counted_from == "config"
-    margin = 0.05 if known else 0.15
+    margin = margins * (0.05 if known else 0.15)
     return Phase(
         name=name,
         where=where,
@@ -232,10 +232,22 @@ def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
         file = memory.weight_bytes(spec, training)
         terms.append(Term(name="weight file", bytes=file, formula="pages of the NF4 file"))
     else:
-        itemsize = DTYPE_BYTES[training.base_precision]
-        dense = spec.total_parameters * itemsize if itemsize != STORED_BYTES.get(spec.dtype, 4) else 0
+        # tensors of the file's own dtype stay mapped from it; a cast makes new ones
+        same = STORED_AS[training.base_precision] == spec.dtype
+        dense = 0 if same else spec.total_parameters * DTYPE_BYTES[training.base_precision]
         terms += [_file(spec), Term(name="weights", bytes=dense, formula=f"cast to {training.base_precision}")]
     return stage("load", "host", terms, spec)
+
+
+def host_train(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
+    """The host's share of training on a GPU: the process, the data, and optimizer states that are paged to it."""
+    trained = max(memory.trained_parameters(spec, worst) for worst in memory.worst_sets(spec, training))
+    paged = int(trained * memory.ADAM8_BYTES) if training.optimizer == "paged_adamw8bit" else 0
+    return stage("train", "host", [
+        _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
+        Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
+        Term(name="paged states", bytes=paged, formula=f"{trained} parameters, {training.optimizer}"),
+    ], spec)  # fmt: skip
 
 
 def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
@@ -262,7 +274,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
 def merge_bytes(elements: int, itemsize: int, *, changed: bool, factor_bytes: int = 0) -> int:
     """Bytes that merging one tensor holds at its highest: itself as stored and, where it changes, blocks and factors.
 
-    `factor_bytes`: fp32 bytes of an adapter's factors, which a change needs as a whole.
+    `factor_bytes`: an adapter's factors in fp32, which a change needs as a whole.
     """
     blocks = min(BLOCKS_AT_ONCE * BLOCK_BYTES, BLOCKS_AT_ONCE * 4 * elements) + factor_bytes
     return elements * itemsize + (blocks if changed else 0)
@@ -275,7 +287,8 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     adapted = {linear.name for linear in memory.targets(spec, training)}
     tensors = []
     for linear in spec.linears:
-        factors = 4 * training.rank * (linear.in_features + linear.out_features) if linear.name in adapted else 0
+        # an adapter's two factors, as read and scaled
+        factors = 8 * training.rank * (linear.in_features + linear.out_features) if linear.name in adapted else 0
         count = linear.in_features * linear.out_features
         tensors.append((count, merge_bytes(count, itemsize, changed=not lora or bool(factors), factor_bytes=factors)))
     table = spec.vocab_size * spec.hidden_size
@@ -288,18 +301,19 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     ], spec)  # fmt: skip
 
 
-def build(spec: ModelSpec, target: Target, has: Processes, data_bytes: int = 0) -> Phase:
+def build(question: Question, target: Target) -> Phase:
     """onnxruntime-genai's model builder beside the waiting export: source, fp32 graph, and the quantiser's arrays.
 
     The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
     in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
     """
+    spec, has = question.spec, processes(question.profile)
     size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
-    waiting = _process(has.torch_bytes + EXPORT_IMPORTS_BYTES + data_bytes, "the export itself, its data and tokenizer")
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
     builder = has.torch_bytes + BUILDER_IMPORTS_BYTES + BUILDER_BYTES_PER_LAYER * spec.num_hidden_layers
     fused = _fused_weights(spec) * size
     terms = [
-        waiting,
+        _process(waiting, "the export itself, its data and tokenizer"),
         Term(name="builder", bytes=builder, formula="Python, torch, transformers, onnx, onnxruntime"),
         _file(spec),
         Term(name="fused QKV", bytes=fused, formula=f"{_fused_weights(spec)} x {size} B"),
@@ -340,27 +354,30 @@ def _quantising(spec: ModelSpec, target: Target) -> tuple[str, int, int, int]:
     return max(moments, key=lambda moment: moment[2] + moment[3])
 
 
-def prove(
-    spec: ModelSpec, training: Training, target: Target, has: Processes, work: memory.Workload, data_bytes: int = 0
-) -> Phase:
-    """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms."""
-    half = STORED_BYTES.get(spec.dtype, 4) != 4
-    changed = 4 * memory.trained_parameters(spec, training) if training.tuner == "full" else 0
-    weights = bundle_weights(spec, target)
-    bundle = predict(spec, target, weights, min(work.longest + 256, target.context_tokens))
-    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, PARITY_PROMPTS * work.longest_trained)
-    forms = 5 * 4 * positions * spec.vocab_size
-    logits = 3 * 4 * work.longest * spec.vocab_size
-    runtime = bundle.memory_bytes - RUNTIME_BYTES
+def prove(question: Question, training: Training, target: Target) -> Phase:
+    """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms.
+
+    5 tables of probabilities: those of two forms, and three when they are compared. Twice the usual margin: this
+    process uses glibc's own malloc, which kept 0 to 60 MB of freed arrays.
+    """
+    spec, lengths, work, has = question.spec, question.lengths, question.work, processes(question.profile)
+    changed = 4 * learnt_parameters(spec, training)
+    lora = training.tuner == "lora"
+    file = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
+    context = min(work.longest + work.longest_trained + 1, target.context_tokens)
+    bundle = predict(spec, target, bundle_weights(spec, target), context).memory_bytes - RUNTIME_BYTES
+    trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained
+    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(PARITY_PROMPTS * trained))
+    tables = max(5 * positions, 3 * work.longest) * 4 * spec.vocab_size
     return stage("export: prove", "host", [
-        _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, onnxruntime"),
-        Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
+        _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
+        Term(name="data", bytes=question.data_bytes, formula="samples as lists of ids"),
         Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
-        Term(name="weight file", bytes=max(stored_bytes(spec) if half else 0, changed),
-             formula="read beside it"),
-        Term(name="bundle", bytes=runtime, formula="weights, cache and graph in their runtime"),
-        Term(name="probabilities", bytes=max(forms, logits), formula=f"{positions} positions, V = {spec.vocab_size}"),
-    ], spec)  # fmt: skip
+        Term(name="weight file", bytes=max(file, 0 if lora else changed), formula="read beside it"),
+        Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
+        Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
+        Term(name="probabilities", bytes=tables, formula=f"{positions} positions, V = {spec.vocab_size}"),
+    ], spec, margins=2)  # fmt: skip
 
 
 def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens: int) -> Phase:

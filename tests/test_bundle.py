@@ -24,7 +24,7 @@ from edgeft.bundle import (
 )
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
-from edgeft.footprint import choose_context, kv_cache_bytes_per_token, predict
+from edgeft.footprint import bundle_weights, choose_context, kv_cache_bytes_per_token, predict
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import runner_module
 from edgeft.target import Target, load_target
@@ -174,6 +174,18 @@ def test_more_bits_are_closer_to_torch_and_take_more_room() -> None:
     assert sizes == sorted(sizes)
 
 
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int8", "ort-fp32"])
+def test_what_a_bundle_will_weigh_is_known_before_it_is_built(name: str) -> None:
+    assert read_weights(bundle(name) / "model.onnx") == bundle_weights(
+        read_model_spec(str(checkpoint())), load_target(name)
+    )
+
+
+def test_an_export_says_what_its_two_processes_took() -> None:
+    made = Bundle.read(bundle("ort-fp32") / "bundle.json")
+    assert made.measured_peak_bytes is not None and made.measured_peak_bytes > 400_000_000  # two Pythons with torch
+
+
 @pytest.mark.parametrize("name", ["ort-int4", "ort-int8"])
 def test_tied_embeddings_are_stored_once_with_eight_bits(name: str) -> None:
     weights = read_weights(bundle(name) / "model.onnx")
@@ -190,6 +202,7 @@ def test_embeddings_that_are_not_tied_get_four_bits_and_are_not_read_per_token(t
     )
     assert runner_module().verify(tmp_path / "b") == []
     weights = read_weights(tmp_path / "b" / "model.onnx")
+    assert weights == bundle_weights(read_model_spec(str(checkpoint(tied=False))), load_target("ort-int4"))
     values = reference().config.vocab_size * 64
     embedding = values // 2 + values // 32 * 4 + values // 32 // 2  # half a byte each, fp32 scales, 4-bit zero points
     rotary = 2 * 512 * 16 * 4

@@ -1,0 +1,269 @@
+"""Do the closed forms of saving, merging, exporting and running agree with what those stages hold?"""
+
+from __future__ import annotations
+
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
+
+from edgeft import budget, stages
+from edgeft.artifacts import sha256_file
+from edgeft.budget import Limit
+from edgeft.change import Change
+from edgeft.checkpoint import Checkpoint
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.memory import Phase
+from edgeft.merge import merge, peak_above_baseline
+from edgeft.planner import Plan, make_plan
+from edgeft.profile import load_profile
+from edgeft.report import plan_text
+from edgeft.settings import make_job
+from edgeft.units import GIB, MIB
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "examples" / "configs"
+SMALL, LLAMA = str(CONFIGS / "smollm2-135m"), str(CONFIGS / "llama-3.1-8b")
+
+
+def plan(model: str = SMALL, profile: str = "cpu-16gb", **settings: object) -> Plan:
+    return make_plan(make_job(model=model, profile=profile, **settings))
+
+
+def phase(made: Plan, name: str, where: str = "") -> Phase:
+    [found] = [each for each in made.stages.phases if each.name == name and where in ("", each.where)]
+    return found
+
+
+def term(found: Phase, name: str) -> int:
+    return sum(each.bytes for each in found.terms if each.name == name)
+
+
+# What a plan says
+
+
+def test_every_stage_is_planned_and_its_terms_add_up() -> None:
+    names = {
+        "cpu-16gb": ["resume", "merge", "export: build", "export: prove", "bundle"],
+        "t4": ["quantise", "load", "train", "resume", "merge", "export: build", "export: prove", "bundle"],
+    }
+    for profile, model in (("cpu-16gb", SMALL), ("t4", LLAMA)):
+        made = plan(model, profile)
+        assert [each.name for each in made.stages.phases] == names[profile]
+        assert [each.where for each in made.stages.phases[:-1]] == ["host"] * (len(names[profile]) - 1)
+        assert made.stages.phases[-1].where == "target"
+        assert {each.where for each in made.phases} == {"device"}
+        for each in made.stages.phases:
+            assert sum(part.bytes for part in each.terms) == each.expected_bytes, each.name
+            assert 0 <= each.low_bytes < each.expected_bytes < each.high_bytes, each.name
+            assert all(part.bytes > 0 and part.formula for part in each.terms), each.name
+
+
+def test_a_gpu_hosts_own_memory_is_the_limit_of_its_stages() -> None:
+    made = plan(LLAMA, "t4")
+    assert made.stages.host_bytes == 16 * GIB  # as profiles/t4.toml says of the usual host
+    notes = [note for note in made.notes if "the host has" in note]
+    assert [note.split(" may need ")[0] for note in notes] == ["export: build", "export: prove"]
+    # the checkpoint's 15 GiB are pages of a file: they do not count against the host
+    assert phase(made, "quantise").high_bytes > 16 * GIB
+    assert term(phase(made, "quantise"), "weight file") == made.spec.total_parameters * 2
+    for each in made.stages.phases[:-1]:
+        assert made.stages.limit_bytes(each) == 16 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "expected"),
+    [("cpu-8gb", None, 5 * GIB), ("t4", None, 16 * GIB), ("t4", 7 * GIB, 7 * GIB), ("apple-16gb", None, 5 * GIB)],
+)
+def test_host_memory(name: str, here: int | None, expected: int) -> None:
+    assert stages.host_memory(load_profile(name), 5 * GIB, here) == expected
+
+
+def test_host_memory_that_nobody_knows_gives_no_notes() -> None:
+    card = load_profile("t4").model_copy(update={"host_memory_gib": None})
+    assert stages.host_memory(card, 5 * GIB, None) is None
+    made = plan(LLAMA, "t4").stages.model_copy(update={"host_bytes": None})
+    assert made.notes() == []
+
+
+def test_int8_and_fp32_take_what_they_make() -> None:
+    four, eight, whole = (plan(target=f"ort-{kind}") for kind in ("int4", "int8", "fp32"))
+    assert term(phase(eight, "export: build"), "fp32 graph") > term(phase(four, "export: build"), "fp32 graph")
+    assert term(phase(whole, "export: build"), "fp32 graph") == 0
+    weights = [term(phase(made, "bundle"), "weights") for made in (four, eight, whole)]
+    assert weights == sorted(weights) and weights[2] > 4 * four.spec.total_parameters
+
+
+def test_a_named_device_limits_the_context() -> None:
+    made = plan(LLAMA, "t4", device="raspberrypi5-8gb")
+    pi = load_profile("raspberrypi5-8gb")
+    assert (made.stages.target_name, made.stages.target_bytes) == (pi.name, pi.budget_bytes)
+    assert made.stages.context_limited_by == "device memory" and made.stages.context_tokens < 4096
+    assert phase(made, "bundle").expected_bytes <= pi.budget_bytes
+    assert plan(LLAMA, "t4").stages.context_tokens == 4096
+
+
+def test_a_device_that_the_bundle_cannot_fit_is_refused_before_training() -> None:
+    with pytest.raises(DoesNotFit, match=r"^bundle: needs .* GiB for a context of 128 tokens, the device has 3.65 GiB"):
+        plan(LLAMA, "t4", device="android-8gb")
+    with pytest.raises(BadInput, match="--device: t4 is a training host, not a target device"):
+        plan(device="t4")
+    with pytest.raises(BadInput, match="target: unknown target 'ort-int3'"):
+        plan(target="ort-int3")
+
+
+def test_the_report_names_the_deciding_limit_and_keeps_to_100_columns() -> None:
+    for made in (plan(), plan(LLAMA, "t4", device="raspberrypi5-8gb", max_memory_bytes=9 * GIB)):
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(plan_text(made))
+        text = console.export_text()
+        assert all(len(line) <= 100 for line in text.splitlines())
+        for each in (*made.phases, *made.stages.phases):
+            assert each.name in text
+    assert "budget    9.00 GiB: as asked for; without, 14.0 GiB: 14.56 GiB of t4, 0.6 GiB kept for the CUDA" in text
+    assert "raspberrypi5-8gb" in text and " GPU " in text and " host " in text
+    assert "disk      up to " in text and "(train " in text and "in the cache" in " ".join(text.split())
+
+
+def test_a_detected_budget_says_which_limit_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_profile("cpu").model_copy(update={
+        "memory_gib": 7.85, "cores": 2, "matmul_tflops": {"fp32": 0.1}, "bandwidth_gb_per_second": 9.0,
+        "memory_limit": "cgroup limit of 8.00 GiB in /sys/fs/cgroup/job/memory.max",
+    })  # fmt: skip
+    assert found.budget_reason == (
+        "cgroup limit of 8.00 GiB in /sys/fs/cgroup/job/memory.max; 0.25 GiB kept for the system"
+    )
+    monkeypatch.setattr(stages, "memory_limit", lambda: Limit(2 * GIB, "ulimit -v of 2.00 GiB"))
+    [note] = stages.machine_notes(load_profile("cpu-8gb"), 3 * GIB, None)
+    assert note.startswith("this machine has 2.00 GiB (ulimit -v of 2.00 GiB), the plan needs 3.00 GiB")
+    assert stages.machine_notes(load_profile("cpu-8gb"), 1 * GIB, None) == []
+    assert stages.machine_notes(found, 3 * GIB, None) == []  # its budget is that limit already
+
+
+# Against what the stages do
+
+
+def test_recorded_predictions_hold() -> None:
+    """bench/stages.py measured them: merge and export of five models, three targets each."""
+    rows = json.loads((ROOT / "bench" / "results" / "stages.json").read_text())["rows"]
+    assert {row["stage"] for row in rows} == {"merge", "export ort-int4", "export ort-int8", "export ort-fp32"}
+    assert len({row["model"] for row in rows}) >= 5
+    for row in rows:
+        assert abs(row["predicted_bytes"] / row["measured_bytes"] - 1) <= 0.10, row
+        assert row["measured_bytes"] <= row["high_bytes"], row
+
+
+def test_the_quantiser_holds_what_the_closed_form_says() -> None:
+    """onnxruntime's own round-to-nearest on one matrix, its numpy arrays counted by tracemalloc."""
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor
+
+    weight = numpy.random.default_rng(0).standard_normal((1024, 1024)).astype(numpy.float32)
+    tracemalloc.start()
+    quant_tensor(weight.T, 4, 32, "asym", "uint")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / weight.size == pytest.approx(stages.ROUNDING_BYTES - 4, rel=0.05)  # 4: the weight itself
+
+
+@pytest.mark.parametrize("settings", [{"tuner": "lora"}, {"tuner": "lora", "rank": 24}, {"tuner": "full"}])
+def test_a_merge_needs_what_was_planned(
+    settings: dict[str, Any],
+    plan_file: Any,  # noqa: F811
+    checkpoint_folder: Path,
+    tmp_path: Path,
+) -> None:
+    path = plan_file(max_steps=1, **settings)
+    run(path, tmp_path / "train")
+    source = Checkpoint(checkpoint_folder)
+    needs = peak_above_baseline(source, Change(tmp_path / "train", source, tied=False))
+    planned = phase(Plan.read(path), "merge")
+    assert planned.expected_bytes - term(planned, "process") == needs
+
+
+def test_a_stage_that_this_machine_cannot_hold_is_refused(
+    plan_file: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from edgeft.export import export
+    from edgeft.target import load_target
+
+    run(plan_file(max_steps=1), tmp_path / "train")
+    merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemAvailable: 65536 kB\n")
+    (proc / "self" / "status").write_text("RssAnon: 1024 kB\n")
+    monkeypatch.setattr(budget, "PROC", proc)
+    monkeypatch.setattr(budget, "CGROUP", tmp_path / "no cgroup")
+    wanted = (
+        r"needs .* MiB, this process can have 65.0 MiB \(what is available now \(MemAvailable\)\)\n\nhint: copy the"
+    )
+    with pytest.raises(DoesNotFit, match="^merge: " + wanted):
+        merge(tmp_path / "train", tmp_path / "again", wise_alpha=1.0, progress=silent)
+    with pytest.raises(DoesNotFit, match="^export: build: " + wanted):
+        export(tmp_path / "merged", load_target("ort-int4"), tmp_path / "bundle", device=None, progress=silent)
+    assert not (tmp_path / "again").exists() and not (tmp_path / "bundle").exists()
+
+
+def test_an_export_takes_target_and_device_from_the_plan(
+    plan_file: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from typer.testing import CliRunner
+
+    from edgeft import export as module
+    from edgeft.cli import app
+
+    run(plan_file(max_steps=1, target="ort-int8", device="laptop-16gb"), tmp_path / "train")
+    merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
+    asked: list[tuple[str, str | None]] = []
+
+    def stand_in(merged: Path, target: Any, out: Path, *, device: str | None, progress: Any) -> None:
+        asked.append((target.name, device))
+        raise BadInput("test", "asked enough")
+
+    monkeypatch.setattr(module, "export", stand_in)
+    CliRunner().invoke(app, ["export", str(tmp_path / "merged")])
+    CliRunner().invoke(app, ["export", str(tmp_path / "merged"), "--target", "ort-fp32"])
+    assert asked == [("ort-int8", "laptop-16gb"), ("ort-fp32", "laptop-16gb")]
+    assert sha256_file(tmp_path / "merged" / "merged.json")
+
+
+def test_resuming_reads_the_whole_checkpoint(plan_file: Any, tmp_path: Path) -> None:  # noqa: F811
+    """The state file that a run leaves is as large as the term of its plan says."""
+    path = plan_file(max_steps=4, checkpoint_steps=2, tuner="full")
+    written: list[int] = []
+
+    def note(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        written.extend(file.stat().st_size for file in tmp_path.glob(".train.work/step-*/state.pt"))
+
+    run(path, tmp_path / "train", progress=note)
+    planned = term(phase(Plan.read(path), "resume"), "state file")
+    assert written and max(written) <= planned <= max(written) + 128 * 1024
+    assert planned == pytest.approx(12 * Plan.read(path).spec.total_parameters, rel=0.1)
+
+
+def test_a_cast_of_the_base_counts_on_a_gpus_host() -> None:
+    made = plan(SMALL, "t4", base_precision="fp16")
+    found = phase(made, "load")
+    assert term(found, "weights") == made.spec.total_parameters * 2  # bf16 on disk, fp16 in memory
+    assert term(found, "weight file") == made.spec.total_parameters * 2
+    assert torch.bfloat16.itemsize == 2 and made.spec.dtype == "bfloat16"
+    assert found.high_bytes - found.expected_bytes > 16 * MIB
+
+
+def test_paged_states_are_the_hosts() -> None:
+    made = plan(LLAMA, "t4", optimizer="paged_adamw8bit", rank=8)
+    paged = term(phase(made, "train", "host"), "paged states")
+    parameters = 32 * 8 * sum(part.in_features + part.out_features for part in made.spec.linears)
+    assert paged == int(parameters * 2 * (1 + 4 / 256))
+    assert term(phase(plan(LLAMA, "t4", optimizer="adamw8bit"), "train", "host"), "paged states") == 0
