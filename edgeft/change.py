@@ -107,9 +107,9 @@ class Change:
         self._whole: dict[str, tuple[Source, str]] = {}  # what replaces a tensor
         self._follows: set[str] = set()  # trained tokens: PEFT lets a tied head follow them
         self._problems: list[str] = []
-        self._embedding = next((name for name in base.owner if name.endswith(EMBEDDINGS)), None)
+        self.embedding = next((name for name in base.owner if name.endswith(EMBEDDINGS)), None)
         self._head = next((name for name in base.owner if name.endswith(HEADS)), None)
-        self._tied = tied and self._embedding is not None
+        self._tied = tied and self.embedding is not None
         together = True  # whether head and embedding trained as one tensor
         if (tuned / "adapter_config.json").is_file():
             together = self._read_adapter()
@@ -159,7 +159,7 @@ class Change:
     def _stored_shape(self, found: str | None) -> tuple[int, ...]:
         if found is None:
             return ()
-        return self.base.shape(found if found in self.base else self._embedding or found)
+        return self.base.shape(found if found in self.base else self.embedding or found)
 
     def _add(self, name: str, shape: tuple[int, ...], step: Step, factor_bytes: int = 0) -> str | None:
         """Let `step` change tensor `name`, after what changes it already; its name in the base."""
@@ -281,7 +281,7 @@ class Change:
 
     def _tie(self, together: bool) -> None:
         """Give the head and embedding of a tied base one change, or name the head as no longer tied."""
-        embedding, head = self._embedding, self._head
+        embedding, head = self.embedding, self._head
         assert embedding is not None
         changed = [name for name in (embedding, head) if name in self.steps and name is not None]
         if not changed:

@@ -280,23 +280,66 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="base model, for an adapter or checkpoint that edgeft did not train")
     ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="measure shares from 0 to 1 and choose one")] = False,
+    select: Annotated[
+        str | None, typer.Option(help="best: on the task; bounded: best that keeps general text; fixed: --wise-alpha")
+    ] = None,
+    general: Annotated[str | None, typer.Option(help="data file of text as the base knows it, for --sweep")] = None,
+    max_general_increase: Annotated[
+        float | None, typer.Option(help="nats per token that general text may lose under --select bounded; 0.1")
+    ] = None,
+    golden: Annotated[bool, typer.Option("--golden", help="search the share, instead of every tenth")] = False,
+    target: Annotated[str | None, typer.Option(help="whose rounding --sweep simulates; ort-int4")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw the sweep, as an SVG file")] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
-    target = out or trained.parent / "merged"
-    path = target / "merged.json"
+    folder = out or trained.parent / "merged"
     digest = _digest(trained, base)
-    if _current(path, digest) and json.loads(path.read_text())["wise_alpha"] == wise_alpha:
-        say(f"{target} is up to date")
+    options = {
+        "select": select, "general": general, "max_general_increase_nats": max_general_increase, "golden": golden,
+        "target": target, "wise_alpha": wise_alpha,
+    }  # fmt: skip
+    if sweep and base is not None:
+        raise BadInput("--sweep", "needs the validation rows of `edgeft train`", "leave out --base")
+    if not sweep and any((select, general, max_general_increase, golden, target, plot)):
+        raise BadInput("--select, --general, --golden, --target, --plot", "belong to a sweep", "add --sweep")
+    texts = sha256_file(Path(general)) if general and Path(general).is_file() else ""
+    request = sha256_json([digest, options, texts])
+    held = json.loads((folder / "merged.json").read_text()) if _current(folder / "merged.json", digest) else {}
+    swept = (held.get("sweep") or {}).get("request_sha256")
+    if swept == request if sweep else held.get("wise_alpha") == wise_alpha:
+        say(f"{folder} is up to date")
         return
-    _replaceable(target, "merged.json")
+    _replaceable(folder, "merged.json")
     from edgeft.merge import merge as run
     from edgeft.report import merge_text
 
     with Reporter() as progress:
-        merged = run(trained, target, wise_alpha=wise_alpha, progress=progress, base=base, input_sha256=digest)
-    show(as_json, merged, merge_text(merged))
+        found = _sweep(trained, options, request, plot, progress) if sweep else None
+        alpha = found.wise_alpha if found else wise_alpha
+        made = run(trained, folder, wise_alpha=alpha, progress=progress, base=base, input_sha256=digest, sweep=found)
+    show(as_json, made, merge_text(made))
+
+
+def _sweep(trained: Path, options: dict[str, Any], request: str, plot: Path | None, progress: Reporter) -> Any:
+    """Measure and choose a share; the table goes to stderr, since stdout is the merge's."""
+    from edgeft.report import sweep_text
+    from edgeft.sweep import sweep as run
+    from edgeft.target import load_target
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.setdefault("select", "best") not in ("best", "bounded", "fixed"):
+        raise BadInput("--select", f"must be best, bounded or fixed, got {given['select']!r}")
+    target = load_target(given.pop("target", "ort-int4"))
+    found = run(trained, target, **given, request_sha256=request, progress=progress)
+    if plot is not None:
+        from edgeft.plots import plot_sweep
+
+        plot_sweep(found, plot)
+    stderr.print(sweep_text(found))
+    return found
 
 
 def _digest(trained: Path, base: str | None) -> str:

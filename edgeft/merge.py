@@ -15,10 +15,11 @@ import torch
 
 from edgeft import disk, ledger, stages
 from edgeft.artifacts import Artifact, sha256_file, staging, versions
-from edgeft.change import EMBEDDINGS, Change, Rows, blocks, read_adapter_config
+from edgeft.change import Change, Rows, blocks, read_adapter_config
 from edgeft.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
 from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
+from edgeft.scores import Sweep
 from edgeft.train import TrainResult
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -47,9 +48,10 @@ class MergedForeign(Merged):
 
 
 class MergedCheckpoint(Merged):
-    """merged.json of what `edgeft train` made."""
+    """merged.json of what `edgeft train` made, and the sweep that chose the share, where one did."""
 
     train: TrainResult
+    sweep: Sweep | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -84,6 +86,7 @@ def merge(
     progress: Progress,
     base: str | None = None,
     input_sha256: str = "",
+    sweep: Sweep | None = None,
 ) -> Merged:
     """Write the merged checkpoint, a standard folder, to `out`.
 
@@ -104,7 +107,7 @@ def merge(
     changes = [] if wise_alpha == 0.0 else sorted(change.steps.keys() & source.owner.keys())
     untied = change.untied if wise_alpha else None
     if untied is not None:
-        add_head(source, untied)
+        add_head(source, untied, str(change.embedding))
         changes = sorted(change.steps.keys() & source.owner.keys())
     cpu = torch.device("cpu")
     ledger.reset_peak(cpu)
@@ -141,7 +144,7 @@ def merge(
         }
         merged: Merged
         if result is not None:
-            merged = MergedCheckpoint(**facts, train=result)
+            merged = MergedCheckpoint(**facts, train=result, sweep=sweep)
         else:
             merged = MergedForeign(**facts, base=model, tuned=str(trained))
         merged.write(temporary / "merged.json")
@@ -178,11 +181,10 @@ def peak_above_baseline(source: Checkpoint, change: Change) -> int:
     )
 
 
-def add_head(source: Checkpoint, head: str) -> None:
+def add_head(source: Checkpoint, head: str, embedding: str) -> None:
     """Give a tied checkpoint a head of its own, which so far reads the embedding's bytes."""
     if head in source:
         return
-    embedding = next(name for name in source.owner if name.endswith(EMBEDDINGS))
     file = source.owner[embedding]
     file.entries[head] = dict(file.entries[embedding])
     source.owner[head] = file

@@ -13,7 +13,7 @@ from edgeft.disk import total
 from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
-from edgeft.scores import Importance, Metrics, Proof
+from edgeft.scores import Importance, Metrics, Proof, Sweep
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -385,3 +385,19 @@ def survival_text(survival: Survival) -> RenderableType:
         cells = (f"{tensor.delta_in_steps:.3f}", f"{100 * tensor.codes_changed:.1f}%", f"{tensor.cosine:.3f}")
         worst.add_row(name, *cells)
     return Group(table, worst) if survival.promote else Group(table)
+
+
+def sweep_text(sweep: Sweep) -> RenderableType:
+    """A line per share: task and general text as merged and as rounded, the chosen one marked."""
+    title = f"{sweep.task_rows}" + (f", {sweep.general_rows}" if sweep.general_rows else "")
+    columns = ("wise_alpha", "task loss", "exact match", "general loss")
+    table = _table(*columns, *(f"{name}, {sweep.target}" for name in columns[1:]), "", title=title)
+    for point in sweep.points:
+        cells = []
+        for task, general in ((point.task, point.general), (point.rounded_task, point.rounded_general)):
+            loss, _, exact = metrics_cells(task) if task else ("-", "", "-")
+            cells += [loss, exact, f"{general.loss:.4f}" if general else "-"]
+        marks = ["taken"] if point.wise_alpha == sweep.wise_alpha else []
+        marks += ["Pareto"] if sweep.general_rows and point.wise_alpha in sweep.pareto else []
+        table.add_row(f"{point.wise_alpha:g}", *cells, ", ".join(marks))
+    return Group(table, Text(f"wise_alpha {sweep.wise_alpha:g} ({sweep.select}): {sweep.why}"))

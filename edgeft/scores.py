@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from edgeft.artifacts import Strict
 from edgeft.settings import LayerScore
+
+Select = Literal["best", "bounded", "fixed"]
 
 
 class Metrics(Strict):
@@ -73,3 +79,34 @@ class Importance(Strict):
     chosen: tuple[int, ...] = ()
     top: tuple[int, ...] = ()
     random: tuple[int, ...] = ()
+
+
+class SweepPoint(Strict):
+    """The model at one share of its change, as merged and as rounded for a target; None: not measured."""
+
+    wise_alpha: float
+    task: Metrics
+    general: Metrics | None
+    rounded_task: Metrics | None
+    rounded_general: Metrics | None
+
+    @property
+    def shipped(self) -> tuple[Metrics, Metrics | None]:
+        """(task, general) of what the device would run."""
+        return (self.rounded_task, self.rounded_general) if self.rounded_task else (self.task, self.general)
+
+
+class Sweep(Strict):
+    """How task and general text fare along W0 + a (Wft - W0), and which share was taken."""
+
+    request_sha256: str = Field(description="of everything that was asked for: another request, another sweep")
+    select: Select
+    wise_alpha: float = Field(description="the share that was taken")
+    why: str
+    target: str = Field(description="whose rounding was simulated")
+    task_rows: str
+    general_rows: str | None
+    max_general_increase_nats: float = Field(description="over the base, for select = bounded")
+    points: tuple[SweepPoint, ...]
+    pareto: tuple[float, ...] = Field(description="shares that no other beats in task and general loss together")
+    seconds: float

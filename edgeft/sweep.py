@@ -1,0 +1,228 @@
+"""Which share of a fine-tune is worth taking? Task and general text along W0 + a (Wft - W0), also as rounded.
+
+One model is held in fp32 and moved from share to share: each share costs a pass over the base's file and the scoring,
+no merge and no export. What rounding does is `rounding.round_model`, which gives the artifact's own weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeft.architectures import find_parts
+from edgeft.change import Change, find_tensor
+from edgeft.checkpoint import Checkpoint, load_plain, local_folder
+from edgeft.data import Sample, TextTokenizer, read_rows, to_samples
+from edgeft.errors import BadInput
+from edgeft.evaluate import evaluate
+from edgeft.merge import blend, check_alpha
+from edgeft.rounding import round_model
+from edgeft.scores import Metrics, Select, Sweep, SweepPoint
+from edgeft.target import Target
+from edgeft.train import Data, TrainResult
+
+GRID = tuple(round(0.1 * i, 1) for i in range(11))
+GOLDEN = (5**0.5 - 1) / 2
+GOLDEN_STEPS = 7  # the best share is then known to 0.06
+GENERAL_TOKENS = 512  # longest general text
+# how much worse per token general text may become under `bounded`: a tenth of a nat is 10% in perplexity
+MAX_GENERAL_INCREASE_NATS = 0.1
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+def sweep(
+    trained: Path,
+    target: Target,
+    *,
+    select: Select,
+    wise_alpha: float = 1.0,
+    general: str | None = None,
+    max_general_increase_nats: float = MAX_GENERAL_INCREASE_NATS,
+    golden: bool = False,
+    request_sha256: str = "",
+    progress: Progress = lambda *_: None,
+) -> Sweep:
+    """Measure shares of what `edgeft train` wrote, on a grid of tenths or by golden-section search, and choose one.
+
+    `wise_alpha` is measured too, and taken under select = fixed. `general` is a data file of text as the base was
+    trained on. Raises BadInput when bounded is asked for without it, and for what Data.read and Change refuse.
+    """
+    check_alpha(wise_alpha)
+    if select == "bounded" and general is None:
+        hint = "name text as the base knows it: --general FILE"
+        raise BadInput("--select bounded", "needs general text to bound the loss on", hint)
+    started = time.monotonic()
+    result = TrainResult.read(trained / "train.json")
+    data = Data.read(result.plan)
+    rows = data.valid[: result.plan.training.eval_rows]
+    texts = general_samples(general, data.tokenizer, result.plan.training.eval_rows) if general else []
+    folder = local_folder(result.plan.job.model)
+    line = Line(trained, folder, tied=result.plan.spec.tie_word_embeddings)
+    points: dict[float, SweepPoint] = {}
+    total = GOLDEN_STEPS + 3 if golden else len({*GRID, wise_alpha})
+
+    def measure(share: float) -> SweepPoint:
+        if share not in points:
+            progress("sweep", len(points), total, {})
+            line.move_to(share)
+            scores = [_score(line.model, rows, data.tokenizer), _score(line.model, texts, data.tokenizer)]
+            rounded: list[Metrics | None] = [None, None]
+            if round_model(line.model, target):
+                rounded = [_score(line.model, rows, data.tokenizer), _score(line.model, texts, data.tokenizer)]
+            assert scores[0] is not None  # a job without validation rows holds some out
+            points[share] = SweepPoint(
+                wise_alpha=share, task=scores[0], general=scores[1],
+                rounded_task=rounded[0], rounded_general=rounded[1],
+            )  # fmt: skip
+        return points[share]
+
+    base = measure(0.0)
+    measure(wise_alpha)
+    if golden:
+        measure(1.0)
+
+        def loss(share: float) -> float:
+            point = measure(share)
+            allowed = select != "bounded" or general_increase(point, base) <= max_general_increase_nats
+            return point.shipped[0].loss if allowed else float("inf")
+
+        golden_section(loss, GOLDEN_STEPS)
+    else:
+        for share in GRID:
+            measure(share)
+    progress("sweep", total, total, {})
+    curve = tuple(points[share] for share in sorted(points))
+    chosen, why = choose(curve, select, wise_alpha, max_general_increase_nats)
+    return Sweep(
+        request_sha256=request_sha256,
+        select=select,
+        wise_alpha=chosen,
+        why=why,
+        target=target.name,
+        task_rows=f"{len(rows)} validation rows",
+        general_rows=f"{len(texts)} rows of {general}" if general else None,
+        max_general_increase_nats=max_general_increase_nats,
+        points=curve,
+        pareto=pareto(curve),
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+class Line:
+    """A model on the line between base and fine-tuned: its weights are what a merge at that share stores."""
+
+    def __init__(self, tuned: Path, base: Path, *, tied: bool) -> None:
+        self.base = Checkpoint(base)
+        self.change = Change(tuned, self.base, tied=tied)
+        self.model: Any = load_plain(base)
+        if self.change.untied is not None:
+            head = self.model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        self.tensors: list[tuple[Any, str, str]] = []  # parameter, its name in the change, where the base keeps it
+        for name, parameter in self.model.named_parameters():
+            own = find_tensor(self.base, name)
+            stored = own or self.change.embedding
+            assert stored is not None  # only an untied head has no tensor of its own
+            self.tensors.append((parameter, own or str(self.change.untied), stored))
+
+    @torch.no_grad()
+    def move_to(self, wise_alpha: float) -> None:
+        """Give every parameter its value at that share, rounded to the base's dtype as `merge` does."""
+        for parameter, name, source in self.tensors:
+            stored = self.base.read(source)
+            if wise_alpha and name in self.change:
+                blend(stored, self.change.open(name, stored), wise_alpha)
+            parameter.copy_(stored)
+
+
+def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sample]:
+    """The first rows of a data file as samples that train every token, cut to GENERAL_TOKENS."""
+    samples = to_samples(read_rows(source, tokenizer)[:rows], tokenizer, GENERAL_TOKENS)
+    return [sample for sample in samples if sample.trained_tokens]
+
+
+def _score(model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer) -> Metrics | None:
+    if not samples:
+        return None
+    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu"))
+
+
+def general_increase(point: SweepPoint, base: SweepPoint) -> float:
+    """Nats per token by which general text is worse than with the base, both as shipped; 0 when not measured."""
+    return general_loss(point) - general_loss(base)
+
+
+def choose(
+    curve: Sequence[SweepPoint], select: Select, fixed: float, max_general_increase_nats: float
+) -> tuple[float, str]:
+    """(share, why). Scores are those after rounding, where that was measured.
+
+    best: the highest exact match; whatever lies within one standard error of it counts as equal, and of those the
+    one that keeps general text best is taken, or without general text the one of lowest loss. Rows without a prompt
+    have no exact match: the lowest loss. bounded: the same among the shares whose general loss is at most so many
+    nats above the base's; the base is always among them. fixed: as given.
+    """
+    if select == "fixed":
+        return fixed, "as given"
+    base = min(curve, key=lambda point: point.wise_alpha)
+    allowed = [
+        point for point in curve if select == "best" or general_increase(point, base) <= max_general_increase_nats
+    ]
+    scored = [point for point in allowed if point.shipped[0].exact_match is not None]
+    equal, least, why = allowed, task_loss, "lowest loss"
+    if scored:
+        best = max(point.shipped[0].exact_match or 0.0 for point in scored)
+        error = (best * (1 - best) / scored[0].shipped[0].rows) ** 0.5
+        equal = [point for point in scored if (point.shipped[0].exact_match or 0.0) >= best - error]
+        if all(point.shipped[1] is not None for point in equal):
+            least, why = general_loss, "lowest general loss"
+        why += f" of {len(equal)} within one standard error ({100 * error:.1f} points) of the best exact match"
+    chosen = min(equal, key=lambda point: (least(point), point.wise_alpha))
+    if select == "bounded":
+        why += f", general loss at most {max_general_increase_nats:g} nats over the base's"
+        why += f" ({len(allowed)} of {len(curve)} shares)"
+    return chosen.wise_alpha, why
+
+
+def task_loss(point: SweepPoint) -> float:
+    return point.shipped[0].loss
+
+
+def general_loss(point: SweepPoint) -> float:
+    return point.shipped[1].loss if point.shipped[1] is not None else 0.0
+
+
+def pareto(curve: Sequence[SweepPoint]) -> tuple[float, ...]:
+    """Shares that no other share beats in task loss and general loss together, as shipped; all without general text."""
+
+    def beaten(point: SweepPoint) -> bool:
+        mine = task_loss(point), general_loss(point)
+        others = [(task_loss(other), general_loss(other)) for other in curve]
+        return any(other[0] <= mine[0] and other[1] <= mine[1] and other != mine for other in others)
+
+    return tuple(point.wise_alpha for point in curve if not beaten(point))
+
+
+def golden_section(loss: Callable[[float], float], steps: int) -> float:
+    """Where a function with one valley on 0 to 1 is lowest, to 0.618^steps; infinite values lie beyond the valley.
+
+    Shares are rounded to thousandths, so that they can be named and asked for again.
+    """
+    low, high = 0.0, 1.0
+    left, right = round(high - GOLDEN * (high - low), 3), round(low + GOLDEN * (high - low), 3)
+    at_left, at_right = loss(left), loss(right)
+    for _ in range(steps - 1):
+        if at_left <= at_right:  # also where both are infinite: what breaks the bound is the larger share
+            high, right, at_right = right, left, at_left
+            left = round(high - GOLDEN * (high - low), 3)
+            at_left = loss(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = round(low + GOLDEN * (high - low), 3)
+            at_right = loss(right)
+    return left if at_left <= at_right else right
