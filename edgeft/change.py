@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,16 @@ import torch
 
 from edgeft.checkpoint import Checkpoint, TensorFile
 from edgeft.errors import BadInput
+from edgeft.peft_folder import (
+    BY_PEFT,
+    PART,
+    AdapterFile,
+    adapter_file,
+    folded_by_peft,
+    lora_scale,
+    read_adapter_config,
+    token_indices,
+)
 from edgeft.stages import BLOCK_BYTES
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
@@ -24,55 +33,7 @@ CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
-MAY_FOLD = ("LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS")
-CANNOT_FOLD = {
-    "PREFIX_TUNING": "prefix tuning puts keys and values before the sequence, which no weight holds",
-    "PROMPT_TUNING": "prompt tuning puts virtual tokens before the input, which no weight holds",
-    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning puts virtual tokens before the input, which no weight holds",
-    "P_TUNING": "p-tuning puts virtual tokens before the input, which no weight holds",
-    "CPT": "context-aware prompt tuning puts virtual tokens before the input, which no weight holds",
-    "CARTRIDGE": "a cartridge is a key-value cache before the sequence, which no weight holds",
-    "ADAPTION_PROMPT": "an adaption prompt adds gated attention to extra tokens, which no weight holds",
-    "XLORA": "X-LoRA mixes its adapters anew for every token",
-    "POLY": "Poly mixes its adapters by task",
-    "BOTTLENECK": "a bottleneck adapter has a non-linearity between its layers, which no weight holds",
-}
-LORA_CANNOT_FOLD = {
-    "alora_invocation_tokens": "activated LoRA works only after its invocation tokens",
-    "arrow_config": "Arrow chooses its adapters anew for every token",
-    "use_qalora": "QALoRA pools its inputs, for a base quantised in groups",
-    "kasa_config": "KaSA begins by cutting the base's own weights",
-    "use_bdlora": "block-diagonal LoRA stores its factors in another form",
-    "layer_replication": "the adapter's model has layers that the base has not",
-    "target_parameters": "the adapter changes single parameters of mixture-of-experts layers",
-}
-# initialisations of LoRA that take the adapter's first value out of the base's weights
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l"
-    r"|(?:token_adapter\.)?trainable_tokens_delta)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
-)
-
-
-class PickledFile:
-    """adapter_model.bin as older tools wrote it, read without running anything in it. Raises BadInput."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.entries: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
-            reason = (str(problem) or type(problem).__name__).splitlines()[0]
-            raise BadInput(path, f"cannot be read: {reason:.200}", "save the adapter as safetensors") from None
-
-    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        return self.entries[name][rows] if self.entries[name].ndim else self.entries[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.entries[name].shape)
-
-
-Source = TensorFile | Checkpoint | PickledFile
+Source = AdapterFile | Checkpoint
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -195,17 +156,18 @@ class Change:
         """Add the steps of an adapter; whether it says that a tied head and embedding trained as one."""
         config = read_adapter_config(self.folder)
         self.kind = config["peft_type"]
-        path = self.folder / "adapter_model.safetensors"
-        source: TensorFile | PickledFile
-        if not path.is_file() and (self.folder / "adapter_model.bin").is_file():
-            source = PickledFile(self.folder / "adapter_model.bin")
-        else:
-            source = TensorFile(path)
+        if self.kind in BY_PEFT:
+            for name, tensor in folded_by_peft(self.folder, self.base.folder).items():
+                self._add(name, tuple(tensor.shape), _stored(tensor))
+            if self._tied and self.steps.keys() & {self.embedding, self._head}:
+                self._problems.append(f"{self.embedding}: {self.kind} on an embedding that is also the head")
+            return True
+        source = adapter_file(self.folder)
         modules: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
         for key in source.entries:
             name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)\.", r"\1", key).removeprefix("base_model.model.")
-            if match := _PART.fullmatch(name):
+            if match := PART.fullmatch(name):
                 part = match["part"].removeprefix("token_adapter.") + (".bias" if match["leaf"] == "bias" else "")
                 modules.setdefault(match["module"], {})[part] = key
             else:
@@ -216,9 +178,7 @@ class Change:
             self._add_module(module, parts, source, config)
         return bool(config.get("ensure_weight_tying"))
 
-    def _add_module(
-        self, module: str, parts: dict[str, str], source: TensorFile | PickledFile, config: dict[str, Any]
-    ) -> None:
+    def _add_module(self, module: str, parts: dict[str, str], source: AdapterFile, config: dict[str, Any]) -> None:
         """Add the steps of one adapted module: its weight's, and its bias's where that changes too."""
         weight = module + ".weight"
         have = parts.keys() - {"lora_magnitude_vector"}
@@ -266,7 +226,7 @@ class Change:
             if not of_inputs and self._find(module + ".bias"):
                 self._add(module + ".bias", (length,), _multiply(lambda: read("ia3_l").flatten(), 0))
         elif have == {"trainable_tokens_delta"}:
-            indices = _token_indices(config, module)
+            indices = token_indices(config, module)
             stored = self._stored_shape(self._find(weight))
             count, width = shapes["trainable_tokens_delta"][:2]
             fits = stored[1:] == (width,) and len(indices) == count and max(indices, default=0) < stored[0]
@@ -300,42 +260,6 @@ class Change:
                 self.steps.pop(name, None)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json with its peft_type. Raises BadInput with the reason when no weight can hold the adapter."""
-    path = folder / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        # AdapterHub's bottleneck adapters have no peft_type, but name their non-linearity
-        kind = str(config.get("peft_type") or ("BOTTLENECK" if "non_linearity" in str(config) else "an unknown kind"))
-    except (OSError, ValueError, AttributeError) as problem:
-        raise BadInput(path, f"is no adapter's configuration: {problem}") from None
-    reasons = [] if kind in MAY_FOLD else [CANNOT_FOLD.get(kind, f"{kind} is not known here")]
-    reasons += [reason for key, reason in LORA_CANNOT_FOLD.items() if config.get(key)]
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(CHANGES_BASE):
-        reasons.append(f"{start} begins by changing the base's own weights")
-    if reasons:
-        hint = "merge it with PEFT (merge_and_unload, save_pretrained) and give that folder, with --base"
-        if kind in CANNOT_FOLD:
-            hint = "train LoRA, DoRA, IA3 or full weights for a model that is to be merged"
-        raise BadInput(folder, "is an adapter that cannot be merged: " + "; ".join(reasons), hint)
-    return {**config, "peft_type": kind}
-
-
-def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / r, alpha / sqrt(r) for rsLoRA, alpha / initial r for AdaLoRA; alpha_pattern's first match wins."""
-    alpha = float(config.get("lora_alpha") or 0.0)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
-    if config["peft_type"] == "ADALORA":  # PEFT divides by the rank it began with, plus 1e-5
-        return (alpha if alpha > 0 else float(rank)) / (float(config.get("init_r", rank)) + 1e-5)
-    if rank == 0:
-        return 0.0
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-
 def _model_type(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text()).get("model_type"))
@@ -353,14 +277,6 @@ def _head_name(folder: Path) -> str:
     return str(next(name for name, module in model.named_modules() if module is head)) + ".weight"
 
 
-def _token_indices(config: dict[str, Any], module: str) -> list[int]:
-    """The rows that were trained, of PEFT's two ways to say so."""
-    named = config.get("trainable_token_indices") or config.get("token_indices") or []
-    if isinstance(named, dict):
-        named = next((rows for layer, rows in named.items() if module == layer or module.endswith("." + layer)), [])
-    return list(named)
-
-
 def _equal(one: tuple[Source, str], other: tuple[Source, str]) -> bool:
     """Whether two stored tensors hold the same values."""
     (first, a), (second, b) = one, other
@@ -368,6 +284,11 @@ def _equal(one: tuple[Source, str], other: tuple[Source, str]) -> bool:
     return shape == second.shape(b) and all(
         torch.equal(first.read(a, part), second.read(b, part)) for part in blocks(shape)
     )
+
+
+def _stored(tensor: torch.Tensor) -> Step:
+    """A tensor whose new value is at hand."""
+    return lambda rows, count: lambda part: tensor[part]
 
 
 def _low_rank(

@@ -13,7 +13,6 @@ from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
-from edgeft.change import lora_scale, read_adapter_config
 from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
 from edgeft.costs import Question
 from edgeft.data import Row, TextTokenizer, read_rows
@@ -30,6 +29,7 @@ from edgeft.parity import (
     score_artifact,
     score_model,
 )
+from edgeft.peft_folder import lora_scale, read_adapter_config
 from edgeft.sbom import BASE, Component, model_licence
 from edgeft.scores import Metrics, Proof, Rung
 from edgeft.stages import PARITY_PROMPTS, target_device

@@ -18,17 +18,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from edgeft.change import CANNOT_FOLD, CHANGES_BASE, LORA_CANNOT_FOLD, find_tensor
+from edgeft.change import find_tensor
 from edgeft.checkpoint import Checkpoint, local_folder
 from edgeft.errors import BadInput
+from edgeft.peft_folder import BY_PEFT, CANNOT_FOLD, CHANGES_BASE, LORA_CANNOT_FOLD, MAY_FOLD
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # PEFT types whose layers compute W x + b with some W and b: each is tested against PEFT's own merge
-LINEAR = (
-    "LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING",
-    "TRAINABLE_TOKENS", "MISS", "C3A", "WAVEFT", "SHIRA", "DELORA", "RANDLORA", "VBLORA", "ROAD",
-)  # fmt: skip
+LINEAR = (*MAY_FOLD, *BY_PEFT)
 
 
 @contextlib.contextmanager

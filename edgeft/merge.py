@@ -15,10 +15,11 @@ import torch
 
 from edgeft import disk, ledger, stages
 from edgeft.artifacts import Artifact, sha256_file, staging, versions
-from edgeft.change import Change, Rows, blocks, read_adapter_config
+from edgeft.change import Change, Rows, blocks
 from edgeft.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
 from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
+from edgeft.peft_folder import read_adapter_config
 from edgeft.scores import Sweep
 from edgeft.train import TrainResult
 
@@ -103,14 +104,13 @@ def merge(
     source = Checkpoint(folder)
     spec = result.plan.spec if result else read_model_spec(str(folder))
     disk.require(disk.merge_disk(spec), out)
+    ledger.reset_peak(torch.device("cpu"))
     change = Change(trained, source, tied=spec.tie_word_embeddings)
     changes = [] if wise_alpha == 0.0 else sorted(change.steps.keys() & source.owner.keys())
     untied = change.untied if wise_alpha else None
     if untied is not None:
         add_head(source, untied, str(change.embedding))
         changes = sorted(change.steps.keys() & source.owner.keys())
-    cpu = torch.device("cpu")
-    ledger.reset_peak(cpu)
     predicted = ledger.rss_bytes() + peak_above_baseline(source, change)
     stages.check_host("merge", predicted)
     moved = total = 0.0

@@ -122,6 +122,26 @@ UNTIED = {"tied: lora of embedding", "tied: lora of head", "tied: embedding save
 PEFT_FOLDS_TWICE = {"tied: lora of embedding", "tied: lora of head", "tied: lora of both", "gpt2: lora of head"}
 
 
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LOHA": ("LoHaConfig", {"r": 2}),
+    "LOKR": ("LoKrConfig", {"r": 2}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "VERA": ("VeraConfig", {"r": 4}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 20}),
+    "LN_TUNING": ("LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
+    "MISS": ("MissConfig", {"r": 4}),
+    "C3A": ("C3AConfig", {"block_size": 16}),
+    "WAVEFT": ("WaveFTConfig", {"n_frequency": 20}),
+    "SHIRA": ("ShiraConfig", {"r": 2}),
+    "DELORA": ("DeloraConfig", {"r": 4}),
+    "RANDLORA": ("RandLoraConfig", {"r": 4}),
+    "VBLORA": ("VBLoRAConfig", {"r": 4, "num_vectors": 24, "vector_length": 8}),
+    "ROAD": ("RoadConfig", {"group_size": 16}),
+}
+
+
 def peft_model(case: str, folder: Path, inject: bool = False) -> Any:
     """A live PEFT model of the case on the base in `folder`, everything that trains moved away from its start."""
     from peft import get_peft_model, inject_adapter_in_model
@@ -177,6 +197,22 @@ def test_folded_as_the_live_model_computes(case: str, bases: dict[str, Path], tm
     mine = reloaded.state_dict()
     for name, tensor in by_peft.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_rarer_kinds_are_folded_by_peft_itself(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    import peft
+
+    name, options = OTHERS[kind]
+    config = getattr(peft, name)(**{"target_modules": ["q_proj", "o_proj"], **options})
+    model = peft.get_peft_model(load_plain(bases["llama"]), config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shaken(model, lambda name: name in trained, by=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    live = logits(model.eval())
+    merged = merge(tmp_path / "adapter", tmp_path / "1", wise_alpha=1.0, progress=silent, base=str(bases["llama"]))
+    assert merged.kind == kind and merged.changed_tensors >= 3
+    torch.testing.assert_close(logits(load_plain(tmp_path / "1")), live, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_change_no_result(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +365,15 @@ def test_dora_without_its_magnitudes(bases: dict[str, Path], tmp_path: Path) -> 
     folder = adapter(tmp_path / "adapter", {**LORA, "use_dora": True}, FACTORS)
     with pytest.raises(BadInput, match="q_proj: DoRA's magnitudes are missing"):
         Change(folder, Checkpoint(bases["llama"]), tied=False)
+
+
+def test_peft_says_why_it_cannot_fold(bases: dict[str, Path], tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(load_plain(bases["llama"]), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BadInput, match=r"cannot be folded by PEFT: .*\n\nhint: was it trained on this very base"):
+        Change(tmp_path / "adapter", Checkpoint(bases["gpt2"]), tied=True)
 
 
 def test_what_is_no_adapter_at_all(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_change import IDS, TUNERS, bases, logits, peft_model, shaken  # noqa: F401  (bases is a fixture)
+from test_change import IDS, OTHERS, TUNERS, bases, logits, peft_model, shaken  # noqa: F401  (bases is a fixture)
 from test_train import silent
 
 import edgeft
@@ -72,26 +72,6 @@ def test_wise_is_the_merged_checkpoint(case: str, inject: bool, bases: Bases, tm
     if not needs_base(case):  # the base itself, bit for bit, not only nearly
         with wise(model, 0.0):
             assert torch.equal(logits(model), logits(load_plain(folder)))
-
-
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LOHA": ("LoHaConfig", {"r": 2}),
-    "LOKR": ("LoKrConfig", {"r": 2}),
-    "OFT": ("OFTConfig", {"oft_block_size": 8}),
-    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
-    "VERA": ("VeraConfig", {"r": 4}),
-    "HRA": ("HRAConfig", {"r": 4}),
-    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 20}),
-    "LN_TUNING": ("LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
-    "MISS": ("MissConfig", {"r": 4}),
-    "C3A": ("C3AConfig", {"block_size": 16}),
-    "WAVEFT": ("WaveFTConfig", {"n_frequency": 20}),
-    "SHIRA": ("ShiraConfig", {"r": 2}),
-    "DELORA": ("DeloraConfig", {"r": 4}),
-    "RANDLORA": ("RandLoraConfig", {"r": 4}),
-    "VBLORA": ("VBLoRAConfig", {"r": 4, "num_vectors": 24, "vector_length": 8}),
-    "ROAD": ("RoadConfig", {"group_size": 16}),
-}
 
 
 def test_every_kind_that_counts_as_linear_is_tested() -> None:
