@@ -190,8 +190,11 @@ def timeline(moments: Sequence[Moment], budget_bytes: int) -> str:
     name = f"{moments[peak].phase}: {moments[peak].name}" if moments[peak].phase else moments[peak].name
     side = "left" if peak < len(values) / 2 else "right"
     axes.plot([peak + 0.5], [highest / size], marker="o", markersize=4, color=INK)
-    axes.annotate(f"{name}, {show_bytes(highest)}", (peak + 0.5, highest / size), xytext=(0, 5),
-                  textcoords="offset points", ha=side, fontsize=8, color=INK)  # fmt: skip
+    # above the point, or where it would stand on the limit's line below the curve, led there by a line
+    low = near and 0 <= budget_bytes - highest < 0.12 * end
+    axes.annotate(f"{name}, {show_bytes(highest)}", (peak + 0.5, highest / size), textcoords="offset points",
+                  xytext=((0, -55) if low else (0, 5)), ha=side, fontsize=8, color=INK,
+                  arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.7} if low else None)  # fmt: skip
     if near:
         axes.axhline(budget_bytes / size, color=LIMIT, linestyle=(0, (4, 2)), linewidth=1.4)
         axes.text(0, budget_bytes / size, f" limit {show_bytes(budget_bytes)}", va="bottom", fontsize=8, color=LIMIT,
