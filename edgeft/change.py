@@ -12,6 +12,7 @@ import torch
 
 from edgeft.checkpoint import Checkpoint, TensorFile
 from edgeft.errors import BadInput
+from edgeft.host import BLOCK_BYTES
 from edgeft.peft_folder import (
     BY_PEFT,
     PART,
@@ -22,7 +23,6 @@ from edgeft.peft_folder import (
     read_adapter_config,
     token_indices,
 )
-from edgeft.stages import BLOCK_BYTES
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
 Rows = Callable[[slice], torch.Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 
-from edgeft import disk, stages
+from edgeft import disk, host
 from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle
@@ -17,6 +17,7 @@ from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, 
 from edgeft.costs import Question
 from edgeft.data import Row, TextTokenizer, read_rows
 from edgeft.errors import BadInput, ParityFailed
+from edgeft.host import PARITY_PROMPTS
 from edgeft.memory import Workload
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import (
@@ -32,7 +33,7 @@ from edgeft.parity import (
 from edgeft.peft_folder import lora_scale, read_adapter_config
 from edgeft.sbom import BASE, Component, model_licence
 from edgeft.scores import Metrics, Proof, Rung
-from edgeft.stages import PARITY_PROMPTS, target_device
+from edgeft.stages import target_device
 from edgeft.target import Target
 from edgeft.train import Data, TrainResult
 
@@ -55,9 +56,9 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
     work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
     data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
     question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
-    phases = (stages.build(question, target), stages.prove(question, plan.training, target))
+    phases = (host.build(question, target), host.prove(question, plan.training, target))
     for phase in phases:
-        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase))
+        host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase))
     disk.require(disk.export_disk(plan.spec, target), out)
     data = Data.read(merged.train.plan)
     tokenizer = TextTokenizer(merged_folder)

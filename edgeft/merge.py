@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from edgeft import disk, ledger, stages
+from edgeft import disk, host, ledger
 from edgeft.artifacts import Artifact, sha256_file, staging, versions
 from edgeft.change import Change, Rows, blocks
 from edgeft.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
@@ -112,7 +112,7 @@ def merge(
         add_head(source, untied, str(change.embedding))
         changes = sorted(change.steps.keys() & source.owner.keys())
     predicted = ledger.rss_bytes() + peak_above_baseline(source, change)
-    stages.check_host("merge", predicted)
+    host.check_host("merge", predicted)
     moved = total = 0.0
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def base_of(tuned: Path) -> str:
 def peak_above_baseline(source: Checkpoint, change: Change) -> int:
     """Bytes of the tensor that needs most."""
     return max(
-        stages.merge_bytes(
+        host.merge_bytes(
             torch.Size(source.shape(name)).numel(),
             source.itemsize(name),
             changed=name in change,

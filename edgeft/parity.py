@@ -14,9 +14,9 @@ from edgeft.checkpoint import load_plain, local_folder
 from edgeft.data import IGNORED, Sample, TextTokenizer
 from edgeft.errors import ParityFailed
 from edgeft.evaluate import answer_tokens, evaluate, greedy, is_exact, metrics
+from edgeft.host import LOGIT_BYTES
 from edgeft.merge import MergedCheckpoint
 from edgeft.scores import Metrics, Rung
-from edgeft.stages import LOGIT_BYTES
 from edgeft.target import Tolerance
 from edgeft.train import TrainResult
 from edgeft.tuners import apply_tuner

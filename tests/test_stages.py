@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
 
-from edgeft import budget, stages
+from edgeft import budget, host, stages
 from edgeft.artifacts import sha256_file
 from edgeft.budget import Limit
 from edgeft.change import Change
@@ -169,7 +169,7 @@ def test_the_quantiser_holds_what_the_closed_form_says() -> None:
     quant_tensor(weight.T, 4, 32, "asym", "uint")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak / weight.size == pytest.approx(stages.ROUNDING_BYTES - 4, rel=0.05)  # 4: the weight itself
+    assert peak / weight.size == pytest.approx(host.ROUNDING_BYTES - 4, rel=0.05)  # 4: the weight itself
 
 
 @pytest.mark.parametrize("settings", [{"tuner": "lora"}, {"tuner": "lora", "rank": 24}, {"tuner": "full"}])
