@@ -28,6 +28,7 @@ from edgeft.train import Data, TrainResult
 GRID = tuple(round(0.1 * i, 1) for i in range(11))
 GOLDEN = (5**0.5 - 1) / 2
 GOLDEN_STEPS = 7  # the best share is then known to 0.06
+ROWS = 500  # of the task and of general text: exact match is then known to 2 points
 GENERAL_TOKENS = 512  # longest general text
 # how much worse per token general text may become under `bounded`: a tenth of a nat is 10% in perplexity
 MAX_GENERAL_INCREASE_NATS = 0.1
@@ -59,8 +60,8 @@ def sweep(
     started = time.monotonic()
     result = TrainResult.read(trained / "train.json")
     data = Data.read(result.plan)
-    rows = data.valid[: result.plan.training.eval_rows]
-    texts = general_samples(general, data.tokenizer, result.plan.training.eval_rows) if general else []
+    rows = data.valid[:ROWS]
+    texts = general_samples(general, data.tokenizer, ROWS) if general else []
     folder = local_folder(result.plan.job.model)
     line = Line(trained, folder, tied=result.plan.spec.tie_word_embeddings)
     points: dict[float, SweepPoint] = {}

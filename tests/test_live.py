@@ -227,6 +227,21 @@ def test_gradients_are_those_of_the_merged_model(bases: Bases) -> None:  # noqa:
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["lora", "dora", "modules saved", "tied: tokens", "biases of all"])
+def test_on_a_gpu(case: str, bases: Bases) -> None:  # noqa: F811
+    folder = bases[TUNERS[case][0]]
+    here, there = peft_model(case, folder), peft_model(case, folder).to("cuda")
+    options: dict[str, Any] = {"base": folder} if needs_base(case) else {}
+    with torch.no_grad():
+        before = there(input_ids=IDS.cuda(), use_cache=False).logits
+        for alpha in (0.0, 0.35, 1.0):
+            with wise(here, alpha, **options), wise(there, alpha, **options):
+                on_gpu = there(input_ids=IDS.cuda(), use_cache=False).logits.cpu()
+                torch.testing.assert_close(on_gpu, logits(here), rtol=1e-3, atol=1e-3)
+        assert torch.equal(there(input_ids=IDS.cuda(), use_cache=False).logits, before)
+
+
 def test_exported_from_the_package() -> None:
     assert edgeft.wise is wise and "wise" in edgeft.__all__
 

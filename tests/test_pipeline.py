@@ -241,7 +241,7 @@ def test_json_is_one_object_on_stdout(checkpoint_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["plan", "train", "merge", "export", "run", "verify", "profiles", "targets", "settings"]
+    "verb", ["plan", "train", "merge", "survival", "export", "run", "verify", "profiles", "targets", "settings"]
 )
 def test_every_verb_explains_itself(verb: str) -> None:
     assert verb in edgeft("--help").stdout

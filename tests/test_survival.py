@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from edgeft import change as change_module
 from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.cli import app
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, MissingExtra
 from edgeft.plots import plot_survival
 from edgeft.rounding import rule_of
 from edgeft.survival import Survival, layer_of, survival
@@ -132,6 +133,18 @@ def test_verb_plot_and_messages(bases: dict[str, Path], tmp_path: Path) -> None:
         survival(bases["llama"], INT4)
     with pytest.raises(BadInput, match=r"is not in the base .*, or of another shape\n\nhint: give its own --base"):
         survival(merged, INT4, base=str(bases["gpt2"]))
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    bases: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = survival(tuned(bases["tied"], tmp_path / "merged", 0.05), INT4)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match="matplotlib: is not installed\n\nhint: pip install matplotlib") as caught:
+        plot_survival(found, tmp_path / "a.svg")
+    assert caught.value.exit_code == 5 and not (tmp_path / "a.svg").exists()
 
 
 def test_an_untied_head_is_compared_with_the_embedding_it_was(bases: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
