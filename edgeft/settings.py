@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -24,13 +25,15 @@ ENDS = ("embedding", "norm", "head")
 
 
 def parse_layers(value: Any) -> Any:
-    """`"0,5,12-15"` as (0, 5, 12, 13, 14, 15); anything else as it is."""
+    """`"0,5,12-15"` as (0, 5, 12, 13, 14, 15); anything else as it is. Raises ValueError for what is no such list."""
     if not isinstance(value, str):
         return value
     found: set[int] = set()
     for part in value.split(","):
-        first, _, last = part.strip().partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
+        ends = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part)
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise ValueError("expected numbers of layers, as in 0,5,12-15")
+        found |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     return tuple(sorted(found))
 
 

@@ -44,6 +44,16 @@ def test_only_the_model_is_required() -> None:
         job.seed = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("text", ["a", "5-3", "1-99999999999", "-1", "", "1,,2"])
+def test_layers_that_are_no_list_are_named(text: str) -> None:
+    with pytest.raises(BadInput, match="trained_layers: value error, expected numbers of layers, as in 0,5,12-15, got"):
+        make_job(model="m", trained_layers=text)
+
+
+def test_layers_are_read_as_ranges() -> None:
+    assert make_job(model="m", trained_layers="3, 0,5-7").trained_layers == (0, 3, 5, 6, 7)
+
+
 def test_assignments_become_values_that_a_job_reads() -> None:
     values = parse_settings(
         ["rank=8", "checkpointing=true", "learning_rate=2e-4", "max_steps=none", "valid=", "data=a=b.jsonl"]
