@@ -382,10 +382,12 @@ def scorer(
 
 def check_budget(plan: Plan, device: torch.device) -> None:
     """Raise DoesNotFit when this process can really have less than the plan's high estimate."""
-    from edgeft.budget import usable_memory
+    from edgeft.budget import Limit, memory_limit
 
-    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()
+    on_gpu = device.type == "cuda"  # of a MIG slice, mem_get_info gives the slice's
+    have = Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if on_gpu else memory_limit()
     need = plan.peak_bytes
-    if need > have:
-        hint = f"plan for what is there: edgeft plan --max-memory {have // 2**20}MiB ..."
-        raise DoesNotFit("plan", f"needs {show_bytes(need)}, this process can have {show_bytes(have)}", hint)
+    if need > have.bytes:
+        hint = f"plan for what is there: edgeft plan --max-memory {have.bytes // 2**20}MiB ..."
+        problem = f"needs {show_bytes(need)}, this process can have {show_bytes(have.bytes)} ({have.reason})"
+        raise DoesNotFit("plan", problem, hint)

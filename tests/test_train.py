@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgeft.artifacts import sha256_file
+from edgeft.budget import Limit
 from edgeft.checkpoint import load_plain
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.loop import learning_rate
@@ -208,9 +209,10 @@ def test_a_device_that_is_absent_is_refused_or_recorded(plan_file: Any, tmp_path
 def test_a_plan_larger_than_the_machine_is_refused(
     plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeft.budget.usable_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr("edgeft.budget.memory_limit", lambda: Limit(64 * 2**20, "ulimit -v of 64.0 MiB"))
     with pytest.raises(
-        DoesNotFit, match=r"plan: needs .* MiB, this process can have 64.0 MiB\n\nhint: .*--max-memory 64MiB"
+        DoesNotFit,
+        match=r"needs .* MiB, this process can have 64.0 MiB \(ulimit -v of 64.0 MiB\)\n\nhint: .*-memory 64MiB",
     ):
         run(plan_file(), tmp_path / "train")
 
