@@ -147,7 +147,9 @@ def survival(
 def promotion_order(tensors: Sequence[TensorSurvival]) -> tuple[str, ...]:
     """4-bit tensors in the order in which to give them 8 bits: smallest cosine first.
 
-    Whole tensors of one name: a builder that joins query, key and value promotes the three together.
+    A guide for adapters, none for full fine-tuning, whose tensors all survive alike. Measured on the example, 16 of 56
+    tensors promoted, mean KL of the rounded model in nats: LoRA 0.059, then 0.030 (random tensors 0.041, the best ones
+    found by trying each 0.024); full fine-tuning 0.037, then 0.028 (0.025, 0.016).
     """
     return tuple(t.name for t in sorted((t for t in tensors if t.bits == 4), key=lambda t: (t.cosine, t.name)))
 
