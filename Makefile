@@ -70,7 +70,7 @@ check: .venv/installed-dev  ## format, lint, types
 	$(py) -m mypy
 
 test: .venv/installed-dev  ## every test that a CPU can pass in minutes
-	$(py) -m pytest -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu'
 
 test-slow: .venv/installed-dev  ## the tests that take minutes each
 	$(py) -m pytest -m slow
