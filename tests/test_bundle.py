@@ -182,7 +182,7 @@ def test_what_a_bundle_will_weigh_is_known_before_it_is_built(name: str) -> None
 
 
 def test_an_export_says_what_its_two_processes_took() -> None:
-    made = Bundle.read(bundle("ort-fp32") / "bundle.json")
+    made = Measurement.read(measurement_path(bundle("ort-fp32")))
     assert made.measured_peak_bytes is not None and made.measured_peak_bytes > 400_000_000  # two Pythons with torch
 
 
