@@ -73,6 +73,11 @@ def add_adapters(
 def _matmuls(graph: Any) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer's matmuls by the place where they are, as in layers.3.attn.qkv_proj."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes |= {  # weights stored in fp16 are cast
+        node.output[0]: shapes[node.input[0]]
+        for node in graph.node
+        if node.op_type == "Cast" and node.input[0] in shapes
+    }
     found = {}
     for node in graph.node:
         match = NODE.fullmatch(node.name)

@@ -32,6 +32,8 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-genai",
+    "gguf",
+    "llama-cpp-python",
 )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import numpy
 
 from edgeft.adapters import AdapterSource, Written, add_adapters
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
-from edgeft.budget import MALLOC_ENVIRONMENT, reset_resident_peak, resident_bytes
+from edgeft.budget import reset_resident_peak, resident_bytes
 from edgeft.bundle import (
     MANIFEST,
     SBOM,
@@ -33,12 +32,17 @@ from edgeft.bundle import (
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed
 from edgeft.footprint import Weights, choose_context, predict
-from edgeft.model_spec import ModelSpec, read_model_spec
+from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
 from edgeft.scores import Proof
 from edgeft.target import Target
 
+# What a target needs to be built and proven here: module, package, what to install.
+RUNTIMES = {
+    "ort-genai": ("onnxruntime_genai", "onnxruntime-genai", "onnxruntime-genai"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python", '"edgeft[gguf,llama]"'),
+}
 GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
@@ -79,8 +83,16 @@ class ArtifactModel:
 
 
 def _missing(problem: Exception) -> MissingExtra:
-    text = str(problem).split("\n\nhint: ")[0].removeprefix("onnxruntime-genai: ")
-    return MissingExtra("onnxruntime-genai", text, "pip install onnxruntime-genai")
+    text, _, hint = str(problem).partition("\n\nhint: ")
+    package, _, what = text.partition(": ")
+    return MissingExtra(package, what, hint)
+
+
+def need_runtime(target: Target) -> None:
+    """Nothing. Raises MissingExtra (exit 5) now rather than after a long build, where a package is not installed."""
+    module, package, extra = RUNTIMES[target.runtime]
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtra(package, f"is not installed, and target {target.name} runs in it", f"pip install {extra}")
 
 
 def build_bundle(
@@ -108,7 +120,14 @@ def build_bundle(
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
     """
+    from edgeft import gguf_file, ort
+
     start = time.perf_counter()
+    if adapters and target.runtime != "ort-genai":
+        problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
+        raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
+    need_runtime(target)
+    backend = ort if target.runtime == "ort-genai" else gguf_file
     spec = read_model_spec(str(merged))
     tokenizer = TextTokenizer(merged)
     if prompt_format == "chat" and tokenizer.template_text is None:
@@ -116,19 +135,18 @@ def build_bundle(
     with staging(out) as folder:
         reset_resident_peak()
         waiting = resident_bytes()
-        builder = _build_model(merged, target, spec, folder)
+        builder = backend.build_model(merged, target, spec, folder)
         inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
-        _copy_tokenizer(merged, folder)
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
-        weights = _with_adapters(read_weights(folder / "model.onnx"), written)
+        weights = _with_adapters(backend.read_weights(folder), written)
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
         stop_ids = stop_ids_of(tokenizer)
-        _limit(folder, context_tokens, stop_ids)
+        backend.write_limits(folder, context_tokens, stop_ids)
         files = _hash(folder)
         hashes = {name: file.sha256 for name, file in files.items()}
         with saving(out):
-            (folder / SBOM).write_text(bill_of_materials(hashes, sources, target.name), encoding="utf-8")
+            (folder / SBOM).write_text(bill_of_materials(hashes, sources, target), encoding="utf-8")
         files = _hash(folder)
         bundle = Bundle(
             input_sha256=input_sha256,
@@ -160,7 +178,7 @@ def build_bundle(
         if prove is not None:
             bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
             bundle.write(folder / MANIFEST)
-        peak = max(waiting + builder, resident_bytes(highest=True)) if builder else None
+        peak = max(waiting + builder, resident_bytes(highest=True)) or None
         measured = _measure(folder) if measure else None
     path = measurement_path(out.resolve())
     with saving(path):
@@ -215,156 +233,6 @@ def _prove_adapters(
     return entries
 
 
-def _build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> int:
-    """model.onnx, its weights and genai_config.json in `folder`, by onnxruntime-genai's model builder.
-
-    Returns the builder's highest resident bytes, 0 where no /proc tells them.
-    """
-    peak = _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, ()))
-    if target.weight_bits == 8 and spec.tie_word_embeddings:
-        # The builder shares a tied table between embedding and head only where its base type is int4, and
-        # would store an fp32 copy for int8 (10.9 MB instead of 6.9 in ort-int8.toml). So: int4, every matmul
-        # promoted by name; the names come from the first build.
-        names = [
-            node.name.removesuffix("_Q8")
-            for node in _graph(folder / "model.onnx").node
-            if node.op_type == "MatMulNBits"
-        ]
-        peak = max(peak, _run_builder(merged, folder, _quantisation(target, True, names)))
-    return peak
-
-
-def _quantisation(target: Target, tied: bool, promoted: Sequence[str]) -> dict[str, Any] | None:
-    """The builder's `quant_config.weights` (None for fp32). `promoted` names the matmuls that get 8 bits."""
-    if target.weight_bits == 32:
-        return None
-    overrides: list[dict[str, Any]] = [{"match": {"name": name}, "type": "int8"} for name in promoted]
-    if target.weight_bits == 4 and target.head_bits == 8:
-        overrides = [{"match": {"preset": "last_matmul"}, "type": "int8"}]
-    # In onnxruntime-genai 0.18 only "default" quantises a separate embedding, and only "rtn" can share a tied
-    # 8-bit one (with "default" the graph names a weight that does not exist). Both round to nearest.
-    separate = not tied and target.embedding_bits == 4
-    shared = tied and (target.weight_bits == 4 or bool(promoted))
-    return {
-        "type": "int8" if target.weight_bits == 8 and not promoted else "int4",
-        "method": "default" if separate else "rtn",
-        "block_size": target.block_size,
-        "symmetric": target.symmetric,
-        "accuracy_level": target.accuracy_level,
-        "op_types": ["MatMul", "Gather"] if separate or shared else ["MatMul"],
-        "overrides": overrides,
-    }
-
-
-# The builder as a script that, whatever happens to it, leaves its highest resident bytes in a file.
-BUILDER = """
-import os, runpy, shutil
-try:
-    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
-finally:
-    if os.path.exists("/proc/self/status"):
-        shutil.copyfile("/proc/self/status", os.environ["EDGEFT_BUILDER_STATUS"])
-"""
-
-
-def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> int:
-    """Run the builder in its own process: its memory ends with it, its noise goes to a log. Offline.
-
-    Returns its highest resident bytes, 0 where no /proc tells them.
-    """
-    scratch = folder / ".scratch"
-    scratch.mkdir(exist_ok=True)
-    log, status = scratch / "builder.log", scratch / "status"
-    # -P: no file of the current folder may shadow a module
-    command = [sys.executable, "-P", "-c", BUILDER, "-e", "cpu"]
-    command += [
-        "-i",
-        str(merged.resolve()),
-        "-o",
-        str(folder.resolve()),
-        "-c",
-        str((scratch / "cache").resolve()),
-    ]
-    if weights is None:
-        command += ["-p", "fp32"]
-    else:
-        options = {"quant_config": {"io_dtype": "fp32", "weights": weights}}
-        command += ["--builder_config_version", "2", "--target_options", json.dumps(options)]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(scratch.resolve()),
-        "PYTHONDONTWRITEBYTECODE": "1", "EDGEFT_BUILDER_STATUS": str(status.resolve()), **MALLOC_ENVIRONMENT,
-    }  # fmt: skip
-    with open(log, "wb") as noise:
-        code = subprocess.run(command, stdout=noise, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if code == 0 and (folder / "genai_config.json").is_file():
-        peak = resident_bytes(highest=True, status=status)
-        shutil.rmtree(scratch)
-        return peak
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
-    if "No module named onnxruntime_genai" in text or "No module named 'onnxruntime_genai'" in text:
-        raise MissingExtra("onnxruntime-genai", "is not installed", "pip install onnxruntime-genai")
-    if "No space left on device" in text:
-        raise OSError(28, "No space left on device")  # `staging` words it
-    if lines[-1].startswith("NotImplementedError"):
-        hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, SmolLM3, Granite, OLMo, Nemotron"
-        raise BadInput(
-            merged, f"onnxruntime-genai cannot build this architecture: {lines[-1].partition(': ')[2]}", hint
-        )
-    last = "\n".join(lines[-3:])
-    raise EdgeftError(
-        merged,
-        f"onnxruntime-genai's builder failed (exit {code}):\n{last}",
-        "check the checkpoint folder: does transformers load it?",
-    )
-
-
-def _graph(path: Path) -> Any:
-    """The ONNX graph without its weights."""
-    import onnx
-
-    return onnx.load(str(path), load_external_data=False).graph
-
-
-def read_weights(path: Path) -> Weights:
-    """Sizes of an ONNX file's weights. A token takes one row of the embedding and rotary tables: not read."""
-    graph = _graph(path)
-    readers: dict[str, set[str]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
-    stored = head = read = 0
-    for tensor in graph.initializer:
-        external = {entry.key: entry.value for entry in tensor.external_data}
-        size = int(external.get("length", len(tensor.raw_data)))
-        stored += size
-        if tensor.name.startswith("lm_head"):
-            head += size
-        rows_only = readers.get(tensor.name, set()) <= {"Gather", "GatherBlockQuantized"}
-        if not rows_only and not tensor.name.startswith(("cos_cache", "sin_cache")):
-            read += size
-    return Weights(stored, head, read)
-
-
-TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
-
-
-def _copy_tokenizer(merged: Path, folder: Path) -> None:
-    """The checkpoint's tokenizer, byte for byte, instead of what the builder's transformers made of it.
-
-    tokenizer_config.json stays the builder's: the runtime cannot read the 1e30 that means "no limit" in many.
-    """
-    for name in TOKENIZER_FILES:
-        if (merged / name).is_file():
-            with saving(folder):
-                shutil.copyfile(merged / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only"):  # how the builder found it, nothing about the tokenizer
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
     """The checkpoint's end tokens, and the special token with which the chat template closes an answer."""
     found = list(tokenizer.eos_ids)
@@ -379,16 +247,6 @@ def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
         special = {token for token, entry in tokenizer.backend.get_added_tokens_decoder().items() if entry.special}
         found += [token for token in closing if token in special and token not in found]
     return found
-
-
-def _limit(folder: Path, context_tokens: int, stop_ids: list[int]) -> None:
-    """Write context limit and stop ids to genai_config.json, where any ONNX Runtime GenAI app reads them."""
-    path = folder / "genai_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["model"]["context_length"] = context_tokens
-    config["model"]["eos_token_id"] = stop_ids
-    config["search"]["max_length"] = context_tokens
-    path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
 def _hash(folder: Path) -> dict[str, BundledFile]:

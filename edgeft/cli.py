@@ -380,22 +380,29 @@ def survival(
 def export(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
     target: Annotated[
-        str | None, typer.Option(help="what to build: a name in export/, or a TOML file; the plan's when absent")
+        str | None,
+        typer.Option(help="a name in export/, a TOML file, or all-that-fit to compare them; the plan's when absent"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
     ] = None,
+    promote: Annotated[str | None, typer.Option(help="modules with 8 bits: layers.0,layers.3.mlp.down_proj")] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build the on-device bundle and prove that it is what was trained (exit 4 when it is not)."""
     _need(merged / "merged.json", "edgeft merge TRAIN")
     from edgeft.profile import load_profile
-    from edgeft.target import load_target
+    from edgeft.target import load_target, promoted
 
     train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
     planned = train["plan"]["job"] if train else {}
-    wanted, device = load_target(target or planned.get("target", "ort-int4")), device or planned.get("device")
+    device = device or planned.get("device")
+    if target == "all-that-fit":
+        _export_all(merged, out or merged.parent / "bundles", device, as_json)
+        return
+    wanted = load_target(target or planned.get("target", "ort-int4"))
+    wanted = promoted(wanted, [name for name in (promote or "").split(",") if name])
     folder = out or merged.parent / "bundle"
     device_name = load_profile(device).name if device else ""
     if _current(folder / "bundle.json", sha256_file(merged / "merged.json")):
@@ -451,6 +458,26 @@ def adapters(
     with Reporter() as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
     show(as_json, bundle, adapters_text(bundle, Measurement.read(measurement_path(folder.resolve()))))
+
+
+def _export_all(merged: Path, out: Path, device: str | None, as_json: bool) -> None:
+    from edgeft.compare import COMPARISON, compare_targets
+    from edgeft.export import export as run
+    from edgeft.merge import MergedCheckpoint
+    from edgeft.report import comparison_text
+    from edgeft.stages import target_device
+
+    target_device(device)  # what is wrong for every target is said once
+    MergedCheckpoint.read(merged / "merged.json")
+    _replaceable(out, COMPARISON)
+    with Reporter() as progress:
+        made = compare_targets(
+            merged,
+            out,
+            device=device,
+            build=lambda target, folder: run(merged, target, folder, device=device, progress=progress),
+        )
+    show(as_json, made, comparison_text(made))
 
 
 def _replaceable(out: Path, document: str) -> None:

@@ -91,16 +91,27 @@ def merge_disk(spec: ModelSpec) -> Disk:
 
 
 def export_disk(spec: ModelSpec, target: Target) -> Disk:
-    """The bundle. The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too."""
+    """The bundle, and what its making writes and leaves out.
+
+    The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too; fp16 is written
+    from a model in fp32, and llama.cpp's quantiser reads one in fp16.
+    """
     stored = bundle_weights(spec, target).stored_bytes
-    twice = 4 * spec.vocab_size * spec.hidden_size if target.weight_bits == 8 and spec.tie_word_embeddings else 0
+    half = target.runtime == "ort-genai" and target.weight_bits == 16
+    first, what = 0, ""
+    if half:
+        first, what, stored = stored, "the fp32 model that becomes fp16", stored // 2
+    elif target.method == "k_quant" and target.runtime == "llama.cpp":
+        first, what = 2 * spec.total_parameters, "the fp16 model that is quantised"
+    elif target.runtime == "ort-genai" and target.weight_bits == 8 and spec.tie_word_embeddings:
+        first, what = 4 * spec.vocab_size * spec.hidden_size, "an fp32 table that the second build leaves out"
     terms = (
         Term(name="weights", bytes=stored, formula="as stored in the bundle"),
         Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most"),
-        Term(name="first build", bytes=twice, formula="an fp32 table that the second build leaves out"),
+        Term(name="first build", bytes=first, formula=what),
     )
     kept = stored + SIDE_FILES_BYTES
-    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + twice, kept_bytes=kept)
+    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + first, kept_bytes=kept)
 
 
 def free_bytes(folder: Path) -> int:

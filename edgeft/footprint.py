@@ -10,23 +10,33 @@ from edgeft.artifacts import Strict
 from edgeft.errors import DoesNotFit
 from edgeft.model_spec import Linear, ModelSpec
 from edgeft.runner import runner_module
-from edgeft.target import Target
+from edgeft.target import Bits, Target, eight_bit_modules
 from edgeft.units import show_bytes
 
 LimitedBy = Literal["model", "target", "device memory"]
 
-# Python, numpy, ONNX Runtime and its graph: what run.py holds besides the other terms. Measured
-# (onnxruntime-genai 0.18, Linux) on six bundles, 5.8M and 135M parameters of 8 and 30 layers, 4, 8 and 32
-# bits, up to 600 tokens.
-RUNTIME_BYTES, RUNTIME_BYTES_PER_LAYER = 76_000_000, 600_000
+# What run.py holds besides the other terms, and that per layer: Python, numpy, the runtime and its graph. Measured
+# (onnxruntime-genai 0.18 and llama-cpp-python 0.3.36, Linux) on bundles of 5.8M and 135M parameters, 8 and 30 layers,
+# up to 600 tokens; six for ONNX Runtime (4, 8 and 32 bits).
+RUNTIME_BYTES: dict[str, tuple[int, int]] = {"ort-genai": (76_000_000, 600_000), "llama.cpp": (57_000_000, 200_000)}
+LLAMA_BYTES_PER_WORD = 150  # a vocabulary's words, in llama.cpp's tables
 # The head's weights are held again, packed for its kernel; a tied one once more, for the embedding's lookup.
-# In fp32 only the lookup's transposed copy is made.
+# In fp32, and in fp16 that becomes fp32 on loading, only the lookup's transposed copy is made.
 HEAD_COPIES_QUANTISED, HEAD_COPIES_FP32 = 2, 1
+# (bits, symmetric) -> a GGUF type of blocks of 32; fp16 and fp32 have no scales to be symmetric about
+GGUF_TYPES = {
+    (4, True): "Q4_0", (4, False): "Q4_1", (5, True): "Q5_0", (5, False): "Q5_1", (8, True): "Q8_0",
+}  # fmt: skip
+# GGUF type -> (weights, bytes) of a block
+GGUF_BLOCKS = {
+    "F32": (1, 4), "F16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24),
+    "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
 SMALLEST_CONTEXT = 128  # a device that cannot hold this many tokens does not run the model
 
 
 class Weights(NamedTuple):
-    """Bytes of an ONNX file's weights: all, the output head's, and what every new token reads."""
+    """Bytes of a model's weights as the runtime holds them: all, the output head's, and what every new token reads."""
 
     stored_bytes: int
     head_bytes: int
@@ -37,17 +47,18 @@ class Predicted(Strict):
     """Memory of `run.py` on the device with a full context, and the most tokens/s its memory allows."""
 
     weights_bytes: int = Field(description="weights as stored, and the copies the runtime makes of the head's")
-    kv_cache_bytes: int = Field(description="2 x layers x kv heads x head_dim x 4 x context")
-    logits_bytes: int = Field(description="vocabulary x 4 x tokens of one prefill pass")
-    runtime_bytes: int = Field(description="Python, numpy and ONNX Runtime, as measured")
+    kv_cache_bytes: int = Field(description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2) x context")
+    logits_bytes: int = Field(description="vocabulary x 4 x tokens of one prefill pass (llama.cpp: one token)")
+    runtime_bytes: int = Field(description="Python, numpy and the runtime, as measured")
     memory_bytes: int = Field(description="the sum of these")
     device_memory_bytes: int | None = Field(description="what the device has for it")
     tokens_per_second_bound: float | None = Field(description="bandwidth / weight bytes per token")
 
 
-def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
-    """2 x layers x kv heads x head_dim x 4: keys and values in fp32, as the CPU kernels keep them."""
-    return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * 4
+def kv_cache_bytes_per_token(spec: ModelSpec, target: Target) -> int:
+    """2 x layers x kv heads x head_dim x 4, keys and values in fp32; llama.cpp keeps them in fp16."""
+    itemsize = 2 if target.runtime == "llama.cpp" else 4
+    return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * itemsize
 
 
 def predict(
@@ -62,12 +73,20 @@ def predict(
 
     An fp32 embedding that is not tied is mapped from its file and hardly read: this counts it in full.
     """
-    copies = HEAD_COPIES_FP32 if target.weight_bits == 32 else HEAD_COPIES_QUANTISED
+    copies = HEAD_COPIES_FP32 if target.weight_bits >= 16 else HEAD_COPIES_QUANTISED
+    held = weights.stored_bytes + copies * weights.head_bytes
+    llama = target.runtime == "llama.cpp"
+    runtime, per_layer = RUNTIME_BYTES[target.runtime]
+    if llama:
+        # the file is mapped; 4-bit matrices are rearranged into a copy for the processor's instructions
+        held = weights.stored_bytes + (weights.bytes_per_token - weights.head_bytes if target.weight_bits == 4 else 0)
+        runtime += LLAMA_BYTES_PER_WORD * spec.vocab_size
     parts = {
-        "weights_bytes": weights.stored_bytes + copies * weights.head_bytes,
-        "kv_cache_bytes": context_tokens * kv_cache_bytes_per_token(spec),
-        "logits_bytes": spec.vocab_size * 4 * min(runner_module().PREFILL_TOKENS, context_tokens),
-        "runtime_bytes": RUNTIME_BYTES + RUNTIME_BYTES_PER_LAYER * spec.num_hidden_layers,
+        "weights_bytes": held,
+        "kv_cache_bytes": context_tokens * kv_cache_bytes_per_token(spec, target),
+        # llama.cpp is asked for those of a prompt's last token alone
+        "logits_bytes": spec.vocab_size * 4 * (1 if llama else min(runner_module().PREFILL_TOKENS, context_tokens)),
+        "runtime_bytes": runtime + per_layer * spec.num_hidden_layers,
     }
     bandwidth = bandwidth_bytes_per_second
     return Predicted(
@@ -94,27 +113,73 @@ def choose_context(
             raise DoesNotFit("bundle", problem + show_bytes(device_memory_bytes), hint)
         fixed = predict(spec, target, weights, runner_module().PREFILL_TOKENS)
         room = device_memory_bytes - fixed.memory_bytes + fixed.kv_cache_bytes
-        limits["device memory"] = max(smallest, room // kv_cache_bytes_per_token(spec))
+        limits["device memory"] = max(smallest, room // kv_cache_bytes_per_token(spec, target))
     limited_by = min(limits, key=lambda key: limits[key])
     return limits[limited_by], limited_by
 
 
 def bundle_weights(spec: ModelSpec, target: Target) -> Weights:
-    """What the export will store, from the config alone: codes, fp32 scales and packed zero points per block."""
-    layers = (
-        sum(quantised_bytes(linear, target.weight_bits, target) for linear in spec.linears) * spec.num_hidden_layers
-    )
+    """What the export's runtime will hold, from the config alone: blocks of codes, scales, zero points, and vectors.
+
+    An fp16 ONNX file counts as fp32, which it becomes on loading. Of an ONNX file with tables of positions in it.
+    """
     table = Linear(name="", in_features=spec.hidden_size, out_features=spec.vocab_size, has_bias=False, role="other")
-    head = quantised_bytes(table, target.head_bits, target)
-    embedding = 0 if spec.tie_word_embeddings else quantised_bytes(table, target.embedding_bits, target)
-    dense = spec.total_parameters - linear_weights(spec) - spec.embedding_parameters - spec.head_parameters
-    read = layers + head + 4 * dense
-    return Weights(int(read + embedding + 4 * rotary_elements(spec)), int(head), int(read))
+    dense = 4 * (spec.total_parameters - linear_weights(spec) - spec.embedding_parameters - spec.head_parameters)
+    tied = spec.tie_word_embeddings
+    if target.runtime == "llama.cpp":
+        head = gguf_bytes(table, "Q6_K" if target.method == "k_quant" else _gguf_type(target.head_bits, target))
+        name = f"Q{target.weight_bits}_K" if target.method == "k_quant" else _gguf_type(target.embedding_bits, target)
+        embedding, positions = 0 if tied else gguf_bytes(table, name), 0
+    else:
+        head = int(quantised_bytes(table, target.head_bits, target))
+        embedding = 0 if tied else int(quantised_bytes(table, target.embedding_bits, target))
+        positions = 4 * rotary_elements(spec)
+    read = layers_bytes(spec, target) + head + dense
+    return Weights(read + embedding + positions, head, read)
+
+
+def layers_bytes(spec: ModelSpec, target: Target) -> int:
+    """Bytes of all decoder layers' projections in the target."""
+    names = tuple(linear.name for linear in spec.linears)
+    promoted = set(eight_bit_modules(target, spec.num_hidden_layers, names))
+    total = 0
+    for layer in range(spec.num_hidden_layers):
+        for linear in spec.linears:
+            bits: Bits = 8 if f"layers.{layer}.{linear.name}" in promoted else target.weight_bits
+            if target.runtime == "ort-genai":
+                total += int(quantised_bytes(linear, bits, target))
+            elif target.method == "k_quant":
+                total += gguf_bytes(linear, _k_quant_type(linear, layer, spec.num_hidden_layers, target))
+            else:
+                total += gguf_bytes(linear, _gguf_type(bits, target))
+    return total
+
+
+def _gguf_type(bits: Bits, target: Target) -> str:
+    return f"F{bits}" if bits >= 16 else GGUF_TYPES[bits, target.symmetric or bits == 8]
+
+
+def _k_quant_type(linear: Linear, layer: int, layers: int, target: Target) -> str:
+    """llama.cpp's mixes: 6 bits for value and down projections of the first and last eighth, every third between."""
+    eighth = layers // 8
+    more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    sensitive = linear.name in ("v_proj", "qkv_proj", "down_proj") and more
+    return "Q6_K" if sensitive else f"Q{target.weight_bits}_K"
+
+
+def gguf_bytes(linear: Linear, name: str) -> int:
+    """Bytes of one matrix as a GGUF type; rows that its blocks do not divide get the type llama.cpp falls back to."""
+    if linear.in_features % GGUF_BLOCKS[name][0]:
+        name = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(name, "F16")
+    if linear.in_features % GGUF_BLOCKS[name][0]:
+        name = "F16"
+    block, size = GGUF_BLOCKS[name]
+    return linear.in_features * linear.out_features // block * size
 
 
 def quantised_bytes(linear: Linear, bits: int, target: Target) -> int:
     """Bytes of one matrix: each output's weights in blocks along the input, the last one padded."""
-    if bits == 32:
+    if bits >= 16:
         return 4 * linear.in_features * linear.out_features
     blocks = -(-linear.in_features // target.block_size)
     zeros = 0 if target.symmetric else -(-blocks * bits // 8)

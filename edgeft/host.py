@@ -15,7 +15,15 @@ from edgeft.budget import memory_limit
 from edgeft.costs import Question
 from edgeft.disk import checkpoint_bytes, learnt_parameters
 from edgeft.errors import DoesNotFit
-from edgeft.footprint import RUNTIME_BYTES, bundle_weights, linear_weights, predict, quantised_bytes, rotary_elements
+from edgeft.footprint import (
+    RUNTIME_BYTES,
+    bundle_weights,
+    layers_bytes,
+    linear_weights,
+    predict,
+    quantised_bytes,
+    rotary_elements,
+)
 from edgeft.memory import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
 from edgeft.model_spec import Linear, ModelSpec
 from edgeft.profile import Profile
@@ -39,6 +47,8 @@ CUDA_HOST_BYTES = 1_000_000_000
 # its transposed copy, the quotient in fp64, and per block of 32 two extremes, scale and zero point. The C++ quantiser
 # ("default"): the weight, its codes, two serialised copies of them.
 ROUNDING_BYTES, DEFAULT_BYTES = 16.85, 8.3
+# A GGUF's matrices are quantised this many fp32 bytes of rows at a time, with about so many arrays of that size.
+GGUF_ROWS_BYTES, GGUF_TEMPORARIES = 64 * MIB, 5
 QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops only when the next one's is made
 
 # A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
@@ -204,6 +214,8 @@ def build(question: Question, target: Target) -> Phase:
     The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
     in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
     """
+    if target.runtime == "llama.cpp":
+        return build_gguf(question, target)
     spec, has = question.spec, processes(question.profile)
     size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
     waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
@@ -216,7 +228,7 @@ def build(question: Question, target: Target) -> Phase:
         Term(name="fused QKV", bytes=fused, formula=f"{_fused_weights(spec)} x {size} B"),
         Term(name="rotary tables", bytes=8 * rotary_elements(spec), formula="cosine and sine, fp32, full width"),
     ]
-    if target.weight_bits == 32:
+    if target.weight_bits >= 16:
         # one tensor at a time: its transposed copy, and before that its cast
         copies = 1 if size == 4 else 2
         writing = Term(name="largest tensor", bytes=4 * copies * head, formula=f"{copies} fp32 copies of the head")
@@ -233,11 +245,37 @@ def build(question: Question, target: Target) -> Phase:
     return stage("export: build", "host", terms, spec)
 
 
+def build_gguf(question: Question, target: Target) -> Phase:
+    """A GGUF file written tensor by tensor in the export's own process; k_quant's quantiser follows in another.
+
+    Per tensor: itself, itself rearranged, and its stored form twice; a block of rows in fp32 with what gguf makes of
+    it. llama.cpp's quantiser maps the fp16 file and holds its largest tensor in fp32. Twice the usual margin: counted
+    from what the code allocates, not measured.
+    """
+    spec, has = question.spec, processes(question.profile)
+    size, table = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    fitted = target.method == "k_quant"
+    bits = 16 if fitted else max(target.weight_bits, target.head_bits, target.embedding_bits)
+    blocks = 0 if bits >= 16 else GGUF_TEMPORARIES * min(GGUF_ROWS_BYTES, 4 * table)
+    terms = [
+        _process(waiting, "the export itself, its data and tokenizer"),
+        _file(spec),
+        Term(name="largest tensor", bytes=2 * size * table, formula=f"2 x {table} x {size} B"),
+        Term(name="its stored form", bytes=2 * table * bits // 8, formula=f"2 x {table} x {bits} bits"),
+        Term(name="blocks", bytes=blocks, formula="rows in fp32, and what the quantiser makes of them"),
+    ]
+    if fitted:
+        mapped = Term(name="fp16 file", bytes=2 * spec.total_parameters, formula="mapped by llama.cpp's quantiser")
+        terms += [mapped, Term(name="quantiser", bytes=4 * table, formula=f"{table} x 4 B")]
+    return stage("export: build", "host", terms, spec, margins=2)
+
+
 def _quantising(spec: ModelSpec, target: Target) -> tuple[str, int, int, int]:
     """(matrix, its elements, quantised bytes before it, temporary bytes) of the quantiser's highest moment."""
     by_numpy = spec.tie_word_embeddings or target.embedding_bits == 32
-    linears = sum(quantised_bytes(linear, target.weight_bits, target) for linear in spec.linears)
-    layers = linears * spec.num_hidden_layers
+    layers = layers_bytes(spec, target)
+    linears = layers / spec.num_hidden_layers
     head = Linear(name="head", in_features=spec.hidden_size, out_features=spec.vocab_size, has_bias=False, role="other")
     if not by_numpy:  # the embedding comes first, the head in a pass of its own
         layers += quantised_bytes(head, 4, target)
@@ -262,7 +300,9 @@ def prove(question: Question, training: Training, target: Target) -> Phase:
     lora = training.tuner == "lora"
     file = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
     context = min(work.longest + work.longest_trained + 1, target.context_tokens)
-    bundle = predict(spec, target, bundle_weights(spec, target), context).memory_bytes - RUNTIME_BYTES
+    bundle = (
+        predict(spec, target, bundle_weights(spec, target), context).memory_bytes - RUNTIME_BYTES[target.runtime][0]
+    )
     trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained
     positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(PARITY_PROMPTS * trained))
     tables = max(5 * positions, 3 * work.longest) * 4 * spec.vocab_size

@@ -234,7 +234,7 @@ def climb(
 HINTS = {
     "merged": "report this: folding the adapters must not change the model",
     "reloaded": "the checkpoint's storage precision loses the fine-tune: store the base in fp32 and run again",
-    "artifact": "quantisation loses too much: export with --target ort-int8, or loosen [parity] in a target file",
+    "artifact": "quantisation loses too much: try --target ort-int8 or gguf-q8_0, or loosen [parity] in a target file",
 }
 
 

@@ -20,6 +20,7 @@ from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
     from edgeft.bundle import Bundle, Measurement
+    from edgeft.compare import Comparison
     from edgeft.discover import Discovery
     from edgeft.merge import Merged, MergedCheckpoint
     from edgeft.survival import Survival
@@ -401,3 +402,26 @@ def sweep_text(sweep: Sweep) -> RenderableType:
         marks += ["Pareto"] if sweep.general_rows and point.wise_alpha in sweep.pareto else []
         table.add_row(f"{point.wise_alpha:g}", *cells, ", ".join(marks))
     return Group(table, Text(f"wise_alpha {sweep.wise_alpha:g} ({sweep.select}): {sweep.why}"))
+
+
+def comparison_text(made: Comparison) -> RenderableType:
+    """Every target that fits side by side, why the others are out, and the one to ship."""
+    table = _table("target", "size", "loss", "exact match", "mean KL", "memory", "decode at most", "decode here")
+    left_out = []
+    for row in made.candidates:
+        if row.scores is None:
+            left_out.append(Text(f"{row.name}: {' '.join(row.problem.split())}"))
+            continue
+        bound, here = row.tokens_per_second_bound, row.tokens_per_second_here
+        exact = row.scores.exact_match
+        table.add_row(
+            ("> " if row.name == made.ship else "  ") + row.name,
+            show_bytes(row.size_bytes),
+            f"{row.scores.loss:.4f}",
+            "-" if exact is None else f"{100 * exact:.1f}%",
+            f"{max(0.0, row.mean_kl_nats):.1e}",
+            show_bytes(row.memory_bytes),
+            f"{bound:,.0f} tok/s" if bound else "-",
+            f"{here:,.0f} tok/s" if here else "-",
+        )
+    return Group(table, *left_out, Text(f"ship {made.ship}: {made.reason}"))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from edgeft.change import EMBEDDINGS, HEADS, blocks
+from edgeft.errors import BadInput
 from edgeft.target import Target
 
 POSITIONS = ("wpe.weight", "embed_positions.weight")  # tables of positions are added, not multiplied
@@ -51,9 +52,13 @@ class Rounded:
 def rule_of(name: str, shape: tuple[int, ...], target: Target, tied: bool) -> Rule | None:
     """How the export to `target` rounds this tensor of a checkpoint; None: kept in fp32.
 
-    As `bundle._quantisation` asks the builder: every matrix product, and tables that share the head's weights or that
-    the target wants in 4 bits.
+    As `ort._quantisation` asks the builder: every matrix product, and tables that share the head's weights or that
+    the target wants in 4 bits. Raises BadInput for a target that rounds in another way than to nearest by ONNX Runtime.
     """
+    mixed = target.mixed_layers or target.eight_bit
+    if target.runtime != "ort-genai" or target.method != "rtn" or mixed or target.weight_bits == 16:
+        problem = "rounds in a way that is not computed here"
+        raise BadInput(f"target {target.name}", problem, "choose ort-int4, ort-int8 or ort-fp32")
     if target.weight_bits == 32 or len(shape) != 2 or name.endswith(POSITIONS):
         return None
     separate = not tied and target.embedding_bits == 4
@@ -62,7 +67,7 @@ def rule_of(name: str, shape: tuple[int, ...], target: Target, tied: bool) -> Ru
         return Rule(4, target.block_size, target.symmetric, "gather") if separate else None
     of_head = name.endswith(HEADS) or name.endswith(EMBEDDINGS)
     bits = target.head_bits if of_head else target.weight_bits
-    assert bits != 32  # Target refuses a head of 32 bits on a body of fewer
+    assert bits == 4 or bits == 8  # Target refuses a head of 32 bits on a body of fewer
     return Rule(bits, target.block_size, target.symmetric, matmul)
 
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from edgeft.target import Target
+
 Kind = Literal["machine-learning-model", "data", "library", "file", "application"]
 # What the folder needs and does not hold, as run.py imports it.
-NEEDED = ("onnxruntime-genai", "numpy")
+NEEDED = {"ort-genai": ("onnxruntime-genai", "numpy"), "llama.cpp": ("llama-cpp-python", "numpy")}
 OURS = "run.py"
 BASE = "base model"  # the role whose licence the weights and the tokenizer have
 # Identifiers (spdx.org/licenses) that checkpoints on the hub state in lower case; other licences go by name.
@@ -41,7 +43,7 @@ class Component(NamedTuple):
     licence: str = ""
 
 
-def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], target: str) -> str:
+def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], target: Target) -> str:
     """CycloneDX JSON: every file of a bundle (name to sha256), the packages it needs, and what it was made from.
 
     Model and tokenizer files have the licence of the base model among `sources`, run.py that of edgeft.
@@ -54,12 +56,12 @@ def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], ta
                   licence=edgeft.licence if name == OURS else licence)
         for name, digest in sorted(files.items())
     ]  # fmt: skip
-    needed = [_package(name, "needed on the device") for name in NEEDED]
+    needed = [_package(name, "needed on the device") for name in NEEDED[target.runtime]]
     components = [_entry(component) for component in (*inside, *needed, *sources)]
     for number, entry in enumerate(components):  # data of two adapters may have one name
         if any(entry["bom-ref"] == other["bom-ref"] for other in components[:number]):
             entry["bom-ref"] += f" ({number})"
-    name = f"{base.name} for {target}" if base else f"model for {target}"
+    name = f"{base.name} for {target.name}" if base else f"model for {target.name}"
     bundle = {"type": "machine-learning-model", "bom-ref": "bundle", "name": name}
     depends = [entry["bom-ref"] for entry in components]
     bill = {

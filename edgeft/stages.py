@@ -113,13 +113,19 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
     """`predict` as a phase on the target device, with that context in use."""
     found = predict(spec, target, weights, context_tokens)
     copies = found.weights_bytes - weights.stored_bytes
-    each = kv_cache_bytes_per_token(spec)
+    llama = target.runtime == "llama.cpp"
+    holds = "Python, numpy, llama.cpp" if llama else "Python, numpy, ONNX Runtime and its graph"
+    one = "token" if llama else "prefill pass"
+    packed = (
+        "matrices rearranged for the processor" if llama else "packed for its kernel, and for the embedding's lookup"
+    )
+    each = kv_cache_bytes_per_token(spec, target)
     return stage("bundle", "target", [
         Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
-        Term(name="head copies", bytes=copies, formula="packed for its kernel, and for the embedding's lookup"),
+        Term(name="packed copies" if llama else "head copies", bytes=copies, formula=packed),
         Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
-        Term(name="logits", bytes=found.logits_bytes, formula=f"one prefill pass, V = {spec.vocab_size}"),
-        Term(name="runtime", bytes=found.runtime_bytes, formula="Python, numpy, ONNX Runtime and its graph"),
+        Term(name="logits", bytes=found.logits_bytes, formula=f"one {one}, V = {spec.vocab_size}"),
+        Term(name="runtime", bytes=found.runtime_bytes, formula=holds),
     ], spec)  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Does this bundle answer, how fast, and is it still what was exported? Needs Python 3.9, onnxruntime-genai.
+"""Does this bundle answer, how fast, and is it still what was exported?
+
+Needs Python 3.9 and the bundle's runtime: onnxruntime-genai, or llama-cpp-python for a .gguf file.
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
                             --adapter NAME with one of the bundle's adapters
@@ -9,7 +11,7 @@ python run.py --verify      every file's sha256, the signature, then the golden 
 Hashes show damage. They do not show who made a bundle: whoever can replace a file can replace its hash and this
 script too. Against that, --verify with a copy of this script and a --public-key from elsewhere than the bundle.
 
-Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 onnxruntime-genai is missing.
+Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 the runtime is missing.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 import argparse
 import base64
 import binascii
+import codecs
+import ctypes
+import datetime
 import hashlib
+import importlib
 import json
 import os
 import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any, Iterable, Iterator  # noqa: UP035 (one import less on a device)
+from typing import Any, Callable, Iterable, Iterator  # noqa: UP035 (one import less on a device)
 
 MANIFEST = "bundle.json"
 SELF_HASH = "self_sha256"  # of bundle.json's own bytes, with 64 zeros in the place of this hash
@@ -40,7 +46,7 @@ PREFILL_TOKENS = 256
 SIGNATURE = "bundle.sig"
 SIGNED = b"edgeft bundle 1\n"  # what is signed: this, so that no other use of a key can be mistaken, and bundle.json
 # A file of these may crash the runtime when it is damaged.
-FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".onnx.data", ".onnx_adapter")
+FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".onnx.data", ".onnx_adapter", ".gguf")
 
 
 class RunError(Exception):
@@ -56,14 +62,12 @@ class MissingRuntime(RunError):
     exit_code = 5
 
 
-def runtime() -> Any:
-    """The onnxruntime_genai module. Raises MissingRuntime."""
+def runtime(module: str, package: str) -> Any:
+    """The runtime's Python module. Raises MissingRuntime naming the package."""
     try:
-        import onnxruntime_genai
-    except ImportError as problem:
-        hint = "pip install onnxruntime-genai"
-        raise MissingRuntime("onnxruntime-genai", f"cannot be imported: {problem}", hint) from None
-    return onnxruntime_genai
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as problem:  # a shared library that does not load: the latter two
+        raise MissingRuntime(package, f"cannot be imported: {problem}", f"pip install {package}") from None
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
@@ -111,12 +115,11 @@ def check_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> Path:
     return path
 
 
-class Runner:
-    """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
+class OnnxRuntimeGenAI:
+    """A bundle's model.onnx in onnxruntime-genai, which has the tokenizer and the chat template too."""
 
-    def __init__(self, bundle: Path) -> None:
-        self.og = runtime()
-        self.manifest = read_manifest(bundle)
+    def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
+        self.og = runtime("onnxruntime_genai", "onnxruntime-genai")
         try:
             config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
             self.context_tokens = int(config["model"]["context_length"])
@@ -124,14 +127,14 @@ class Runner:
             self.eos_ids = list(eos) if isinstance(eos, list) else [eos]
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise RunError(bundle / "genai_config.json", f"cannot be used: {problem!r}", "run --verify") from None
-        self.bundle = bundle
+        self.bundle, self.manifest = bundle, manifest
         self.adapters: Any = None  # the loaded ones
         self.loaded: set[str] = set()
         self.adapter: str | None = None  # the one in use
         try:
             self.model = self.og.Model(str(bundle))
             self.tokenizer = self.og.Tokenizer(self.model)
-            # prefix_ids are added below, for plain prompts only: a chat template writes its own
+            # prefix_ids are added by Runner, for plain prompts only: a chat template writes its own
             self.tokenizer.update_options(add_special_tokens="false")
         except Exception as problem:  # onnxruntime-genai raises bare RuntimeError for whatever a file holds
             raise RunError(
@@ -139,10 +142,7 @@ class Runner:
             ) from None
 
     def use(self, adapter: str | None) -> None:
-        """From the next prompt on, answer with this adapter (None: without). The model stays loaded.
-
-        Raises RunError if the bundle has none of that name, or one that is not for this graph or is damaged.
-        """
+        """As Runner.use."""
         if adapter is not None and adapter not in self.loaded:
             path = check_adapter(self.bundle, self.manifest, adapter)
             try:
@@ -155,41 +155,222 @@ class Runner:
             self.loaded.add(adapter)
         self.adapter = adapter
 
-    def encode(self, text: str, plain: bool) -> list[int]:
-        """Token ids of a text; a plain prompt gets the tokenizer's begin-of-text ids in front."""
-        ids = [int(token) for token in self.tokenizer.encode(text)]
-        return list(self.manifest["prefix_ids"]) + ids if plain else ids
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer.encode(text)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out.
+    def decoder(self) -> Callable[[int], str]:
+        """The text that each next token adds.
 
         Through the stream on purpose: `decode` of onnxruntime-genai 0.18 drops everything behind a broken
         UTF-8 sequence, the stream only the next few bytes.
         """
-        pieces = self.tokenizer.create_stream()
-        return "".join(pieces.decode(token) for token in ids)
+        return self.tokenizer.create_stream().decode  # type: ignore[no-any-return]
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+
+    def start(self, max_tokens: int) -> OnnxSession:
+        return OnnxSession(self, max_tokens)
+
+
+class OnnxSession:
+    """One text through the model; its KV cache is allocated for `max_tokens`."""
+
+    def __init__(self, engine: OnnxRuntimeGenAI, max_tokens: int) -> None:
+        params = engine.og.GeneratorParams(engine.model)
+        params.set_search_options(max_length=max_tokens)
+        self.generator = engine.og.Generator(engine.model, params)
+        if engine.adapter is not None:
+            self.generator.set_active_adapter(engine.adapters, engine.adapter)
+
+    def append(self, ids: list[int], every: bool = False) -> Any:
+        """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
+        self.generator.append_tokens(ids)
+        if every:
+            return self.generator.get_output("logits")[0]
+        return self.generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
+
+
+class LlamaCpp:
+    """A bundle's model.gguf in llama.cpp, by the functions of its C interface that llama-cpp-python declares."""
+
+    def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
+        self.api = api = runtime("llama_cpp", "llama-cpp-python")
+        _silence(api)
+        try:
+            self.context_tokens = int(manifest["context_tokens"])
+            self.eos_ids = [int(token) for token in manifest["stop_ids"]]
+        except (KeyError, TypeError, ValueError) as problem:
+            raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
+        path = bundle / "model.gguf"
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = 0  # the proof is the processor's
+        # Weights rearranged for the processor's own instructions. llama.cpp 0.5 crashes in those of Intel's AMX
+        # where the system does not grant it their registers, as in many containers.
+        params.use_extra_bufts = not _has_amx()
+        self.model = api.llama_model_load_from_file(str(path).encode(), params) if path.is_file() else None
+        if not self.model:
+            raise RunError(path, "cannot be loaded", "run --verify to see whether it is damaged")
+        self.vocab = api.llama_model_get_vocab(self.model)
+        self.words = int(api.llama_vocab_n_tokens(self.vocab))
+
+    def __del__(self) -> None:
+        if getattr(self, "model", None):
+            self.api.llama_model_free(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        raw = text.encode("utf-8")
+        room = len(raw) + 8  # no token is shorter than a byte; a space may be put in front
+        made = (self.api.llama_token * room)()
+        count = self.api.llama_tokenize(self.vocab, raw, len(raw), made, room, False, True)
+        if count < 0:
+            raise RunError("prompt", f"llama.cpp cannot encode it (needs {-count} tokens)", "shorten the prompt")
+        return list(made[:count])
+
+    def decoder(self) -> Callable[[int], str]:
+        """The text that each next token adds, special tokens left out."""
+        pending = codecs.getincrementaldecoder("utf-8")("replace")
+        buffer = ctypes.create_string_buffer(512)
+
+        def decode(token: int) -> str:
+            size = self.api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
+            return pending.decode(buffer.raw[: max(0, size)])
+
+        return decode
+
+    def use(self, adapter: str | None) -> None:
+        if adapter is not None:
+            hint = "only bundles of onnxruntime-genai hold adapters"
+            raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """By the template in the file and jinja2, which llama-cpp-python needs itself, in its sandbox."""
+        from jinja2.exceptions import TemplateError
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            tags = {"generation"}  # noqa: RUF012 - marks what the assistant says: nothing here
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        template = self.api.llama_model_chat_template(self.model, None)
+        if not template:
+            raise TemplateError("there is none")
+        extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+        special = {}
+        for name in ("bos", "eos", "pad"):
+            token = getattr(self.api, f"llama_vocab_{name}")(self.vocab)
+            text = self.api.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
+            special[f"{name}_token"] = text.decode("utf-8")
+        compiled = environment.from_string(template.decode("utf-8"))
+        return str(
+            compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
+        )
+
+    def start(self, max_tokens: int) -> LlamaSession:
+        return LlamaSession(self, max_tokens)
+
+
+class LlamaSession:
+    """One text through the model; its KV cache (fp16) is allocated for `max_tokens`."""
+
+    def __init__(self, engine: LlamaCpp, max_tokens: int) -> None:
+        self.engine, self.api = engine, engine.api
+        params = self.api.llama_context_default_params()
+        params.n_ctx = max_tokens
+        params.n_batch = params.n_ubatch = min(PREFILL_TOKENS, max_tokens)
+        # more threads than free cores are ruinous: llama.cpp's wait for each other by spinning
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        params.n_threads = params.n_threads_batch = int(threads) if threads.isdecimal() else usable_cores()
+        self.context = self.api.llama_init_from_model(engine.model, params)
+        if not self.context:
+            raise RunError("llama.cpp", f"cannot allocate a context of {max_tokens} tokens", "ask for fewer tokens")
+        self.done = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "context", None):
+            self.api.llama_free(self.context)
+
+    def append(self, ids: list[int], every: bool = False) -> Any:
+        """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
+        import numpy
+
+        batch = self.api.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i] = token, self.done + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = every or i == len(ids) - 1
+            code = self.api.llama_decode(self.context, batch)
+        finally:
+            self.api.llama_batch_free(batch)
+        if code != 0:
+            raise RunError("llama.cpp", f"llama_decode gives {code}", "report this: the prompt fits the context")
+        self.done += len(ids)
+        rows = len(ids) if every else 1
+        found = numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (rows, self.engine.words)).copy()
+        return found if every else found[0]
+
+
+def _silence(api: Any) -> None:
+    """No log lines of llama.cpp on standard error; a callback has to live as long as the library."""
+    if not hasattr(api, "edgeft_silent"):
+        api.edgeft_silent = api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(api.edgeft_silent, ctypes.c_void_p(0))
+
+
+def _has_amx() -> bool:
+    try:
+        return " amx_int8 " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+class Runner:
+    """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.manifest = read_manifest(bundle)
+        target = self.manifest.get("target")
+        llama = isinstance(target, dict) and target.get("runtime") == "llama.cpp"
+        self.engine: Any = (LlamaCpp if llama else OnnxRuntimeGenAI)(bundle, self.manifest)
+        self.context_tokens: int = self.engine.context_tokens
+        self.eos_ids: list[int] = self.engine.eos_ids
+
+    def use(self, adapter: str | None) -> None:
+        """From the next prompt on, answer with this adapter (None: without). The model stays loaded.
+
+        Raises RunError if the bundle has none of that name, or one that is not for this graph or is damaged.
+        """
+        self.engine.use(adapter)
+
+    def encode(self, text: str, plain: bool) -> list[int]:
+        """Token ids of a text; a plain prompt gets the tokenizer's begin-of-text ids in front."""
+        ids: list[int] = self.engine.encode(text)
+        return list(self.manifest["prefix_ids"]) + ids if plain else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        piece = self.engine.decoder()
+        return "".join(piece(token) for token in ids)
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The chat template's text for messages [{role, content}, ...], up to where the answer starts."""
         try:
-            return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+            return str(self.engine.render(messages))
         except Exception as problem:
             hint = "use --plain if this model has no chat template"
             raise RunError("chat template", f"cannot be applied: {problem}", hint) from None
-
-    def _generator(self, max_tokens: int) -> Any:
-        params = self.og.GeneratorParams(self.model)
-        params.set_search_options(max_length=max_tokens)  # the KV cache is allocated for this many tokens
-        generator = self.og.Generator(self.model, params)
-        if self.adapter is not None:
-            generator.set_active_adapter(self.adapters, self.adapter)
-        return generator
-
-    def _read(self, generator: Any, ids: list[int]) -> Iterator[None]:
-        """Run a prompt through the model, a yield after each pass."""
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            generator.append_tokens(ids[start : start + PREFILL_TOKENS])
-            yield
 
     def fit(self, ids: list[int], new_tokens: int) -> None:
         """Nothing. Raises RunError if a prompt is empty or leaves no room for a token."""
@@ -204,9 +385,9 @@ class Runner:
         import numpy
 
         self.fit(ids, 0)
-        generator = self._generator(len(ids))
-        passes = self._read(generator, ids)
-        return numpy.concatenate([generator.get_output("logits")[0].astype(numpy.float32) for _ in passes])
+        session = self.engine.start(len(ids))
+        parts = [ids[start : start + PREFILL_TOKENS] for start in range(0, len(ids), PREFILL_TOKENS)]
+        return numpy.concatenate([session.append(part, every=True).astype(numpy.float32) for part in parts])
 
     def stream(
         self,
@@ -228,17 +409,16 @@ class Runner:
         stop = set(self.eos_ids if eos_ids is None else eos_ids)
         max_tokens = min(max_tokens, self.context_tokens - len(ids))
         random = numpy.random.default_rng(seed)
-        generator = self._generator(len(ids) + max_tokens)
-        for _ in self._read(generator, ids):
-            pass
+        session = self.engine.start(len(ids) + max_tokens)
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            last = session.append(ids[start : start + PREFILL_TOKENS])
         for made in range(1, max_tokens + 1):
-            last = generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
             token = int(last.argmax()) if temperature <= 0 else _sample(last, temperature, top_p, random)
             if token in stop:
                 return
             yield token
             if made < max_tokens:
-                generator.append_tokens([token])
+                last = session.append([token])
 
     def greedy(self, ids: list[int], max_tokens: int, eos_ids: Iterable[int] | None = None) -> list[int]:
         """The most likely continuation, cut before its first end token."""
@@ -536,10 +716,11 @@ def verify(bundle: Path, trusted: bytes | None = None, replay: bool = True) -> l
         return problems + check_golden(bundle)
     except MissingRuntime as problem:
         if problems:
-            return [*problems, "golden vectors: not replayed, onnxruntime-genai is not installed"]
-        text = "the files are as exported; the golden vectors need onnxruntime-genai, which "
-        hint = "pip install onnxruntime-genai, or check the files alone with --no-replay"
-        raise MissingRuntime("verify", text + str(problem).split(": ", 1)[1].split("\n\nhint: ")[0], hint) from None
+            return [*problems, f"golden vectors: not replayed, {str(problem).split(':')[0]} is not installed"]
+        package, _, reason = str(problem).split("\n\nhint: ")[0].partition(": ")
+        text = f"the files are as exported; the golden vectors need {package}, which {reason}"
+        hint = f"pip install {package}, or check the files alone with --no-replay"
+        raise MissingRuntime("verify", text, hint) from None
     except RunError as problem:
         return [*problems, str(problem).split("\n\nhint: ")[0]]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -668,7 +849,7 @@ def answer(bundle: Path, options: argparse.Namespace) -> int:
     chat = (options.format or trained["prompt_format"]) == "chat"
     text = runner.render([{"role": "user", "content": prompt}]) if chat else prompt
     ids = runner.encode(text, plain=not chat)
-    pieces = runner.tokenizer.create_stream()
+    piece = runner.engine.decoder()
     tokens = runner.stream(
         ids, options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
     )
@@ -676,7 +857,7 @@ def answer(bundle: Path, options: argparse.Namespace) -> int:
     for token in tokens:
         made.append(token)
         if not options.json:
-            print(pieces.decode(token), end="", flush=True)
+            print(piece(token), end="", flush=True)
     print(json.dumps({"text": runner.decode(made), "ids": made, "prompt_ids": ids}) if options.json else "")
     return 0
 

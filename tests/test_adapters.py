@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from edgeft.adapters import AdapterSource, add_adapters
 from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, build_bundle, read_weights
+from edgeft.build import ArtifactModel, build_bundle
 from edgeft.bundle import Bundle
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.export import export_adapters
 from edgeft.model_spec import read_model_spec
+from edgeft.ort import read_weights
 from edgeft.planner import make_plan
 from edgeft.report import adapters_text
 from edgeft.runner import runner_module
@@ -96,7 +97,7 @@ def torch_logits(name: str | None, ids: list[int]) -> np.ndarray:
 
 def test_each_adapter_gives_the_logits_of_torch_by_one_loaded_model_in_any_order() -> None:
     model, ids = ArtifactModel(switchable("ort-fp32")), some_ids(300)
-    loaded = model._runner.model
+    loaded = model._runner.engine.model
     seen: dict[str | None, np.ndarray] = {}
     for name in (None, "all", "some", "all", None, "some"):
         model.use(name)
@@ -105,7 +106,7 @@ def test_each_adapter_gives_the_logits_of_torch_by_one_loaded_model_in_any_order
         if name in seen:
             assert np.array_equal(given, seen[name])  # nothing of the one before is left
         seen[name] = given
-    assert model._runner.model is loaded and model._runner.loaded == {"all", "some"}
+    assert model._runner.engine.model is loaded and model._runner.engine.loaded == {"all", "some"}
     assert min(np.abs(seen[a] - seen[b]).max() for a, b in ((None, "all"), (None, "some"), ("all", "some"))) > 1
 
 
@@ -156,7 +157,7 @@ def test_the_contract_says_what_is_in_the_files_and_the_graph() -> None:
     alone = Bundle.read(bundle("ort-int4") / "bundle.json")
     assert made.weight_bytes_per_token == alone.weight_bytes_per_token + max(sizes.values())
     assert made.predicted.weights_bytes == alone.predicted.weights_bytes + sum(sizes.values())
-    assert read_weights(switchable("ort-int4") / "model.onnx") == read_weights(bundle("ort-int4") / "model.onnx")
+    assert read_weights(switchable("ort-int4")) == read_weights(bundle("ort-int4"))
 
 
 def test_same_inputs_same_bytes(tmp_path: Path) -> None:
@@ -370,3 +371,9 @@ def test_the_verb_refuses_what_it_cannot_read(trained: dict[str, Path], tmp_path
     assert "cannot use 'libs'" in edgeft("libs")
     assert "cannot use 'libs=b'" in edgeft(f"libs={trained['libs']}", "libs=b")
     assert "train.json: no such file" in edgeft(f"libs={tmp_path / 'nothing'}")
+
+
+def test_adapters_are_refused_where_the_runtime_is_llama_cpp(tmp_path: Path) -> None:
+    anything: Any = [None]
+    with pytest.raises(BadInput, match=r"target gguf-q8_0: runs in llama\.cpp, .*\n\nhint: choose an ort- target"):
+        build_bundle(checkpoint(), load_target("gguf-q8_0"), tmp_path / "b", prompts=[], adapters=anything)

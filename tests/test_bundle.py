@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, _record, build_bundle, read_weights, stop_ids_of
+from edgeft.build import ArtifactModel, _record, build_bundle, stop_ids_of
 from edgeft.bundle import (
     Bundle,
     GoldenInput,
@@ -26,6 +26,7 @@ from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.footprint import bundle_weights, choose_context, kv_cache_bytes_per_token, predict
 from edgeft.model_spec import read_model_spec
+from edgeft.ort import read_weights
 from edgeft.runner import runner_module
 from edgeft.target import Target, load_target
 
@@ -119,7 +120,7 @@ def mean_kl(ids: list[int], name: str) -> float:
     return float((expected.exp() * (expected - given)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["ort-int4", "ort-int8", "ort-fp32"])
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int4-mixed", "ort-int8", "ort-fp16", "ort-fp32"])
 def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str) -> None:
     made = Bundle.read(bundle(name) / "bundle.json")
     assert runner_module().verify(bundle(name)) == []
@@ -174,11 +175,9 @@ def test_more_bits_are_closer_to_torch_and_take_more_room() -> None:
     assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("name", ["ort-int4", "ort-int8", "ort-fp32"])
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int4-mixed", "ort-int8", "ort-fp16", "ort-fp32"])
 def test_what_a_bundle_will_weigh_is_known_before_it_is_built(name: str) -> None:
-    assert read_weights(bundle(name) / "model.onnx") == bundle_weights(
-        read_model_spec(str(checkpoint())), load_target(name)
-    )
+    assert read_weights(bundle(name)) == bundle_weights(read_model_spec(str(checkpoint())), load_target(name))
 
 
 def test_an_export_says_what_its_two_processes_took() -> None:
@@ -188,7 +187,7 @@ def test_an_export_says_what_its_two_processes_took() -> None:
 
 @pytest.mark.parametrize("name", ["ort-int4", "ort-int8"])
 def test_tied_embeddings_are_stored_once_with_eight_bits(name: str) -> None:
-    weights = read_weights(bundle(name) / "model.onnx")
+    weights = read_weights(bundle(name))
     values = reference().config.vocab_size * 64
     # a byte each, and per block of 32 an fp32 scale and a zero point of a byte
     assert weights.head_bytes == values + values // 32 * (4 + 1)
@@ -201,12 +200,64 @@ def test_embeddings_that_are_not_tied_get_four_bits_and_are_not_read_per_token(t
         checkpoint(tied=False), load_target("ort-int4"), tmp_path / "b", prompts=PROMPTS[:1], measure=False
     )
     assert runner_module().verify(tmp_path / "b") == []
-    weights = read_weights(tmp_path / "b" / "model.onnx")
+    weights = read_weights(tmp_path / "b")
     assert weights == bundle_weights(read_model_spec(str(checkpoint(tied=False))), load_target("ort-int4"))
     values = reference().config.vocab_size * 64
     embedding = values // 2 + values // 32 * 4 + values // 32 // 2  # half a byte each, fp32 scales, 4-bit zero points
     rotary = 2 * 512 * 16 * 4
     assert made.weight_bytes_per_token == weights.bytes_per_token == weights.stored_bytes - embedding - rotary
+
+
+def bits_of_matmuls(folder: Path) -> dict[str, int]:
+    import onnx
+
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    found = {}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+            found[node.name.rpartition("/MatMul")[0].removeprefix("/").removeprefix("model/")] = bits
+    return found  # layers.0/attn/q_proj, and lm_head
+
+
+def test_named_layers_and_the_mix_get_eight_bits_and_nothing_else(tmp_path: Path) -> None:
+    mixed = bits_of_matmuls(bundle("ort-int4-mixed"))
+    sensitive = ("v_proj", "down_proj", "lm_head")  # of two layers both are outer ones
+    assert len(mixed) == 15
+    assert mixed == {name: 8 if name.endswith(sensitive) else 4 for name in mixed}
+    chosen = load_target("ort-int4").model_copy(update={"eight_bit": ("model.layers.1.self_attn.q_proj", "layers.0")})
+    build_bundle(checkpoint(), chosen, tmp_path / "b", prompts=PROMPTS[:1], measure=False)
+    named = bits_of_matmuls(tmp_path / "b")
+    assert named == {
+        name: 8 if name.startswith("layers.0/") or name in ("layers.1/attn/q_proj", "lm_head") else 4 for name in named
+    }
+    assert mean_kl(some_ids(200), "ort-int4-mixed") < mean_kl(some_ids(200), "ort-int4")
+
+
+def test_fp16_stores_half_and_computes_in_fp32(tmp_path: Path) -> None:
+    sizes = {name: (bundle(name) / "model.onnx.data").stat().st_size for name in ("ort-fp16", "ort-fp32")}
+    assert sizes["ort-fp16"] < 0.75 * sizes["ort-fp32"]  # norms and rotary tables stay
+    assert read_weights(bundle("ort-fp16")) == read_weights(bundle("ort-fp32"))
+    rounded = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(parameter.half())
+        expected = rounded(torch.tensor([some_ids(100)])).logits[0].numpy()
+    assert np.abs(ArtifactModel(bundle("ort-fp16")).logits(some_ids(100)) - expected).max() < 1e-3
+
+
+def test_weights_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    shutil.copytree(checkpoint(), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 7e4
+    model.save_pretrained(folder)
+    with pytest.raises(
+        BadInput, match=r"up_proj.*has values beyond the range of fp16\n\nhint: export with --target ort-"
+    ):
+        build_bundle(folder, load_target("ort-fp16"), tmp_path / "out", prompts=[])
 
 
 def test_golden_vectors_are_what_training_would_feed_and_the_artifact_answers() -> None:
@@ -292,11 +343,11 @@ def test_a_golden_input_is_text_or_messages() -> None:
 
 def test_the_context_is_the_smallest_of_model_target_and_device_memory() -> None:
     spec, target = read_model_spec(str(checkpoint())), load_target("ort-int4")
-    weights = read_weights(bundle("ort-int4") / "model.onnx")
+    weights = read_weights(bundle("ort-int4"))
     shorter = Target.model_validate(target.model_dump() | {"context_tokens": 256})
     assert choose_context(spec, target, weights, None) == (512, "model")
     assert choose_context(spec, shorter, weights, None) == (256, "target")
-    per_token = kv_cache_bytes_per_token(spec)
+    per_token = kv_cache_bytes_per_token(spec, target)
     for context in (300, 400):
         room = predict(spec, target, weights, context).memory_bytes
         assert choose_context(spec, target, weights, room) == (context, "device memory")
@@ -306,7 +357,7 @@ def test_the_context_is_the_smallest_of_model_target_and_device_memory() -> None
 
 def test_a_device_without_room_is_refused_with_the_bytes_it_would_take() -> None:
     spec, target = read_model_spec(str(checkpoint())), load_target("ort-int4")
-    weights = read_weights(bundle("ort-int4") / "model.onnx")
+    weights = read_weights(bundle("ort-int4"))
     with pytest.raises(
         DoesNotFit, match=r"bundle: needs 74\.\d MiB for a context of 128 tokens, the device has 64\.0 MiB"
     ):

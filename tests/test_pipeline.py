@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
@@ -145,6 +146,28 @@ def test_parity_failure_writes_nothing_and_names_the_rung(line: Path, tmp_path: 
     assert "edgeft: parity ladder, rung 'artifact' against 'reloaded': " in done.stderr
     assert "hint: quantisation loses too much" in done.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_gguf_target_climbs_the_same_ladder(line: Path, tmp_path: Path) -> None:
+    export = ("export", line / "merged", "--target", "gguf-q8_0", "--out", tmp_path / "bundle")
+    if importlib.util.find_spec("llama_cpp") is None or importlib.util.find_spec("gguf") is None:
+        done = edgeft(*export, code=5)
+        assert 'hint: pip install "edgeft[gguf' in done.stderr and not (tmp_path / "bundle").exists()
+        return
+    edgeft(*export)
+    proof = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["proof"]
+    assert [rung["name"] for rung in proof["rungs"]] == ["merged", "reloaded", "artifact"]
+    assert all(rung["problems"] == [] for rung in proof["rungs"])
+    assert proof["scores"]["gguf-q8_0"]["loss"] == pytest.approx(proof["scores"]["merged"]["loss"], abs=0.01)
+    edgeft("verify", tmp_path / "bundle")
+    answer = edgeft("run", tmp_path / "bundle", "Section of lib3?", "--max-tokens", "4").stdout
+    assert answer == edgeft("run", line / "bundle", "Section of lib3?", "--max-tokens", "4").stdout
+
+
+def test_layers_can_be_promoted_by_name(line: Path, tmp_path: Path) -> None:
+    export = ("export", line / "merged", "--out", tmp_path / "bundle", "--promote")
+    done = edgeft(*export, "layers.9", code=1)
+    assert "edgeft: eight_bit: no such module: layers.9" in done.stderr and not (tmp_path / "bundle").exists()
 
 
 def bad(tmp_path: Path, model: Path, case: str) -> tuple[list[object], int, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bundle import bundle, checkpoint, reference, some_ids, workplace
 
-from edgeft.bundle import ArtifactModel, build_bundle
+from edgeft.build import ArtifactModel, build_bundle
 from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.rounding import Rule, round_, round_model, rounded, rule_of
 from edgeft.target import load_target

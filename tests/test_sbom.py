@@ -12,6 +12,7 @@ from test_bundle import bundle
 
 from edgeft.bundle import SBOM, Bundle
 from edgeft.sbom import BASE, Component, bill_of_materials, licence_entries, model_licence
+from edgeft.target import load_target
 
 SOURCES = [
     Component("machine-learning-model", "tiny", BASE, weights_sha256="ab" * 32, licence="apache-2.0"),
@@ -20,7 +21,9 @@ SOURCES = [
 
 
 def bill(sources: list[Component] = SOURCES) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(bill_of_materials({"model.onnx": "ef" * 32, "run.py": "01" * 32}, sources, "x"))
+    made: dict[str, Any] = json.loads(
+        bill_of_materials({"model.onnx": "ef" * 32, "run.py": "01" * 32}, sources, load_target("ort-int4"))
+    )
     return made
 
 
@@ -50,7 +53,7 @@ def test_what_it_was_made_from_is_named_by_hash() -> None:
     assert {"name": "edgeft:licence", "value": "not stated"} in data["properties"]
     assert component(made, "model.onnx")["licenses"] == base["licenses"]
     assert component(made, "run.py")["licenses"] == [{"license": {"id": "Apache-2.0"}}]
-    assert made["metadata"]["component"]["name"] == "tiny for x"
+    assert made["metadata"]["component"]["name"] == "tiny for ort-int4"
     references = [entry["bom-ref"] for entry in made["components"]]
     assert len(set(references)) == len(references)
     assert made["dependencies"] == [{"ref": "bundle", "dependsOn": sorted(references)}]
