@@ -82,9 +82,9 @@ def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
     return int(learnt * itemsize + with_states * states) + TENSOR_BYTES * tensors
 
 
-def merge_disk(spec: ModelSpec) -> Disk:
-    """A whole checkpoint in the base's own dtype."""
-    size = spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
+def merge_disk(spec: ModelSpec, files_bytes: int | None = None) -> Disk:
+    """A whole checkpoint in the base's own dtype; `files_bytes` is the size of its files where they are known."""
+    size = files_bytes or spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
     side = Term(name="side files", bytes=SIDE_FILES_BYTES, formula="tokenizer and configs, at most")
     terms = (Term(name="weights", bytes=size, formula=f"{spec.total_parameters} in {spec.dtype}"), side)
     return Disk(stage="merge", where="out", terms=terms, peak_bytes=size + side.bytes, kept_bytes=size + side.bytes)

@@ -103,7 +103,7 @@ def merge(
     folder = local_folder(model)
     source = Checkpoint(folder)
     spec = result.plan.spec if result else read_model_spec(str(folder))
-    disk.require(disk.merge_disk(spec), out)
+    disk.require(disk.merge_disk(spec, sum(file.path.stat().st_size for file in source.files)), out)
     ledger.reset_peak(torch.device("cpu"))
     change = Change(trained, source, tied=spec.tie_word_embeddings)
     changes = [] if wise_alpha == 0.0 else sorted(change.steps.keys() & source.owner.keys())

@@ -580,6 +580,7 @@ def test_lengths_of_a_file(tokenizer: TextTokenizer, write_rows: WriteRows) -> N
         "tokens": sum(lengths),
         "longest_trained": max(answers),
         "cut_rows": 0,
+        "trained_tokens": sum(answers),
         "quantiles": {"0.5": lengths[1], "0.75": lengths[2], **dict.fromkeys(("0.9", "0.95", "0.99"), lengths[3])},
     }
     limited = measure_lengths(str(path), tokenizer, max_length=lengths[-1] - 1)

@@ -522,7 +522,7 @@ def test_layers_are_scored_as_lora_in_all_of_them_trains(job_of: Any) -> None:
 
 def test_only_hidden_states_do_without_all_layers() -> None:
     """A budget in which LoRA trains in a few layers only, its rank, precision and micro-batch pinned."""
-    configs = str(Path(__file__).parent / "configs" / "llama-3.1-8b")
+    configs = str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b")
     job = make_job(model=configs, profile="t4", layers="sparse", base_precision="nf4", rank=64, micro_batch_size=4,
                    checkpointing=False, max_length=1024)  # fmt: skip
     fits = make_plan(job.model_copy(update={"layers": "sparse", "max_memory_bytes": 14 * 2**30}))
@@ -639,7 +639,10 @@ def test_ctrl_c_while_scoring_leaves_nothing(job_of: Any, own_cache: Path, tmp_p
 
     path = tmp_path / "plan.json"
     command = [sys.executable, "-m", "edgeft", *map(str, plan_arguments(job_of(layer_score="progressive"), path))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # where the tests run in the background, a shell has them ignore SIGINT, and their children too
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, **options) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
         assert first.startswith("score layers by progressive"), first + process.stderr.read()
