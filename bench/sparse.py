@@ -84,12 +84,21 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    spots: dict[tuple[int, int], list[str]] = {}  # runs so near one another that they share a label
     for row in rows:
         x, y = row["train_peak_bytes"] / 2**20, 100 * row["test"]["exact_match"]
         random = "random" in row["run"]
         left.plot(x, y, "." if random else "o", color="0.6" if random else None)
-        if not random:
-            left.annotate(row["run"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        names = spots.setdefault((round(x / 8), round(y / 0.25)), [])
+        names += [] if random else [row["run"]]
+        if names[:1] == [row["run"]]:
+            names.insert(0, f"{x} {y}")
+    for place, *names in filter(None, spots.values()):
+        x, y = map(float, place.split())
+        left.annotate("\n".join(names), (x, y), fontsize=6, xytext=(5, 0), textcoords="offset points", va="center")
+    left.plot([], [], ".", color="0.6", label="LoRA in 2 random layers")
+    left.legend(frameon=False, loc="upper left")
+    left.margins(x=0.15)
     left.set(xlabel="training peak, MiB", ylabel="exact match on 1,000 test rows, %")
     for name in ("full", "LISA-2, cycle", "LISA-2 on NF4"):
         curve = next(row["loss_curve"] for row in rows if row["run"] == name)
