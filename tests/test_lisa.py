@@ -66,6 +66,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {**SMALL, "tie_word_embeddings": True},
     "opt": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 5, "n_head": 4},
+    "glm": SMALL,
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     "t5": {
         "decoder_start_token_id": 0,
