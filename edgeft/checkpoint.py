@@ -282,7 +282,8 @@ def compute_in(model: Any, compute: torch.dtype) -> None:
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(compute)
+            # a copy: one tensor that stays mapped keeps every page of its file resident that loading has touched
+            parameter.data = parameter.data.to(compute, copy=True)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             _compute_in(module, compute)

@@ -70,6 +70,10 @@ def weight_bytes(spec: ModelSpec, training: Training) -> int:
     quantised = sum(linear.in_features * linear.out_features for linear in spec.linears) * spec.num_hidden_layers
     dense = spec.total_parameters - quantised
     codes = quantised * NF4_BYTES + NF4_PER_LINEAR * len(spec.linears) * spec.num_hidden_layers
+    if training.densely:  # the layers that train are fp32 matrices instead of codes
+        each = quantised // spec.num_hidden_layers
+        active = training.active_layers or len(training.trained_layers)
+        codes += active * (each * (4 - NF4_BYTES) - NF4_PER_LINEAR * len(spec.linears))
     return int(dense * DTYPE_BYTES[training.compute_dtype] + codes)
 
 
