@@ -89,7 +89,8 @@ def _kinds(config: Any, spec: ModelSpec, training: Training, work: Workload) -> 
     lists = _layer_lists(text)
     if (getattr(text, "sliding_window", None) or 0) > work.longest:
         lists.pop("layer_types", None)  # no window is ever full: its layers keep what the others keep
-    lowest, trained = min(training.trained_layers), set(training.trained_layers)
+    lowest = min(training.trained_layers, default=spec.num_hidden_layers)
+    trained = set(training.trained_layers)
     return [
         (layer in trained, layer >= lowest, spec.layer_parameters[layer], *(values[layer] for values in lists.values()))
         for layer in range(spec.num_hidden_layers)
