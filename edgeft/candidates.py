@@ -181,10 +181,10 @@ def candidates(
         for precision in _precisions(job, profile, tuner, layers["layers"] != "all")
         for rank in (ranks if tuner == "lora" else [0])
     ]
-    for (tuner, precision, rank, layers), batch, checkpointing, chunk, optimizer in itertools.product(
+    for (tuner, precision, rank, layers), batch, (checkpointing, kept), chunk, optimizer in itertools.product(
         ways,
         [job.micro_batch_size] if job.micro_batch_size else batches,
-        [job.checkpointing] if job.checkpointing is not None else [False, True],
+        _recomputing(job, spec),
         [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
         [job.optimizer] if job.optimizer else optimizers,
     ):
@@ -211,6 +211,7 @@ def candidates(
             batch_size=job.batch_size,
             max_length=length,
             checkpointing=checkpointing,
+            kept_layers=kept,
             loss_chunk_tokens=chunk,
             optimizer=optimizer,
             learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
@@ -222,6 +223,24 @@ def candidates(
             checkpoint_steps=job.checkpoint_steps,
             eval_rows=job.eval_rows,
         )
+
+
+def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:
+    """(whether activations are recomputed, in how many topmost layers not); how many more keep theirs `planner` finds.
+
+    The topmost layer's backward pass comes first: recomputing it saves nothing but at the moment of the loss.
+    """
+    if job.kept_layers is not None:
+        if job.checkpointing is False:
+            hint = "drop checkpointing=false"
+            raise BadInput("kept_layers", "says which layers do not recompute, but none does", hint)
+        if job.kept_layers > spec.num_hidden_layers:
+            problem = f"{job.kept_layers} is more than the model's {spec.num_hidden_layers} layers"
+            raise BadInput("kept_layers", problem, f"at most {spec.num_hidden_layers}")
+        return [(True, job.kept_layers)]
+    if job.checkpointing is not None:
+        return [(job.checkpointing, 0)]
+    return [(False, 0), (True, 0), *([(True, 1)] if spec.num_hidden_layers > 1 else [])]
 
 
 def _compute_of_nf4(profile: Profile) -> str:

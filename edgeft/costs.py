@@ -38,6 +38,7 @@ class Candidate(Strict):
     trained: int  # layers at a time
     micro_batch_size: int
     checkpointing: bool
+    kept_layers: int
     loss_chunk_tokens: int
     optimizer: Optimizer
     quality_cost: float
@@ -128,7 +129,7 @@ def seconds_per_step(profile: Profile, spec: ModelSpec, training: Training, work
         trained = training.active_layers
         crossed -= (len(training.trained_layers) - trained) / (trained + 1)
     passes = 2 * spec.num_hidden_layers + 2 * crossed + (2 * trained if training.tuner == "full" else 0)
-    passes += 2 * crossed * training.checkpointing
+    passes += 2 * max(0.0, crossed - training.kept_layers) * training.checkpointing
     operations = float(passes) * per_layer * tokens
     operations += 6 * memory.trained_parameters(spec, training) * tokens if training.tuner == "lora" else 0
     operations += 6 * spec.vocab_size * spec.hidden_size * training.batch_size * work.longest_trained

@@ -61,7 +61,7 @@ class Run:
         scaled = self.compute == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if self.training.checkpointing:
-            recompute_layers(self.parts)
+            recompute_layers(self.parts, self.training.kept_layers)
         if found is not None:
             self._restore(found)
 
@@ -168,12 +168,12 @@ def make_optimizer(
     return optimizer
 
 
-def recompute_layers(parts: Parts) -> None:
-    """Checkpoint the activations of every layer that autograd sees when it runs.
+def recompute_layers(parts: Parts, kept: int = 0) -> None:
+    """Checkpoint the activations of every layer that autograd sees when it runs, but for the `kept` topmost ones.
 
     A layer below the lowest one that trains saves nothing; checkpointing it as well would only cost its inputs.
     """
-    for layer in parts.layers:
+    for layer in list(parts.layers)[: len(parts.layers) - kept]:
         layer.forward = _recomputed(layer, layer.forward)  # type: ignore[method-assign]
 
 

@@ -99,6 +99,7 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     "LoRA, two micro-batches": (ALL, 47, {"batch_size": 4}),
     "LoRA, five micro-batches, the last smaller": (ALL, 47, {"batch_size": 9}),
     "LoRA, recomputed": (ALL, 47, {"checkpointing": True}),
+    "LoRA, recomputed but for the top layer": (ALL, 47, {"checkpointing": True, "kept_layers": 1, "batch_size": 4}),
     "LoRA, top layer, recomputed": (TOP, 47, {"checkpointing": True}),
     "LoRA, attention only": (ALL, 47, {"target_modules": ("q_proj", "v_proj")}),
     "LoRA, bf16": (ALL, 47, HALF),
@@ -184,6 +185,7 @@ def test_tied_head_equals_real(tmp_path: Path) -> None:
 STACKS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
     # family, layers, layers that train, plan, layers run
     "LoRA, recomputed, two micro-batches": ("llama", 8, 8, {"checkpointing": True, "batch_size": 4}, 7),
+    "LoRA, recomputed in the lower half": ("llama", 21, 21, {"checkpointing": True, "kept_layers": 7}, 20),
     "LoRA, bf16": ("llama", 8, 8, HALF, 7),
     "LoRA, top layers of NF4": ("llama", 21, 6, NF4, 20),
     "LoRA, two top layers": ("llama", 14, 2, {}, 11),
