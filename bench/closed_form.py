@@ -52,7 +52,7 @@ def random_plan(spec: ModelSpec, draw: random.Random) -> tuple[Training, memory.
         target_modules=tuple(linear.name for linear in spec.linears) if lora else (),
         layers="sparse" if way == "sparse" else "all", trained_layers=trained, **ends,
         micro_batch_size=micro, batch_size=micro * draw.choice([1, 1, 4]), max_length=longest,
-        checkpointing=draw.random() < 0.5, kept_layers=draw.choice([0, 0, 1, layers // 2]),
+        max_trained=trained_tokens, checkpointing=draw.random() < 0.5, kept_layers=draw.choice([0, 0, 1, layers // 2]),
         loss_chunk_tokens=draw.choice([64, 256, 1024]),
         optimizer=draw.choice(["adamw", "adamw8bit", "paged_adamw8bit"]) if device == "cuda" else "adamw",
         learning_rate=1e-3, steps=4, warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_steps=None,

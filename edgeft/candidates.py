@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgeft.errors import BadInput
+from edgeft.memory import Workload
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import ENDS, Job, Optimizer, Precision, Training, Tuner
@@ -161,7 +162,7 @@ def _precisions(job: Job, profile: Profile, tuner: Tuner, some_layers: bool) -> 
 
 
 def candidates(
-    job: Job, profile: Profile, spec: ModelSpec, length: int, steps: int, scores: Sequence[float] | None = None
+    job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None
 ) -> Iterator[Training]:
     """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data."""
     ranks = [job.rank] if job.rank else RANKS
@@ -209,7 +210,8 @@ def candidates(
             **layers,
             micro_batch_size=batch,
             batch_size=job.batch_size,
-            max_length=length,
+            max_length=work.longest,
+            max_trained=work.longest_trained,
             checkpointing=checkpointing,
             kept_layers=kept,
             loss_chunk_tokens=chunk,

@@ -135,7 +135,8 @@ def seconds_per_step(profile: Profile, spec: ModelSpec, training: Training, work
     operations += 6 * spec.vocab_size * spec.hidden_size * training.batch_size * work.longest_trained
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
     rate *= MEASURED_SHARE if profile.probe else DATASHEET_SHARE
-    splits = training.batch_size / training.micro_batch_size
+    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)  # more where they are short
+    splits = max(1.0, training.batch_size / at_once)
     slower = (1.3 if training.base_precision == "nf4" else 1.0) * (1 + 0.02 * (splits - 1))
     if training.optimizer == "paged_adamw8bit":
         slower *= 1.1

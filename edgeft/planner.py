@@ -111,7 +111,7 @@ def make_plan(
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
     question = Question(job, profile, spec, lengths, work, data_bytes, budget)
-    looked_at = sorted(candidates(job, profile, spec, length, steps, scores), key=question.key)
+    looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
     training = best_that_fits(question, looked_at)

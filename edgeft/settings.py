@@ -71,7 +71,7 @@ class Job(Strict):
         "drop", description="optimizer state of a layer that leaves; park: on disk"
     )
     base_precision: Precision | None = Field(None, description="how the frozen weights are kept in memory")
-    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass")
+    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass; more where they are short")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
     max_length: int | None = Field(None, ge=8, description="longest sample in tokens; longer ones are cut and counted")
     checkpointing: bool | None = Field(None, description="recompute activations in the backward pass")
@@ -146,6 +146,7 @@ class Training(Strict):
     micro_batch_size: int
     batch_size: int
     max_length: int
+    max_trained: int = Field(description="trained tokens of the sample that has most")
     checkpointing: bool
     kept_layers: int = 0  # topmost layers whose activations are kept under checkpointing: freed first on the way back
     loss_chunk_tokens: int

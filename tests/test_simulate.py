@@ -32,7 +32,7 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
         "lora_alpha": 16.0, "target_modules": tuple(linear.name for linear in spec.linears),
         "trained_layers": tuple(trained), "micro_batch_size": 2, "batch_size": 2,
-        "max_length": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
+        "max_length": 48, "max_trained": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
         "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
         "checkpoint_steps": None, "eval_rows": 1,
     }  # fmt: skip
