@@ -48,12 +48,22 @@ GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
 
 class ArtifactModel:
-    """A bundle in its own runtime, token ids in and logits out: what the parity ladder compares."""
+    """A bundle in its own runtime, token ids in and logits out: what the parity ladder compares.
+
+    An ONNX graph gives logits after the last token of a pass alone. Here it runs with every position's: the same
+    weights and operators, one Gather less.
+    """
 
     def __init__(self, bundle: Path) -> None:
-        runner = runner_module()
+        from edgeft.ort import MODEL, every_position
+
+        runner, folder = runner_module(), Path(bundle)
         try:
-            self._runner = runner.Runner(Path(bundle))
+            graph = every_position(folder) if (folder / MODEL).is_file() else None
+        except Exception:  # a damaged file: the runtime says so better
+            graph = None
+        try:
+            self._runner = runner.Runner(folder, graph)
         except runner.MissingRuntime as problem:
             raise _missing(problem) from None
         except runner.RunError as problem:
@@ -80,6 +90,17 @@ class ArtifactModel:
             return list(self._runner.greedy(list(ids), max_new_tokens, eos_ids))
         except runner_module().RunError as problem:
             raise BadInput("artifact", str(problem)) from None
+
+
+def _load_shipped(folder: Path) -> Any:
+    """The bundle as a device runs it, its own graph included: a Runner of run.py. Raises MissingExtra and BadInput."""
+    runner = runner_module()
+    try:
+        return runner.Runner(folder)
+    except runner.MissingRuntime as problem:
+        raise _missing(problem) from None
+    except runner.RunError as problem:
+        raise BadInput(folder, str(problem)) from None
 
 
 def _missing(problem: Exception) -> MissingExtra:
@@ -168,9 +189,7 @@ def build_bundle(
             ),
         )
         bundle.write(folder / MANIFEST)
-        model = ArtifactModel(folder)
-        golden = _record(model._runner, tokenizer, prompts, target.golden_logit_tolerance)
-        del model  # its memory, before the bench
+        golden = _record(_load_shipped(folder), tokenizer, prompts, target.golden_logit_tolerance)
         bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": inputs})
         bundle.write(folder / MANIFEST)
         bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, written)})
@@ -224,12 +243,17 @@ def _prove_adapters(
             golden=[],
         )
     bundle.model_copy(update={"adapters": entries}).write(folder / MANIFEST)  # for the runner's check of the contract
+    shipped = _load_shipped(folder)
+    for source in sources:
+        shipped.use(source.name)
+        golden = _record(shipped, source.tokenizer, source.prompts, bundle.golden_logit_tolerance)
+        entries[source.name] = entries[source.name].model_copy(update={"golden": golden})
+    del shipped  # its memory, before the proofs
     model = ArtifactModel(folder)
     for source in sources:
         model.use(source.name)
-        golden = _record(model._runner, source.tokenizer, source.prompts, bundle.golden_logit_tolerance)
         proof = source.prove(model) if source.prove else None
-        entries[source.name] = entries[source.name].model_copy(update={"golden": golden, "proof": proof})
+        entries[source.name] = entries[source.name].model_copy(update={"proof": proof})
     return entries
 
 
@@ -275,13 +299,13 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
             problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
             raise ParityFailed("tokenizer", problem, "the runtime does not know this kind of tokenizer.json")
         steps: list[int] = []
-        last = first = model.logits(ids)[-1]
+        last = first = model.last_logits(ids)
         while len(steps) < min(GOLDEN_TOKENS, model.context_tokens - len(ids)):
             second, best = numpy.sort(last)[-2:]
             if best - second <= 2 * tolerance:  # each of the two may move by the tolerance
                 break
             steps.append(int(last.argmax()))
-            last = model.logits(ids + steps)[-1]
+            last = model.last_logits(ids + steps)
         top = numpy.argsort(-first, kind="stable")[:GOLDEN_LOGITS]
         made.append(
             Golden(

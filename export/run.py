@@ -40,8 +40,8 @@ from typing import Any, Callable, Iterable, Iterator  # noqa: UP035 (one import 
 MANIFEST = "bundle.json"
 SELF_HASH = "self_sha256"  # of bundle.json's own bytes, with 64 zeros in the place of this hash
 BLANK_HASH = "0" * 64
-# Tokens per forward pass of a prompt. The graph gives logits for every position: 256 x 128k words x 4 bytes
-# are 134 MB instead of gigabytes for a long prompt. Blocks of 64 or more give the very numbers of one pass.
+# Tokens per forward pass of a prompt: activations grow with it. Blocks of 64 or more give the very numbers of one
+# pass, and 128 to 256 are the fastest: 512 are 9% slower at 135M.
 PREFILL_TOKENS = 256
 SIGNATURE = "bundle.sig"
 SIGNED = b"edgeft bundle 1\n"  # what is signed: this, so that no other use of a key can be mistaken, and bundle.json
@@ -116,9 +116,12 @@ def check_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> Path:
 
 
 class OnnxRuntimeGenAI:
-    """A bundle's model.onnx in onnxruntime-genai, which has the tokenizer and the chat template too."""
+    """A bundle's model.onnx in onnxruntime-genai, which has the tokenizer and the chat template too.
 
-    def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
+    `graph` takes the place of model.onnx, over the same weights.
+    """
+
+    def __init__(self, bundle: Path, manifest: dict[str, Any], graph: bytes | None = None) -> None:
         self.og = runtime("onnxruntime_genai", "onnxruntime-genai")
         try:
             config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
@@ -132,7 +135,13 @@ class OnnxRuntimeGenAI:
         self.loaded: set[str] = set()
         self.adapter: str | None = None  # the one in use
         try:
-            self.model = self.og.Model(str(bundle))
+            settings = self.og.Config(str(bundle))
+            # onnxruntime-genai's own choice is half the cores
+            session = {"intra_op_num_threads": usable_threads()}
+            settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            if graph is not None:
+                settings.add_model_data(config["model"]["decoder"]["filename"], graph)
+            self.model = self.og.Model(settings)
             self.tokenizer = self.og.Tokenizer(self.model)
             # prefix_ids are added by Runner, for plain prompts only: a chat template writes its own
             self.tokenizer.update_options(add_special_tokens="false")
@@ -184,11 +193,17 @@ class OnnxSession:
             self.generator.set_active_adapter(engine.adapters, engine.adapter)
 
     def append(self, ids: list[int], every: bool = False) -> Any:
-        """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
+        """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary).
+
+        Raises RunError if each is asked for and the graph gives the last token's alone, as a bundle's own does.
+        """
         self.generator.append_tokens(ids)
-        if every:
-            return self.generator.get_output("logits")[0]
-        return self.generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
+        if not every:
+            return self.generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
+        rows = self.generator.get_output("logits")[0]
+        if len(rows) != len(ids):
+            raise RunError("logits", "this graph gives those of a pass's last token alone", "use Runner.last_logits")
+        return rows
 
 
 class LlamaCpp:
@@ -288,9 +303,7 @@ class LlamaSession:
         params = self.api.llama_context_default_params()
         params.n_ctx = max_tokens
         params.n_batch = params.n_ubatch = min(PREFILL_TOKENS, max_tokens)
-        # more threads than free cores are ruinous: llama.cpp's wait for each other by spinning
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        params.n_threads = params.n_threads_batch = int(threads) if threads.isdecimal() else usable_cores()
+        params.n_threads = params.n_threads_batch = usable_threads()
         self.context = self.api.llama_init_from_model(engine.model, params)
         if not self.context:
             raise RunError("llama.cpp", f"cannot allocate a context of {max_tokens} tokens", "ask for fewer tokens")
@@ -339,11 +352,12 @@ def _has_amx() -> bool:
 class Runner:
     """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, graph: bytes | None = None) -> None:
+        """`graph`: an ONNX graph over the bundle's weights, to be run instead of its own (one with more outputs)."""
         self.manifest = read_manifest(bundle)
         target = self.manifest.get("target")
         llama = isinstance(target, dict) and target.get("runtime") == "llama.cpp"
-        self.engine: Any = (LlamaCpp if llama else OnnxRuntimeGenAI)(bundle, self.manifest)
+        self.engine: Any = LlamaCpp(bundle, self.manifest) if llama else OnnxRuntimeGenAI(bundle, self.manifest, graph)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
 
@@ -381,13 +395,23 @@ class Runner:
             raise RunError("prompt", problem, "shorten the prompt, or export with a larger context")
 
     def logits(self, ids: list[int]) -> Any:
-        """Logits after each token: float32 array (len(ids), vocabulary)."""
+        """Logits after each token: float32 (len(ids), vocabulary). A bundle's own ONNX graph does not give them."""
         import numpy
 
         self.fit(ids, 0)
         session = self.engine.start(len(ids))
         parts = [ids[start : start + PREFILL_TOKENS] for start in range(0, len(ids), PREFILL_TOKENS)]
         return numpy.concatenate([session.append(part, every=True).astype(numpy.float32) for part in parts])
+
+    def last_logits(self, ids: list[int]) -> Any:
+        """Logits after the last token: float32 array (vocabulary,)."""
+        import numpy
+
+        self.fit(ids, 0)
+        session = self.engine.start(len(ids))
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            last = session.append(ids[start : start + PREFILL_TOKENS])
+        return last.astype(numpy.float32)
 
     def stream(
         self,
@@ -683,7 +707,7 @@ def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str) ->
                 f"{ids[at : at + 5]} instead of {golden['ids'][at : at + 5]}"
             )
         try:  # the recorded ids, so that the model is checked even if the tokenizer is wrong
-            last = runner.logits(golden["ids"])[-1]
+            last = runner.last_logits(golden["ids"])
             error = max(
                 abs(float(last[token]) - value)
                 for token, value in zip(golden["top_ids"], golden["top_logits"])  # noqa: B905
@@ -748,6 +772,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def usable_threads() -> int:
+    """Threads to compute with: OMP_NUM_THREADS, else one per core. More than free cores are ruinous: they spin."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else usable_cores()
+
+
 def read_bandwidth(threads: int, megabytes: int = 64) -> float:
     """Bytes per second read from memory: each thread sums an array larger than a cache; the best of 5 rounds.
 
@@ -792,7 +822,7 @@ def bench(
         count = sum(1 for _ in tokens)
         decode.append(count / (time.perf_counter() - start - first[-1]))
     peak = peak_memory_bytes()  # before the arrays of the bandwidth measurement
-    threads = usable_cores()
+    threads = usable_threads()
     bandwidth = read_bandwidth(threads)
     weights = int(runner.manifest["weight_bytes_per_token"])
     return {

@@ -1,0 +1,83 @@
+"""Is what the export changes in the runtime's graph exactly the graph before, where it has to be?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+# One session's bundles are shared with test_bundle.
+from test_bundle import bundle, some_ids
+
+from edgeft.build import ArtifactModel
+from edgeft.ort import LAST, MODEL, _prune_head, every_position
+from edgeft.runner import runner_module
+
+TARGETS = ["ort-int4", "ort-int8", "ort-fp16", "ort-fp32"]
+
+
+def graph_of(raw: bytes) -> Any:
+    return onnx.load_from_string(raw).graph
+
+
+def logits_shape(graph: Any) -> list[int | str]:
+    found = next(output for output in graph.output if output.name == "logits")
+    return [each.dim_param or each.dim_value for each in found.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_last_logits_are_those_of_the_graph_of_every_position(name: str) -> None:
+    ids = some_ids(300)  # more than one pass
+    every = ArtifactModel(bundle(name)).logits(ids)
+    shipped = runner_module().Runner(bundle(name))
+    for length in (1, 2, 20, 300):
+        assert np.abs(shipped.last_logits(ids[:length]) - every[length - 1]).max() < 1e-4  # of logits up to 30
+    assert shipped.greedy(ids[:20], 12, ()) == ArtifactModel(bundle(name)).greedy(ids[:20], 12, ())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_position_is_the_graph_before_pruning(name: str, tmp_path: Path) -> None:
+    shipped = graph_of((bundle(name) / MODEL).read_bytes())
+    assert logits_shape(shipped)[1] == 1
+    assert [node.op_type for node in shipped.node if node.name.startswith(LAST)] == ["Gather"]
+    shutil.copytree(bundle(name), tmp_path / "b")
+    (tmp_path / "b" / MODEL).write_bytes(every_position(bundle(name)))
+    before = graph_of((tmp_path / "b" / MODEL).read_bytes())
+    assert logits_shape(before)[1] == "sequence_length"
+    assert [node for node in before.node if node.name.startswith(LAST)] == []
+    _prune_head(tmp_path / "b")
+    assert (tmp_path / "b" / MODEL).read_bytes() == (bundle(name) / MODEL).read_bytes()
+
+
+def test_a_graph_without_a_known_head_stays_as_it_is(tmp_path: Path) -> None:
+    shutil.copytree(bundle("ort-fp32"), tmp_path / "b")
+    model = onnx.load_from_string(every_position(bundle("ort-fp32")))
+    for node in model.graph.node:
+        node.name = node.name.replace("/lm_head", "/other")
+    raw = model.SerializeToString(deterministic=True)
+    (tmp_path / "b" / MODEL).write_bytes(raw)
+    _prune_head(tmp_path / "b")
+    assert (tmp_path / "b" / MODEL).read_bytes() == raw == every_position(tmp_path / "b")
+    ids = some_ids(9)  # and the runner takes the last of its logits
+    expected = ArtifactModel(bundle("ort-fp32")).logits(ids)[-1]
+    assert np.abs(runner_module().Runner(tmp_path / "b").last_logits(ids) - expected).max() < 1e-4
+
+
+def test_a_bundles_own_graph_does_not_pass_for_one_of_every_position() -> None:
+    runner = runner_module().Runner(bundle("ort-fp32"))
+    with pytest.raises(runner_module().RunError, match=r"^logits: this graph gives those of a pass's last token alone"):
+        runner.logits(some_ids(5))
+    assert runner.logits(some_ids(1)).shape[0] == 1
+
+
+def test_threads_are_those_asked_for_or_one_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_module()
+    for given, expected in (("3", 3), ("0", runner.usable_cores()), ("x", runner.usable_cores())):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert runner.usable_threads() == expected
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert runner.usable_threads() == runner.usable_cores()
