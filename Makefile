@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages report schemas pretrain clean
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -107,6 +107,9 @@ bench-large: .venv/installed  ## a 135M model with random weights through every 
 
 bench-stages: .venv/installed  ## predicted against measured peaks of merge and export, five models
 	$(py) bench/stages.py
+
+bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama])
+	$(py) bench/decode.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \

@@ -48,7 +48,7 @@ class Predicted(Strict):
 
     weights_bytes: int = Field(description="weights as stored, and the copies the runtime makes of the head's")
     kv_cache_bytes: int = Field(description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2) x context")
-    logits_bytes: int = Field(description="vocabulary x 4 x tokens of one prefill pass (llama.cpp: one token)")
+    logits_bytes: int = Field(description="vocabulary x 4, of the last token alone")
     runtime_bytes: int = Field(description="Python, numpy and the runtime, as measured")
     memory_bytes: int = Field(description="the sum of these")
     device_memory_bytes: int | None = Field(description="what the device has for it")
@@ -84,8 +84,8 @@ def predict(
     parts = {
         "weights_bytes": held,
         "kv_cache_bytes": context_tokens * kv_cache_bytes_per_token(spec, target),
-        # llama.cpp is asked for those of a prompt's last token alone
-        "logits_bytes": spec.vocab_size * 4 * (1 if llama else min(runner_module().PREFILL_TOKENS, context_tokens)),
+        # those of a pass's last token alone
+        "logits_bytes": spec.vocab_size * 4,
         "runtime_bytes": runtime + per_layer * spec.num_hidden_layers,
     }
     bandwidth = bandwidth_bytes_per_second

@@ -27,6 +27,7 @@ from edgeft.footprint import (
 from edgeft.memory import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
 from edgeft.model_spec import Linear, ModelSpec
 from edgeft.profile import Profile
+from edgeft.runner import runner_module
 from edgeft.settings import Training
 from edgeft.target import Target
 from edgeft.units import MIB, show_bytes
@@ -303,6 +304,8 @@ def prove(question: Question, training: Training, target: Target) -> Phase:
     bundle = (
         predict(spec, target, bundle_weights(spec, target), context).memory_bytes - RUNTIME_BYTES[target.runtime][0]
     )
+    if target.runtime == "ort-genai":  # its proof runs a graph with the logits of a pass's every position
+        bundle += 4 * spec.vocab_size * (min(runner_module().PREFILL_TOKENS, context) - 1)
     trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained
     positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(PARITY_PROMPTS * trained))
     tables = max(5 * positions, 3 * work.longest) * 4 * spec.vocab_size

@@ -115,7 +115,6 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
     copies = found.weights_bytes - weights.stored_bytes
     llama = target.runtime == "llama.cpp"
     holds = "Python, numpy, llama.cpp" if llama else "Python, numpy, ONNX Runtime and its graph"
-    one = "token" if llama else "prefill pass"
     packed = (
         "matrices rearranged for the processor" if llama else "packed for its kernel, and for the embedding's lookup"
     )
@@ -124,7 +123,7 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
         Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
         Term(name="packed copies" if llama else "head copies", bytes=copies, formula=packed),
         Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
-        Term(name="logits", bytes=found.logits_bytes, formula=f"one {one}, V = {spec.vocab_size}"),
+        Term(name="logits", bytes=found.logits_bytes, formula=f"of the last token, V = {spec.vocab_size}"),
         Term(name="runtime", bytes=found.runtime_bytes, formula=holds),
     ], spec)  # fmt: skip
 

@@ -81,3 +81,21 @@ def test_threads_are_those_asked_for_or_one_per_core(monkeypatch: pytest.MonkeyP
         assert runner.usable_threads() == expected
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert runner.usable_threads() == runner.usable_cores()
+
+
+def test_rearranged_weights_are_left_out_only_where_llama_cpp_would_use_amx(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Build:
+        def __init__(self, info: bytes) -> None:
+            self.info = info
+
+        def llama_print_system_info(self) -> bytes:
+            return self.info
+
+    runner = runner_module()
+    with_amx, without = Build(b"CPU : AVX512_VNNI = 1 | AMX_INT8 = 1 | REPACK = 1 | "), Build(b"CPU : REPACK = 1 | ")
+    for flags, expected in (("avx512f amx_tile amx_int8 avx512_fp16", True), ("avx2 fma", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+        monkeypatch.setattr(runner, "Path", lambda path: tmp_path / "cpuinfo")
+        assert runner._uses_amx(with_amx) is expected and runner._uses_amx(without) is False

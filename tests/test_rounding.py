@@ -139,7 +139,7 @@ def test_a_bundle_holds_these_codes_and_gives_these_logits() -> None:
 def test_every_target_with_exact_activations(name: str, tied: bool) -> None:
     """With fp32 activations the artifact's logits are the rounded model's but for the order of sums."""
     target = load_target(name).model_copy(update={"accuracy_level": 0})
-    out, source = workplace() / f"exact {name} {tied}", checkpoint() if tied else checkpoint(False)
+    out, source = workplace() / f"exact {name} {tied}", checkpoint() if tied else checkpoint(tied=False)
     build_bundle(source, target, out, prompts=[], measure=False)
     assert compare_codes(out, source, name, tied) == 2 * 5 + 1
     model = load_plain(source)
