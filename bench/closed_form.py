@@ -52,7 +52,8 @@ def random_plan(spec: ModelSpec, draw: random.Random) -> tuple[Training, memory.
         target_modules=tuple(linear.name for linear in spec.linears) if lora else (),
         layers="sparse" if way == "sparse" else "all", trained_layers=trained, **ends,
         micro_batch_size=micro, batch_size=micro * draw.choice([1, 1, 4]), max_length=longest,
-        checkpointing=draw.random() < 0.5, loss_chunk_tokens=draw.choice([64, 256, 1024]),
+        max_trained=trained_tokens, checkpointing=draw.random() < 0.5, kept_layers=draw.choice([0, 0, 1, layers // 2]),
+        loss_chunk_tokens=draw.choice([64, 256, 1024]),
         optimizer=draw.choice(["adamw", "adamw8bit", "paged_adamw8bit"]) if device == "cuda" else "adamw",
         learning_rate=1e-3, steps=4, warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_steps=None,
         eval_rows=1,
@@ -68,7 +69,7 @@ def compare(number: int) -> dict[str, Any]:
     terms = memory.step_terms(spec, training, work)
     closed, found = sum(term.bytes for term in terms), simulate(spec, training, work)
     chosen = ("device", "tuner", "base_precision", "compute_dtype", "rank", "micro_batch_size", "batch_size",
-              "checkpointing", "loss_chunk_tokens")  # fmt: skip
+              "checkpointing", "kept_layers", "loss_chunk_tokens")  # fmt: skip
     plan = {name: getattr(training, name) for name in chosen} | {
         "targets": len(training.target_modules), "layers": len(training.trained_layers), "longest": work.longest,
         "longest_trained": work.longest_trained,

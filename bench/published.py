@@ -224,7 +224,8 @@ def train(spec: ModelSpec, **settings: Any) -> Training:
     }  # fmt: skip
     if values["tuner"] == "full":
         values |= {"rank": 0, "target_modules": ()}
-    return Training(**{"batch_size": values["micro_batch_size"], "lora_alpha": 1.0, **values})
+    tied = {"batch_size": values["micro_batch_size"], "max_trained": values["max_length"], "lora_alpha": 1.0}
+    return Training(**{**tied, **values})
 
 
 def shape(**sizes: Any) -> ModelSpec:

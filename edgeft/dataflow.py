@@ -292,13 +292,13 @@ def mask_bytes(spec: ModelSpec, way: Way, tokens: int) -> int:
 
 
 @lru_cache(maxsize=512)
-def layer_bytes(spec: ModelSpec, way: Way, kind: Kind, wants: bool, masked: bool) -> LayerBytes:
+def layer_bytes(spec: ModelSpec, way: Way, kind: Kind, wants: bool, masked: bool, recomputed: bool) -> LayerBytes:
     """The bytes of one decoder layer; `wants` says whether its input wants a gradient."""
     size = stream_bytes(spec, way)
 
     def run(tape: Tape, x: list[Value]) -> Value:
         layer = _Layer(tape, spec, way, kind == "trained", masked and not spec.attn_logit_softcapping)
-        if way.checkpointing and kind != "idle":
+        if recomputed and kind != "idle":
             tape.frame = Frame(lambda value=x[0]: layer(value))  # type: ignore[misc]
         result = layer(x[0])
         tape.frame = None

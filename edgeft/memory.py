@@ -74,15 +74,16 @@ def weight_bytes(spec: ModelSpec, training: Training) -> int:
     quantised = sum(linear.in_features * linear.out_features for linear in spec.linears) * spec.num_hidden_layers
     dense = spec.total_parameters - quantised
     codes = quantised * NF4_BYTES + NF4_PER_LINEAR * len(spec.linears) * spec.num_hidden_layers
-    if training.densely:  # the layers that train are fp32 matrices instead of codes
-        each = quantised // spec.num_hidden_layers
-        active = training.active_layers or len(training.trained_layers)
-        codes += active * (each * (4 - NF4_BYTES) - NF4_PER_LINEAR * len(spec.linears))
     return int(dense * DTYPE_BYTES[training.compute_dtype] + codes)
 
 
 def dense_bytes(spec: ModelSpec, training: Training) -> int:
-    """What layers that train as dense fp32 ones take beyond what they take in the base: their matrices, no vectors."""
+    """What layers that train as dense fp32 ones take beyond what they take in the base: their matrices, no vectors.
+
+    Nothing where none does.
+    """
+    if not training.densely:
+        return 0
     matrices = sum(linear.in_features * linear.out_features for linear in spec.linears)
     if training.base_precision == "nf4":
         each = matrices * (4 - NF4_BYTES) - NF4_PER_LINEAR * len(spec.linears)
@@ -208,11 +209,12 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
         spec, way, lowest < count, training.norm == "on", head == "on", spec.tie_word_embeddings, loss_tokens,
         training.loss_chunk_tokens,
     )  # fmt: skip
-    places: list[tuple[Kind, bool, bool]] = [
+    places: list[tuple[Kind, bool, bool, bool]] = [
         (
             "trained" if n in trained else "through" if n > lowest else "idle",
             n > lowest,
             is_masked(spec, n, work.longest),
+            training.recomputes(n, count),
         )
         for n in range(count)
     ]
@@ -249,16 +251,17 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
     parameters = trained_parameters(spec, training)
     weights, itemsize = weight_bytes(spec, training), trained_itemsize(training)
-    dense = dense_bytes(spec, training) if training.densely else 0
+    dense = dense_bytes(spec, training)
     inputs = 8 * tokens + 8 * work.longest + 16 * loss_tokens + mask_bytes(spec, way, tokens)
     inputs += 0 if learned else 2 * e * spec.head_dim * work.longest
+    recomputed = f", layers recomputed: {count - training.kept_layers} of {count}" if training.checkpointing else ""
     terms = [
         ("weights", weights, f"{spec.total_parameters} parameters in {training.base_precision}"),
         ("dense layers", dense, f"{len(trained)} layers of {spec.num_hidden_layers} in fp32 while they train"),
         ("adapters", parameters * itemsize if training.tuner == "lora" else 0, f"{parameters} x {itemsize} B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
         ("gradients", present, f"{parameters} x {itemsize} B when all are there"),
-        ("activations", activations, f"{tokens} tokens" + (", layers recomputed" if training.checkpointing else "")),
+        ("activations", activations, f"{tokens} tokens{recomputed}"),
         (f"height: {name}", held, f"{tokens} tokens, {loss_tokens} trained, V = {spec.vocab_size}"),
         ("inputs", inputs, "ids, positions, rotary tables, masks"),
     ]
@@ -300,6 +303,23 @@ def forward_bytes(spec: ModelSpec, training: Training, tokens: int) -> int:
     return int(tokens * max(mlp, attention, 4 * spec.hidden_size * 3))
 
 
+def scoring_terms(spec: ModelSpec, training: Training) -> list[Term]:
+    """What scoring one group of samples holds beyond the model: logits of its loss, or the cache of its answers."""
+    e, tokens = DTYPE_BYTES[training.compute_dtype], training.group_tokens
+    chunk = min(training.loss_chunk_tokens, tokens)
+    wide = 4 if e == 4 else 4 + e  # half-precision logits are there beside their fp32 ones
+    logits = wide * spec.vocab_size * chunk + e * spec.hidden_size * tokens
+    cache = 2 * e * spec.num_key_value_heads * spec.head_dim * tokens * (spec.num_hidden_layers + 1)
+    return max(
+        [Term(name="logits", bytes=logits, formula=f"at most {chunk} tokens, V = {spec.vocab_size}")],
+        [
+            Term(name="forward", bytes=forward_bytes(spec, training, tokens), formula=f"{tokens} tokens, no autograd"),
+            Term(name="key-value cache", bytes=cache, formula=f"{tokens} tokens, and a layer's copy while it grows"),
+        ],
+        key=lambda terms: sum(term.bytes for term in terms),
+    )
+
+
 def phases(
     spec: ModelSpec, training: Training, work: Workload, *, baseline_bytes: int, data_bytes: int = 0
 ) -> tuple[Phase, ...]:
@@ -309,43 +329,37 @@ def phases(
     and cuBLAS's workspace, fragmentation in the high estimate; the CUDA context is the profile's.
     """
     on_cpu = training.device == "cpu"
-    process = Term(
-        name="process",
-        bytes=baseline_bytes + CPU_BUFFERS + CPU_BYTES_PER_WORD * spec.vocab_size,
-        formula="Python, torch, transformers, one tiny step, the matrix library's buffers",
-    )
-    workspace = Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")
-    fixed = [process if on_cpu else workspace]
-    if data_bytes and on_cpu:
-        fixed.append(Term(name="data", bytes=data_bytes, formula="samples as lists of ids"))
+    if on_cpu:
+        first = "Python, torch, transformers, one tiny step"
+        start = [Term(name="process", bytes=baseline_bytes, formula=first)]
+        if data_bytes:
+            start.append(Term(name="data", bytes=data_bytes, formula="samples as lists of ids"))
+        buffers = CPU_BUFFERS + CPU_BYTES_PER_WORD * spec.vocab_size
+        fixed = [*start, Term(name="buffers", bytes=buffers, formula=f"the matrix library's, V = {spec.vocab_size}")]
+    else:
+        start = [Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")]
+        fixed = start
     weights = weight_bytes(spec, training)
     weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
     stored = spec.total_parameters * STORED_BYTES.get(spec.dtype, 4) if training.base_precision != "nf4" else weights
-    load = [*fixed, weights_term]
-    if on_cpu:
+    if training.base_precision != "nf4" and stored == weights:
+        stored = 0  # weights that stay as they are stored stay pages of their file
+    load = [*start, weights_term]
+    if on_cpu and stored:
         load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
-    key = spec.num_key_value_heads * spec.head_dim
-    e = DTYPE_BYTES[training.compute_dtype]
+    sets = worst_sets(spec, training)
     adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0
-    tokens = training.group_tokens
-    kv = 2 * e * key * spec.num_hidden_layers * 2 * tokens
-    logits = 4 * spec.vocab_size * min(training.loss_chunk_tokens, tokens)
+    dense = max(dense_bytes(spec, one) for one in sets)
     scoring = [
         *fixed,
         weights_term,
         Term(name="adapters", bytes=adapter, formula="kept while scoring"),
-        Term(
-            name="forward",
-            bytes=forward_bytes(spec, training, tokens),
-            formula=f"{tokens} tokens, no autograd",
-        ),
-        Term(name="key-value cache", bytes=kv, formula="two copies while it grows"),
-        Term(
-            name="logits", bytes=logits, formula=f"at most {training.loss_chunk_tokens} tokens, V = {spec.vocab_size}"
-        ),
+        Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
+        *scoring_terms(spec, training),
     ]
-    sets = (step_terms(spec, worst, work) for worst in worst_sets(spec, training))
-    step = [*fixed, *max(sets, key=lambda terms: sum(term.bytes for term in terms))]
+    scoring = [term for term in scoring if term.bytes]
+    steps = (step_terms(spec, one, work) for one in sets)
+    step = [*fixed, *max(steps, key=lambda terms: sum(term.bytes for term in terms))]
     return (
         phase("load", load, spec, training),
         phase("evaluate", scoring, spec, training),

@@ -26,7 +26,6 @@ class Way:
     itemsize: int
     nf4: bool
     densely: bool
-    checkpointing: bool
     cuda: bool
     flash: bool  # the kernel of CUDA devices from compute capability 8.0 on, and of CPUs: knows grouped queries
     longest: int = 0
@@ -37,7 +36,7 @@ class Way:
         squares = bool(spec.attn_logit_softcapping) or (spec.sliding_window or longest + 1) <= longest
         return cls(
             training.tuner, training.rank, training.target_modules, 4 if training.compute_dtype == "fp32" else 2,
-            training.base_precision == "nf4", training.densely, training.checkpointing, cuda,
+            training.base_precision == "nf4", training.densely, cuda,
             not cuda or training.compute_dtype == "bf16", longest if squares else 0,
         )  # fmt: skip
 

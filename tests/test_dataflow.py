@@ -53,7 +53,7 @@ def test_layers_keep_and_reach_what_is_traced(kind: str, tmp_path: Path, every_h
     for name, way in ways.items():
         training = plan_of(spec, range(3), micro_batch_size=1, batch_size=1, **way)
         trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
-        found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False)
+        found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False, training.checkpointing)
 
         def size(height: complex) -> float:
             return height.real * TOKENS + height.imag
@@ -73,7 +73,7 @@ def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, ever
     for way in ({}, {**NF4, "compute_dtype": "bf16"}, {"checkpointing": True}, {**FULL, "checkpointing": True}):
         training = plan_of(spec, range(3), micro_batch_size=1, batch_size=1, **way)
         trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
-        found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False)
+        found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False, training.checkpointing)
         made = {start for start, _, _ in trace.tensors}
         for phase, heights in (("forward", found.forward), ("backward", found.backward)):
             live = [trace.live[n] for n, p in enumerate(trace.places) if (p.phase, p.layer) == (phase, 1) and n in made]

@@ -28,9 +28,9 @@ def plan_of(layers: range, tokens: int, **changes: Any) -> Training:
     values: dict[str, Any] = {
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 8,
         "lora_alpha": 16.0, "target_modules": ALL, "trained_layers": tuple(layers),
-        "micro_batch_size": 2, "batch_size": 2, "max_length": tokens, "checkpointing": False, "loss_chunk_tokens": 64,
-        "optimizer": "adamw", "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0,
-        "max_grad_norm": 1.0, "seed": 0, "checkpoint_steps": None, "eval_rows": 1,
+        "micro_batch_size": 2, "batch_size": 2, "max_length": tokens, "max_trained": tokens, "checkpointing": False,
+        "loss_chunk_tokens": 64, "optimizer": "adamw", "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1,
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "checkpoint_steps": None, "eval_rows": 1,
     }  # fmt: skip
     return Training(**{**values, **changes})
 

@@ -32,7 +32,7 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
         "lora_alpha": 16.0, "target_modules": tuple(linear.name for linear in spec.linears),
         "trained_layers": tuple(trained), "micro_batch_size": 2, "batch_size": 2,
-        "max_length": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
+        "max_length": 48, "max_trained": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
         "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
         "checkpoint_steps": None, "eval_rows": 1,
     }  # fmt: skip
@@ -99,6 +99,7 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     "LoRA, two micro-batches": (ALL, 47, {"batch_size": 4}),
     "LoRA, five micro-batches, the last smaller": (ALL, 47, {"batch_size": 9}),
     "LoRA, recomputed": (ALL, 47, {"checkpointing": True}),
+    "LoRA, recomputed but for the top layer": (ALL, 47, {"checkpointing": True, "kept_layers": 1, "batch_size": 4}),
     "LoRA, top layer, recomputed": (TOP, 47, {"checkpointing": True}),
     "LoRA, attention only": (ALL, 47, {"target_modules": ("q_proj", "v_proj")}),
     "LoRA, bf16": (ALL, 47, HALF),
@@ -184,6 +185,7 @@ def test_tied_head_equals_real(tmp_path: Path) -> None:
 STACKS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
     # family, layers, layers that train, plan, layers run
     "LoRA, recomputed, two micro-batches": ("llama", 8, 8, {"checkpointing": True, "batch_size": 4}, 7),
+    "LoRA, recomputed in the lower half": ("llama", 21, 21, {"checkpointing": True, "kept_layers": 7}, 20),
     "LoRA, bf16": ("llama", 8, 8, HALF, 7),
     "LoRA, top layers of NF4": ("llama", 21, 6, NF4, 20),
     "LoRA, two top layers": ("llama", 14, 2, {}, 11),
