@@ -224,8 +224,9 @@ def train(spec: ModelSpec, **settings: Any) -> Training:
     }  # fmt: skip
     if values["tuner"] == "full":
         values |= {"rank": 0, "target_modules": ()}
-    tied = {"batch_size": values["micro_batch_size"], "max_trained": values["max_length"], "lora_alpha": 1.0}
-    return Training(**{**tied, **values})
+    return Training(
+        **{"max_trained": values["max_length"], "batch_size": values["micro_batch_size"], "lora_alpha": 1.0, **values}
+    )
 
 
 def shape(**sizes: Any) -> ModelSpec:
