@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode report schemas pretrain clean
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode bench-published report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -78,7 +78,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes each
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
 	$(py) bench/planner.py
@@ -110,6 +110,9 @@ bench-stages: .venv/installed  ## predicted against measured peaks of merge and 
 
 bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama])
 	$(py) bench/decode.py
+
+bench-published: .venv/installed  ## what others have published against what edgeft predicts from their settings
+	$(py) bench/published.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \
