@@ -36,11 +36,12 @@ from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
 from edgeft.scores import Proof
-from edgeft.target import Target
+from edgeft.target import Runtime, Target
 
 # What a target needs to be built and proven here: module, package, what to install.
 RUNTIMES = {
     "ort-genai": ("onnxruntime_genai", "onnxruntime-genai", "onnxruntime-genai"),
+    "onnxruntime": ("onnxruntime", "onnxruntime", "onnxruntime"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python", '"edgeft[gguf,llama]"'),
 }
 GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
@@ -91,6 +92,10 @@ def _missing(problem: Exception) -> MissingExtra:
 def need_runtime(target: Target) -> None:
     """Nothing. Raises MissingExtra (exit 5) now rather than after a long build, where a package is not installed."""
     module, package, extra = RUNTIMES[target.runtime]
+    if target.runtime == "onnxruntime":
+        from edgeft.portable import interpreter
+
+        interpreter()
     if importlib.util.find_spec(module) is None:
         raise MissingExtra(package, f"is not installed, and target {target.name} runs in it", f"pip install {extra}")
 
@@ -120,14 +125,15 @@ def build_bundle(
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
     """
-    from edgeft import gguf_file, ort
+    from edgeft import gguf_file, ort, portable
 
     start = time.perf_counter()
     if adapters and target.runtime != "ort-genai":
         problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
         raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
     need_runtime(target)
-    backend = ort if target.runtime == "ort-genai" else gguf_file
+    backends: dict[Runtime, Any] = {"ort-genai": ort, "llama.cpp": gguf_file, "onnxruntime": portable}
+    backend = backends[target.runtime]
     spec = read_model_spec(str(merged))
     tokenizer = TextTokenizer(merged)
     if prompt_format == "chat" and tokenizer.template_text is None:

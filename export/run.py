@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Does this bundle answer, how fast, and is it still what was exported?
 
-Needs Python 3.9 and the bundle's runtime: onnxruntime-genai, or llama-cpp-python for a .gguf file.
+Needs Python 3.9 and the bundle's runtime, which bundle.json names: onnxruntime-genai, llama-cpp-python (a .gguf file),
+or onnxruntime with tokenizers, and jinja2 for a chat template.
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
                             --adapter NAME with one of the bundle's adapters
@@ -191,6 +192,132 @@ class OnnxSession:
         return self.generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
 
 
+def apply_template(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
+    """A chat template's text for messages, by jinja2 in its sandbox: templates are programs from strangers."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - marks what the assistant says: nothing here
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    compiled = environment.from_string(template)
+    return str(compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special))
+
+
+class OnnxRuntime:
+    """A bundle's model.onnx in plain onnxruntime; text by the tokenizers library and jinja2."""
+
+    def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
+        self.ort = runtime("onnxruntime", "onnxruntime")
+        self.bundle = bundle
+        try:
+            self.context_tokens = int(manifest["context_tokens"])
+            self.eos_ids = [int(token) for token in manifest["stop_ids"]]
+        except (KeyError, TypeError, ValueError) as problem:
+            raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
+        tokenizers = runtime("tokenizers", "tokenizers")
+        options = self.ort.SessionOptions()
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        options.intra_op_num_threads = int(threads) if threads.isdecimal() else usable_cores()
+        options.log_severity_level = 3  # errors: what it warns of is no matter of a user's
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(bundle / "tokenizer.json"))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            path, providers = str(bundle / "model.onnx"), ["CPUExecutionProvider"]
+            self.model = self.ort.InferenceSession(path, options, providers=providers)
+        except Exception as problem:  # both raise exceptions of their own for whatever a file holds
+            hint = "run --verify to see which file is damaged"
+            raise RunError(bundle, f"cannot be loaded: {problem}", hint) from None
+        self.inputs = {value.name: value for value in self.model.get_inputs()}
+        self.outputs = [value.name for value in self.model.get_outputs()]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decoder(self) -> Callable[[int], str]:
+        """The text that each next token adds: what the last few decode to, less what those before it did."""
+        ids: list[int] = []
+        shown = ""
+
+        def decode(token: int) -> str:
+            nonlocal shown
+            ids.append(token)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if text.endswith("\ufffd"):  # half a character: the next token may complete it
+                return ""
+            new, shown = text[len(shown) :], text
+            return str(new)
+
+        return decode
+
+    def use(self, adapter: str | None) -> None:
+        if adapter is not None:
+            hint = "only bundles of onnxruntime-genai hold adapters"
+            raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        template = self.bundle / "chat_template.jinja"
+        if not template.is_file():
+            raise RunError(template, "no such file")
+        config = json.loads((self.bundle / "tokenizer_config.json").read_text(encoding="utf-8"))
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = config.get(name) or ""
+            special[name] = value["content"] if isinstance(value, dict) else value
+        return apply_template(template.read_text(encoding="utf-8"), messages, special)
+
+    def start(self, max_tokens: int) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(self)
+
+
+class OnnxRuntimeSession:
+    """One text through the model. Its KV cache is what the graph gave for the tokens before, and grows with them."""
+
+    def __init__(self, engine: OnnxRuntime) -> None:
+        import numpy
+
+        self.engine, self.done = engine, 0
+        self.cache = {}
+        for name, value in engine.inputs.items():
+            if name.startswith("past_key_values."):
+                _, heads, _, width = value.shape
+                empty = numpy.zeros((1, heads, 0, width), dtype=numpy.float32)
+                self.cache[name] = engine.ort.OrtValue.ortvalue_from_numpy(empty)
+
+    def append(self, ids: list[int], every: bool = False) -> Any:
+        """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
+        import numpy
+
+        total = self.done + len(ids)
+        given = {
+            "input_ids": numpy.array([ids], dtype=numpy.int64),
+            "attention_mask": numpy.ones((1, total), dtype=numpy.int64),
+            "position_ids": numpy.arange(self.done, total, dtype=numpy.int64)[None],
+        }
+        make = self.engine.ort.OrtValue.ortvalue_from_numpy
+        feeds = {name: make(array) for name, array in given.items() if name in self.engine.inputs}
+        values = self.engine.model.run_with_ort_values(self.engine.outputs, {**feeds, **self.cache})
+        made = dict(zip(self.engine.outputs, values))  # noqa: B905
+        # present.N.key is the next past_key_values.N.key
+        self.cache = {name: made["present" + name[len("past_key_values") :]] for name in self.cache}
+        self.done = total
+        logits = made["logits"].numpy()[0]
+        return logits if every else logits[-1]
+
+
 class LlamaCpp:
     """A bundle's model.gguf in llama.cpp, by the functions of its C interface that llama-cpp-python declares."""
 
@@ -244,37 +371,16 @@ class LlamaCpp:
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """By the template in the file and jinja2, which llama-cpp-python needs itself, in its sandbox."""
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):
-            tags = {"generation"}  # noqa: RUF012 - marks what the assistant says: nothing here
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
+        """By the template in the file and jinja2, which llama-cpp-python needs itself."""
         template = self.api.llama_model_chat_template(self.model, None)
         if not template:
-            raise TemplateError("there is none")
-        extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+            raise RunError("model.gguf", "has no chat template")
         special = {}
         for name in ("bos", "eos", "pad"):
             token = getattr(self.api, f"llama_vocab_{name}")(self.vocab)
             text = self.api.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
             special[f"{name}_token"] = text.decode("utf-8")
-        compiled = environment.from_string(template.decode("utf-8"))
-        return str(
-            compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
-        )
+        return apply_template(template.decode("utf-8"), messages, special)
 
     def start(self, max_tokens: int) -> LlamaSession:
         return LlamaSession(self, max_tokens)
@@ -342,8 +448,9 @@ class Runner:
     def __init__(self, bundle: Path) -> None:
         self.manifest = read_manifest(bundle)
         target = self.manifest.get("target")
-        llama = isinstance(target, dict) and target.get("runtime") == "llama.cpp"
-        self.engine: Any = (LlamaCpp if llama else OnnxRuntimeGenAI)(bundle, self.manifest)
+        named = target.get("runtime") if isinstance(target, dict) else None
+        engines = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}
+        self.engine: Any = engines.get(str(named), OnnxRuntimeGenAI)(bundle, self.manifest)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
 
