@@ -29,7 +29,7 @@ INTERPRETER = "EDGEFT_OPTIMUM_PYTHON"  # the environment variable that names it
 FOLDER = ".venv-optimum"  # where it is looked for, from the current folder on
 EXTERNAL_BYTES = 1024  # a tensor of more goes to the data file, which a runtime maps
 HINT = (
-    f"make {FOLDER}, or: python3 -m venv {FOLDER} && {FOLDER}/bin/pip install 'optimum-onnx[onnxruntime]==0.1.0' "
+    f"make optimum, or: python3 -m venv {FOLDER} && {FOLDER}/bin/pip install 'optimum-onnx[onnxruntime]==0.1.0' "
     f"accelerate; it is found in this folder, elsewhere by {INTERPRETER}=.../bin/python"
 )
 
