@@ -8,7 +8,7 @@ quantisation follows 16-bit LoRA within half a point (QLoRA, arXiv 2305.14314); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgeft import memory
 from edgeft.artifacts import Strict
@@ -38,6 +38,7 @@ class Candidate(Strict):
     trained: int  # layers at a time
     micro_batch_size: int
     checkpointing: bool
+    kept_layers: int
     loss_chunk_tokens: int
     optimizer: Optimizer
     quality_cost: float
@@ -57,10 +58,29 @@ class Question:
     work: memory.Workload
     data_bytes: int
     budget_bytes: int
+    # what has been counted, by a plan's id; the plan is kept, so that its id stays its own
+    keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
+    heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
 
     def key(self, training: Training) -> tuple[float, float]:
-        """(quality given up, seconds per step): what candidates are sorted by, best first."""
-        return quality_cost(self.spec, training), self.seconds(training)
+        """(quality given up, seconds per step): what candidates are sorted by, best first; counted once for each."""
+        if id(training) not in self.keys:
+            self.keys[id(training)] = training, (quality_cost(self.spec, training), self.seconds(training))
+        return self.keys[id(training)][1]
+
+    def hope(self, training: Training) -> tuple[float, float]:
+        """The key at its best: with all but one of the layers that recompute keeping their activations."""
+        most = self.most_kept(training)
+        if most == training.kept_layers:
+            return self.key(training)
+        return self.key(training)[0], self.seconds(training, most)
+
+    def most_kept(self, training: Training) -> int:
+        """How many layers could keep their activations while others recompute; what is set when the user set it."""
+        if not training.checkpointing or self.job.checkpointing is not None or self.job.kept_layers is not None:
+            return training.kept_layers
+        crossed = self.spec.num_hidden_layers - (0 if training.embedding == "on" else min(training.trained_layers))
+        return max(training.kept_layers, crossed - 1)
 
     def phases(self, training: Training, work: memory.Workload | None = None) -> tuple[memory.Phase, ...]:
         """Every phase of a run, for the longest sample unless another workload is given."""
@@ -71,11 +91,15 @@ class Question:
 
     def high_bytes(self, training: Training, work: memory.Workload | None = None) -> int:
         """What the budget is held to: the highest phase's high estimate."""
-        return max(phase.high_bytes for phase in self.phases(training, work))
+        if work is not None:
+            return max(phase.high_bytes for phase in self.phases(training, work))
+        if id(training) not in self.heights:
+            self.heights[id(training)] = training, max(phase.high_bytes for phase in self.phases(training))
+        return self.heights[id(training)][1]
 
-    def seconds(self, training: Training) -> float:
-        """Seconds per optimizer step of typical batches."""
-        return seconds_per_step(self.profile, self.spec, training, mean_work(self.work, self.lengths))
+    def seconds(self, training: Training, kept_layers: int | None = None) -> float:
+        """Seconds per optimizer step of typical batches; with another number of layers that keep their activations."""
+        return seconds_per_step(self.profile, self.spec, training, mean_work(self.work, self.lengths), kept_layers)
 
     def candidate(self, training: Training) -> Candidate:
         """The row that reports show."""
@@ -114,7 +138,9 @@ def mean_work(work: memory.Workload, lengths: Lengths | None) -> memory.Workload
     return memory.Workload(min(work.longest, round(lengths.mean) + 1), min(work.longest_trained, round(lengths.mean)))
 
 
-def seconds_per_step(profile: Profile, spec: ModelSpec, training: Training, work: memory.Workload) -> float:
+def seconds_per_step(
+    profile: Profile, spec: ModelSpec, training: Training, work: memory.Workload, kept_layers: int | None = None
+) -> float:
     """Seconds per optimizer step: counted multiplications over the share of the profile's rate that training reaches.
 
     Forward 2 operations per weight and token; backward 2 more for each layer that gradients cross, and 2 more where
@@ -128,13 +154,15 @@ def seconds_per_step(profile: Profile, spec: ModelSpec, training: Training, work
         trained = training.active_layers
         crossed -= (len(training.trained_layers) - trained) / (trained + 1)
     passes = 2 * spec.num_hidden_layers + 2 * crossed + (2 * trained if training.tuner == "full" else 0)
-    passes += 2 * crossed * training.checkpointing
+    kept = training.kept_layers if kept_layers is None else kept_layers
+    passes += 2 * max(0.0, crossed - kept) * training.checkpointing
     operations = float(passes) * per_layer * tokens
     operations += 6 * memory.trained_parameters(spec, training) * tokens if training.tuner == "lora" else 0
     operations += 6 * spec.vocab_size * spec.hidden_size * training.batch_size * work.longest_trained
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
     rate *= MEASURED_SHARE if profile.probe else DATASHEET_SHARE
-    splits = training.batch_size / training.micro_batch_size
+    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)  # more where they are short
+    splits = max(1.0, training.batch_size / at_once)
     slower = (1.3 if training.base_precision == "nf4" else 1.0) * (1 + 0.02 * (splits - 1))
     if training.optimizer == "paged_adamw8bit":
         slower *= 1.1

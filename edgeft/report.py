@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
 
-NOT_TENSORS = ("process", "data", "cuBLAS workspace")  # terms of a step that no tensor of it accounts for
+NOT_TENSORS = ("process", "data", "buffers", "cuBLAS workspace")  # terms of a step that no tensor of it accounts for
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -52,7 +52,9 @@ def plan_text(plan: Plan) -> RenderableType:
         (
             "batch",
             f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}, up to "
-            f"{training.max_length} tokens" + (", activations recomputed" if training.checkpointing else ""),
+            f"{training.max_length} tokens"
+            + (", activations recomputed" if training.checkpointing else "")
+            + (f" in the lower {spec.num_hidden_layers - training.kept_layers} layers" if training.kept_layers else ""),
         ),
         (
             "schedule",
