@@ -149,11 +149,11 @@ def build_bundle(
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
         stop_ids = stop_ids_of(tokenizer)
         backend.write_limits(folder, context_tokens, stop_ids)
-        files = _hash(folder)
+        files = hash_files(folder)
         hashes = {name: file.sha256 for name, file in files.items()}
         with saving(out):
             (folder / SBOM).write_text(bill_of_materials(hashes, sources, target), encoding="utf-8")
-        files = _hash(folder)
+        files = hash_files(folder)
         bundle = Bundle(
             input_sha256=input_sha256,
             versions=versions(),
@@ -255,7 +255,8 @@ def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
     return found
 
 
-def _hash(folder: Path) -> dict[str, BundledFile]:
+def hash_files(folder: Path) -> dict[str, BundledFile]:
+    """Every file of a bundle but its manifest."""
     return {
         path.relative_to(folder).as_posix(): BundledFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))

@@ -55,7 +55,9 @@ def export(checkpoint: Path, out: Path, task: str, opset: int) -> None:
             (source / path.name).symlink_to(path.resolve())
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     (source / "config.json").write_text(json.dumps(older_config(config)), encoding="utf-8")
-    model = kinds[task].from_pretrained(source, dtype=torch.float32).eval()
+    # torch's fused attention has no cap on its scores and would leave Gemma 2's out
+    how = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+    model = kinds[task].from_pretrained(source, dtype=torch.float32, **how).eval()
     onnx_export_from_model(model, out, task=task, opset=opset, do_validation=False, device="cpu")
     shutil.rmtree(source)
     found = {name: version(name) for name in ("optimum", "optimum-onnx", "transformers", "torch", "onnx")}

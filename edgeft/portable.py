@@ -66,7 +66,7 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
     if unknown:
         problem = f"its ONNX graph asks for {', '.join(unknown)}, which run.py cannot give"
         raise BadInput(merged, problem, "export with an ort- target")
-    write_tokenizer(merged, folder)
+    write_tokenizer(merged, folder, TextTokenizer(merged).template_text)
     return peak
 
 
@@ -264,13 +264,12 @@ def _head(graph: Any, makers: dict[str, Any], stored: dict[str, int]) -> int:
     return 0
 
 
-def write_tokenizer(merged: Path, folder: Path) -> None:
+def write_tokenizer(merged: Path, folder: Path, template: str | None) -> None:
     """tokenizer.json byte for byte, its config, and the chat template as a file of its own wherever it was kept."""
     with saving(folder):
         shutil.copyfile(merged / "tokenizer.json", folder / "tokenizer.json")
         path = merged / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        template = TextTokenizer(merged).template_text
         for key in ("chat_template", "is_local", "local_files_only"):
             config.pop(key, None)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -248,18 +248,24 @@ class OnnxRuntime:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decoder(self) -> Callable[[int], str]:
-        """The text that each next token adds: what the last few decode to, less what those before it did."""
+        """The text that each next token adds: the last tokens' text with it, less theirs without it.
+
+        The tokens before are needed: some tokenizers drop a text's first space.
+        """
         ids: list[int] = []
-        shown = ""
+        first = shown = 0  # ids[first:shown] is the last text that was whole
+
+        def text(some: list[int]) -> str:
+            return str(self.tokenizer.decode(some, skip_special_tokens=True))
 
         def decode(token: int) -> str:
-            nonlocal shown
+            nonlocal first, shown
             ids.append(token)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if text.endswith("\ufffd"):  # half a character: the next token may complete it
+            before, now = text(ids[first:shown]), text(ids[first:])
+            if now.endswith("\ufffd"):  # half a character: the next token may complete it
                 return ""
-            new, shown = text[len(shown) :], text
-            return str(new)
+            first, shown = shown, len(ids)
+            return now[len(before) :]
 
         return decode
 
@@ -316,6 +322,22 @@ class OnnxRuntimeSession:
         self.done = total
         logits = made["logits"].numpy()[0]
         return logits if every else logits[-1]
+
+
+class OnnxEncoder(OnnxRuntime):
+    """A bundle's model.onnx that gives a text's logits, or an embedding: the mean of its tokens' last hidden states."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)  # with the tokens that an encoder wants around a text
+
+    def values(self, ids: list[int]) -> Any:
+        """Logits (labels,) or the embedding (hidden,)."""
+        import numpy
+
+        given = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": [0] * len(ids)}
+        feeds = {name: numpy.array([given[name]], dtype=numpy.int64) for name in self.inputs}
+        made = dict(zip(self.outputs, self.model.run(self.outputs, feeds)))  # noqa: B905
+        return made["logits"][0] if "logits" in made else made["last_hidden_state"][0].mean(axis=0)
 
 
 class LlamaCpp:
@@ -449,7 +471,9 @@ class Runner:
         self.manifest = read_manifest(bundle)
         target = self.manifest.get("target")
         named = target.get("runtime") if isinstance(target, dict) else None
-        engines = {"llama.cpp": LlamaCpp, "onnxruntime": OnnxRuntime}
+        self.task = str(self.manifest.get("task", "text-generation"))
+        portable = OnnxRuntime if self.task == "text-generation" else OnnxEncoder
+        engines = {"llama.cpp": LlamaCpp, "onnxruntime": portable}
         self.engine: Any = engines.get(str(named), OnnxRuntimeGenAI)(bundle, self.manifest)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
@@ -488,10 +512,12 @@ class Runner:
             raise RunError("prompt", problem, "shorten the prompt, or export with a larger context")
 
     def logits(self, ids: list[int]) -> Any:
-        """Logits after each token: float32 array (len(ids), vocabulary)."""
+        """Logits after each token: float32 array (len(ids), vocabulary); of an encoder (1, labels or width)."""
         import numpy
 
         self.fit(ids, 0)
+        if self.task != "text-generation":
+            return self.engine.values(ids)[None]
         session = self.engine.start(len(ids))
         parts = [ids[start : start + PREFILL_TOKENS] for start in range(0, len(ids), PREFILL_TOKENS)]
         return numpy.concatenate([session.append(part, every=True).astype(numpy.float32) for part in parts])
@@ -797,7 +823,8 @@ def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str) ->
             )
             if not error <= tolerance:  # NaN is an error too
                 problems.append(f"model: {where}'s first logits differ by {error:.3g}, allowed {tolerance:.3g}")
-            made = runner.greedy(golden["ids"], len(golden["greedy_ids"]), ())
+            count = len(golden["greedy_ids"])
+            made = runner.greedy(golden["ids"], count, ()) if count else []
             if made != golden["greedy_ids"]:
                 problems.append(f"model: {where} continues {made} instead of {golden['greedy_ids']}")
         except (RunError, IndexError, RuntimeError) as problem:
@@ -884,6 +911,8 @@ def bench(
     """
     start = time.perf_counter()
     runner = Runner(bundle)
+    if runner.task != "text-generation":
+        raise RunError("--bench", f"measures models that write text, this one does {runner.task}")
     runner.use(adapter)
     load_seconds = time.perf_counter() - start
     prompt_tokens = max(1, min(prompt_tokens, runner.context_tokens // 2))
@@ -947,10 +976,32 @@ def read_prompt(given: str | None) -> str:
     return text[:-1] if text.endswith("\n") else text  # the line end that echo and editors add
 
 
+def encoded(runner: Runner, text: str, as_json: bool) -> str:
+    """A text's likeliest label and its share, or its embedding; as JSON the shares of all labels."""
+    import numpy
+
+    ids = runner.encode(text, plain=True)
+    values = runner.logits(ids)[0].astype(numpy.float64)
+    labels = runner.manifest.get("labels") or []
+    if not labels:
+        vector = [float(value) for value in values]
+        return json.dumps({"embedding": vector, "prompt_ids": ids}) if as_json else " ".join(f"{v:.6g}" for v in vector)
+    shares = numpy.exp(values - values.max())
+    shares /= shares.sum()
+    best = int(shares.argmax())
+    if not as_json:
+        return f"{labels[best]} {shares[best]:.4f}"
+    scores = {label: float(share) for label, share in zip(labels, shares)}  # noqa: B905
+    return json.dumps({"label": labels[best], "scores": scores, "prompt_ids": ids})
+
+
 def answer(bundle: Path, options: argparse.Namespace) -> int:
     """0, after writing the answer to standard output as it comes."""
     prompt = read_prompt(options.prompt)
     runner = Runner(bundle)
+    if runner.task != "text-generation":
+        print(encoded(runner, prompt, options.json))
+        return 0
     runner.use(options.adapter)
     trained = runner.manifest["adapters"][options.adapter] if options.adapter else runner.manifest
     chat = (options.format or trained["prompt_format"]) == "chat"
