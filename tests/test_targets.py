@@ -158,7 +158,7 @@ def test_an_artifact_runs_and_computes_what_torch_does_with_its_weights(name: st
     try:
         folder = built(target)
     except MissingExtra as missing:
-        or_skip(name, str(missing.problem))
+        or_skip(name, f"{missing.where} {missing.problem}")
     for arguments, expected in (
         (["--verify"], "verified: "),
         (["--max-tokens", "4", "--json", ROWS[1][:200]], '{"text": '),
