@@ -16,10 +16,7 @@ from edgeft.data import Lengths
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
-
-# Share of a profile's matmul rate that a training step reaches. Of a CPU's measured rate: the example took 19% more
-# seconds than this gives (LoRA) and 19% fewer (full fine-tuning). Of a datasheet's peak: a guess, not measured.
-MEASURED_SHARE, DATASHEET_SHARE = 0.2, 0.35
+from edgeft.timing import mean_work, seconds_per_step
 
 # expected quality points given up, by the evidence above; only their order decides
 NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
@@ -129,41 +126,3 @@ def quality_cost(spec: ModelSpec, training: Training) -> float:
     if training.rank:
         cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
     return cost
-
-
-def mean_work(work: memory.Workload, lengths: Lengths | None) -> memory.Workload:
-    """The typical batch: samples of similar length share a batch, so the mean length is nearly what is computed."""
-    if lengths is None:
-        return work
-    return memory.Workload(min(work.longest, round(lengths.mean) + 1), min(work.longest_trained, round(lengths.mean)))
-
-
-def seconds_per_step(
-    profile: Profile, spec: ModelSpec, training: Training, work: memory.Workload, kept_layers: int | None = None
-) -> float:
-    """Seconds per optimizer step: counted multiplications over the share of the profile's rate that training reaches.
-
-    Forward 2 operations per weight and token; backward 2 more for each layer that gradients cross, and 2 more where
-    the weights train; recomputation one more forward pass of those layers. The head is priced for trained tokens only.
-    """
-    tokens = training.batch_size * work.longest
-    per_layer = sum(linear.in_features * linear.out_features for linear in spec.linears)
-    crossed = float(spec.num_hidden_layers - min(training.trained_layers))
-    trained = len(training.trained_layers)
-    if training.layers == "lisa":  # the lowest of n uniform draws out of L lies at (L - n) / (n + 1) on average
-        trained = training.active_layers
-        crossed -= (len(training.trained_layers) - trained) / (trained + 1)
-    passes = 2 * spec.num_hidden_layers + 2 * crossed + (2 * trained if training.tuner == "full" else 0)
-    kept = training.kept_layers if kept_layers is None else kept_layers
-    passes += 2 * max(0.0, crossed - kept) * training.checkpointing
-    operations = float(passes) * per_layer * tokens
-    operations += 6 * memory.trained_parameters(spec, training) * tokens if training.tuner == "lora" else 0
-    operations += 6 * spec.vocab_size * spec.hidden_size * training.batch_size * work.longest_trained
-    rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
-    rate *= MEASURED_SHARE if profile.probe else DATASHEET_SHARE
-    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)  # more where they are short
-    splits = max(1.0, training.batch_size / at_once)
-    slower = (1.3 if training.base_precision == "nf4" else 1.0) * (1 + 0.02 * (splits - 1))
-    if training.optimizer == "paged_adamw8bit":
-        slower *= 1.1
-    return operations / rate * slower * (1.0 + 0.0001 * (1024 / training.loss_chunk_tokens))
