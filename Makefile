@@ -82,6 +82,7 @@ optimum: .venv-optimum/installed  ## install optimum in .venv-optimum, for the o
 	  >"$$(.venv-optimum/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' accelerate
+	@echo "what pip may have said of edgeft's own requirements is no matter here: edgeft does not run in .venv-optimum"
 	@touch $@
 
 # llama.cpp is compiled, 11 minutes on one core: on demand. What is not run is printed.
