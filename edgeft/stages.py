@@ -114,16 +114,20 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
     found = predict(spec, target, weights, context_tokens)
     copies = found.weights_bytes - weights.stored_bytes
     llama = target.runtime == "llama.cpp"
+    one = "of every position of a pass" if target.runtime == "onnxruntime" else "of the last token"
     holds = "Python, numpy, llama.cpp" if llama else "Python, numpy, ONNX Runtime and its graph"
     packed = (
         "matrices rearranged for the processor" if llama else "packed for its kernel, and for the embedding's lookup"
     )
     each = kv_cache_bytes_per_token(spec, target)
+    formula = f"{spec.num_attention_heads} heads, one prefill pass x {context_tokens} tokens"
+    scores = [Term(name="attention", bytes=found.scores_bytes, formula=formula)] if found.scores_bytes else []
     return stage("bundle", "target", [
         Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
         Term(name="packed copies" if llama else "head copies", bytes=copies, formula=packed),
         Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
-        Term(name="logits", bytes=found.logits_bytes, formula=f"of the last token, V = {spec.vocab_size}"),
+        Term(name="logits", bytes=found.logits_bytes, formula=f"{one}, V = {spec.vocab_size}"),
+        *scores,
         Term(name="runtime", bytes=found.runtime_bytes, formula=holds),
     ], spec)  # fmt: skip
 
