@@ -55,6 +55,8 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
     for number, (shape, way, checkpointing) in enumerate(itertools.product(SHAPES, WAYS, (False, True))):
         settings = {**WAYS[way], "checkpointing": checkpointing, "max_length": LENGTHS[number % 3]}
         settings |= {"batch_size": BATCHES[number // 3 % 2], "max_steps": 3, "eval_rows": 8}
+        if way.startswith("LISA"):  # each layer has its turn: the plan is for the layers that need most
+            settings["max_steps"] = 2 * -(-SHAPES[shape]["num_hidden_layers"] // settings["active_layers"])
         if settings.get("layers") == "sparse":
             settings["active_layers"] = max(1, SHAPES[shape]["num_hidden_layers"] // 4)
         found.append((shape, way, {**settings, "micro_batch_size": settings["batch_size"]}))
