@@ -43,6 +43,7 @@ RUNTIMES = {
     "ort-genai": ("onnxruntime_genai", "onnxruntime-genai", "onnxruntime-genai"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python", '"edgeft[gguf,llama]"'),
 }
+SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
 GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
@@ -267,9 +268,9 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
             text = tokenizer.render(prompt.messages, add_generation_prompt=True)
         expected = (tokenizer.prefix_ids if plain else []) + tokenizer.encode([text])[0]
         dated = "strftime" in (tokenizer.template_text or "")
-        if prompt.messages is not None and not dated and (given := model.render(prompt.messages)) != text:
+        if prompt.messages is not None and not dated and (given := _rendered(model, prompt.messages)) != text:
             problem = f"the runtime renders {given!r}, training used {text!r}"
-            raise ParityFailed("chat template", problem, "simplify chat_template.jinja, or export plain prompts")
+            raise ParityFailed("chat template", problem, SIMPLIFY)
         ids = model.encode(text, plain=plain)
         if ids != expected:
             problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
@@ -295,6 +296,15 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
             )
         )
     return made
+
+
+def _rendered(model: Any, messages: list[dict[str, str]]) -> str:
+    """What the runtime makes of a chat. Raises ParityFailed where it cannot read the template at all."""
+    try:
+        return str(model.render(messages))
+    except runner_module().RunError as problem:
+        why = next((line for line in str(problem).splitlines() if line.strip()), "")
+        raise ParityFailed("chat template", f"the runtime cannot render it: {why}", SIMPLIFY) from None
 
 
 def _measure(folder: Path) -> Measured:

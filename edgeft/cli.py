@@ -227,6 +227,12 @@ def train(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json as `edgeft plan` wrote it")],
     out: OutOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: refuse when the plan cannot run there")] = None,
+    rehearsal: Annotated[
+        bool, typer.Option(help="first let two layers go the whole way to the bundle: what it cannot be fails now")
+    ] = True,
+    target: Annotated[
+        str | None, typer.Option(help="what the rehearsal exports to: a name in export/, or a TOML file; the plan's")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
@@ -236,14 +242,16 @@ def train(
 
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
-    target = out or plan_file.parent / "train"
+    folder = out or plan_file.parent / "train"
     digest = sha256_file(plan_file)
-    if _current(target / "train.json", digest):
-        say(f"{target} is up to date")
+    if _current(folder / "train.json", digest):
+        say(f"{folder} is up to date")
         return
-    _replaceable(target, "train.json")
-    from edgeft.report import train_text
-    from edgeft.train import choose_device
+    _replaceable(folder, "train.json")
+    from edgeft.rehearsal import NOT_REHEARSED, rehearse
+    from edgeft.report import rehearsal_line, train_text
+    from edgeft.target import load_target
+    from edgeft.train import choose_device, work_folder
     from edgeft.train import train as run
 
     _, _, deviations = choose_device(made, device)
@@ -254,9 +262,13 @@ def train(
     else:
         each = show_seconds(made.seconds_per_step)
         say(f"about {show_seconds(made.seconds)} of training are estimated ({each} a step)")
+    rehearsed = NOT_REHEARSED
+    if rehearsal:
+        rehearsed = rehearse(made, load_target(target or made.job.target), work_folder(folder), digest)
+        say(rehearsal_line(rehearsed))
     with Reporter(made.budget_bytes) as progress:
         try:
-            result = run(made, target, plan_sha256=digest, progress=progress, wanted_device=device)
+            result = run(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
         except KeyboardInterrupt:
             say("\nstopped; the last step is kept: run the same command again to go on")
             raise typer.Exit(130) from None

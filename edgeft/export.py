@@ -33,6 +33,7 @@ from edgeft.parity import (
 from edgeft.peft_folder import lora_scale, read_adapter_config
 from edgeft.sbom import BASE, Component, model_licence
 from edgeft.scores import Metrics, Proof, Rung
+from edgeft.settings import Job
 from edgeft.stages import target_device
 from edgeft.target import Target
 from edgeft.train import Data, TrainResult
@@ -83,7 +84,7 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
         return Proof(prompts=len(prompts), positions=positions, rungs=rungs, scored_on=source, scores=scores)
 
     progress("build", 0, 1, {})
-    golden, chat = golden_inputs(merged.train, tokenizer)
+    golden, chat = golden_inputs(merged.train.plan.job, tokenizer)
     return build_bundle(
         merged_folder,
         target,
@@ -137,12 +138,11 @@ def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
     return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
 
 
-def golden_inputs(result: TrainResult, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
+def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
     """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
-    job = result.plan.job
     source = job.valid or job.data
     assert source is not None  # Data.read has refused a plan without data
-    rows = read_rows(source, tokenizer)[:GOLDEN_PROMPTS]
+    rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
     chat = rows[0].format == "chat"
     # a chat's pieces are rendered already: its last prompt is replayed as the text the device must reproduce
     return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
@@ -231,7 +231,7 @@ def adapter_source(
             scale = numpy.float32(lora_scale(config, module, down.shape[1]))
             changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
     tokenizer = TextTokenizer(local_folder(result.plan.job.model))
-    prompts, chat = golden_inputs(result, tokenizer)
+    prompts, chat = golden_inputs(result.plan.job, tokenizer)
     data = Data.read(result.plan)
     rows = data.valid[:PARITY_PROMPTS]
     source, scored = ("test", data.test) if data.test else ("validation", data.valid[: result.plan.training.eval_rows])

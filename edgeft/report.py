@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgeft.compare import Comparison
     from edgeft.discover import Discovery
     from edgeft.merge import Merged, MergedCheckpoint
+    from edgeft.rehearsal import Rehearsal
     from edgeft.survival import Survival
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
@@ -267,8 +268,17 @@ def train_text(result: TrainResult) -> RenderableType:
     lines = [Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
+    lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
     return Group(table, *lines)
+
+
+def rehearsal_line(rehearsal: Rehearsal) -> str:
+    """What came of a rehearsal, or why there was none."""
+    if rehearsal.skipped:
+        return f"not rehearsed{f' for {rehearsal.target}' if rehearsal.target else ''}: {rehearsal.skipped}"
+    way = f"{rehearsal.layers} layers went from merge to {rehearsal.target} and answered"
+    return f"rehearsed: {way}, in {show_seconds(rehearsal.seconds)}"
 
 
 def predicted_expected(result: TrainResult) -> int:
