@@ -1,9 +1,10 @@
-"""How far is the closed form of a step's memory from the simulated one? Random plans of known families, seeds fixed.
+"""How far is the closed form of a step's memory from the simulated one? Random plans, seeds fixed.
 
     make bench-closed-form          # or: python bench/closed_form.py 40
 
-Ten shapes from 6M to 8B parameters; precision, tuner, rank, layers, recomputation, batch, length and loss chunks at
-random. The simulation is the project's own training step and equals a real one to the byte (tests/test_simulate.py).
+Seventeen shapes of thirteen families, 6M to 8B parameters; precision, tuner, rank, layers that train, ends,
+recomputation, batch, length and loss chunks at random. The simulation is the project's own training step and equals a
+real one to the byte (tests/test_simulate.py).
 """
 
 from __future__ import annotations
@@ -20,36 +21,44 @@ from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
 from edgeft.simulate import simulate
 
-CONFIGS = ROOT / "tests" / "configs"
+CONFIGS = ROOT / "examples" / "configs"
 SHAPES = [ROOT / "examples" / "debian-tiny", *(CONFIGS / name for name in (
     "smollm2-135m", "qwen3-0.6b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "granite-3.0-2b", "mistral-7b",
-    "llama-3.1-8b", "smollm3-3b"))]  # fmt: skip
-PLANS = 200
+    "llama-3.1-8b", "smollm3-3b", "gemma-2b", "gemma-2-2b", "gemma-3-1b", "phi-3-mini", "gpt2", "opt-125m",
+    "pythia-160m"))]  # fmt: skip
+PLANS = 340
 
 
 def random_plan(spec: ModelSpec, draw: random.Random) -> tuple[Training, memory.Workload]:
     """A plan that the planner could make for some machine, and its largest batch."""
-    device = draw.choice(["cpu", "cuda"])
-    full = draw.random() < 0.3
-    base = draw.choice(["fp32", "bf16"] if full else ["fp32", "bf16", "nf4", "nf4"])
+    device, layers = draw.choice(["cpu", "cuda"]), spec.num_hidden_layers
+    way = draw.choice(["lora", "lora", "lora", "full", "sparse"])
+    base = draw.choice(["fp32", "bf16"] if way == "full" else ["fp32", "bf16", "nf4", "nf4"])
     compute = ("fp32" if device == "cpu" else draw.choice(["bf16", "fp16"])) if base == "nf4" else base
-    layers = spec.num_hidden_layers
-    top = layers if draw.random() < 0.5 else draw.randint(1, layers)
-    names = tuple(linear.name for linear in spec.linears)
+    top = layers if way == "full" or draw.random() < 0.5 else draw.randint(1, layers)
+    trained = tuple(range(layers - top, layers))
+    ends = dict.fromkeys(("embedding", "norm", "head"), "on" if way == "full" else "off")
+    if way == "sparse":
+        trained = tuple(sorted(draw.sample(range(layers), draw.randint(1, min(4, layers)))))
+        if base == "fp32":
+            ends = {end: draw.choice(["on", "off", "off"]) for end in ends}
     micro = draw.choice([1, 1, 2, 4, 8])
     longest = min(draw.choice([32, 64, 128, 300, 512, 1024, 2048]), spec.max_position_embeddings or 2048)
-    trained = longest - 1 if draw.random() < 0.5 else draw.randint(1, longest - 1)
+    trained_tokens = longest - 1 if draw.random() < 0.5 else draw.randint(1, longest - 1)
+    lora = way == "lora"
     training = Training(
-        device=device, tuner="full" if full else "lora", base_precision=base, compute_dtype=compute,
-        rank=0 if full else draw.choice([4, 8, 16, 64]), lora_alpha=0.0 if full else 16.0,
-        target_modules=() if full else names if draw.random() < 0.7 else names[: draw.choice([2, 4])],
-        trained_layers=tuple(range(layers - top, layers)), trains_ends=full and top == layers,
+        device=device, tuner="lora" if lora else "full", base_precision=base, compute_dtype=compute,
+        rank=draw.choice([4, 8, 16, 64]) if lora else 0, lora_alpha=16.0 if lora else 0.0,
+        target_modules=tuple(linear.name for linear in spec.linears) if lora else (),
+        layers="sparse" if way == "sparse" else "all", trained_layers=trained, **ends,
         micro_batch_size=micro, batch_size=micro * draw.choice([1, 1, 4]), max_length=longest,
-        checkpointing=draw.random() < 0.5, loss_chunk_tokens=draw.choice([64, 256, 1024]), optimizer="adamw",
+        max_trained=trained_tokens, checkpointing=draw.random() < 0.5, kept_layers=draw.choice([0, 0, 1, layers // 2]),
+        loss_chunk_tokens=draw.choice([64, 256, 1024]),
+        optimizer=draw.choice(["adamw", "adamw8bit", "paged_adamw8bit"]) if device == "cuda" else "adamw",
         learning_rate=1e-3, steps=4, warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_steps=None,
         eval_rows=1,
     )  # fmt: skip
-    return training, memory.Workload(longest, trained)
+    return training, memory.Workload(longest, trained_tokens)
 
 
 def compare(number: int) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def compare(number: int) -> dict[str, Any]:
     terms = memory.step_terms(spec, training, work)
     closed, found = sum(term.bytes for term in terms), simulate(spec, training, work)
     chosen = ("device", "tuner", "base_precision", "compute_dtype", "rank", "micro_batch_size", "batch_size",
-              "checkpointing", "loss_chunk_tokens")  # fmt: skip
+              "checkpointing", "kept_layers", "loss_chunk_tokens")  # fmt: skip
     plan = {name: getattr(training, name) for name in chosen} | {
         "targets": len(training.target_modules), "layers": len(training.trained_layers), "longest": work.longest,
         "longest_trained": work.longest_trained,

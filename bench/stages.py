@@ -73,27 +73,24 @@ def measure(scratch: Path, title: str) -> list[dict[str, Any]]:
         (scratch / f"{file}.jsonl").write_text("".join(lines[:count]))
     files = ["--data", str(scratch / "train.jsonl"), "--valid", str(scratch / "valid.jsonl")]
     pins = ["--set", "max_steps=2", "--set", "batch_size=4", "--set", "eval_rows=8"]
-    rows = []
+    build = scratch / "build"
+    plan = ("plan", "--model", str(model), *files, *pins)
+    verb(*plan, "--out", str(build / "plan.json"))
+    verb("train", str(build / "plan.json"))
+    verb("merge", str(build / "train"))
+    merged = json.loads((build / "merged" / "merged.json").read_text())
+    phases = merged["train"]["plan"]["stages"]["phases"]
+    rows = [row(title, "merge", [each for each in phases if each["name"] == "merge"], merged["measured_peak_bytes"])]
     for target in TARGETS:
-        build = scratch / target
-        verb(
-            "plan", "--model", str(model), *files, *pins, "--set", f"target={target}", "--out", str(build / "plan.json")
-        )
-        verb("train", str(build / "plan.json"))
-        verb("merge", str(build / "train"))
-        merged = json.loads((build / "merged" / "merged.json").read_text())
-        phases = merged["train"]["plan"]["stages"]["phases"]
-        if target == TARGETS[0]:
-            mine = [phase for phase in phases if phase["name"] == "merge"]
-            rows.append(row(title, "merge", mine, merged["measured_peak_bytes"]))
+        phases = verb(*plan, "--set", f"target={target}", "--out", "-")["stages"]["phases"]
         # random weights: parity of their near ties is not what is measured here
         loose = build / f"{target}.toml"
         loose.write_text(loosened((ROOT / "export" / f"{target}.toml").read_text()))
         verb("export", str(build / "merged"), "--target", str(loose))
         exported = json.loads((build / "bundle.measured.json").read_text())
-        mine = [phase for phase in phases if phase["name"].startswith("export")]
+        mine = [each for each in phases if each["name"].startswith("export")]
         rows.append(row(title, f"export {target}", mine, exported["measured_peak_bytes"]))
-        shutil.rmtree(build)
+        shutil.rmtree(build / "bundle")
     return rows
 
 
@@ -106,17 +103,21 @@ def loosened(toml: str) -> str:
 
 
 def main() -> None:
-    rows = []
+    """All models, or those named: each is recorded when it ends, beside what is recorded of the others."""
+    path = ROOT / "bench" / "results" / "stages.json"
     for title in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as scratch:
-            rows += measure(Path(scratch), title)
-    errors = [each["error"] for each in rows]
-    summary = {
-        "mean_absolute_error": round(sum(map(abs, errors)) / len(errors), 4), "largest_error": max(errors, key=abs),
-        "high_below_measured": sum(each["high_bytes"] < each["measured_bytes"] for each in rows),
-    }  # fmt: skip
-    print(json.dumps(summary))
-    record("stages", {"summary": summary, "rows": rows})
+            new = measure(Path(scratch), title)
+        old = json.loads(path.read_text())["rows"] if path.is_file() else []
+        found = {name: [each for each in old if each["model"] == name] for name in MODELS} | {title: new}
+        rows = [each for name in MODELS for each in found[name]]
+        errors = [each["error"] for each in rows]
+        summary = {
+            "mean_absolute_error": round(sum(map(abs, errors)) / len(errors), 4), "largest_error": max(errors, key=abs),
+            "high_below_measured": sum(each["high_bytes"] < each["measured_bytes"] for each in rows),
+        }  # fmt: skip
+        print(json.dumps(summary))
+        record("stages", {"summary": summary, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -162,11 +162,16 @@ def repeat_for_groups(module: nn.Module, query: torch.Tensor, key: torch.Tensor,
 
 
 def repeat_groups(model: nn.Module) -> None:
-    """Make a transformers model attend with `repeat_for_groups`."""
+    """Make a transformers model attend with `repeat_for_groups` where it attends by torch's own function.
+
+    One that caps its scores (Gemma-2) computes them itself, and must go on doing so.
+    """
+    causal: Any = model
+    if causal.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
+        return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register("edgeft_repeat", repeat_for_groups)
     AttentionMaskInterface.register("edgeft_repeat", sdpa_mask)
-    causal: Any = model
     causal.set_attn_implementation("edgeft_repeat")

@@ -1,9 +1,9 @@
-"""Which samples form which optimizer step, and in which order? (padded, never packed)"""
+"""Which samples form which optimizer step, in which order, and which of them run at once? (padded, never packed)"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,26 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
         next_labels[row, : len(sample.ids) - 1] = torch.tensor(sample.labels[1:], dtype=torch.long)
     positions = (next_labels.view(-1) != IGNORED).nonzero().view(-1)
     return Batch(ids, positions, next_labels.view(-1)[positions])
+
+
+def micro_batches(
+    samples: Sequence[Sample], size: int, max_tokens: int, max_trained_tokens: int
+) -> Iterator[list[Sample]]:
+    """The samples of one step in groups that run at once, longest first: `size` samples, or more where they are short.
+
+    Each group but one of `size` samples has at most `max_tokens` padded and `max_trained_tokens` trained tokens: what
+    `size` of the longest samples have, so that no group needs more memory than was planned.
+    """
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: -len(sample.ids)):
+        if len(group) >= size:
+            padded = len(group[0].ids) * (len(group) + 1)
+            trained = sum(other.trained_tokens for other in group) + sample.trained_tokens
+            if padded > max_tokens or trained > max_trained_tokens:
+                yield group
+                group = []
+        group.append(sample)
+    yield group
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgeft.errors import BadInput
+from edgeft.memory import Workload
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import ENDS, Job, Optimizer, Precision, Training, Tuner
@@ -161,7 +162,7 @@ def _precisions(job: Job, profile: Profile, tuner: Tuner, some_layers: bool) -> 
 
 
 def candidates(
-    job: Job, profile: Profile, spec: ModelSpec, length: int, steps: int, scores: Sequence[float] | None = None
+    job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None
 ) -> Iterator[Training]:
     """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data."""
     ranks = [job.rank] if job.rank else RANKS
@@ -181,10 +182,10 @@ def candidates(
         for precision in _precisions(job, profile, tuner, layers["layers"] != "all")
         for rank in (ranks if tuner == "lora" else [0])
     ]
-    for (tuner, precision, rank, layers), batch, checkpointing, chunk, optimizer in itertools.product(
+    for (tuner, precision, rank, layers), batch, (checkpointing, kept), chunk, optimizer in itertools.product(
         ways,
         [job.micro_batch_size] if job.micro_batch_size else batches,
-        [job.checkpointing] if job.checkpointing is not None else [False, True],
+        _recomputing(job, spec),
         [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
         [job.optimizer] if job.optimizer else optimizers,
     ):
@@ -209,8 +210,10 @@ def candidates(
             **layers,
             micro_batch_size=batch,
             batch_size=job.batch_size,
-            max_length=length,
+            max_length=work.longest,
+            max_trained=work.longest_trained,
             checkpointing=checkpointing,
+            kept_layers=kept,
             loss_chunk_tokens=chunk,
             optimizer=optimizer,
             learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
@@ -222,6 +225,24 @@ def candidates(
             checkpoint_steps=job.checkpoint_steps,
             eval_rows=job.eval_rows,
         )
+
+
+def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:
+    """(whether activations are recomputed, in how many topmost layers not); how many more keep theirs `planner` finds.
+
+    The topmost layer's backward pass comes first: recomputing it saves nothing but at the moment of the loss.
+    """
+    if job.kept_layers is not None:
+        if job.checkpointing is False:
+            hint = "drop checkpointing=false"
+            raise BadInput("kept_layers", "says which layers do not recompute, but none does", hint)
+        if job.kept_layers > spec.num_hidden_layers:
+            problem = f"{job.kept_layers} is more than the model's {spec.num_hidden_layers} layers"
+            raise BadInput("kept_layers", problem, f"at most {spec.num_hidden_layers}")
+        return [(True, job.kept_layers)]
+    if job.checkpointing is not None:
+        return [(job.checkpointing, 0)]
+    return [(False, 0), (True, 0), *([(True, 1)] if spec.num_hidden_layers > 1 else [])]
 
 
 def _compute_of_nf4(profile: Profile) -> str:

@@ -38,6 +38,7 @@ class Candidate(Strict):
     trained: int  # layers at a time
     micro_batch_size: int
     checkpointing: bool
+    kept_layers: int
     loss_chunk_tokens: int
     optimizer: Optimizer
     quality_cost: float
@@ -128,13 +129,14 @@ def seconds_per_step(profile: Profile, spec: ModelSpec, training: Training, work
         trained = training.active_layers
         crossed -= (len(training.trained_layers) - trained) / (trained + 1)
     passes = 2 * spec.num_hidden_layers + 2 * crossed + (2 * trained if training.tuner == "full" else 0)
-    passes += 2 * crossed * training.checkpointing
+    passes += 2 * max(0.0, crossed - training.kept_layers) * training.checkpointing
     operations = float(passes) * per_layer * tokens
     operations += 6 * memory.trained_parameters(spec, training) * tokens if training.tuner == "lora" else 0
     operations += 6 * spec.vocab_size * spec.hidden_size * training.batch_size * work.longest_trained
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
     rate *= MEASURED_SHARE if profile.probe else DATASHEET_SHARE
-    splits = training.batch_size / training.micro_batch_size
+    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)  # more where they are short
+    splits = max(1.0, training.batch_size / at_once)
     slower = (1.3 if training.base_precision == "nf4" else 1.0) * (1 + 0.02 * (splits - 1))
     if training.optimizer == "paged_adamw8bit":
         slower *= 1.1

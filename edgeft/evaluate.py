@@ -42,7 +42,8 @@ def token_losses(
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     with autocast(device, compute):
         hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+        # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
+        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)
         head: Any = parts.head
         return chunked_cross_entropy(
             hidden,

@@ -42,6 +42,8 @@ def describe(training: Training, name: str) -> str:
         if training.layers == "lisa":
             return f"lisa, {training.active_layers} of {len(training.trained_layers)} at a time"
         return f"{training.layers}, {len(training.trained_layers)}"
+    if name == "checkpointing" and training.kept_layers:
+        return f"all but the top {training.kept_layers}"
     return str(getattr(training, name))
 
 
@@ -51,7 +53,12 @@ def alternatives(question: Question, chosen: Training, looked_at: Iterable[Train
     here = question.high_bytes(chosen)
     own = {name: describe(chosen, name) for name in CHOICES}
     found = []
-    for training in looked_at:
+    same_layers = [
+        training.model_copy(update={"kept_layers": chosen.kept_layers})
+        for training in looked_at
+        if training.checkpointing and chosen.kept_layers
+    ]
+    for training in (*looked_at, *same_layers):
         changed = [name for name in CHOICES if describe(training, name) != own[name]]
         if training.tuner != chosen.tuner:  # another tuner has no rank, or gets one
             changed = [name for name in changed if name not in ("rank", "base_precision")]
@@ -104,7 +111,7 @@ def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
         ways.append((f"loss in chunks of {chosen.loss_chunk_tokens} tokens", f"logits of {tokens} tokens at once",
                      {"loss_chunk_tokens": tokens}))  # fmt: skip
     if chosen.checkpointing:
-        ways.append(("activations recomputed", "activations kept", {"checkpointing": False}))
+        ways.append(("activations recomputed", "activations kept", {"checkpointing": False, "kept_layers": 0}))
     if chosen.base_precision == "nf4":
         ways.append(("base weights in nf4", f"base weights in {half}", {"base_precision": half}))
     if chosen.optimizer != "adamw":
@@ -172,7 +179,11 @@ def gave_up(question: Question, best: Training, chosen: Training) -> list[str]:
     if chosen.optimizer != best.optimizer:
         lines.append(f"{chosen.optimizer} instead of {best.optimizer}")
     if chosen.checkpointing and not best.checkpointing:
-        lines.append("activations are computed twice (checkpointing): about a third more time, same result")
+        count = spec.num_hidden_layers
+        where = f" in {count - chosen.kept_layers} of {count} layers" if chosen.kept_layers else ""
+        kept = chosen.model_copy(update={"checkpointing": False, "kept_layers": 0})
+        more = question.seconds(chosen) / question.seconds(kept) - 1
+        lines.append(f"activations are computed twice (checkpointing){where}: {more:.0%} more time, same result")
     if chosen.micro_batch_size != best.micro_batch_size:
         lines.append(
             f"micro-batches of {chosen.micro_batch_size} instead of {best.micro_batch_size}: slower, same result"

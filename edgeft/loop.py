@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from edgeft.architectures import Parts
 from edgeft.artifacts import staging
-from edgeft.batches import epoch_order, steps_per_epoch
+from edgeft.batches import epoch_order, micro_batches, steps_per_epoch
 from edgeft.checkpoint import Checkpoint
 from edgeft.data import Sample
 from edgeft.dense import DenseTurns
@@ -25,6 +25,8 @@ from edgeft.evaluate import token_losses
 from edgeft.lisa import Lisa, Named
 from edgeft.settings import Training
 from edgeft.tuners import apply_tuner, make_lisa
+
+COUNTED = ("step", "tokens", "padded_tokens", "micro_batches")
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Run:
     counters: dict[str, Any] | None = field(init=False, default=None)
     step: int = 0
     tokens: int = 0
+    padded_tokens: int = 0
+    micro_batches: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class Run:
         scaled = self.compute == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if self.training.checkpointing:
-            recompute_layers(self.parts)
+            recompute_layers(self.parts, self.training.kept_layers)
         if found is not None:
             self._restore(found)
 
@@ -74,8 +78,10 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, self.step)
         total = 0.0
-        for start in range(0, len(samples), training.micro_batch_size):
-            micro = samples[start : start + training.micro_batch_size]
+        size = training.micro_batch_size
+        for micro in micro_batches(samples, size, size * training.max_length, size * training.max_trained):
+            self.padded_tokens += len(micro) * max(len(sample.ids) for sample in micro)
+            self.micro_batches += 1
             loss = token_losses(self.model, self.parts, micro, self.device, self.compute, training.loss_chunk_tokens)
             loss = loss / tokens
             total += float(loss.detach())
@@ -103,7 +109,8 @@ class Run:
                 "rng": torch.get_rng_state(),
             }
             torch.save(state, temporary / "state.pt")
-            counters = {"step": self.step, "tokens": self.tokens, "curve": self.curve, **extra}
+            counted = {name: getattr(self, name) for name in COUNTED}
+            counters = {**counted, "curve": self.curve, **extra}
             if self.lisa is not None:
                 counters["lisa"] = self.lisa.state_dict()
                 self.lisa.save_files(temporary / "layers")
@@ -120,7 +127,8 @@ class Run:
         self.scaler.load_state_dict(found.state["scaler"])
         torch.set_rng_state(found.state["rng"])
         self.counters = found.counters
-        self.step, self.tokens = found.counters["step"], found.counters["tokens"]
+        for name in COUNTED:
+            setattr(self, name, found.counters[name])
         self.curve = [(step, loss) for step, loss in found.counters["curve"]]
 
 
@@ -168,12 +176,12 @@ def make_optimizer(
     return optimizer
 
 
-def recompute_layers(parts: Parts) -> None:
-    """Checkpoint the activations of every layer that autograd sees when it runs.
+def recompute_layers(parts: Parts, kept: int = 0) -> None:
+    """Checkpoint the activations of every layer that autograd sees when it runs, but for the `kept` topmost ones.
 
     A layer below the lowest one that trains saves nothing; checkpointing it as well would only cost its inputs.
     """
-    for layer in parts.layers:
+    for layer in list(parts.layers)[: len(parts.layers) - kept]:
         layer.forward = _recomputed(layer, layer.forward)  # type: ignore[method-assign]
 
 

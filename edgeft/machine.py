@@ -146,7 +146,7 @@ def _rss_after_tiny_step() -> int:
     training = Training(
         device="cpu", tuner="lora", base_precision="fp32", compute_dtype="fp32", rank=8, lora_alpha=16.0,
         target_modules=("q_proj", "down_proj"), trained_layers=(0, 1), micro_batch_size=4,
-        batch_size=4, max_length=128, checkpointing=False, loss_chunk_tokens=256, optimizer="adamw",
+        batch_size=4, max_length=128, max_trained=127, checkpointing=False, loss_chunk_tokens=256, optimizer="adamw",
         learning_rate=1e-3, steps=1,
         warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_steps=None, eval_rows=1,
     )  # fmt: skip

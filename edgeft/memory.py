@@ -1,18 +1,22 @@
-"""How many bytes does each phase of a run need at its highest moment? A closed form, microseconds per candidate.
+"""How many bytes does each phase of a run need at its highest moment? In closed form, microseconds per candidate.
 
-Every coefficient was found by counting the live tensor bytes of edgeft's own training step (tests/test_memory.py counts
-them again); none is fitted to a total. Symbols as in the field: h hidden, i intermediate, q and kv the widths of query
-and key, V vocabulary, L layers, T tokens of one micro-batch, r rank, e bytes of the compute dtype.
+What a layer keeps and holds follows from its operations (`edgeft.dataflow`) and is the same for each layer of a kind;
+here layers, weights, gradients and states are added up. Nothing of it is fitted: bench/closed_form.py compares it with
+the simulated step. Symbols as in the field: h hidden, e bytes of the compute dtype, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
+from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
 from edgeft.artifacts import Strict
+from edgeft.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
+from edgeft.families import FAMILIES
 from edgeft.model_spec import Linear, ModelSpec
+from edgeft.operations import Way
 from edgeft.settings import ENDS, Training
 from edgeft.units import MIB
 
@@ -21,7 +25,8 @@ STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, 8-bit scales per 64 weights, fp32 scales of 256 scales
 NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quantised matrix
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
-PAGED_ELEMENTS = 100_000  # bitsandbytes pages the 8-bit states of tensors of at least this many elements, no others
+# bitsandbytes keeps the states of smaller tensors in fp32, and pages those of larger ones alone
+EIGHT_BIT_ELEMENTS, PAGED_ELEMENTS = 4096, 100_000
 CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorch's allocator
 
 # What a training process holds on a CPU beyond the tiny run's: the matrix library keeps buffers that grow with its
@@ -29,8 +34,7 @@ CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorc
 # numbers are fitted on the six jobs of bench/memory.py; live tensor bytes are not.
 CPU_BUFFERS, CPU_BYTES_PER_WORD = 20_000_000, 512
 
-# families whose decoder layer the closed form below describes term by term; others get the wider margin
-EXACT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
+EXACT_FAMILIES = tuple(FAMILIES)  # whose operations are written down in `edgeft.dataflow`; others get a wider margin
 
 
 class Term(Strict):
@@ -70,11 +74,22 @@ def weight_bytes(spec: ModelSpec, training: Training) -> int:
     quantised = sum(linear.in_features * linear.out_features for linear in spec.linears) * spec.num_hidden_layers
     dense = spec.total_parameters - quantised
     codes = quantised * NF4_BYTES + NF4_PER_LINEAR * len(spec.linears) * spec.num_hidden_layers
-    if training.densely:  # the layers that train are fp32 matrices instead of codes
-        each = quantised // spec.num_hidden_layers
-        active = training.active_layers or len(training.trained_layers)
-        codes += active * (each * (4 - NF4_BYTES) - NF4_PER_LINEAR * len(spec.linears))
     return int(dense * DTYPE_BYTES[training.compute_dtype] + codes)
+
+
+def dense_bytes(spec: ModelSpec, training: Training) -> int:
+    """What layers that train as dense fp32 ones take beyond what they take in the base: their matrices, no vectors.
+
+    Nothing where none does.
+    """
+    if not training.densely:
+        return 0
+    matrices = sum(linear.in_features * linear.out_features for linear in spec.linears)
+    if training.base_precision == "nf4":
+        each = matrices * (4 - NF4_BYTES) - NF4_PER_LINEAR * len(spec.linears)
+    else:
+        each = matrices * (4 - DTYPE_BYTES[training.base_precision])
+    return int(each * len(training.trained_layers))
 
 
 def trained_parameters(spec: ModelSpec, training: Training) -> int:
@@ -90,8 +105,21 @@ def trained_parameters(spec: ModelSpec, training: Training) -> int:
 
 
 def end_parameters(spec: ModelSpec) -> dict[str, int]:
-    """Parameters outside the layers by unit: a tied head counts as the embedding's."""
-    return {"embedding": spec.embedding_parameters, "norm": spec.other_parameters, "head": spec.head_parameters}
+    """Parameters outside the layers by unit: a tied head and learned positions count as the embedding's."""
+    positions = position_parameters(spec)
+    return {
+        "embedding": spec.embedding_parameters + positions,
+        "norm": spec.other_parameters - positions,
+        "head": spec.head_parameters,
+    }
+
+
+def position_parameters(spec: ModelSpec) -> int:
+    """Parameters of a table of learned positions."""
+    family = FAMILIES.get(spec.model_type)
+    if spec.counted_from != "config" or family is None or family.position_offset is None:
+        return 0
+    return ((spec.max_position_embeddings or 0) + family.position_offset) * spec.hidden_size
 
 
 def worst_sets(spec: ModelSpec, training: Training) -> list[Training]:
@@ -119,11 +147,41 @@ def targets(spec: ModelSpec, training: Training) -> list[Linear]:
     return [linear for linear in spec.linears if linear.name in training.target_modules]
 
 
-def optimizer_bytes(spec: ModelSpec, training: Training, trained: int) -> int:
-    """AdamW keeps two states in the parameter's dtype; paged states live on the host, not here."""
-    if training.optimizer == "adamw":
-        return trained * 2 * trained_itemsize(training)
-    return 0 if training.optimizer == "paged_adamw8bit" else int(trained * ADAM8_BYTES)
+def optimizer_bytes(spec: ModelSpec, training: Training) -> int:
+    """Bytes of the optimizer's states on the training device.
+
+    AdamW keeps two in the parameter's dtype. The 8-bit one keeps two of a byte an element and an fp32 scale for each
+    256, and tensors below 4,096 elements in fp32; paged, those of 100,000 elements and more are the host's.
+    """
+    total, paged = 0, training.optimizer == "paged_adamw8bit"
+    for size, count in trained_tensors(spec, training).items():
+        if training.optimizer == "adamw":
+            total += count * 2 * size * trained_itemsize(training)
+        elif size < EIGHT_BIT_ELEMENTS:
+            total += count * 2 * 4 * size
+        else:
+            total += count * 2 * (4 * -(-size // 256) + (0 if paged and size >= PAGED_ELEMENTS else size))
+    return total
+
+
+def trained_tensors(spec: ModelSpec, training: Training) -> Counter[int]:
+    """Elements of the tensors that train, each size with how many there are."""
+    layer: Counter[int] = Counter()
+    if training.tuner == "lora":
+        for linear in targets(spec, training):
+            layer.update([training.rank * linear.in_features, training.rank * linear.out_features])
+        return Counter({size: count * len(training.trained_layers) for size, count in layer.items()})
+    for linear in spec.linears:
+        layer.update([linear.in_features * linear.out_features] + [linear.out_features] * linear.has_bias)
+    found: Counter[int] = Counter()
+    for index in training.trained_layers:
+        found.update(layer)
+        rest = spec.layer_parameters[index] - sum(size * count for size, count in layer.items())
+        found.update([spec.hidden_size] * (rest // spec.hidden_size) + [rest % spec.hidden_size])
+    ends = {**end_parameters(spec), "embedding": spec.embedding_parameters}
+    found.update(size for end, size in ends.items() if getattr(training, end) == "on")
+    found.update([position_parameters(spec)] if training.embedding == "on" else [])
+    return Counter({size: count for size, count in found.items() if size})
 
 
 def trained_itemsize(training: Training) -> int:
@@ -133,116 +191,107 @@ def trained_itemsize(training: Training) -> int:
     return DTYPE_BYTES[training.base_precision]
 
 
-def saved_bytes(spec: ModelSpec, training: Training) -> float:
-    """Activation bytes per token that one trained decoder layer keeps for the backward pass, recomputation aside.
-
-    8h + 8: the fp32 inputs and inverse deviations of two norms; 2e(q + kv) + 4 heads: rotated query and key, value,
-    attention output and its log-sum-exp; gate, up and their product. LoRA keeps each adapted input (once per shared
-    input) and r per target; full fine-tuning keeps both norms' outputs before and after their weight.
-    """
-    e, h, i = DTYPE_BYTES[training.compute_dtype], spec.hidden_size, spec.intermediate_size
-    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    saved = spec.norms_per_layer * (4.0 * h + 4) + 2 * e * (query + key) + 4 * spec.num_attention_heads
-    saved += (3 if spec.gated_mlp else 2) * e * i
-    if spec.qk_norm:
-        saved += 4 * (query + key)
-    if training.tuner == "lora":
-        roles = {linear.role for linear in targets(spec, training)}
-        saved += e * h * (("attention_in" in roles) + ("mlp_in" in roles)) + e * i * ("mlp_out" in roles)
-        saved += e * training.rank * len(targets(spec, training))
-    else:
-        saved += 2 * e * h * spec.norms_per_layer + e * i + (e * (query + key) if spec.qk_norm else 0)
-    return saved
-
-
 def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term]:
-    """What is alive at the highest moment of a training step, bytes of live tensors.
+    """What is alive at the highest moment of a training step, in bytes of live tensors.
 
-    The moments that can be highest: the loss, the backward pass of the final norm, of the topmost MLP, of the lowest
-    layer when all gradients exist, and the end of the backward pass.
+    A layer keeps and holds what `edgeft.dataflow` says; here the layers are stacked. While micro-batches after the
+    first run, every gradient is there already.
     """
-    e, h, i = DTYPE_BYTES[training.compute_dtype], spec.hidden_size, spec.intermediate_size
-    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    tokens = training.micro_batch_size * work.longest
-    loss_tokens = training.micro_batch_size * work.longest_trained
-    lowest = 0 if training.embedding == "on" else min(training.trained_layers, default=spec.num_hidden_layers)
-    layers = spec.num_hidden_layers - lowest
-    trained = trained_parameters(spec, training)
-    trained_weights = trained * trained_itemsize(training)
-    adapters = trained_weights if training.tuner == "lora" else 0
-    copies = trained * e if adapters and e == 2 else 0  # autocast's casts of the fp32 adapters, kept like activations
-    above = (len(training.trained_layers) - 1) / max(
-        1, len(training.trained_layers)
-    )  # share of layers done at the lowest one
-    optimizer = optimizer_bytes(spec, training, trained)
-    saved = saved_bytes(spec, training)
-    through = saved if len(training.trained_layers) == layers else min(saved, frozen_bytes(spec, training))
-    all_saved = len(training.trained_layers) * saved + (layers - len(training.trained_layers)) * through
-    # nothing below the lowest trained layer wants a gradient: its first norm keeps no input
-    unneeded = 0 if training.trains_ends else 4 * h + 4
-    all_saved -= unneeded
-    kept = e * h * layers if training.checkpointing else all_saved
-    # bytes per token that one layer's backward pass holds beyond what it saved
-    adapts_down = "mlp_out" in {target.role for target in targets(spec, training)}
-    # a frozen down projection keeps no input, so its input's gradient comes on top of the two others
-    mlp = e * h + 2 * e * i + (-e * training.rank if adapts_down else 0 if training.tuner == "full" else e * i)
-    half = e == 2
-    recomputed = max(
-        (14 if half else 16) * h + 6 * e * i + 2 * e * (query + key),
-        (32 * h if half else 28 * h + 8 * i) + 2 * e * (query + key),
-    ) + 4 * spec.num_attention_heads + 8 + e * training.rank * len(targets(spec, training))  # fmt: skip
-    layer_peak = recomputed if training.checkpointing else mlp
-    low_layer = recomputed + e * h if training.checkpointing else saved - unneeded + mlp
-    if training.base_precision == "nf4":  # one matrix at a time is dense again
-        matrix = max(linear.in_features * linear.out_features for linear in spec.linears)
-        dequantised = int(matrix * (e + 2 * 4 / 64))
-    else:
-        dequantised = 0
-    # of the layer being worked on, the down projection's gradient is there when the MLP's activations are highest
-    down = sum(t.parameters for t in spec.linears if t.role == "mlp_out") * e if training.tuner == "full" else 0
-    ends = training.trains_ends
-    head_gradient = e * spec.vocab_size * h if ends else 0
-    chunk = min(training.loss_chunk_tokens, loss_tokens)
-    logits = (4 if e == 4 else 6) * spec.vocab_size * chunk * (2 if spec.final_logit_softcapping else 1)
-    loss = (4 * h + 4 + (2 * e * h if ends else 0)) * tokens + 2 * e * h * loss_tokens + logits + head_gradient
-    inputs = 8 * tokens + 2 * e * spec.head_dim * work.longest + 24 * loss_tokens
-    # a tied embedding's two gradients meet: the head's, the embedding's and their sum
-    meeting = e * spec.vocab_size * h * (2 if spec.tie_word_embeddings else 0) if ends else 0
-    moments = {
-        "loss": (kept * tokens + copies, loss, 0),
-        "final norm": (kept * tokens + copies, (24 * h + 4) * tokens + head_gradient, 0),
-        "top layer": (kept * tokens + copies, layer_peak * tokens + head_gradient + down + dequantised, 0),
-        "lowest MLP": (
-            copies * (1 - above),
-            low_layer * tokens + down + dequantised,
-            trained_weights * above,
-        ),
-        "end of backward": (0, e * (4 * h + 4 * query) * tokens + meeting, trained_weights),
-    }
-    name, (activations, temporary, gradients) = max(moments.items(), key=lambda item: sum(item[1]))
-    kept_formula = f"{kept:.0f} B x {tokens} tokens" + (
-        f", {layers} layers recomputed" if training.checkpointing else ""
-    )
-    terms = [
+    way, count = Way.of(spec, training, work.longest), spec.num_hidden_layers
+    e, tokens = way.itemsize, training.micro_batch_size * work.longest
+    loss_tokens = training.micro_batch_size * min(work.longest_trained, work.longest - 1)
+    trained, lowest = set(training.trained_layers), min(training.trained_layers, default=count)
+    if training.embedding == "on":
+        lowest = -1
+    again = training.batch_size > training.micro_batch_size
+    head = training.embedding if spec.tie_word_embeddings else training.head
+    after = ends_bytes(
+        spec, way, lowest < count, training.norm == "on", head == "on", spec.tie_word_embeddings, loss_tokens,
+        training.loss_chunk_tokens,
+    )  # fmt: skip
+    places: list[tuple[Kind, bool, bool, bool]] = [
         (
-            "weights",
-            weight_bytes(spec, training),
-            f"{spec.total_parameters} parameters in {training.base_precision}",
-        ),
-        ("adapters", adapters, f"{trained} x {trained_itemsize(training)} B"),
-        ("optimizer", optimizer, f"{trained} parameters, {training.optimizer}"),
-        ("gradients", gradients, f"{trained} x {trained_itemsize(training)} B"),
-        ("activations", activations, kept_formula if activations else "released"),
-        (f"height: {name}", temporary, f"{tokens} tokens, {loss_tokens} trained, V = {spec.vocab_size}"),
-        ("inputs", inputs, "ids, positions, rotary tables"),
+            "trained" if n in trained else "through" if n > lowest else "idle",
+            n > lowest,
+            is_masked(spec, n, work.longest),
+            training.recomputes(n, count),
+        )
+        for n in range(count)
+    ]
+    sizes = {place: Sizes.of(layer_bytes(spec, way, *place), tokens, again) for place in set(places)}
+    parts = [*(sizes[place] for place in places), Sizes.of(after, tokens, again)]
+    on = training.embedding == "on"
+    table, positions = (e * spec.embedding_parameters, e * position_parameters(spec)) if on else (0, 0)
+    there = sum(part.gradients for part in parts) + table + positions if again else 0.0  # from the micro-batch before
+
+    moments: list[tuple[str, float, float, float]] = []  # name, activations, gradients, what else is held
+    # while the layers run, the model's code has a name for what the embedding gave: learned positions make another
+    embedded = e * spec.hidden_size * tokens
+    if learned := position_parameters(spec):
+        embedded += e * spec.hidden_size * (tokens if spec.model_type == "opt" else work.longest)  # OPT's for each row
+    elif layer_bytes(spec, way, *places[0]).keeps_input:
+        embedded = 0
+    kept = 0.0
+    for n, part in enumerate(parts):
+        named = embedded if n or learned else 0
+        moments.append((f"forward, {_name(n, count)}", kept, there, max(part.forward, part.body + named)))
+        kept += part.kept_forward
+    kept, made, waiting = sum(part.kept for part in parts), 0.0, 0.0
+    for n, part in reversed(list(enumerate(parts))):
+        kept -= part.kept
+        if part.backward:
+            moments.append((f"backward, {_name(n, count)}", kept, (there or made) + waiting, part.backward))
+        made += part.gradients
+        waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
+    if table:
+        held = e * spec.hidden_size * tokens + table + waiting + positions  # its own, and the sum where two meet
+        moments.append(("backward, embedding", 0, (there or made) + waiting, held))
+    moments.append(("optimizer", 0, there or made + table + positions, 0))
+
+    name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
+    parameters = trained_parameters(spec, training)
+    weights, itemsize = weight_bytes(spec, training), trained_itemsize(training)
+    dense = dense_bytes(spec, training)
+    inputs = 8 * tokens + 8 * work.longest + 16 * loss_tokens + mask_bytes(spec, way, tokens)
+    inputs += 0 if learned else 2 * e * spec.head_dim * work.longest
+    recomputed = f", layers recomputed: {count - training.kept_layers} of {count}" if training.checkpointing else ""
+    terms = [
+        ("weights", weights, f"{spec.total_parameters} parameters in {training.base_precision}"),
+        ("dense layers", dense, f"{len(trained)} layers of {spec.num_hidden_layers} in fp32 while they train"),
+        ("adapters", parameters * itemsize if training.tuner == "lora" else 0, f"{parameters} x {itemsize} B"),
+        ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
+        ("gradients", present, f"{parameters} x {itemsize} B when all are there"),
+        ("activations", activations, f"{tokens} tokens{recomputed}"),
+        (f"height: {name}", held, f"{tokens} tokens, {loss_tokens} trained, V = {spec.vocab_size}"),
+        ("inputs", inputs, "ids, positions, rotary tables, masks"),
     ]
     return [Term(name=n, bytes=int(b), formula=f) for n, b, f in terms if b]
 
 
-def frozen_bytes(spec: ModelSpec, training: Training) -> float:
-    """Activation bytes per token of a layer that gradients pass through although nothing in it trains."""
-    nothing = training.model_copy(update={"tuner": "lora", "target_modules": (), "rank": 0})
-    return saved_bytes(spec, nothing)
+class Sizes(NamedTuple):
+    """What a part of the model keeps and holds, in bytes, for one number of tokens."""
+
+    forward: float
+    body: float
+    kept_forward: float
+    kept: float
+    backward: float
+    gradients: float
+
+    @classmethod
+    def of(cls, part: LayerBytes, tokens: int, again: bool) -> Sizes:
+        def at(size: complex) -> float:
+            return size.real * tokens + size.imag
+
+        back = part.backward_again if again else part.backward
+        return cls(
+            max(map(at, part.forward)), max(map(at, part.body)), at(part.kept_forward), at(part.kept),
+            max(map(at, back), default=0.0), at(part.gradients),
+        )  # fmt: skip
+
+
+def _name(number: int, layers: int) -> str:
+    return "loss" if number == layers else f"layer {number}"
 
 
 def forward_bytes(spec: ModelSpec, training: Training, tokens: int) -> int:
@@ -252,6 +301,23 @@ def forward_bytes(spec: ModelSpec, training: Training, tokens: int) -> int:
     mlp = 3 * e * spec.intermediate_size + 2 * e * spec.hidden_size
     attention = 3 * e * query + 4 * e * key + 2 * e * spec.hidden_size
     return int(tokens * max(mlp, attention, 4 * spec.hidden_size * 3))
+
+
+def scoring_terms(spec: ModelSpec, training: Training) -> list[Term]:
+    """What scoring one group of samples holds beyond the model: logits of its loss, or the cache of its answers."""
+    e, tokens = DTYPE_BYTES[training.compute_dtype], training.group_tokens
+    chunk = min(training.loss_chunk_tokens, tokens)
+    wide = 4 if e == 4 else 4 + e  # half-precision logits are there beside their fp32 ones
+    logits = wide * spec.vocab_size * chunk + e * spec.hidden_size * tokens
+    cache = 2 * e * spec.num_key_value_heads * spec.head_dim * tokens * (spec.num_hidden_layers + 1)
+    return max(
+        [Term(name="logits", bytes=logits, formula=f"at most {chunk} tokens, V = {spec.vocab_size}")],
+        [
+            Term(name="forward", bytes=forward_bytes(spec, training, tokens), formula=f"{tokens} tokens, no autograd"),
+            Term(name="key-value cache", bytes=cache, formula=f"{tokens} tokens, and a layer's copy while it grows"),
+        ],
+        key=lambda terms: sum(term.bytes for term in terms),
+    )
 
 
 def phases(
@@ -278,28 +344,19 @@ def phases(
     load = [*fixed, weights_term]
     if on_cpu:
         load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
-    key = spec.num_key_value_heads * spec.head_dim
-    e = DTYPE_BYTES[training.compute_dtype]
+    sets = worst_sets(spec, training)
     adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0
-    tokens = training.group_tokens
-    kv = 2 * e * key * spec.num_hidden_layers * 2 * tokens
-    logits = 4 * spec.vocab_size * min(training.loss_chunk_tokens, tokens)
+    dense = max(dense_bytes(spec, one) for one in sets)
     scoring = [
         *fixed,
         weights_term,
         Term(name="adapters", bytes=adapter, formula="kept while scoring"),
-        Term(
-            name="forward",
-            bytes=forward_bytes(spec, training, tokens),
-            formula=f"{tokens} tokens, no autograd",
-        ),
-        Term(name="key-value cache", bytes=kv, formula="two copies while it grows"),
-        Term(
-            name="logits", bytes=logits, formula=f"at most {training.loss_chunk_tokens} tokens, V = {spec.vocab_size}"
-        ),
+        Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
+        *scoring_terms(spec, training),
     ]
-    sets = (step_terms(spec, worst, work) for worst in worst_sets(spec, training))
-    step = [*fixed, *max(sets, key=lambda terms: sum(term.bytes for term in terms))]
+    scoring = [term for term in scoring if term.bytes]
+    steps = (step_terms(spec, one, work) for one in sets)
+    step = [*fixed, *max(steps, key=lambda terms: sum(term.bytes for term in terms))]
     return (
         phase("load", load, spec, training),
         phase("evaluate", scoring, spec, training),
@@ -308,9 +365,9 @@ def phases(
 
 
 def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training) -> Phase:
-    """A phase with its low and high estimate: 2% for families known term by term on a CPU, 5% on CUDA, 15% for others.
+    """A phase with its low and high estimate: 2% for families known operation by operation on a CPU, 5% on CUDA.
 
-    CUDA's 5% is the fragmentation of expandable segments; families without a closed form are approximated by a Llama's.
+    CUDA's 5% is the fragmentation of expandable segments. Other families are taken for a Llama of their widths, 15%.
     """
     expected = sum(term.bytes for term in terms)
     known = spec.model_type in EXACT_FAMILIES and spec.counted_from == "config"

@@ -6,6 +6,8 @@ inside the budget and the time limit is taken.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeft import memory
@@ -109,13 +111,14 @@ def make_plan(
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
     question = Question(job, profile, spec, lengths, work, data_bytes, budget)
-    looked_at = sorted(candidates(job, profile, spec, length, steps, scores), key=question.key)
+    looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
-    training = next((t for t in looked_at if not question.too_slow(t) and question.high_bytes(t) <= budget), None)
+    training = best_that_fits(question, looked_at)
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(job, importance))
-    better = looked_at[: looked_at.index(training)]
+    key = question.key(training)
+    better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     per_step = question.seconds(training)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
     stages, stage_notes = plan_stages(question, training)
@@ -142,6 +145,39 @@ def make_plan(
         work=work,
         importance=_with_choice(importance, training, spec) if importance else None,
     )
+
+
+def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Training | None:
+    """The best way inside the budget and the time limit; where activations are recomputed, in as few layers as fit.
+
+    Which of `looked_at` that is follows only once their layers are counted: each is taken up in the order of what it
+    would be at its best, until none can be better than what was found.
+    """
+    found, best = None, (float("inf"), float("inf"))
+    for hope, training in sorted(((question.key(_most_kept(question, t)), t) for t in looked_at), key=lambda h: h[0]):
+        if hope >= best:
+            break
+        if question.high_bytes(training) > question.budget_bytes:
+            continue
+        most = _most_kept(question, training).kept_layers
+        while most > training.kept_layers:  # memory grows with the number of layers kept
+            middle = (training.kept_layers + most + 1) // 2
+            way = training.model_copy(update={"kept_layers": middle})
+            if question.high_bytes(way) <= question.budget_bytes:
+                training = way
+            else:
+                most = middle - 1
+        if not question.too_slow(training) and question.key(training) < best:
+            found, best = training, question.key(training)
+    return found
+
+
+def _most_kept(question: Question, training: Training) -> Training:
+    """The plan with all but one of the layers that recompute keeping their activations, unless the user said which."""
+    if not training.checkpointing or question.job.checkpointing is not None or question.job.kept_layers is not None:
+        return training
+    crossed = question.spec.num_hidden_layers - (0 if training.embedding == "on" else min(training.trained_layers))
+    return training.model_copy(update={"kept_layers": crossed - 1})
 
 
 def _importance_of(job: Job, spec: ModelSpec, given: Importance | None) -> Importance | None:
@@ -221,6 +257,7 @@ def _unpinned(job: Job, importance: Importance | None) -> str | None:
         "layers",
         "active_layers",
         "checkpointing",
+        "kept_layers",
         "micro_batch_size",
         "rank",
         "loss_chunk_tokens",

@@ -53,7 +53,9 @@ def plan_text(plan: Plan) -> RenderableType:
         (
             "batch",
             f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}, up to "
-            f"{training.max_length} tokens" + (", activations recomputed" if training.checkpointing else ""),
+            f"{training.max_length} tokens"
+            + (", activations recomputed" if training.checkpointing else "")
+            + (f" in the lower {spec.num_hidden_layers - training.kept_layers} layers" if training.kept_layers else ""),
         ),
         (
             "schedule",

@@ -27,7 +27,7 @@ from edgeft.settings import Job
 Progress = Callable[[str, int, int, dict[str, float]], None]
 # of a job, what holds for the training that scores its layers as well; the rest is LoRA in all layers, as planned
 KEPT = ("model", "data", "valid", "profile", "base_precision", "micro_batch_size", "batch_size", "max_length",
-        "checkpointing", "loss_chunk_tokens", "optimizer", "weight_decay", "max_grad_norm", "seed",
+        "checkpointing", "kept_layers", "loss_chunk_tokens", "optimizer", "weight_decay", "max_grad_norm", "seed",
         "max_memory_bytes")  # fmt: skip
 KEPT_OF_LORA = ("rank", "lora_alpha", "learning_rate")
 # of its plan, what scores follow: how much fits at a time changes none

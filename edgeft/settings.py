@@ -71,10 +71,13 @@ class Job(Strict):
         "drop", description="optimizer state of a layer that leaves; park: on disk"
     )
     base_precision: Precision | None = Field(None, description="how the frozen weights are kept in memory")
-    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass")
+    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass; more where they are short")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step")
     max_length: int | None = Field(None, ge=8, description="longest sample in tokens; longer ones are cut and counted")
     checkpointing: bool | None = Field(None, description="recompute activations in the backward pass")
+    kept_layers: int | None = Field(
+        None, ge=0, description="topmost layers whose activations are kept all the same (checkpointing)"
+    )
     loss_chunk_tokens: int | None = Field(None, ge=16, description="tokens whose logits exist at the same time")
     optimizer: Optimizer | None = Field(None, description="AdamW in 32 bit, 8 bit, or 8 bit paged to the host (CUDA)")
 
@@ -143,7 +146,9 @@ class Training(Strict):
     micro_batch_size: int
     batch_size: int
     max_length: int
+    max_trained: int = Field(description="trained tokens of the sample that has most")
     checkpointing: bool
+    kept_layers: int = 0  # topmost layers whose activations are kept under checkpointing: freed first on the way back
     loss_chunk_tokens: int
     optimizer: Optimizer
     learning_rate: float
@@ -159,6 +164,10 @@ class Training(Strict):
     def densely(self) -> bool:
         """Whether layers that train are dense fp32 ones in a base of another precision (`edgeft.dense`)."""
         return self.tuner == "full" and self.layers != "all" and self.base_precision != "fp32"
+
+    def recomputes(self, layer: int, layers: int) -> bool:
+        """Whether a layer of a model with so many recomputes its activations, if autograd sees it at all."""
+        return self.checkpointing and layer < layers - self.kept_layers
 
     @property
     def trains_ends(self) -> bool:

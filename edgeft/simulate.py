@@ -89,9 +89,16 @@ def _kinds(config: Any, spec: ModelSpec, training: Training, work: Workload) -> 
     lists = _layer_lists(text)
     if (getattr(text, "sliding_window", None) or 0) > work.longest:
         lists.pop("layer_types", None)  # no window is ever full: its layers keep what the others keep
-    lowest, trained = min(training.trained_layers), set(training.trained_layers)
+    lowest = min(training.trained_layers, default=spec.num_hidden_layers)
+    trained = set(training.trained_layers)
     return [
-        (layer in trained, layer >= lowest, spec.layer_parameters[layer], *(values[layer] for values in lists.values()))
+        (
+            layer in trained,
+            layer >= lowest,
+            training.recomputes(layer, spec.num_hidden_layers),
+            spec.layer_parameters[layer],
+            *(values[layer] for values in lists.values()),
+        )
         for layer in range(spec.num_hidden_layers)
     ]
 
@@ -107,11 +114,12 @@ def _with_layers(config: Any, training: Training, layers: list[int]) -> tuple[An
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     lists = _layer_lists(text)
+    kept = sum(layer >= text.num_hidden_layers - training.kept_layers for layer in layers)
     text.num_hidden_layers = len(layers)
     for key, values in lists.items():
         setattr(text, key, [values[layer] for layer in layers])
     trained = tuple(n for n, layer in enumerate(layers) if layer in set(training.trained_layers))
-    return config, training.model_copy(update={"trained_layers": trained})
+    return config, training.model_copy(update={"trained_layers": trained, "kept_layers": kept})
 
 
 def _summary(

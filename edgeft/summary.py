@@ -237,7 +237,8 @@ def plain_words(plan: Plan) -> tuple[Setting, ...]:
     base += training.compute_dtype
     batch = f"{training.batch_size} samples make a step, {training.micro_batch_size} of them at a time, each of up to "
     batch += f"{training.max_length:,} tokens"
-    recomputed = "Intermediate results are computed twice: less memory, about a third more time, the same result"
+    of_layers = f" in {count - training.kept_layers} of {count} layers" if training.kept_layers else ""
+    recomputed = f"Intermediate results are computed twice{of_layers}: less memory, more time, the same result"
     kept = "Intermediate results are kept from the forward pass to the backward pass"
     optimizer = {
         "adamw": "AdamW with two 32-bit numbers for each trained one",
@@ -264,8 +265,8 @@ def plain_words(plan: Plan) -> tuple[Setting, ...]:
 def options(plan: Plan) -> tuple[Option, ...]:
     """The frontier of candidates, best first, and the chosen way with one change each."""
     training = plan.training
-    own = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "loss_chunk_tokens",
-           "optimizer")  # fmt: skip
+    own = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "kept_layers",
+           "loss_chunk_tokens", "optimizer")  # fmt: skip
 
     def is_chosen(row: Candidate) -> bool:
         same = all(getattr(row, name) == getattr(training, name) for name in own)

@@ -52,6 +52,8 @@ class TrainResult(Artifact):
     steps: int
     trained_parameters: int
     trained_tokens: int
+    micro_batches: int
+    padding: float  # share of the computed tokens that is padding
     seconds: float
     tokens_per_second: float
     predicted_peak_bytes: int
@@ -339,6 +341,8 @@ class Session:
                 steps=run.step,
                 trained_parameters=sum(p.numel() for _, p in run.chosen),
                 trained_tokens=run.tokens,
+                micro_batches=run.micro_batches,
+                padding=round(1 - run.tokens / run.padded_tokens, 4),
                 seconds=round(self.seconds, 2),
                 tokens_per_second=round(run.tokens / self.seconds, 1),
                 predicted_peak_bytes=self.plan.peak_bytes,

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from edgeft.architectures import find_parts
-from edgeft.batches import GROUP_STEPS, epoch_order, make_batch, steps_per_epoch
+from edgeft.batches import GROUP_STEPS, epoch_order, make_batch, micro_batches, steps_per_epoch
 from edgeft.checkpoint import load_plain
 from edgeft.data import IGNORED, Sample
 
@@ -146,3 +146,30 @@ def test_single_samples_give_transformers_own_loss(model: Any) -> None:
     with torch.no_grad():
         own = model(input_ids=torch.tensor([sample.ids]), labels=torch.tensor([sample.labels])).loss
     assert float(losses(model, [sample]).mean()) == pytest.approx(float(own), rel=1e-5)
+
+
+# micro-batches
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_short_samples_fill_a_micro_batch_up_to_the_planned_tokens(size: int, seed: int) -> None:
+    draw = random.Random(seed)
+    samples = samples_of([draw.randint(2, 200) for _ in range(16)], seed=seed)
+    tokens, trained = size * 200, size * draw.randint(100, 120)
+    groups = list(micro_batches(samples, size, tokens, trained))
+    assert sorted(id(sample) for group in groups for sample in group) == sorted(map(id, samples))
+    widths = [[len(sample.ids) for sample in group] for group in groups]
+    assert [width for group in widths for width in group] == sorted((len(s.ids) for s in samples), reverse=True)
+    for group, width in zip(groups, widths, strict=True):
+        assert max(width) * len(width) <= tokens
+        assert len(group) == size or sum(sample.trained_tokens for sample in group) <= trained
+    for group, width, following in zip(groups, widths, groups[1:], strict=False):  # none could have taken one more
+        padded = max(width) * (len(width) + 1)
+        both = sum(sample.trained_tokens for sample in group) + following[0].trained_tokens
+        assert len(group) >= size and (padded > tokens or both > trained)
+
+
+def test_equally_long_samples_come_by_the_planned_number() -> None:
+    groups = micro_batches(samples_of([48] * 9), 2, 96, 48)
+    assert [len(group) for group in groups] == [2, 2, 2, 2, 1]

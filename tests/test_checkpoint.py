@@ -386,7 +386,7 @@ def training(base_precision: str, compute_dtype: str = "fp32") -> Training:
             "device": "cpu", "tuner": "lora", "base_precision": base_precision,
             "compute_dtype": compute_dtype, "trained_layers": (0, 1),
             "micro_batch_size": 1, "batch_size": 1,
-            "max_length": 8, "checkpointing": False, "loss_chunk_tokens": 16,
+            "max_length": 8, "max_trained": 8, "checkpointing": False, "loss_chunk_tokens": 16,
             "optimizer": "adamw",
             "learning_rate": 1e-3, "steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "seed": 0, "checkpoint_steps": None, "eval_rows": 1,

@@ -70,7 +70,8 @@ def training_of(**changes: Any) -> Training:
     values: dict[str, Any] = {
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 8,
         "lora_alpha": 16.0, "target_modules": ALL, "trained_layers": tuple(range(LAYERS)), "micro_batch_size": 4,
-        "batch_size": 4, "max_length": 16, "checkpointing": False, "loss_chunk_tokens": 64, "optimizer": "adamw",
+        "batch_size": 4, "max_length": 16, "max_trained": 16, "checkpointing": False, "loss_chunk_tokens": 64,
+        "optimizer": "adamw",
         "learning_rate": 2e-2, "steps": 40, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
         "checkpoint_steps": None, "eval_rows": 8,
     }  # fmt: skip

@@ -15,6 +15,7 @@ from edgeft.settings import make_job
 from edgeft.units import GIB
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+PINNED = ("tuner", "rank", "base_precision", "micro_batch_size", "loss_chunk_tokens", "optimizer")
 LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
 
 
@@ -36,6 +37,29 @@ def test_nine_gigabytes_fit_and_say_what_was_given_up(model: str) -> None:
     assert made.peak_bytes <= 9 * GIB
     assert "base weights in nf4 instead of fp16" in made.gave_up
     assert any("checkpointing" in line for line in made.gave_up)
+
+
+def test_as_few_layers_are_recomputed_as_fit() -> None:
+    made = plan(max_memory_bytes=13 * GIB)
+    training = made.training
+    assert training.checkpointing and 0 < training.kept_layers < made.spec.num_hidden_layers
+    pinned = {name: getattr(training, name) for name in PINNED}
+    with pytest.raises(DoesNotFit):
+        plan(max_memory_bytes=13 * GIB, layers="all", kept_layers=training.kept_layers + 1, **pinned)
+    assert (
+        plan(max_memory_bytes=13 * GIB, layers="all", kept_layers=training.kept_layers, **pinned).training == training
+    )
+    assert any(f"in {32 - training.kept_layers} of 32 layers" in line for line in made.gave_up)
+    assert plan(max_memory_bytes=13 * GIB, checkpointing=True).training.kept_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [({"checkpointing": False, "kept_layers": 2}, "none does"), ({"kept_layers": 33}, "more than the model's 32")],
+)
+def test_layers_that_cannot_keep_are_refused(settings: dict[str, object], problem: str) -> None:
+    with pytest.raises(BadInput, match=problem):
+        plan(**settings)
 
 
 def test_the_frontier_holds_the_chosen_way_and_nothing_that_another_beats() -> None:

@@ -98,8 +98,11 @@ def test_settings_are_sentences_with_the_plans_numbers(plan: Plan) -> None:
     text = {setting.name: setting.text for setting in summarise(Run(plan)).settings}
     assert text["What trains"].startswith("Small adapter matrices of rank 64 (LoRA) train in all 32 layers")
     assert text["Base model"] == "The weights lie in memory in 4 bits (NF4) and are multiplied in fp16."
-    assert text["Batch"] == "16 samples make a step, 2 of them at a time, each of up to 2,048 tokens."
-    assert "computed twice" in text["Activations"] and "host's memory" in text["Optimizer"]
+    assert text["Batch"] == "16 samples make a step, 1 of them at a time, each of up to 2,048 tokens."
+    assert "computed twice" in text["Activations"] and "two 8-bit numbers" in text["Optimizer"]
+    paged = make_plan(make_job(model=LLAMA, profile="t4", optimizer="paged_adamw8bit"))
+    sentences = {setting.name: setting.text for setting in summarise(Run(paged)).settings}
+    assert "host's memory" in sentences["Optimizer"]
     assert all(sentence.endswith(".") for sentence in text.values())
 
 

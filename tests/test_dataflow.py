@@ -1,0 +1,102 @@
+"""Each layer's bytes as written down, against its operations as traced: transformers' own code, without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_simulate import HALF, NF4, plan_of, save_model
+from transformers import AutoConfig
+
+from edgeft import dataflow, simulate
+from edgeft.dataflow import layer_bytes, projections
+from edgeft.memory import Workload, step_terms
+from edgeft.model_spec import read_model_spec
+from edgeft.operations import Way
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+TOKENS = 40
+FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "LoRA, bf16": HALF,
+    "NF4, bf16": {**NF4, "compute_dtype": "bf16"},
+    "NF4, recomputed": {**NF4, "checkpointing": True},
+    "LoRA, bf16, recomputed": {**HALF, "checkpointing": True},
+    "full": FULL,
+    "full, bf16, recomputed": {**FULL, **HALF, "checkpointing": True},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "granite": {}, "gemma": {}, "phi3": {}, "gpt_neox": {},
+    "gemma2": {"query_pre_attn_scalar": 16}, "gemma3_text": {"layer_types": ["full_attention"] * 3},
+    "gpt2": {"n_inner": 192}, "opt": {"ffn_dim": 192, "word_embed_proj_dim": 64},
+}  # fmt: skip
+BATCHES = {"micro_batch_size": 1, "batch_size": 1}
+
+
+@pytest.fixture
+def every_height(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a layer tell all of its heights, in order, not only the highest."""
+    monkeypatch.setattr(dataflow, "highest", tuple)
+    layer_bytes.cache_clear()
+    yield
+    layer_bytes.cache_clear()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_layers_keep_and_reach_what_is_traced(kind: str, tmp_path: Path, every_height: None) -> None:
+    """The second of three layers: what it keeps, and how far it rises above its first operation, both ways."""
+    spec = save_model(tmp_path, kind, num_hidden_layers=3, **FAMILIES[kind])
+    config = AutoConfig.from_pretrained(tmp_path)
+    ways = WAYS if kind == "llama" else {name: WAYS[name] for name in list(WAYS)[sum(map(ord, kind)) % 2 :: 2]}
+    for name, way in ways.items():
+        training = plan_of(spec, range(3), micro_batch_size=1, batch_size=1, **way)
+        trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
+        found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False, training.checkpointing)
+
+        def size(height: complex) -> float:
+            return height.real * TOKENS + height.imag
+
+        starts = [next(n for n, p in enumerate(trace.places) if p.layer == layer) for layer in (1, 2)]
+        assert trace.live[starts[1]] - trace.live[starts[0]] == size(found.kept_forward), name
+        made = {start for start, _, _ in trace.tensors}
+        for phase, heights in (("forward", found.forward), ("backward", found.backward)):
+            live = [trace.live[n] for n, p in enumerate(trace.places) if (p.phase, p.layer) == (phase, 1) and n in made]
+            rises = max(map(size, heights)) - size(heights[0])
+            assert max(live) - live[0] == rises, (name, phase)
+
+
+def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, every_height: None) -> None:
+    spec = save_model(tmp_path, num_hidden_layers=3)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for way in ({}, {**NF4, "compute_dtype": "bf16"}, {"checkpointing": True}, {**FULL, "checkpointing": True}):
+        training = plan_of(spec, range(3), micro_batch_size=1, batch_size=1, **way)
+        trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
+        found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False, training.checkpointing)
+        made = {start for start, _, _ in trace.tensors}
+        for phase, heights in (("forward", found.forward), ("backward", found.backward)):
+            live = [trace.live[n] for n, p in enumerate(trace.places) if (p.phase, p.layer) == (phase, 1) and n in made]
+            sizes = [height.real * TOKENS + height.imag for height in heights]
+            assert [a - live[0] for a in live] == [b - sizes[0] for b in sizes], (way, phase)
+
+
+def test_experts_are_taken_for_a_llamas_mlp() -> None:
+    spec = read_model_spec(str(CONFIGS / "mixtral-8x7b"))
+    found = projections(spec)
+    assert [len(linears) for linears in found.values()] == [3, 1, 2, 1]
+    assert found["mlp_out"][0].in_features == spec.intermediate_size
+    training = plan_of(spec, range(32), **HALF)
+    assert sum(term.bytes for term in step_terms(spec, training, Workload(64, 63))) > 2 * spec.total_parameters
+
+
+def test_a_window_masks_the_layers_that_have_one() -> None:
+    spec = read_model_spec(str(CONFIGS / "gemma-3-1b"))
+    assert [dataflow.is_masked(spec, n, 1024) for n in range(7)] == [True] * 5 + [False, True]
+    assert not dataflow.is_masked(spec, 0, 100)
+    training = plan_of(spec, range(26), **HALF)
+    wide, narrow = (
+        sum(t.bytes for t in step_terms(spec.model_copy(update={"sliding_window": n}), training, Workload(1024, 9)))
+        for n in (2048, 512)
+    )
+    assert narrow - wide > 22 * 2 * 2 * 1024**2  # a number for each pair of tokens, in each layer, for each sample
