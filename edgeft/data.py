@@ -204,7 +204,10 @@ def _json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def read_rows(source: str, tokenizer: TextTokenizer, most: int | None = None) -> list[Row]:
-    """All rows of a data file, or its first `most`. Raises BadInput naming the file and the first broken lines, all kinds counted."""
+    """All rows of a data file, or its first `most`.
+
+    Raises BadInput naming the file and the first broken lines, all kinds counted.
+    """
     rows: list[Row] = []
     broken: list[str] = []
     for line, value in islice(_read_values(source), most):

@@ -20,7 +20,7 @@ from edgeft.errors import BadInput, ParityFailed
 from edgeft.excerpt import CannotCut, count_layers, cut
 from edgeft.model_spec import read_model_spec
 from edgeft.planner import Plan, make_plan
-from edgeft.rehearsal import FILE, RIGHT, Rehearsal, first_layers, go_through, rehearse
+from edgeft.rehearsal import FILE, ROUNDED_ALIKE, Rehearsal, first_layers, go_through, rehearse
 from edgeft.settings import make_job
 from edgeft.target import load_target
 
@@ -186,7 +186,7 @@ def test_an_artifact_that_computes_something_else_is_found(
     for folder in scratch:
         folder.mkdir()
     rung = go_through(plan, INT4, scratch[0]).rungs[-1]
-    assert rung.mean_kl_nats < 0.3 * RIGHT.max_mean_kl_nats
+    assert rung.against == "rounded" and rung.mean_kl_nats < 0.2 * ROUNDED_ALIKE.max_mean_kl_nats
     real = ort.build_model
 
     def elsewhere(merged: Path, *rest: Any) -> int:
@@ -198,7 +198,7 @@ def test_an_artifact_that_computes_something_else_is_found(
         return real(other, *rest)
 
     monkeypatch.setattr(ort, "build_model", elsewhere)
-    with pytest.raises(ParityFailed, match=r"rung 'artifact' against 'reloaded': mean KL"):
+    with pytest.raises(ParityFailed, match=r"rung 'artifact' against '\w+': "):
         go_through(plan, INT4, scratch[1])
 
 
