@@ -30,13 +30,14 @@ from edgeft.bundle import (
     measurement_path,
 )
 from edgeft.data import TextTokenizer
-from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.footprint import Weights, choose_context, predict
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
-from edgeft.scores import Proof
+from edgeft.scores import Promotion, Proof
 from edgeft.target import Target
+from edgeft.units import show_bytes
 
 # What a target needs to be built and proven here: module, package, what to install.
 RUNTIMES = {
@@ -112,6 +113,8 @@ def build_bundle(
     predicted_peak_bytes: int | None = None,
     sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (),
+    promotion: Promotion | None = None,
+    size_budget_bytes: int | None = None,
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
@@ -164,11 +167,13 @@ def build_bundle(
             files=files,
             golden=[],
             provenance=provenance or {},
+            promotion=promotion,
             predicted=predict(
                 spec, target, weights, context_tokens, device_memory_bytes, device_bandwidth_bytes_per_second
             ),
         )
         bundle.write(folder / MANIFEST)
+        _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
         model = ArtifactModel(folder)
         golden = _record(model._runner, tokenizer, prompts, target.golden_logit_tolerance)
         del model  # its memory, before the bench
@@ -179,6 +184,7 @@ def build_bundle(
         if prove is not None:
             bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
             bundle.write(folder / MANIFEST)
+        _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
         peak = max(waiting + builder, resident_bytes(highest=True)) or None
         measured = _measure(folder) if measure else None
     path = measurement_path(out.resolve())
@@ -248,6 +254,15 @@ def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
         special = {token for token, entry in tokenizer.backend.get_added_tokens_decoder().items() if entry.special}
         found += [token for token in closing if token in special and token not in found]
     return found
+
+
+def _within(size_budget_bytes: int | None, size_bytes: int, target: Target) -> None:
+    """Nothing. Raises DoesNotFit (exit 3) for a bundle larger than it may be: then none is written."""
+    if size_budget_bytes is not None and size_bytes > size_budget_bytes:
+        problem = (
+            f"the bundle for {target.name} is {show_bytes(size_bytes)}, the budget {show_bytes(size_budget_bytes)}"
+        )
+        raise DoesNotFit("--size-budget", problem, "give more room, or fewer tensors 8 bits")
 
 
 def _hash(folder: Path) -> dict[str, BundledFile]:

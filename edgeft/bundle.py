@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
-from edgeft.scores import Proof
+from edgeft.scores import Promotion, Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
@@ -127,6 +127,7 @@ class Bundle(Artifact):
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
     predicted: Predicted
     proof: Proof | None = None
+    promotion: Promotion | None = Field(default=None, description="how the 8-bit tensors were chosen, where they were")
     adapters: dict[str, BundledAdapter] = Field(default={}, description="by the name that --adapter takes")
     adapter_inputs: dict[str, list[int]] = Field(default={}, description="shapes, with 0 where an adapter has its rank")
     self_sha256: str = Field(default="0" * 64, description="sha256 of this file with 64 zeros here")

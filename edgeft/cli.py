@@ -399,6 +399,15 @@ def export(
         str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
     ] = None,
     promote: Annotated[str | None, typer.Option(help="modules with 8 bits: layers.0,layers.3.mlp.down_proj")] = None,
+    auto_promote: Annotated[
+        bool, typer.Option("--auto-promote", help="8 bits for the tensors that are worth most, until parity passes")
+    ] = False,
+    size_budget: Annotated[
+        str | None, typer.Option(help="most that the bundle may take, as in 5MiB; alone: the largest target that fits")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="data file to measure --auto-promote on; the training data when absent")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -410,26 +419,49 @@ def export(
     train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
     planned = train["plan"]["job"] if train else {}
     device = device or planned.get("device")
+    if calibration is not None and not auto_promote:
+        raise BadInput("--calibration", "is what --auto-promote measures on", "add --auto-promote")
     if target == "all-that-fit":
+        if auto_promote or size_budget is not None:
+            hint = "name one target, or leave --auto-promote and --size-budget out"
+            raise BadInput("--target all-that-fit", "builds every target as it is", hint)
         _export_all(merged, out or merged.parent / "bundles", device, as_json)
         return
     wanted = load_target(target or planned.get("target", "ort-int4"))
+    limit = parse_bytes(size_budget) if size_budget is not None else None
+    if limit is not None and target is None and not auto_promote:
+        from edgeft.promotion import most_precise
+
+        wanted = most_precise(merged, wanted.runtime, limit)
+        say(f"{wanted.name} is the largest target of {wanted.runtime} in {show_bytes(limit)}")
     wanted = promoted(wanted, [name for name in (promote or "").split(",") if name])
     folder = out or merged.parent / "bundle"
     device_name = load_profile(device).name if device else ""
+    read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
+    request = sha256_json([json.loads(wanted.model_dump_json()), limit, read]) if auto_promote else None
     if _current(folder / "bundle.json", sha256_file(merged / "merged.json")):
         held = json.loads((folder / "bundle.json").read_text())
-        if held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name:
+        asked = (held.get("promotion") or {}).get("request_sha256")
+        same = asked == request if auto_promote else held["target"] == json.loads(wanted.model_dump_json())
+        small = limit is None or held["size_bytes"] + (folder / "bundle.json").stat().st_size <= limit
+        if same and small and held["provenance"]["device"] == device_name:
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
     from edgeft.bundle import Measurement, measurement_path
     from edgeft.export import export as run
+    from edgeft.export import export_promoted
     from edgeft.merge import MergedCheckpoint
     from edgeft.report import bundle_text
 
     with Reporter() as progress:
-        bundle = run(merged, wanted, folder, device=device, progress=progress)
+        if request is not None:
+            bundle = export_promoted(
+                merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit,
+                calibration=calibration, request_sha256=request,
+            )  # fmt: skip
+        else:
+            bundle = run(merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit)
     here = Measurement.read(measurement_path(folder.resolve()))
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
 

@@ -11,11 +11,11 @@ import numpy
 from edgeft import disk, host
 from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, build_bundle
+from edgeft.build import ArtifactModel, build_bundle, need_runtime
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
 from edgeft.costs import Question
-from edgeft.data import Row, TextTokenizer, read_rows
+from edgeft.data import Row, TextTokenizer, read_rows, to_samples
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.host import PARITY_PROMPTS
 from edgeft.memory import Workload
@@ -32,10 +32,10 @@ from edgeft.parity import (
 )
 from edgeft.peft_folder import lora_scale, read_adapter_config
 from edgeft.sbom import BASE, Component, model_licence
-from edgeft.scores import Metrics, Proof, Rung
+from edgeft.scores import Metrics, Promotion, Proof, Rung
 from edgeft.settings import Job
 from edgeft.stages import target_device
-from edgeft.target import Target
+from edgeft.target import Target, promoted
 from edgeft.train import Data, TrainResult
 
 GOLDEN_PROMPTS = 4
@@ -43,7 +43,10 @@ GOLDEN_PROMPTS = 4
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
-def export(merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress) -> Bundle:
+def export(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    promotion: Promotion | None = None, size_budget_bytes: int | None = None,
+) -> Bundle:  # fmt: skip
     """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
 
     Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
@@ -105,7 +108,55 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
         prove=prove,
         predicted_peak_bytes=max(phase.expected_bytes for phase in phases),
         sources=made_from(merged.train, merged_folder),
+        promotion=promotion,
+        size_budget_bytes=size_budget_bytes,
     )
+
+
+def export_promoted(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    size_budget_bytes: int | None = None, calibration: str | None = None, request_sha256: str = "",
+) -> Bundle:  # fmt: skip
+    """`export` with 8 bits where they are worth most, until the parity gate passes or `size_budget_bytes` ends.
+
+    `calibration` is a data file; the first training rows when absent. Built once; a second time, with more promoted,
+    where the first bundle fails its proof. Raises as `export` and `promotion.measure` do, DoesNotFit for a budget that
+    the target alone exceeds.
+    """
+    from edgeft.promotion import CALIBRATION_ROWS, USED, choose, measure
+
+    merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    need_runtime(target)
+    data, tokenizer = Data.read(merged.train.plan), TextTokenizer(merged_folder)
+    samples = data.train[:CALIBRATION_ROWS]
+    if calibration is not None:
+        longest = merged.train.plan.training.max_length
+        samples = to_samples(read_rows(calibration, tokenizer, CALIBRATION_ROWS), tokenizer, longest)
+        samples = [sample for sample in samples if sample.trained_tokens]
+    described = f"{len(samples)} rows of {calibration or 'the training data'}"
+    measured = measure(merged_folder, target, samples, described, progress)
+    gate = data.valid[:PARITY_PROMPTS]
+    del data
+    failed: ParityFailed | None = None
+    before: Promotion | None = None
+    for used in USED:
+        chosen = choose(
+            measured, gate, tokenizer, size_budget_bytes=size_budget_bytes, used=used, progress=progress
+        ).model_copy(update={"request_sha256": request_sha256})
+        if before is not None and chosen.promoted == before.promoted:
+            break  # nothing more can be promoted
+        wanted = promoted(target, [each.module for each in chosen.promoted])
+        try:
+            return export(
+                merged_folder, wanted, out, device=device, progress=progress, promotion=chosen,
+                size_budget_bytes=size_budget_bytes,
+            )  # fmt: skip
+        except ParityFailed as problem:
+            failed, before = problem, chosen
+    assert failed is not None and before is not None
+    hint = f"{len(before.promoted)} of {before.considered} tensors got 8 bits, then {before.ended}"
+    hint += ": raise --size-budget" if before.size_budget_bytes is not None else ": export to a larger target"
+    raise ParityFailed(failed.where, failed.problem, hint) from None
 
 
 def made_from(result: TrainResult, folder: Path) -> list[Component]:

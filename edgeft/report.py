@@ -13,7 +13,7 @@ from edgeft.disk import total
 from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
-from edgeft.scores import Importance, Metrics, Proof, Sweep
+from edgeft.scores import Importance, Metrics, Promotion, Proof, Sweep
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -333,7 +333,20 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | No
     table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
     table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
     _add_costs(table, bundle, here)
-    return Group(*parts, table, _size_text(bundle))
+    promotion = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
+    return Group(*parts, table, *promotion, _size_text(bundle))
+
+
+def promotion_text(promotion: Promotion) -> RenderableType:
+    """The tensors that got 8 bits, and why those."""
+    before, after = promotion.simulated_before, promotion.simulated
+    title = f"8 bits for {len(promotion.promoted)} of {promotion.considered} tensors, by {promotion.calibration}"
+    table = _table("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
+    for each in promotion.promoted:
+        cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
+        table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
+    kl = f"mean KL by torch {before.mean_kl_nats:.4f} nats without, {after.mean_kl_nats:.4f} with them"
+    return Group(*([table] if promotion.promoted else [Text(title)]), Text(f"{kl}: {promotion.ended}"))
 
 
 def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:

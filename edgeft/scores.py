@@ -50,6 +50,34 @@ class Proof(Strict):
     scores: dict[str, Metrics]
 
 
+class Promoted(Strict):
+    """One tensor that got 8 bits instead of 4, and why; the last three are None where fine-tuning left it alone."""
+
+    module: str = Field(description="as a target's eight_bit names it")
+    tensor: str
+    why: Literal["lost", "sensitive"] = Field(description="lost: little of its change would arrive; else by mean KL")
+    mean_kl_nats: float = Field(description="of the model's answers, with this tensor alone in 4 bits")
+    extra_bytes: int
+    cosine: float | None = Field(description="between its change and what arrives of it in 4 bits")
+    projection: float | None
+    delta_in_steps: float | None
+
+
+class Promotion(Strict):
+    """How a bundle's 8-bit tensors were chosen; `simulated` is what torch said of it before it was built."""
+
+    request_sha256: str = Field(default="", description="of what was asked for: another request, another choice")
+    calibration: str
+    size_budget_bytes: int | None
+    predicted_bytes: int
+    considered: int
+    used_of_tolerance: float = Field(description="share of the target's parity tolerance that was allowed")
+    simulated_before: Rung = Field(description="without any promotion")
+    simulated: Rung
+    ended: str
+    promoted: tuple[Promoted, ...]
+
+
 class UnitRecord(Strict):
     """What training did to one unit of a model (a decoder layer, embedding, norm or head).
 
