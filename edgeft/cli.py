@@ -288,7 +288,9 @@ def merge(
     trained: Annotated[
         Path, typer.Argument(metavar="TRAIN", help="folder that `edgeft train` wrote, or any PEFT adapter's")
     ],
-    wise_alpha: Annotated[float, typer.Option(help="share of the change that is taken: 0 base, 1 fine-tuned")] = 1.0,
+    wise_alpha: Annotated[
+        str, typer.Option(help="share of the change that is taken: 0 base, 1 fine-tuned; by layers: 0-3=0.5,rest=1")
+    ] = "1",
     base: Annotated[
         str | None, typer.Option(help="base model, for an adapter or checkpoint that edgeft did not train")
     ] = None,
@@ -298,8 +300,10 @@ def merge(
     ] = None,
     general: Annotated[str | None, typer.Option(help="data file of text as the base knows it, for --sweep")] = None,
     max_general_increase: Annotated[
-        float | None, typer.Option(help="nats per token that general text may lose under --select bounded; 0.1")
+        float | None,
+        typer.Option(help="nats per token that general text may lose under --select bounded; half of what 1 costs"),
     ] = None,
+    groups: Annotated[int, typer.Option(help="--sweep also searches a share for each of so many groups of layers")] = 1,
     golden: Annotated[bool, typer.Option("--golden", help="search the share, instead of every tenth")] = False,
     target: Annotated[str | None, typer.Option(help="whose rounding --sweep simulates; ort-int4")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw the sweep, as an SVG file")] = None,
@@ -308,20 +312,25 @@ def merge(
 ) -> None:
     """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
     folder = out or trained.parent / "merged"
-    digest = _digest(trained, base)
+    from edgeft.shares import Shares, parse_shares
+
+    shares, digest = parse_shares(wise_alpha), _digest(trained, base)
+    if sweep and shares.groups:
+        raise BadInput("--wise-alpha", "a sweep takes one share to measure as well", "search groups with --groups")
     options = {
         "select": select, "general": general, "max_general_increase_nats": max_general_increase, "golden": golden,
-        "target": target, "wise_alpha": wise_alpha,
+        "target": target, "wise_alpha": shares.rest, "groups": groups,
     }  # fmt: skip
     if sweep and base is not None:
         raise BadInput("--sweep", "needs the validation rows of `edgeft train`", "leave out --base")
-    if not sweep and any((select, general, max_general_increase, golden, target, plot)):
-        raise BadInput("--select, --general, --golden, --target, --plot", "belong to a sweep", "add --sweep")
+    if not sweep and any((select, general, max_general_increase, golden, target, plot, groups > 1)):
+        raise BadInput("--select, --general, --groups, --golden, --target, --plot", "belong to a sweep", "add --sweep")
     texts = sha256_file(Path(general)) if general and Path(general).is_file() else ""
     request = sha256_json([digest, options, texts])
     held = json.loads((folder / "merged.json").read_text()) if _current(folder / "merged.json", digest) else {}
     swept = (held.get("sweep") or {}).get("request_sha256")
-    if swept == request if sweep else held.get("wise_alpha") == wise_alpha:
+    taken = Shares(rest=held.get("wise_alpha", -1.0), groups=tuple(held.get("groups", ())))
+    if swept == request if sweep else taken == shares:
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "merged.json")
@@ -330,7 +339,7 @@ def merge(
 
     with Reporter() as progress:
         found = _sweep(trained, options, request, plot, progress) if sweep else None
-        alpha = found.wise_alpha if found else wise_alpha
+        alpha = Shares(rest=found.wise_alpha, groups=found.groups) if found else shares
         made = run(trained, folder, wise_alpha=alpha, progress=progress, base=base, input_sha256=digest, sweep=found)
     show(as_json, made, merge_text(made))
 

@@ -18,7 +18,7 @@ from edgeft.costs import Question
 from edgeft.data import Row, TextTokenizer, read_rows, to_samples
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.host import PARITY_PROMPTS
-from edgeft.memory import Workload
+from edgeft.memory import Phase, Workload
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import (
     HINTS,
@@ -61,8 +61,10 @@ def export(
     data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
     question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
     phases = (host.build(question, target), host.prove(question, plan.training, target))
-    for phase in phases:
-        host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase))
+    # who chose promotions has computed with torch: what that leaves in the process waits beside the builder too
+    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if promotion is not None else 0
+    for phase, more in zip(phases, (waiting, 0), strict=True):
+        host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase) + more)
     disk.require(disk.export_disk(plan.spec, target), out)
     data = Data.read(merged.train.plan)
     tokenizer = TextTokenizer(merged_folder)
@@ -106,11 +108,16 @@ def export(
             "device": profile.name if profile else "",
         },
         prove=prove,
-        predicted_peak_bytes=max(phase.expected_bytes for phase in phases),
+        predicted_peak_bytes=max(phases[0].expected_bytes + waiting, phases[1].expected_bytes),
         sources=made_from(merged.train, merged_folder),
         promotion=promotion,
         size_budget_bytes=size_budget_bytes,
     )
+
+
+def process_bytes(phase: Phase) -> int:
+    """What a stage's own process holds before it has a model."""
+    return sum(term.bytes for term in phase.terms if term.name == "process")
 
 
 def export_promoted(

@@ -32,7 +32,8 @@ from edgeft.parity import Form, compare, observe_model
 from edgeft.rounding import Rule, round_, rule_of
 from edgeft.runner import RUNNER
 from edgeft.scores import Promoted, Promotion
-from edgeft.survival import TensorSurvival, layer_of, survival
+from edgeft.shares import layer_of
+from edgeft.survival import TensorSurvival, survival
 from edgeft.target import Target, Tolerance, eight_bit_modules, list_targets, promoted
 from edgeft.units import show_bytes
 

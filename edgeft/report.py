@@ -14,6 +14,7 @@ from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
 from edgeft.scores import Importance, Metrics, Promotion, Proof, Sweep
+from edgeft.shares import Shares
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -294,7 +295,7 @@ def merge_text(merged: Merged) -> RenderableType:
     share = f"{merged.changed_tensors} of {merged.tensors} tensors changed by {percent}"
     memory = f"peak memory: predicted {show_bytes(merged.predicted_peak_bytes)}, "
     memory += f"measured {show_bytes(merged.measured_peak_bytes)}"
-    lines = [Text(f"wise_alpha {merged.wise_alpha:g}: {share}, stored in {merged.dtype}"), Text(memory)]
+    lines = [Text(f"wise_alpha {merged.shares}: {share}, stored in {merged.dtype}"), Text(memory)]
     if merged.untied_head:
         lines.append(Text("head and embedding changed apart: they are two tensors now (tie_word_embeddings false)"))
     return Group(*lines)
@@ -423,10 +424,13 @@ def sweep_text(sweep: Sweep) -> RenderableType:
         for task, general in ((point.task, point.general), (point.rounded_task, point.rounded_general)):
             loss, _, exact = metrics_cells(task) if task else ("-", "", "-")
             cells += [loss, exact, f"{general.loss:.4f}" if general else "-"]
-        marks = ["taken"] if point.wise_alpha == sweep.wise_alpha else []
-        marks += ["Pareto"] if sweep.general_rows and point.wise_alpha in sweep.pareto else []
-        table.add_row(f"{point.wise_alpha:g}", *cells, ", ".join(marks))
-    return Group(table, Text(f"wise_alpha {sweep.wise_alpha:g} ({sweep.select}): {sweep.why}"))
+        taken = (sweep.wise_alpha, sweep.groups) == (point.wise_alpha, point.groups)
+        marks = ["taken"] if taken else []
+        on_front = sweep.general_rows and not point.groups and point.wise_alpha in sweep.pareto
+        marks += ["Pareto"] if on_front else []
+        table.add_row(str(point.shares), *cells, ", ".join(marks))
+    shares = Shares(rest=sweep.wise_alpha, groups=sweep.groups)
+    return Group(table, Text(f"wise_alpha {shares} ({sweep.select}): {sweep.why}"))
 
 
 def comparison_text(made: Comparison) -> RenderableType:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from edgeft.artifacts import Strict
 from edgeft.settings import LayerScore
+from edgeft.shares import Group, Shares
 
 Select = Literal["best", "bounded", "fixed"]
 
@@ -112,11 +113,17 @@ class Importance(Strict):
 class SweepPoint(Strict):
     """The model at one share of its change, as merged and as rounded for a target; None: not measured."""
 
-    wise_alpha: float
+    wise_alpha: float = Field(description="of every tensor that no group names")
+    groups: tuple[Group, ...] = ()
     task: Metrics
     general: Metrics | None
     rounded_task: Metrics | None
     rounded_general: Metrics | None
+
+    @property
+    def shares(self) -> Shares:
+        """The shares of all tensors."""
+        return Shares(rest=self.wise_alpha, groups=self.groups)
 
     @property
     def shipped(self) -> tuple[Metrics, Metrics | None]:
@@ -130,6 +137,7 @@ class Sweep(Strict):
     request_sha256: str = Field(description="of everything that was asked for: another request, another sweep")
     select: Select
     wise_alpha: float = Field(description="the share that was taken")
+    groups: tuple[Group, ...] = Field(default=(), description="and those of groups of layers, where they were searched")
     why: str
     target: str = Field(description="whose rounding was simulated")
     task_rows: str
