@@ -23,7 +23,7 @@ from edgeft.artifacts import shipped_folder
 from edgeft.change import find_tensor
 from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.data import IGNORED, Sample, TextTokenizer
-from edgeft.errors import DoesNotFit
+from edgeft.errors import BadInput, DoesNotFit
 from edgeft.footprint import bundle_weights
 from edgeft.host import LOGIT_BYTES
 from edgeft.model_spec import ModelSpec, read_model_spec
@@ -164,8 +164,12 @@ def measure(
 ) -> Measured:
     """Every 4-bit tensor of the decoder layers, measured alone on the samples; one pass over them for each.
 
-    Raises BadInput for a target whose rounding is not computed here, or a merge that does not name its base.
+    Raises BadInput for a target without 4-bit weights or whose rounding is not computed here, and for a merge that does
+    not name its base.
     """
+    if target.weight_bits != 4:
+        hint = "choose ort-int4, or leave --auto-promote out"
+        raise BadInput(f"target {target.name}", "no tensor of it has 4 bits: nothing can be promoted", hint)
     spec = read_model_spec(str(merged))
     plain = target.model_copy(update={"mixed_layers": False, "eight_bit": ()})
     survives = {found.name: found for found in survival(merged, plain).tensors}

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from test_train import ROWS, run, silent
+from typer.testing import CliRunner
 
 from edgeft import export as stage
-from edgeft.build import ArtifactModel
+from edgeft.build import ArtifactModel, build_bundle
+from edgeft.bundle import GoldenInput
 from edgeft.checkpoint import Checkpoint, load_plain
+from edgeft.cli import app
 from edgeft.data import TextTokenizer
-from edgeft.errors import BadInput, DoesNotFit, ParityFailed
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
 from edgeft.export import export, export_promoted
 from edgeft.merge import merge
 from edgeft.parity import compare, observe_artifact, observe_model
@@ -199,3 +202,43 @@ def test_a_tightened_tolerance_leaves_a_share() -> None:
     half = tightened(INT4.parity, 0.5)
     assert half.min_top1_agreement == pytest.approx(1 - 0.5 * (1 - INT4.parity.min_top1_agreement))
     assert half.max_mean_kl_nats == 0.5 * INT4.parity.max_mean_kl_nats
+
+
+def test_the_verb_chooses_a_target_by_size_and_names_what_does_not_go_together(merged: Path, tmp_path: Path) -> None:
+    def edgeft(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["export", str(merged), "--out", str(tmp_path / "bundle"), *map(str, arguments)])
+
+    spec = TrainResult.read(merged.parent / "train" / "train.json").plan.spec
+    budget = f"{file_bytes(spec, load_target('ort-int8'), merged) / 2**10 + 1:.0f}KiB"
+    done = edgeft("--size-budget", budget)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "ort-int8 is the largest target of ort-genai in " in done.stderr
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["target"]["name"] == "ort-int8"
+    assert "is up to date" in edgeft("--size-budget", budget).stderr
+    for arguments, message in (
+        (("--calibration", "x.jsonl"), "--calibration: is what --auto-promote measures on\n\nhint: add --auto-promote"),
+        (("--target", "all-that-fit", "--auto-promote"), "builds every target as it is"),
+        (("--size-budget", "9KiB"), "--size-budget: a bundle for ort-int4 takes "),
+        (("--target", "ort-int8", "--auto-promote"), "no tensor of it has 4 bits"),
+    ):
+        done = edgeft(*arguments)
+        assert isinstance(done.exception, EdgeftError) and message in str(done.exception), done.exception
+
+
+def test_fitted_rounding_can_be_named_in_a_target_file(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """k-quant's codes are others than the nearest ones, and the bundle still says what the model says."""
+    own = tmp_path / "fitted.toml"
+    text = (Path(__file__).parent.parent / "export" / "ort-int4.toml").read_text()
+    own.write_text(text.replace("weight_bits = 4\n", 'weight_bits = 4\nmethod = "k_quant"\n', 1))
+    fitted, ids = load_target(str(own)), [5, 6, 7, 8]
+    assert (fitted.method, fitted.name) == ("k_quant", "fitted")
+    found = {}
+    for target in (INT4, fitted):
+        out = tmp_path / target.name
+        build_bundle(checkpoint_folder, target, out, prompts=[GoldenInput(text="Section:")], measure=False)
+        found[target.name] = torch.from_numpy(ArtifactModel(out).logits(ids))
+    with torch.no_grad():
+        exact = load_plain(checkpoint_folder)(input_ids=torch.tensor([ids])).logits[0]
+    spread = float(exact.std())
+    assert not torch.equal(found["fitted"], found["ort-int4"])
+    assert all(float((logits - exact).abs().mean()) < 0.3 * spread for logits in found.values())

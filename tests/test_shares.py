@@ -119,10 +119,15 @@ def test_a_search_over_groups_keeps_what_its_rule_likes_best(
 def test_a_bound_that_nobody_names_is_half_of_what_the_whole_change_costs(
     trained_and_merged: Path,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     texts = tmp_path / "texts.jsonl"
-    texts.write_text('{"text": "WXYZ 0123 QQQQ"}\n{"text": "KJHG 9876 VVVV"}\n')
-    found = sweep(trained_and_merged.parent / "train", load_target("ort-fp32"), select="bounded", general=str(texts))
-    base, whole = (point.general for point in (found.points[0], found.points[-1]))
-    assert base is not None and whole is not None and whole.loss > base.loss
-    assert found.max_general_increase_nats == pytest.approx((whole.loss - base.loss) / 2)
+    texts.write_text('{"text": "a library of the sea"}\n')
+    monkeypatch.setattr("edgeft.sweep.general_increase", lambda point, base: 3.0 * point.wise_alpha)
+    options: dict[str, Any] = {"select": "bounded", "general": str(texts)}
+    found = sweep(trained_and_merged.parent / "train", load_target("ort-fp32"), **options)
+    assert found.max_general_increase_nats == 1.5 and found.wise_alpha <= 0.5 and "(6 of 11 shares)" in found.why
+    named = sweep(
+        trained_and_merged.parent / "train", load_target("ort-fp32"), max_general_increase_nats=0.9, **options
+    )
+    assert named.max_general_increase_nats == 0.9 and "(4 of 11 shares)" in named.why
