@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-planner bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages report schemas pretrain clean
+.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-published report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -78,10 +78,16 @@ test-slow: .venv/installed-dev  ## the tests that take minutes each
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-planner bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
 	$(py) bench/planner.py
+
+bench-closed-form: .venv/installed  ## the planner's closed form against the simulated step, 340 random plans
+	$(py) bench/closed_form.py
+
+bench-time: .venv/installed  ## estimated against measured seconds of a step, on a quiet machine
+	$(py) bench/time.py
 
 bench-lisa: .venv/installed  ## memory of layers in turn at every interval, on a 135M shape
 	$(py) bench/lisa.py
@@ -101,6 +107,9 @@ bench-large: .venv/installed  ## a 135M model with random weights through every 
 
 bench-stages: .venv/installed  ## predicted against measured peaks of merge and export, five models
 	$(py) bench/stages.py
+
+bench-published: .venv/installed  ## what others have published against what edgeft predicts from their settings
+	$(py) bench/published.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \

@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from edgeft.errors import BadInput
 from edgeft.units import MIB, show_bytes
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+NVIDIA_SMI_SECONDS = 10  # for so long at most an answer counts: what is free changes
 
 # For processes of our own that make large arrays: glibc returns each of 64 KiB or more to the system at once, so that
 # what they take is what they hold (see ledger.control_malloc).
@@ -195,10 +198,15 @@ def _slices(gpus: dict[tuple[str, str], Gpu]) -> list[tuple[str, str, Gpu]]:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    if shutil.which("nvidia-smi") is None:
-        return ""
+    command = shutil.which("nvidia-smi")
+    return _told(command, arguments, int(time.monotonic() // NVIDIA_SMI_SECONDS)) if command else ""
+
+
+@lru_cache(maxsize=4)
+def _told(command: str, arguments: tuple[str, ...], period: int) -> str:
+    """What nvidia-smi prints, asked once in `period`: one command may make hundreds of plans."""
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -8,7 +8,7 @@ quantisation follows 16-bit LoRA within half a point (QLoRA, arXiv 2305.14314); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgeft import memory
 from edgeft.artifacts import Strict
@@ -16,10 +16,7 @@ from edgeft.data import Lengths
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
-
-# Share of a profile's matmul rate that a training step reaches. Of a CPU's measured rate: the example took 19% more
-# seconds than this gives (LoRA) and 19% fewer (full fine-tuning). Of a datasheet's peak: a guess, not measured.
-MEASURED_SHARE, DATASHEET_SHARE = 0.2, 0.35
+from edgeft.timing import mean_work, seconds_per_step
 
 # expected quality points given up, by the evidence above; only their order decides
 NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
@@ -58,10 +55,29 @@ class Question:
     work: memory.Workload
     data_bytes: int
     budget_bytes: int
+    # what has been counted, by a plan's id; the plan is kept, so that its id stays its own
+    keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
+    heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
 
     def key(self, training: Training) -> tuple[float, float]:
-        """(quality given up, seconds per step): what candidates are sorted by, best first."""
-        return quality_cost(self.spec, training), self.seconds(training)
+        """(quality given up, seconds per step): what candidates are sorted by, best first; counted once for each."""
+        if id(training) not in self.keys:
+            self.keys[id(training)] = training, (quality_cost(self.spec, training), self.seconds(training))
+        return self.keys[id(training)][1]
+
+    def hope(self, training: Training) -> tuple[float, float]:
+        """The key at its best: with all but one of the layers that recompute keeping their activations."""
+        most = self.most_kept(training)
+        if most == training.kept_layers:
+            return self.key(training)
+        return self.key(training)[0], self.seconds(training, most)
+
+    def most_kept(self, training: Training) -> int:
+        """How many layers could keep their activations while others recompute; what is set when the user set it."""
+        if not training.checkpointing or self.job.checkpointing is not None or self.job.kept_layers is not None:
+            return training.kept_layers
+        crossed = self.spec.num_hidden_layers - (0 if training.embedding == "on" else min(training.trained_layers))
+        return max(training.kept_layers, crossed - 1)
 
     def phases(self, training: Training, work: memory.Workload | None = None) -> tuple[memory.Phase, ...]:
         """Every phase of a run, for the longest sample unless another workload is given."""
@@ -72,11 +88,15 @@ class Question:
 
     def high_bytes(self, training: Training, work: memory.Workload | None = None) -> int:
         """What the budget is held to: the highest phase's high estimate."""
-        return max(phase.high_bytes for phase in self.phases(training, work))
+        if work is not None:
+            return max(phase.high_bytes for phase in self.phases(training, work))
+        if id(training) not in self.heights:
+            self.heights[id(training)] = training, max(phase.high_bytes for phase in self.phases(training))
+        return self.heights[id(training)][1]
 
-    def seconds(self, training: Training) -> float:
-        """Seconds per optimizer step of typical batches."""
-        return seconds_per_step(self.profile, self.spec, training, mean_work(self.work, self.lengths))
+    def seconds(self, training: Training, kept_layers: int | None = None) -> float:
+        """Seconds per optimizer step of typical batches; with another number of layers that keep their activations."""
+        return seconds_per_step(self.profile, self.spec, training, mean_work(self.work, self.lengths), kept_layers)
 
     def candidate(self, training: Training) -> Candidate:
         """The row that reports show."""
@@ -106,38 +126,3 @@ def quality_cost(spec: ModelSpec, training: Training) -> float:
     if training.rank:
         cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
     return cost
-
-
-def mean_work(work: memory.Workload, lengths: Lengths | None) -> memory.Workload:
-    """The typical batch: samples of similar length share a batch, so the mean length is nearly what is computed."""
-    if lengths is None:
-        return work
-    return memory.Workload(min(work.longest, round(lengths.mean) + 1), min(work.longest_trained, round(lengths.mean)))
-
-
-def seconds_per_step(profile: Profile, spec: ModelSpec, training: Training, work: memory.Workload) -> float:
-    """Seconds per optimizer step: counted multiplications over the share of the profile's rate that training reaches.
-
-    Forward 2 operations per weight and token; backward 2 more for each layer that gradients cross, and 2 more where
-    the weights train; recomputation one more forward pass of those layers. The head is priced for trained tokens only.
-    """
-    tokens = training.batch_size * work.longest
-    per_layer = sum(linear.in_features * linear.out_features for linear in spec.linears)
-    crossed = float(spec.num_hidden_layers - min(training.trained_layers))
-    trained = len(training.trained_layers)
-    if training.layers == "lisa":  # the lowest of n uniform draws out of L lies at (L - n) / (n + 1) on average
-        trained = training.active_layers
-        crossed -= (len(training.trained_layers) - trained) / (trained + 1)
-    passes = 2 * spec.num_hidden_layers + 2 * crossed + (2 * trained if training.tuner == "full" else 0)
-    passes += 2 * max(0.0, crossed - training.kept_layers) * training.checkpointing
-    operations = float(passes) * per_layer * tokens
-    operations += 6 * memory.trained_parameters(spec, training) * tokens if training.tuner == "lora" else 0
-    operations += 6 * spec.vocab_size * spec.hidden_size * training.batch_size * work.longest_trained
-    rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
-    rate *= MEASURED_SHARE if profile.probe else DATASHEET_SHARE
-    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)  # more where they are short
-    splits = max(1.0, training.batch_size / at_once)
-    slower = (1.3 if training.base_precision == "nf4" else 1.0) * (1 + 0.02 * (splits - 1))
-    if training.optimizer == "paged_adamw8bit":
-        slower *= 1.1
-    return operations / rate * slower * (1.0 + 0.0001 * (1024 / training.loss_chunk_tokens))

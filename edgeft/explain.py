@@ -219,7 +219,7 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
         f"nothing fits {show_bytes(budget)}: the smallest of {len(looked_at)} candidates ({way}) needs "
         f"{show_bytes(need)} in phase {highest.name} ({terms})"
     )
-    hint = _shorter(question, smallest) or change
+    hint = _shorter(question, quick) or change
     error = DoesNotFit(
         "plan",
         problem,
@@ -229,18 +229,27 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
     return error
 
 
-def _shorter(question: Question, smallest: Training) -> str | None:
-    """The longest samples that would fit, found by halving; None when even 32 tokens do not."""
+def _shorter(question: Question, looked_at: list[Training]) -> str | None:
+    """The longest samples that some candidate would fit with; None when none does at even 32 tokens.
 
-    def fits(length: int) -> bool:
-        work = memory.Workload(length, min(length, question.work.longest_trained))
-        return question.high_bytes(smallest.model_copy(update={"max_length": length}), work) <= question.budget_bytes
+    The candidate that is smallest at full length need not be at a shorter one: there other terms, the optimizer's
+    states first, outweigh what grows with the length. So every candidate is asked at each length of the halving; the
+    smallest micro-batch and loss chunk alone, as larger ones need no less at any length.
+    """
+    batch = min(t.micro_batch_size for t in looked_at)
+    chunk = min(t.loss_chunk_tokens for t in looked_at)
+    left = [t for t in looked_at if (t.micro_batch_size, t.loss_chunk_tokens) == (batch, chunk)]
+
+    def fitting(length: int) -> list[Training]:
+        work, cut = memory.Workload(length, min(length, question.work.longest_trained)), {"max_length": length}
+        return [t for t in left if question.high_bytes(t.model_copy(update=cut), work) <= question.budget_bytes]
 
     low, high = 32, question.work.longest
-    if high <= low or not fits(low):
+    if high <= low or not (left := fitting(low)):
         return None
-    while high - low > max(1, low // 50):
+    while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        found = fitting(middle)
+        low, high, left = (middle, high, found) if found else (low, middle, left)
     longest = question.work.longest
     return f"samples of at most {low} tokens would fit: --set max_length={low} (the longest has {longest})"

@@ -329,20 +329,23 @@ def phases(
     and cuBLAS's workspace, fragmentation in the high estimate; the CUDA context is the profile's.
     """
     on_cpu = training.device == "cpu"
-    process = Term(
-        name="process",
-        bytes=baseline_bytes + CPU_BUFFERS + CPU_BYTES_PER_WORD * spec.vocab_size,
-        formula="Python, torch, transformers, one tiny step, the matrix library's buffers",
-    )
-    workspace = Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")
-    fixed = [process if on_cpu else workspace]
-    if data_bytes and on_cpu:
-        fixed.append(Term(name="data", bytes=data_bytes, formula="samples as lists of ids"))
+    if on_cpu:
+        first = "Python, torch, transformers, one tiny step"
+        start = [Term(name="process", bytes=baseline_bytes, formula=first)]
+        if data_bytes:
+            start.append(Term(name="data", bytes=data_bytes, formula="samples as lists of ids"))
+        buffers = CPU_BUFFERS + CPU_BYTES_PER_WORD * spec.vocab_size
+        fixed = [*start, Term(name="buffers", bytes=buffers, formula=f"the matrix library's, V = {spec.vocab_size}")]
+    else:
+        start = [Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")]
+        fixed = start
     weights = weight_bytes(spec, training)
     weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
     stored = spec.total_parameters * STORED_BYTES.get(spec.dtype, 4) if training.base_precision != "nf4" else weights
-    load = [*fixed, weights_term]
-    if on_cpu:
+    if training.base_precision != "nf4" and stored == weights:
+        stored = 0  # weights that stay as they are stored stay pages of their file
+    load = [*start, weights_term]
+    if on_cpu and stored:
         load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
     sets = worst_sets(spec, training)
     adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0

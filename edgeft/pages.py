@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.artifacts import saving
-from edgeft.costs import DATASHEET_SHARE, MEASURED_SHARE
 from edgeft.markdown import approximate, to_markdown
 from edgeft.matrix import Grade, Matrix, ModelRow
 from edgeft.settings import Job
 from edgeft.summary import Summary
+from edgeft.timing import DATASHEET_SHARES, MEASURED_SHARES
 from edgeft.units import show_bytes, show_count, show_seconds
 from edgeft.wording import SYMBOLS, amount, grouped, of_gib, show_pace, show_rate, signed
 
@@ -98,7 +98,7 @@ def _matrix_values(matrix: Matrix) -> dict[str, Any]:
             "trainable": len(trainable),
             "shippable": sum(any(cell.fits for cell in model.devices) for model in trainable),
         },
-        "shares": (round(100 * DATASHEET_SHARE), round(100 * MEASURED_SHARE)),
+        "shares": [round(100 * share) for share in (*DATASHEET_SHARES, *MEASURED_SHARES)],
         "useful": USEFUL_CONTEXT,
         "fast": FAST,
         "approximate": list(approximate(matrix).items()),

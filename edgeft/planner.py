@@ -154,12 +154,12 @@ def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Trainin
     would be at its best, until none can be better than what was found.
     """
     found, best = None, (float("inf"), float("inf"))
-    for hope, training in sorted(((question.key(_most_kept(question, t)), t) for t in looked_at), key=lambda h: h[0]):
+    for hope, training in sorted(((question.hope(t), t) for t in looked_at), key=lambda pair: pair[0]):
         if hope >= best:
             break
         if question.high_bytes(training) > question.budget_bytes:
             continue
-        most = _most_kept(question, training).kept_layers
+        most = question.most_kept(training)
         while most > training.kept_layers:  # memory grows with the number of layers kept
             middle = (training.kept_layers + most + 1) // 2
             way = training.model_copy(update={"kept_layers": middle})
@@ -170,14 +170,6 @@ def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Trainin
         if not question.too_slow(training) and question.key(training) < best:
             found, best = training, question.key(training)
     return found
-
-
-def _most_kept(question: Question, training: Training) -> Training:
-    """The plan with all but one of the layers that recompute keeping their activations, unless the user said which."""
-    if not training.checkpointing or question.job.checkpointing is not None or question.job.kept_layers is not None:
-        return training
-    crossed = question.spec.num_hidden_layers - (0 if training.embedding == "on" else min(training.trained_layers))
-    return training.model_copy(update={"kept_layers": crossed - 1})
 
 
 def _importance_of(job: Job, spec: ModelSpec, given: Importance | None) -> Importance | None:

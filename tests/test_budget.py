@@ -145,6 +145,19 @@ def test_with_mig_it_is_a_slice(
     assert visible_gpu() == (name, size * 10**9, size * 10**9)
 
 
+def test_nvidia_smi_is_asked_once_for_many_plans_and_again_later(
+    nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, now = nvidia_smi / "nvidia-smi", [1000.0]
+    first, rest = script.read_text().split("\n", 1)
+    script.write_text(f'{first}\necho "$@" >>"{nvidia_smi}/asked"\n{rest}')
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    for seconds, questions in ((0, 2), (9, 2), (10, 4)):  # the GPUs and the list of slices
+        now[0] = 1000.0 + seconds
+        assert visible_gpu() == ("Tesla T4", 15360 * MIB, 15000 * MIB)
+        assert len((nvidia_smi / "asked").read_text().splitlines()) == questions
+
+
 def test_no_gpu_without_nvidia_smi_or_when_it_fails(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (nvidia_smi / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert visible_gpu() is None

@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
     "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
-    "candidates", "costs", "explain", "planner", "stages", "host", "footprint", "disk", "budget", "simulation", "depth",
-    "tape", "operations", "dataflow",
+    "candidates", "timing", "costs", "explain", "planner", "stages", "host", "footprint", "disk", "budget",
+    "simulation", "depth", "tape", "operations", "dataflow",
     "report", "data", "scores", "scoring", "importance_plot", "runner", "bundle", "sbom", "sign", "matrix", "records",
     "summary", "wording", "figures", "pages", "markdown", "schema", "cli",
 )  # fmt: skip

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from edgeft import memory
+from edgeft.candidates import candidates
+from edgeft.costs import Question
 from edgeft.errors import BadInput, DoesNotFit
+from edgeft.explain import does_not_fit
+from edgeft.model_spec import read_model_spec
 from edgeft.planner import Plan, make_plan, request_digest
-from edgeft.profile import list_profiles
+from edgeft.profile import list_profiles, load_profile
 from edgeft.settings import make_job
 from edgeft.units import GIB
 
@@ -157,6 +163,24 @@ def test_nothing_fits_names_the_smallest_and_the_cheapest_change() -> None:
         DoesNotFit, match=r"hint: a budget of [0-9.]+ GiB would do \(now 2.00 GiB\), or a smaller model"
     ):
         plan(max_memory_bytes=2 * GIB)
+
+
+@pytest.mark.parametrize("model, budget", [("gemma-2-9b", 6.3), ("llama-3.1-8b", 5.8)])
+def test_the_hinted_length_is_the_longest_that_any_candidate_fits_with(model: str, budget: float) -> None:
+    """Both are cases where the way that is smallest at full length is not the smallest at the hinted one."""
+    job, profile = make_job(model=str(CONFIGS / model), profile="t4"), load_profile("t4")
+    spec, work = read_model_spec(job.model), memory.Workload(2048, 2048)
+    question = Question(job, profile, spec, None, work, 0, int(budget * GIB))
+    looked_at = list(candidates(job, profile, spec, work, 10))
+    hinted = re.search(r"--set max_length=(\d+)", str(does_not_fit(question, looked_at, None)))
+    assert hinted is not None
+
+    def fits(length: int) -> bool:
+        cut, other = {"max_length": length}, memory.Workload(length, length)
+        sizes = (question.high_bytes(training.model_copy(update=cut), other) for training in looked_at)
+        return min(sizes) <= question.budget_bytes
+
+    assert fits(int(hinted[1])) and not fits(int(hinted[1]) + 1)
 
 
 def test_a_pin_that_does_not_fit_is_named() -> None:

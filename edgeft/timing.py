@@ -1,0 +1,103 @@
+"""How long does a training step take? Multiplications at a share of the matrix rate, bytes at a share of the bandwidth.
+
+What is multiplied follows from the shapes. What is moved are the tensors that a step makes: each is written once and
+read once or twice, and on a CPU its pages are fetched from the system first (training returns freed memory at once,
+which is what makes its peak predictable).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgeft import memory
+from edgeft.data import Lengths
+from edgeft.model_spec import ModelSpec
+from edgeft.profile import Profile
+from edgeft.settings import Training
+
+# Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
+# half of the shapes of bench/time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
+MEASURED_SHARES, DATASHEET_SHARES = (0.5, 0.1), (0.4, 0.3)
+
+# Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
+# alone, then with the backward pass: counted on the tape of `edgeft.dataflow` for a Llama (tests/test_timing.py).
+MADE = {
+    "idle": (11, 4, 6.5, 6.5, 0),
+    "through": (38, 8, 16, 16, 0),
+    "lora": (56, 18, 22, 24, 14),
+    "full": (40, 8, 16, 16, 0),
+}
+PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
+LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
+
+
+class Counted(NamedTuple):
+    """What one optimizer step computes and moves."""
+
+    operations: float
+    bytes: float
+
+
+def mean_work(work: memory.Workload, lengths: Lengths | None) -> memory.Workload:
+    """The typical batch: samples of similar length share a batch, so the mean length is nearly what is computed."""
+    if lengths is None:
+        return work
+    return memory.Workload(min(work.longest, round(lengths.mean) + 1), min(work.longest_trained, round(lengths.mean)))
+
+
+def seconds_per_step(
+    profile: Profile, spec: ModelSpec, training: Training, work: memory.Workload, kept_layers: int | None = None
+) -> float:
+    """Seconds per optimizer step of samples of `work`; `kept_layers` stands for the plan's where it is given."""
+    counted = count(spec, training, work, training.kept_layers if kept_layers is None else kept_layers)
+    rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
+    of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    moved = counted.bytes / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)
+    slower = 1 + PER_MICRO_BATCH * (micro_batches(training, work) - 1) + 1e-4 * 1024 / training.loss_chunk_tokens
+    slower *= 1.1 if training.optimizer == "paged_adamw8bit" else 1.0
+    return (counted.operations / (of_rate * rate) + moved) * slower
+
+
+def micro_batches(training: Training, work: memory.Workload) -> float:
+    """How many a step takes: short samples fill one up to the tokens of the longest."""
+    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)
+    return max(1.0, training.batch_size / at_once)
+
+
+def count(spec: ModelSpec, training: Training, work: memory.Workload, kept_layers: int) -> Counted:
+    """Operations and bytes of one optimizer step.
+
+    Forward 2 operations per weight and token; backward 2 more for each layer that gradients cross, and 2 more where
+    the weights train; recomputation one more forward pass of those layers. The head is counted for trained tokens only.
+    4-bit weights are made dense for every product of every micro-batch.
+    """
+    layers, trained = float(spec.num_hidden_layers), float(len(training.trained_layers))
+    crossed = layers - min(training.trained_layers, default=layers)
+    if training.layers == "lisa":  # the lowest of n uniform draws out of L lies at (L - n) / (n + 1) on average
+        crossed -= (trained - training.active_layers) / (training.active_layers + 1)
+        trained = training.active_layers
+    again = max(0.0, crossed - kept_layers) * training.checkpointing
+    tokens, loss_tokens = training.batch_size * work.longest, training.batch_size * work.longest_trained
+    weights = sum(linear.in_features * linear.out_features for linear in spec.linears)
+    parameters = memory.trained_parameters(spec, training)
+    full = training.tuner == "full"
+    operations = 2 * (layers + crossed + again + trained * full) * weights * tokens
+    operations += 0 if full else 6 * parameters * tokens
+    operations += 6 * spec.vocab_size * spec.hidden_size * loss_tokens
+
+    itemsize = memory.DTYPE_BYTES[training.compute_dtype]
+    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    widths = (spec.hidden_size, spec.intermediate_size, query, key, training.rank)
+
+    def made(kind: str) -> float:
+        return sum(share * width for share, width in zip(MADE[kind], widths, strict=True))
+
+    per_token = (layers - crossed + again) * made("idle") + (crossed - trained) * made("through")
+    per_token += trained * made(training.tuner)
+    moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
+    splits = micro_batches(training, work)
+    if training.base_precision == "nf4":
+        moved += itemsize * weights * (layers + crossed + again) * splits
+    if full:
+        moved += itemsize * parameters * splits
+    return Counted(operations, moved)
