@@ -231,7 +231,8 @@ def train(
         bool, typer.Option(help="first let two layers go the whole way to the bundle: what it cannot be fails now")
     ] = True,
     target: Annotated[
-        str | None, typer.Option(help="what the rehearsal exports to: a name in export/, or a TOML file; the plan's")
+        str | None,
+        typer.Option(help="what the rehearsal exports to: a name in export/, or a TOML file; the plan's when absent"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -264,7 +265,8 @@ def train(
         say(f"about {show_seconds(made.seconds)} of training are estimated ({each} a step)")
     rehearsed = NOT_REHEARSED
     if rehearsal:
-        rehearsed = rehearse(made, load_target(target or made.job.target), work_folder(folder), digest)
+        named = made.job.target if target in (None, "all-that-fit") else target
+        rehearsed = rehearse(made, load_target(str(named)), work_folder(folder), digest)
         say(rehearsal_line(rehearsed))
     with Reporter(made.budget_bytes) as progress:
         try:
