@@ -1,7 +1,7 @@
 """Does it pay to take another share of the fine-tune from each half of the layers? On the example, by test rows.
 
-python bench/groups.py build/cpu/train [rows]: one share for all, then one for each of two groups, chosen on validation
-rows by `edgeft.sweep` under both rules; what was chosen is scored on test rows and on other general text.
+python bench/groups.py build/cpu/train [rows [rules]]: one share for all, then one for each of two groups, chosen on
+validation rows by `edgeft.sweep` under both rules; what was chosen is scored on test rows and on other general text.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         return scored[str(shares)]
 
     found = []
-    for select in ("best", "bounded"):
+    for select in sys.argv[3:] or ("best", "bounded"):
         made = sweep(
             trained, load_target("ort-fp32"), select=select, general=GENERAL, groups=2,
             progress=lambda name, done, total, _: print(name, done, total, file=sys.stderr),

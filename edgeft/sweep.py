@@ -35,7 +35,7 @@ GENERAL_TOKENS = 512  # longest general text
 # number of nats serves every job: the example's fine-tunes cost 1.9 (LoRA) and 3.0 (full) nats, and under 0.1 nats the
 # task keeps nothing of them; a careful one costs less than 0.1, and such a bound binds nothing.
 GENERAL_SHARE = 0.5
-GROUP_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried for each group of layers
+GROUP_STEP, GROUP_ROUNDS = 0.2, 3  # how far a group's share moves at a time, and how often at most
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -57,8 +57,9 @@ def sweep(
 
     `wise_alpha` is measured too, and taken under select = fixed. `general` is a data file of text as the base was
     trained on, `max_general_increase_nats` what `bounded` allows: half of what the whole fine-tune costs when absent.
-    With `groups`, the layers' equal parts get shares of their own, one part after the other from where the one share
-    for all ended. Raises BadInput when bounded is asked for without it, and for what Data.read and Change refuse.
+    With `groups`, equal parts of the layers get shares of their own, searched from the best one for all. Raises
+    BadInput when bounded is asked for without general text, for a number of groups that the layers do not allow, and
+    for what Data.read and Change refuse.
     """
     if select == "bounded" and general is None:
         hint = "name text as the base knows it: --general FILE"
@@ -78,12 +79,12 @@ def sweep(
     line = Line(trained, folder, tied=result.plan.spec.tie_word_embeddings)
     points: dict[str, SweepPoint] = {}
     total = GOLDEN_STEPS + 3 if golden else len({*GRID, wise_alpha})
-    total += groups * len(GROUP_SHARES) if groups > 1 else 0
+    total += GROUP_ROUNDS * groups * (groups + 1) if groups > 1 else 0
 
     def measure(shares: Shares) -> SweepPoint:
         share = str(shares)
         if share not in points:
-            progress("sweep", len(points), total, {})
+            progress("sweep", min(len(points), total), total, {})
             line.move_to(shares)
             scores = [_score(line.model, rows, data.tokenizer), _score(line.model, texts, data.tokenizer)]
             rounded: list[Metrics | None] = [None, None]
@@ -222,27 +223,38 @@ def search_groups(
     layers: int, count: int, line: Line, points: Mapping[str, SweepPoint], measure: Callable[[Shares], SweepPoint],
     select: Select, max_general_increase_nats: float,
 ) -> None:  # fmt: skip
-    """Measure shares for each of `count` groups of layers in turn, the others as chosen so far, the topmost first.
+    """Measure shares for `count` groups of layers, from the best share for all, as long as a round finds better ones.
 
-    What is outside of the layers (embedding, head) is a group too, the last, where the fine-tune changed it.
+    A round tries each group higher and lower, and each pair with one higher and the other lower: under a bound the best
+    share for all lies at its edge, where no group alone can rise. What is outside of the layers (embedding, head) is a
+    group too where the fine-tune changed it.
     """
-    start = choose_point(list(points.values()), select, max_general_increase_nats)[0].shares
-    current = equal_groups(layers, count, [start.rest] * count, start.rest)
+    best = choose_point(list(points.values()), select, max_general_increase_nats)[0]
     outside = any(layer_of(name) is None for name in line.change.steps)
-    for place in [*reversed(range(count)), *([None] if outside else [])]:
-        tried = []
-        for share in sorted({*GROUP_SHARES, current.rest if place is None else current.groups[place].wise_alpha}):
-            shares = [group.wise_alpha for group in current.groups]
-            rest = current.rest
-            if place is None:
-                rest = share
-            else:
-                shares[place] = share
-            tried.append(measure(equal_groups(layers, count, shares, rest)))
-        base = next(point for point in points.values() if point.shares.nothing)
-        current = choose_point([*tried, base], select, max_general_increase_nats)[0].shares
-        if not current.groups:
-            current = equal_groups(layers, count, [0.0] * count, 0.0)
+    for _ in range(GROUP_ROUNDS):
+        given = [group.wise_alpha for group in best.groups] or [best.wise_alpha] * count
+        shares = [*given, best.wise_alpha]
+        places = range(count + outside)
+        for move in group_moves(shares, places):
+            measure(equal_groups(layers, count, move[:-1], move[-1]))
+        following = choose_point(list(points.values()), select, max_general_increase_nats)[0]
+        if following == best:
+            break
+        best = following
+
+
+def group_moves(shares: Sequence[float], places: Sequence[int]) -> list[list[float]]:
+    """Shares with one of `places` a step up or down, or one up and another down; none that leaves 0 to 1 or stays."""
+    moves = []
+    for up in (None, *places):
+        for down in (None, *places):
+            moved = list(shares)
+            for place, step in ((up, GROUP_STEP), (down, -GROUP_STEP)):
+                if place is not None:
+                    moved[place] = round(min(1.0, max(0.0, moved[place] + step)), 3)
+            if up != down and moved != list(shares):
+                moves.append(moved)
+    return moves
 
 
 def task_loss(point: SweepPoint) -> float:

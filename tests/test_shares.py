@@ -16,7 +16,7 @@ from edgeft.merge import MergedCheckpoint, merge
 from edgeft.parity import SAME, compare, fold, load_trained, observe_model
 from edgeft.plots import plot_sweep
 from edgeft.shares import Group, Shares, equal_groups, layer_of, parse_shares
-from edgeft.sweep import Line, sweep
+from edgeft.sweep import Line, group_moves, sweep
 from edgeft.target import load_target
 from edgeft.train import Data
 
@@ -47,6 +47,19 @@ def test_shares_are_read_as_they_are_written() -> None:
 def test_shares_that_cannot_be_read(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=f"^--wise-alpha: {message}"):
         parse_shares(text)
+
+
+def test_moves_of_groups_are_single_steps_and_exchanges() -> None:
+    moves = group_moves([0.5, 0.9, 0.0], range(2))
+    assert sorted(moves) == [
+        [0.3, 0.9, 0.0],
+        [0.3, 1.0, 0.0],
+        [0.5, 0.7, 0.0],
+        [0.5, 1.0, 0.0],
+        [0.7, 0.7, 0.0],
+        [0.7, 0.9, 0.0],
+    ]
+    assert group_moves([1.0, 0.0], range(1)) == [[0.8, 0.0]]
 
 
 def test_equal_groups_hold_every_layer_once() -> None:
