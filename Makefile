@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup plan train merge export run verify check test test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-published report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-published report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -70,7 +70,32 @@ check: .venv/installed-dev  ## format, lint, types
 	$(py) -m mypy
 
 test: .venv/installed-dev  ## every test that a CPU can pass in minutes
-	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets'
+
+# optimum wants an older transformers than edgeft: it has an environment of its own, which borrows torch and all that
+# fits from .venv (found after its own packages).
+optimum: .venv-optimum/installed  ## install optimum in .venv-optimum, for the onnx-portable- targets
+
+.venv-optimum/installed: .venv/installed
+	@test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	@$(py) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(.venv-optimum/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' accelerate
+	@echo "what pip may have said of edgeft's own requirements is no matter here: edgeft does not run in .venv-optimum"
+	@touch $@
+
+# llama.cpp is compiled, 11 minutes on one core: on demand. What is not run is printed.
+llama ?= 0
+
+.venv/installed-llama: .venv/installed-dev
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF" $(py) -m pip \
+	  install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,llama]'
+	@touch $@
+
+test-targets: .venv/installed-dev .venv-optimum/installed $(if $(filter 1,$(llama)),.venv/installed-llama)  ## run every export target (llama=1: llama.cpp's too) against torch
+	OMP_NUM_THREADS=1 EDGEFT_REQUIRED_RUNTIMES='ort-genai onnxruntime $(if $(filter 1,$(llama)),llama.cpp)' \
+	  $(py) -m pytest -m targets -rs -s
 
 test-slow: .venv/installed-dev  ## the tests that take minutes each
 	$(py) -m pytest -m slow

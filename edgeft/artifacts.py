@@ -32,6 +32,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-genai",
+    "tokenizers",
     "gguf",
     "llama-cpp-python",
 )

@@ -36,12 +36,13 @@ from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
 from edgeft.scores import Promotion, Proof
-from edgeft.target import Target
+from edgeft.target import Runtime, Target
 from edgeft.units import show_bytes
 
 # What a target needs to be built and proven here: module, package, what to install.
 RUNTIMES = {
     "ort-genai": ("onnxruntime_genai", "onnxruntime-genai", "onnxruntime-genai"),
+    "onnxruntime": ("onnxruntime", "onnxruntime", "onnxruntime"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python", '"edgeft[gguf,llama]"'),
 }
 SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
@@ -93,6 +94,10 @@ def _missing(problem: Exception) -> MissingExtra:
 def need_runtime(target: Target) -> None:
     """Nothing. Raises MissingExtra (exit 5) now rather than after a long build, where a package is not installed."""
     module, package, extra = RUNTIMES[target.runtime]
+    if target.runtime == "onnxruntime":
+        from edgeft.portable import interpreter
+
+        interpreter()
     if importlib.util.find_spec(module) is None:
         raise MissingExtra(package, f"is not installed, and target {target.name} runs in it", f"pip install {extra}")
 
@@ -124,14 +129,15 @@ def build_bundle(
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
     """
-    from edgeft import gguf_file, ort
+    from edgeft import gguf_file, ort, portable
 
     start = time.perf_counter()
     if adapters and target.runtime != "ort-genai":
         problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
         raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
     need_runtime(target)
-    backend = ort if target.runtime == "ort-genai" else gguf_file
+    backends: dict[Runtime, Any] = {"ort-genai": ort, "llama.cpp": gguf_file, "onnxruntime": portable}
+    backend = backends[target.runtime]
     spec = read_model_spec(str(merged))
     tokenizer = TextTokenizer(merged)
     if prompt_format == "chat" and tokenizer.template_text is None:
@@ -147,11 +153,11 @@ def build_bundle(
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
         stop_ids = stop_ids_of(tokenizer)
         backend.write_limits(folder, context_tokens, stop_ids)
-        files = _hash(folder)
+        files = hash_files(folder)
         hashes = {name: file.sha256 for name, file in files.items()}
         with saving(out):
             (folder / SBOM).write_text(bill_of_materials(hashes, sources, target), encoding="utf-8")
-        files = _hash(folder)
+        files = hash_files(folder)
         bundle = Bundle(
             input_sha256=input_sha256,
             versions=versions(),
@@ -265,7 +271,8 @@ def _within(size_budget_bytes: int | None, size_bytes: int, target: Target) -> N
         raise DoesNotFit("--size-budget", problem, "give more room, or fewer tensors 8 bits")
 
 
-def _hash(folder: Path) -> dict[str, BundledFile]:
+def hash_files(folder: Path) -> dict[str, BundledFile]:
+    """Every file of a bundle but its manifest."""
     return {
         path.relative_to(folder).as_posix(): BundledFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))

@@ -13,12 +13,13 @@ from pydantic import Field
 
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
-from edgeft.scores import Promotion, Proof
+from edgeft.scores import EncoderProof, Promotion, Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
 SBOM = "sbom.cdx.json"
 PromptFormat = Literal["plain", "chat"]
+Task = Literal["text-generation", "text-classification", "feature-extraction"]
 
 
 class GoldenInput(Strict):
@@ -128,6 +129,9 @@ class Bundle(Artifact):
     predicted: Predicted
     proof: Proof | None = None
     promotion: Promotion | None = Field(default=None, description="how the 8-bit tensors were chosen, where they were")
+    task: Task = Field(default="text-generation", description="an encoder gives a label or an embedding")
+    labels: list[str] = Field(default=[], description="of a text-classification, in the order of its logits")
+    encoder_proof: EncoderProof | None = None
     adapters: dict[str, BundledAdapter] = Field(default={}, description="by the name that --adapter takes")
     adapter_inputs: dict[str, list[int]] = Field(default={}, description="shapes, with 0 where an adapter has its rank")
     self_sha256: str = Field(default="0" * 64, description="sha256 of this file with 64 zeros here")

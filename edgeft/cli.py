@@ -419,10 +419,23 @@ def export(
     calibration: Annotated[
         str | None, typer.Option(help="data file to measure --auto-promote on; the training data when absent")
     ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="an encoder's: texts to prove it with, a line each or .jsonl")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the on-device bundle and prove that it is what was trained (exit 4 when it is not)."""
+    """Build the on-device bundle and prove that it is what was trained (exit 4 when it is not).
+
+    MERGED may be the folder of an encoder (classifier or embedding model), which a portable target takes as it is.
+    """
+    if not (merged / "merged.json").is_file():
+        from edgeft.encoder import is_encoder
+
+        if is_encoder(merged):
+            folder = out or merged.resolve().with_name(f"{merged.resolve().name}-bundle")
+            _export_encoder(merged, target or "onnx-portable-fp32", folder, texts, device, as_json)
+            return
     _need(merged / "merged.json", "edgeft merge TRAIN")
     from edgeft.profile import load_profile
     from edgeft.target import load_target, promoted
@@ -475,6 +488,23 @@ def export(
             bundle = run(merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit)
     here = Measurement.read(measurement_path(folder.resolve()))
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
+
+
+def _export_encoder(
+    folder: Path, target: str, out: Path, texts: Path | None, device: str | None, as_json: bool
+) -> None:
+    from edgeft.encoder import export_encoder, read_texts
+    from edgeft.target import load_target
+
+    if texts is None:
+        raise BadInput("--texts", "is missing: an encoder is proven on real texts", "--texts FILE, a text on each line")
+    _replaceable(out, "bundle.json")
+    made = export_encoder(folder, load_target(target), out, texts=read_texts(texts), device=device)
+    proof = made.encoder_proof
+    assert proof is not None
+    labels = f", labels agree on {proof.label_agreement:.1%}" if proof.label_agreement is not None else ""
+    text = f"{made.task} in {out}, {show_bytes(made.size_bytes)}; against PyTorch on {proof.texts} texts: "
+    show(as_json, made, f"{text}values differ by at most {proof.max_difference:.2g}{labels}")
 
 
 @app.command()

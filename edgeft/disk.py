@@ -101,6 +101,11 @@ def export_disk(spec: ModelSpec, target: Target) -> Disk:
     first, what = 0, ""
     if half:
         first, what, stored = stored, "the fp32 model that becomes fp16", stored // 2
+    elif target.runtime == "onnxruntime":
+        head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0
+        first, what = 4 * spec.total_parameters, "optimum's graph"
+        if target.weight_bits == 8:
+            first, what = 2 * first + 4 * head + stored, "optimum's graph, with a head of its own, and rounded"
     elif target.method == "k_quant" and target.runtime == "llama.cpp":
         first, what = 2 * spec.total_parameters, "the fp16 model that is quantised"
     elif target.runtime == "ort-genai" and target.weight_bits == 8 and spec.tie_word_embeddings:

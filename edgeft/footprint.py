@@ -11,14 +11,18 @@ from edgeft.errors import DoesNotFit
 from edgeft.model_spec import Linear, ModelSpec
 from edgeft.runner import runner_module
 from edgeft.target import Bits, Target, eight_bit_modules
-from edgeft.units import show_bytes
+from edgeft.units import MIB, show_bytes
 
 LimitedBy = Literal["model", "target", "device memory"]
 
 # What run.py holds besides the other terms, and that per layer: Python, numpy, the runtime and its graph. Measured
 # (onnxruntime-genai 0.18 and llama-cpp-python 0.3.36, Linux) on bundles of 5.8M and 135M parameters, 8 and 30 layers,
 # up to 600 tokens; six for ONNX Runtime (4, 8 and 32 bits).
-RUNTIME_BYTES: dict[str, tuple[int, int]] = {"ort-genai": (76_000_000, 600_000), "llama.cpp": (57_000_000, 200_000)}
+RUNTIME_BYTES: dict[str, tuple[int, int]] = {
+    "ort-genai": (76_000_000, 600_000), "llama.cpp": (57_000_000, 200_000), "onnxruntime": (76_000_000, 300_000),
+}  # fmt: skip
+# A portable graph's attention: the scores of one prefill pass, masked, as shares and as the product's input.
+SCORES_AT_ONCE = 3
 LLAMA_BYTES_PER_WORD = 150  # a vocabulary's words, in llama.cpp's tables
 # The head's weights are held again, packed for its kernel; a tied one once more, for the embedding's lookup.
 # In fp32, and in fp16 that becomes fp32 on loading, only the lookup's transposed copy is made.
@@ -32,6 +36,7 @@ GGUF_BLOCKS = {
     "F32": (1, 4), "F16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24),
     "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
+GGUF_ROWS_BYTES = 64 * MIB  # of a matrix quantised at once, in fp32
 SMALLEST_CONTEXT = 128  # a device that cannot hold this many tokens does not run the model
 
 
@@ -47,8 +52,11 @@ class Predicted(Strict):
     """Memory of `run.py` on the device with a full context, and the most tokens/s its memory allows."""
 
     weights_bytes: int = Field(description="weights as stored, and the copies the runtime makes of the head's")
-    kv_cache_bytes: int = Field(description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2) x context")
+    kv_cache_bytes: int = Field(
+        description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2, onnxruntime: 8) x context"
+    )
     logits_bytes: int = Field(description="vocabulary x 4 x tokens of one prefill pass (llama.cpp: one token)")
+    scores_bytes: int = Field(default=0, description="onnxruntime: 3 x heads x tokens of one pass x context x 4")
     runtime_bytes: int = Field(description="Python, numpy and the runtime, as measured")
     memory_bytes: int = Field(description="the sum of these")
     device_memory_bytes: int | None = Field(description="what the device has for it")
@@ -56,9 +64,19 @@ class Predicted(Strict):
 
 
 def kv_cache_bytes_per_token(spec: ModelSpec, target: Target) -> int:
-    """2 x layers x kv heads x head_dim x 4, keys and values in fp32; llama.cpp keeps them in fp16."""
-    itemsize = 2 if target.runtime == "llama.cpp" else 4
+    """2 x layers x kv heads x head_dim x 4, keys and values in fp32; llama.cpp keeps them in fp16.
+
+    A portable graph reads the old cache and writes a new one: twice.
+    """
+    itemsize = {"llama.cpp": 2, "ort-genai": 4, "onnxruntime": 8}[target.runtime]
     return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * itemsize
+
+
+def scores_bytes_per_token(spec: ModelSpec, target: Target) -> int:
+    """Of attention scores, for each token of the context: a portable graph makes those of a whole prefill pass."""
+    if target.runtime != "onnxruntime":
+        return 0
+    return SCORES_AT_ONCE * spec.num_attention_heads * int(runner_module().PREFILL_TOKENS) * 4
 
 
 def predict(
@@ -73,7 +91,8 @@ def predict(
 
     An fp32 embedding that is not tied is mapped from its file and hardly read: this counts it in full.
     """
-    copies = HEAD_COPIES_FP32 if target.weight_bits >= 16 else HEAD_COPIES_QUANTISED
+    portable = target.runtime == "onnxruntime"  # a tied table is looked up as it is stored
+    copies = HEAD_COPIES_FP32 if target.weight_bits >= 16 or portable else HEAD_COPIES_QUANTISED
     held = weights.stored_bytes + copies * weights.head_bytes
     llama = target.runtime == "llama.cpp"
     runtime, per_layer = RUNTIME_BYTES[target.runtime]
@@ -81,11 +100,15 @@ def predict(
         # the file is mapped; 4-bit matrices are rearranged into a copy for the processor's instructions
         held = weights.stored_bytes + (weights.bytes_per_token - weights.head_bytes if target.weight_bits == 4 else 0)
         runtime += LLAMA_BYTES_PER_WORD * spec.vocab_size
+    tokens = min(runner_module().PREFILL_TOKENS, context_tokens)
+    if portable and target.weight_bits == 8:
+        tokens *= 2  # the head's sums as integers, and scaled
     parts = {
         "weights_bytes": held,
         "kv_cache_bytes": context_tokens * kv_cache_bytes_per_token(spec, target),
         # llama.cpp is asked for those of a prompt's last token alone
-        "logits_bytes": spec.vocab_size * 4 * (1 if llama else min(runner_module().PREFILL_TOKENS, context_tokens)),
+        "logits_bytes": spec.vocab_size * 4 * (1 if llama else tokens),
+        "scores_bytes": context_tokens * scores_bytes_per_token(spec, target),
         "runtime_bytes": runtime + per_layer * spec.num_hidden_layers,
     }
     bandwidth = bandwidth_bytes_per_second
@@ -112,8 +135,9 @@ def choose_context(
             hint = "choose a target with fewer bits (ort-int4), or a smaller model"
             raise DoesNotFit("bundle", problem + show_bytes(device_memory_bytes), hint)
         fixed = predict(spec, target, weights, runner_module().PREFILL_TOKENS)
-        room = device_memory_bytes - fixed.memory_bytes + fixed.kv_cache_bytes
-        limits["device memory"] = max(smallest, room // kv_cache_bytes_per_token(spec, target))
+        room = device_memory_bytes - fixed.memory_bytes + fixed.kv_cache_bytes + fixed.scores_bytes
+        each = kv_cache_bytes_per_token(spec, target) + scores_bytes_per_token(spec, target)
+        limits["device memory"] = max(smallest, room // each)
     limited_by = min(limits, key=lambda key: limits[key])
     return limits[limited_by], limited_by
 
@@ -126,7 +150,10 @@ def bundle_weights(spec: ModelSpec, target: Target) -> Weights:
     table = Linear(name="", in_features=spec.hidden_size, out_features=spec.vocab_size, has_bias=False, role="other")
     dense = 4 * (spec.total_parameters - linear_weights(spec) - spec.embedding_parameters - spec.head_parameters)
     tied = spec.tie_word_embeddings
-    if target.runtime == "llama.cpp":
+    if target.runtime == "onnxruntime":
+        head, positions = output_bytes(table, target.head_bits), 0
+        embedding = 0 if tied else 4 * spec.embedding_parameters
+    elif target.runtime == "llama.cpp":
         head = gguf_bytes(table, "Q6_K" if target.method == "k_quant" else _gguf_type(target.head_bits, target))
         name = f"Q{target.weight_bits}_K" if target.method == "k_quant" else _gguf_type(target.embedding_bits, target)
         embedding, positions = 0 if tied else gguf_bytes(table, name), 0
@@ -146,7 +173,9 @@ def layers_bytes(spec: ModelSpec, target: Target) -> int:
     for layer in range(spec.num_hidden_layers):
         for linear in spec.linears:
             bits: Bits = 8 if f"layers.{layer}.{linear.name}" in promoted else target.weight_bits
-            if target.runtime == "ort-genai":
+            if target.runtime == "onnxruntime":
+                total += output_bytes(linear, bits)
+            elif target.runtime == "ort-genai":
                 total += int(quantised_bytes(linear, bits, target))
             elif target.method == "k_quant":
                 total += gguf_bytes(linear, _k_quant_type(linear, layer, spec.num_hidden_layers, target))
@@ -184,6 +213,11 @@ def quantised_bytes(linear: Linear, bits: int, target: Target) -> int:
     blocks = -(-linear.in_features // target.block_size)
     zeros = 0 if target.symmetric else -(-blocks * bits // 8)
     return linear.out_features * (blocks * target.block_size * bits // 8 + 4 * blocks + zeros)
+
+
+def output_bytes(linear: Linear, bits: int) -> int:
+    """Bytes of one matrix in fp32, or in 8 bits with a scale (fp32) and a zero point for each output."""
+    return linear.out_features * (4 * linear.in_features if bits == 32 else linear.in_features + 5)
 
 
 def linear_weights(spec: ModelSpec) -> int:

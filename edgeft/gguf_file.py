@@ -17,14 +17,13 @@ from edgeft.artifacts import saving
 from edgeft.budget import resident_bytes
 from edgeft.checkpoint import Checkpoint, quiet_transformers
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
-from edgeft.footprint import GGUF_TYPES, Weights
+from edgeft.footprint import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
 from edgeft.gguf_vocab import write_vocabulary
 from edgeft.model_spec import ModelSpec
 from edgeft.target import Target, eight_bit_modules
 
 MODEL = "model.gguf"
 ORT = "export with an ort- target"
-ROWS_BYTES = 64 * 2**20  # of a matrix quantised at once, in fp32
 
 
 class Family(NamedTuple):
@@ -206,7 +205,7 @@ def _encode(gguf: ModuleType, values: torch.Tensor, kind: str) -> Any:
         if not numpy.isfinite(array).all():
             raise BadInput("checkpoint", f"has values beyond the range of {kind}", "look for a broken training run")
         return numpy.ascontiguousarray(array)
-    rows = max(1, ROWS_BYTES // 4 // values.shape[-1])
+    rows = max(1, GGUF_ROWS_BYTES // 4 // values.shape[-1])
     raw = gguf.GGMLQuantizationType[kind]
     return numpy.concatenate([gguf.quants.quantize(block.float().numpy(), raw) for block in torch.split(values, rows)])
 

@@ -37,6 +37,9 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
 
     Raises BadInput for an architecture that the builder does not know, MissingExtra without the runtime.
     """
+    if spec.model_type == "gemma3_text":
+        problem = "onnxruntime-genai 0.18 cannot build Gemma 3: its builder looks for one kind of rotary positions"
+        raise BadInput(merged, f"{problem}, this model has two", "choose an onnx-portable- or a gguf- target")
     modules = eight_bit_modules(target, spec.num_hidden_layers, tuple(linear.name for linear in spec.linears))
     promoted = _nodes(modules)
     peak = _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, promoted))
@@ -185,7 +188,7 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
     if "No space left on device" in text:
         raise OSError(28, "No space left on device")  # `staging` words it
     if lines[-1].startswith("NotImplementedError"):
-        hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, SmolLM3, Granite, OLMo, Nemotron"
+        hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 and 2, Phi-3, SmolLM3, Granite, OLMo, Nemotron"
         raise BadInput(
             merged, f"onnxruntime-genai cannot build this architecture: {lines[-1].partition(': ')[2]}", hint
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgeft import memory
@@ -15,7 +16,7 @@ from edgeft.artifacts import Artifact, sha256_file, sha256_json, shipped_path, v
 from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers
 from edgeft.costs import Candidate, Question
 from edgeft.data import Lengths, TextTokenizer, measure_lengths
-from edgeft.errors import BadInput, DoesNotFit
+from edgeft.errors import BadInput
 from edgeft.explain import (
     Alternative,
     Saving,
@@ -39,6 +40,8 @@ DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # Samples as Python lists: 44 bytes per token, 1,900 per row with its texts and what the heap loses. Measured
 # on five files of 1,500 to 6,000 rows, 52k to 716k tokens.
 DATA_BYTES = 3_000_000
+PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
+        "loss_chunk_tokens", "optimizer")  # fmt: skip
 
 
 class Plan(Artifact):
@@ -116,7 +119,7 @@ def make_plan(
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
     training = best_that_fits(question, looked_at)
     if training is None:
-        raise does_not_fit(question, looked_at, _unpinned(job, importance))
+        raise does_not_fit(question, looked_at, _unpinned(question, steps, scores))
     key = question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     per_step = question.seconds(training)
@@ -242,30 +245,20 @@ def _steps(job: Job, lengths: Lengths | None) -> int:
     return min(steps, job.max_steps or steps)
 
 
-def _unpinned(job: Job, importance: Importance | None) -> str | None:
+def _unpinned(question: Question, steps: int, scores: Sequence[float] | None) -> str | None:
     """The setting that, given back to the planner, makes the job fit; None when none does."""
-    for name in (
-        "base_precision",
-        "layers",
-        "active_layers",
-        "checkpointing",
-        "kept_layers",
-        "micro_batch_size",
-        "rank",
-        "loss_chunk_tokens",
-        "optimizer",
-    ):
-        if getattr(job, name) is None:
-            continue
+
+    def fits(**changes: object) -> bool:
+        other = replace(question, job=question.job.model_copy(update=changes), keys={}, heights={})
         try:
-            make_plan(job.model_copy(update={name: None}), importance=importance)
-        except (DoesNotFit, BadInput):
-            continue
-        return f"it fits when {name} is left to the planner: drop --set {name}={getattr(job, name)}"
-    if job.tuner == "full":  # the user's own wish; what the planner chose itself has had its LoRA candidates
-        try:
-            make_plan(job.model_copy(update={"tuner": "lora"}), importance=importance)
-            return "LoRA would fit: --set tuner=lora"
-        except (DoesNotFit, BadInput):
-            pass
-    return None
+            check_job(other.job, other.spec)
+            found = candidates(other.job, other.profile, other.spec, other.work, steps, scores)
+            return best_that_fits(other, list(found)) is not None
+        except BadInput:
+            return False
+
+    for name in PINS:
+        if (value := getattr(question.job, name)) is not None and fits(**{name: None}):
+            return f"it fits when {name} is left to the planner: drop --set {name}={value}"
+    # full fine-tuning is the user's own wish; what the planner chose itself has had its LoRA candidates
+    return "LoRA would fit: --set tuner=lora" if question.job.tuner == "full" and fits(tuner="lora") else None

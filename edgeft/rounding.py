@@ -6,6 +6,8 @@ Checked code for code against the weights in built bundles (tests/test_rounding.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ import torch
 
 from edgeft.change import EMBEDDINGS, HEADS, blocks
 from edgeft.errors import BadInput
-from edgeft.target import Target
+from edgeft.target import Target, eight_bit_modules
 
 POSITIONS = ("wpe.weight", "embed_positions.weight")  # tables of positions are added, not multiplied
 
@@ -49,13 +51,16 @@ class Rounded:
         return grouped.sub_(self.zero[..., None]).mul_(self.scale[..., None]).view(rows, -1)[:, :columns]
 
 
-def rule_of(name: str, shape: tuple[int, ...], target: Target, tied: bool) -> Rule | None:
+def rule_of(
+    name: str, shape: tuple[int, ...], target: Target, tied: bool, promoted: Collection[str] | None = None
+) -> Rule | None:
     """How the export to `target` rounds this tensor of a checkpoint; None: kept in fp32.
 
     As `ort._quantisation` asks the builder: every matrix product, and tables that share the head's weights or that
-    the target wants in 4 bits. Raises BadInput for a target that rounds in another way than to nearest by ONNX Runtime.
+    the target wants in 4 bits. `promoted` are the modules with 8 bits of a target that mixes them, by their names in
+    the checkpoint. Raises BadInput for a target that rounds in another way than to nearest by ONNX Runtime.
     """
-    mixed = target.mixed_layers or target.eight_bit
+    mixed = (target.mixed_layers or target.eight_bit) and promoted is None
     if target.runtime != "ort-genai" or target.method != "rtn" or mixed or target.weight_bits == 16:
         problem = "rounds in a way that is not computed here"
         raise BadInput(f"target {target.name}", problem, "choose ort-int4, ort-int8 or ort-fp32")
@@ -67,6 +72,8 @@ def rule_of(name: str, shape: tuple[int, ...], target: Target, tied: bool) -> Ru
         return Rule(4, target.block_size, target.symmetric, "gather") if separate else None
     of_head = name.endswith(HEADS) or name.endswith(EMBEDDINGS)
     bits = target.head_bits if of_head else target.weight_bits
+    if name.removesuffix(".weight") in (promoted or ()):
+        bits = 8
     assert bits == 4 or bits == 8  # Target refuses a head of 32 bits on a body of fewer
     return Rule(bits, target.block_size, target.symmetric, matmul)
 
@@ -85,13 +92,27 @@ def round_model(model: Any, target: Target) -> int:
     Its logits are then the artifact's, but for the 8-bit activations of accuracy level 4 and the order of sums.
     """
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    promoted = promoted_modules([name for name, _ in model.named_parameters()], target)
     count = 0
     for name, parameter in model.named_parameters():
-        rule = rule_of(name, tuple(parameter.shape), target, tied)
+        rule = rule_of(name, tuple(parameter.shape), target, tied, promoted)
         if rule is not None:
             round_(parameter.data, rule)
             count += 1
     return count
+
+
+def promoted_modules(parameters: Collection[str], target: Target) -> set[str]:
+    """Which modules of a checkpoint get 8 bits in a target that mixes them, by the names of its parameters."""
+    inside: dict[str, tuple[str, str]] = {}
+    for name in parameters:
+        found = re.fullmatch(r".*layers\.(\d+)\..*?([a-z_]+_proj)\.weight", name)
+        if found:
+            inside[name.removesuffix(".weight")] = found[1], found[2]
+    layers = 1 + max((int(layer) for layer, _ in inside.values()), default=-1)
+    projections = tuple(dict.fromkeys(projection for _, projection in inside.values()))
+    eight = set(eight_bit_modules(target, layers, projections))
+    return {name for name, (layer, projection) in inside.items() if f"layers.{layer}.{projection}" in eight}
 
 
 def rounded(weight: torch.Tensor, rule: Rule) -> Rounded:

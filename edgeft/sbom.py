@@ -16,7 +16,10 @@ from edgeft.target import Target
 
 Kind = Literal["machine-learning-model", "data", "library", "file", "application"]
 # What the folder needs and does not hold, as run.py imports it.
-NEEDED = {"ort-genai": ("onnxruntime-genai", "numpy"), "llama.cpp": ("llama-cpp-python", "numpy")}
+NEEDED = {
+    "ort-genai": ("onnxruntime-genai", "numpy"), "llama.cpp": ("llama-cpp-python", "numpy"),
+    "onnxruntime": ("onnxruntime", "tokenizers", "numpy", "jinja2"),
+}  # fmt: skip
 OURS = "run.py"
 BASE = "base model"  # the role whose licence the weights and the tokenizer have
 # Identifiers (spdx.org/licenses) that checkpoints on the hub state in lower case; other licences go by name.

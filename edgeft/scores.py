@@ -79,6 +79,15 @@ class Promotion(Strict):
     promoted: tuple[Promoted, ...]
 
 
+class EncoderProof(Strict):
+    """How near an encoder's bundle is to PyTorch, over texts: its logits, or its mean last hidden states."""
+
+    texts: int
+    max_difference: float = Field(description="of any one value")
+    min_cosine: float = Field(description="over the texts")
+    label_agreement: float | None = Field(description="share of texts with the same label; None: embeddings")
+
+
 class UnitRecord(Strict):
     """What training did to one unit of a model (a decoder layer, embedding, norm or head).
 

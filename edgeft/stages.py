@@ -120,11 +120,14 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
         "matrices rearranged for the processor" if llama else "packed for its kernel, and for the embedding's lookup"
     )
     each = kv_cache_bytes_per_token(spec, target)
+    formula = f"{spec.num_attention_heads} heads, one prefill pass x {context_tokens} tokens"
+    scores = [Term(name="attention", bytes=found.scores_bytes, formula=formula)] if found.scores_bytes else []
     return stage("bundle", "target", [
         Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
         Term(name="packed copies" if llama else "head copies", bytes=copies, formula=packed),
         Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
         Term(name="logits", bytes=found.logits_bytes, formula=f"one {one}, V = {spec.vocab_size}"),
+        *scores,
         Term(name="runtime", bytes=found.runtime_bytes, formula=holds),
     ], spec)  # fmt: skip
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from edgeft.artifacts import Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
 
-Runtime = Literal["ort-genai", "llama.cpp"]
+Runtime = Literal["ort-genai", "llama.cpp", "onnxruntime"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
 
 
@@ -34,7 +34,9 @@ class Target(Strict):
     method: Literal["rtn", "k_quant"] = Field(
         default="rtn", description="how weights are rounded: to nearest, or fitted"
     )
-    block_size: Literal[16, 32, 64, 128, 256] = Field(description="weights that share one scale")
+    block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
+        description="weights that share one scale; 0: all of an output"
+    )
     symmetric: bool = Field(description="no zero points")
     head_bits: Bits = Field(description="bits per weight of the output head, and of embeddings tied to it")
     embedding_bits: Bits = Field(description="bits per weight of embeddings that are not tied to the head")
@@ -45,6 +47,7 @@ class Target(Strict):
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
         default=0, description="activations in an ONNX Runtime matmul: 0 or 1 fp32, 4 int8; llama.cpp chooses by type"
     )
+    opset: int = Field(default=0, description="version of ONNX's operators; 0: what the runtime's own builder writes")
     context_tokens: int = Field(ge=16, description="longest context; a model or a device may allow less")
     golden_logit_tolerance: float = Field(gt=0, description="absolute difference that another CPU may show")
     parity: Tolerance
@@ -53,7 +56,21 @@ class Target(Strict):
     def _buildable(self) -> Target:
         if self.weight_bits >= 8 and (self.mixed_layers or self.eight_bit):
             raise ValueError("mixed_layers and eight_bit promote to 8 bits: weight_bits must be less")
+        if self.runtime == "onnxruntime":
+            return self._portable()
+        if self.block_size == 0 or self.opset:
+            raise ValueError("block_size 0 and opset are for the runtime onnxruntime")
         return self._onnx() if self.runtime == "ort-genai" else self._gguf()
+
+    def _portable(self) -> Target:
+        if (self.weight_bits, self.head_bits, self.embedding_bits) not in ((32, 32, 32), (8, 8, 32)):
+            raise ValueError("runtime onnxruntime has weight_bits and head_bits 32 or 8, and embedding_bits 32")
+        if self.block_size or self.symmetric or self.method != "rtn" or self.accuracy_level:
+            problem = "runtime onnxruntime rounds each output to nearest with a zero point: block_size 0, "
+            raise ValueError(problem + "symmetric false, method rtn, no accuracy_level")
+        if self.opset < 18:
+            raise ValueError("runtime onnxruntime needs an opset of at least 18")
+        return self
 
     def _onnx(self) -> Target:
         if self.weight_bits in (5, 6):

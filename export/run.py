@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Does this bundle answer, how fast, and is it still what was exported?
 
-Needs Python 3.9 and the bundle's runtime: onnxruntime-genai, or llama-cpp-python for a .gguf file.
+Needs Python 3.9 and the bundle's runtime, which bundle.json names: onnxruntime-genai, llama-cpp-python (a .gguf file),
+or onnxruntime with tokenizers, and jinja2 for a chat template.
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
                             --adapter NAME with one of the bundle's adapters
@@ -191,6 +192,154 @@ class OnnxSession:
         return self.generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
 
 
+def apply_template(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
+    """A chat template's text for messages, by jinja2 in its sandbox: templates are programs from strangers."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - marks what the assistant says: nothing here
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    compiled = environment.from_string(template)
+    return str(compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special))
+
+
+class OnnxRuntime:
+    """A bundle's model.onnx in plain onnxruntime; text by the tokenizers library and jinja2."""
+
+    def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
+        self.ort = runtime("onnxruntime", "onnxruntime")
+        self.bundle = bundle
+        try:
+            self.context_tokens = int(manifest["context_tokens"])
+            self.eos_ids = [int(token) for token in manifest["stop_ids"]]
+        except (KeyError, TypeError, ValueError) as problem:
+            raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
+        tokenizers = runtime("tokenizers", "tokenizers")
+        options = self.ort.SessionOptions()
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        options.intra_op_num_threads = int(threads) if threads.isdecimal() else usable_cores()
+        options.log_severity_level = 3  # errors: what it warns of is no matter of a user's
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(bundle / "tokenizer.json"))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            path, providers = str(bundle / "model.onnx"), ["CPUExecutionProvider"]
+            self.model = self.ort.InferenceSession(path, options, providers=providers)
+        except Exception as problem:  # both raise exceptions of their own for whatever a file holds
+            hint = "run --verify to see which file is damaged"
+            raise RunError(bundle, f"cannot be loaded: {problem}", hint) from None
+        self.inputs = {value.name: value for value in self.model.get_inputs()}
+        self.outputs = [value.name for value in self.model.get_outputs()]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decoder(self) -> Callable[[int], str]:
+        """The text that each next token adds: the last tokens' text with it, less theirs without it.
+
+        The tokens before are needed: some tokenizers drop a text's first space.
+        """
+        ids: list[int] = []
+        first = shown = 0  # ids[first:shown] is the last text that was whole
+
+        def text(some: list[int]) -> str:
+            return str(self.tokenizer.decode(some, skip_special_tokens=True))
+
+        def decode(token: int) -> str:
+            nonlocal first, shown
+            ids.append(token)
+            before, now = text(ids[first:shown]), text(ids[first:])
+            if now.endswith("\ufffd"):  # half a character: the next token may complete it
+                return ""
+            first, shown = shown, len(ids)
+            return now[len(before) :]
+
+        return decode
+
+    def use(self, adapter: str | None) -> None:
+        if adapter is not None:
+            hint = "only bundles of onnxruntime-genai hold adapters"
+            raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        template = self.bundle / "chat_template.jinja"
+        if not template.is_file():
+            raise RunError(template, "no such file")
+        config = json.loads((self.bundle / "tokenizer_config.json").read_text(encoding="utf-8"))
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = config.get(name) or ""
+            special[name] = value["content"] if isinstance(value, dict) else value
+        return apply_template(template.read_text(encoding="utf-8"), messages, special)
+
+    def start(self, max_tokens: int) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(self)
+
+
+class OnnxRuntimeSession:
+    """One text through the model. Its KV cache is what the graph gave for the tokens before, and grows with them."""
+
+    def __init__(self, engine: OnnxRuntime) -> None:
+        import numpy
+
+        self.engine, self.done = engine, 0
+        self.cache = {}
+        for name, value in engine.inputs.items():
+            if name.startswith("past_key_values."):
+                _, heads, _, width = value.shape
+                empty = numpy.zeros((1, heads, 0, width), dtype=numpy.float32)
+                self.cache[name] = engine.ort.OrtValue.ortvalue_from_numpy(empty)
+
+    def append(self, ids: list[int], every: bool = False) -> Any:
+        """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
+        import numpy
+
+        total = self.done + len(ids)
+        given = {
+            "input_ids": numpy.array([ids], dtype=numpy.int64),
+            "attention_mask": numpy.ones((1, total), dtype=numpy.int64),
+            "position_ids": numpy.arange(self.done, total, dtype=numpy.int64)[None],
+        }
+        make = self.engine.ort.OrtValue.ortvalue_from_numpy
+        feeds = {name: make(array) for name, array in given.items() if name in self.engine.inputs}
+        values = self.engine.model.run_with_ort_values(self.engine.outputs, {**feeds, **self.cache})
+        made = dict(zip(self.engine.outputs, values))  # noqa: B905
+        # present.N.key is the next past_key_values.N.key
+        self.cache = {name: made["present" + name[len("past_key_values") :]] for name in self.cache}
+        self.done = total
+        logits = made["logits"].numpy()[0]
+        return logits if every else logits[-1]
+
+
+class OnnxEncoder(OnnxRuntime):
+    """A bundle's model.onnx that gives a text's logits, or an embedding: the mean of its tokens' last hidden states."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)  # with the tokens that an encoder wants around a text
+
+    def values(self, ids: list[int]) -> Any:
+        """Logits (labels,) or the embedding (hidden,)."""
+        import numpy
+
+        given = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": [0] * len(ids)}
+        feeds = {name: numpy.array([given[name]], dtype=numpy.int64) for name in self.inputs}
+        made = dict(zip(self.outputs, self.model.run(self.outputs, feeds)))  # noqa: B905
+        return made["logits"][0] if "logits" in made else made["last_hidden_state"][0].mean(axis=0)
+
+
 class LlamaCpp:
     """A bundle's model.gguf in llama.cpp, by the functions of its C interface that llama-cpp-python declares."""
 
@@ -244,37 +393,16 @@ class LlamaCpp:
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """By the template in the file and jinja2, which llama-cpp-python needs itself, in its sandbox."""
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):
-            tags = {"generation"}  # noqa: RUF012 - marks what the assistant says: nothing here
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
+        """By the template in the file and jinja2, which llama-cpp-python needs itself."""
         template = self.api.llama_model_chat_template(self.model, None)
         if not template:
-            raise TemplateError("there is none")
-        extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+            raise RunError("model.gguf", "has no chat template")
         special = {}
         for name in ("bos", "eos", "pad"):
             token = getattr(self.api, f"llama_vocab_{name}")(self.vocab)
             text = self.api.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
             special[f"{name}_token"] = text.decode("utf-8")
-        compiled = environment.from_string(template.decode("utf-8"))
-        return str(
-            compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
-        )
+        return apply_template(template.decode("utf-8"), messages, special)
 
     def start(self, max_tokens: int) -> LlamaSession:
         return LlamaSession(self, max_tokens)
@@ -342,8 +470,11 @@ class Runner:
     def __init__(self, bundle: Path) -> None:
         self.manifest = read_manifest(bundle)
         target = self.manifest.get("target")
-        llama = isinstance(target, dict) and target.get("runtime") == "llama.cpp"
-        self.engine: Any = (LlamaCpp if llama else OnnxRuntimeGenAI)(bundle, self.manifest)
+        named = target.get("runtime") if isinstance(target, dict) else None
+        self.task = str(self.manifest.get("task", "text-generation"))
+        portable = OnnxRuntime if self.task == "text-generation" else OnnxEncoder
+        engines = {"llama.cpp": LlamaCpp, "onnxruntime": portable}
+        self.engine: Any = engines.get(str(named), OnnxRuntimeGenAI)(bundle, self.manifest)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
 
@@ -381,10 +512,12 @@ class Runner:
             raise RunError("prompt", problem, "shorten the prompt, or export with a larger context")
 
     def logits(self, ids: list[int]) -> Any:
-        """Logits after each token: float32 array (len(ids), vocabulary)."""
+        """Logits after each token: float32 array (len(ids), vocabulary); of an encoder (1, labels or width)."""
         import numpy
 
         self.fit(ids, 0)
+        if self.task != "text-generation":
+            return self.engine.values(ids)[None]
         session = self.engine.start(len(ids))
         parts = [ids[start : start + PREFILL_TOKENS] for start in range(0, len(ids), PREFILL_TOKENS)]
         return numpy.concatenate([session.append(part, every=True).astype(numpy.float32) for part in parts])
@@ -690,7 +823,8 @@ def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str) ->
             )
             if not error <= tolerance:  # NaN is an error too
                 problems.append(f"model: {where}'s first logits differ by {error:.3g}, allowed {tolerance:.3g}")
-            made = runner.greedy(golden["ids"], len(golden["greedy_ids"]), ())
+            count = len(golden["greedy_ids"])
+            made = runner.greedy(golden["ids"], count, ()) if count else []
             if made != golden["greedy_ids"]:
                 problems.append(f"model: {where} continues {made} instead of {golden['greedy_ids']}")
         except (RunError, IndexError, RuntimeError) as problem:
@@ -777,6 +911,8 @@ def bench(
     """
     start = time.perf_counter()
     runner = Runner(bundle)
+    if runner.task != "text-generation":
+        raise RunError("--bench", f"measures models that write text, this one does {runner.task}")
     runner.use(adapter)
     load_seconds = time.perf_counter() - start
     prompt_tokens = max(1, min(prompt_tokens, runner.context_tokens // 2))
@@ -840,10 +976,32 @@ def read_prompt(given: str | None) -> str:
     return text[:-1] if text.endswith("\n") else text  # the line end that echo and editors add
 
 
+def encoded(runner: Runner, text: str, as_json: bool) -> str:
+    """A text's likeliest label and its share, or its embedding; as JSON the shares of all labels."""
+    import numpy
+
+    ids = runner.encode(text, plain=True)
+    values = runner.logits(ids)[0].astype(numpy.float64)
+    labels = runner.manifest.get("labels") or []
+    if not labels:
+        vector = [float(value) for value in values]
+        return json.dumps({"embedding": vector, "prompt_ids": ids}) if as_json else " ".join(f"{v:.6g}" for v in vector)
+    shares = numpy.exp(values - values.max())
+    shares /= shares.sum()
+    best = int(shares.argmax())
+    if not as_json:
+        return f"{labels[best]} {shares[best]:.4f}"
+    scores = {label: float(share) for label, share in zip(labels, shares)}  # noqa: B905
+    return json.dumps({"label": labels[best], "scores": scores, "prompt_ids": ids})
+
+
 def answer(bundle: Path, options: argparse.Namespace) -> int:
     """0, after writing the answer to standard output as it comes."""
     prompt = read_prompt(options.prompt)
     runner = Runner(bundle)
+    if runner.task != "text-generation":
+        print(encoded(runner, prompt, options.json))
+        return 0
     runner.use(options.adapter)
     trained = runner.manifest["adapters"][options.adapter] if options.adapter else runner.manifest
     chat = (options.format or trained["prompt_format"]) == "chat"

@@ -36,7 +36,7 @@ def bundle(target: Target, loss: float) -> Any:
     scores = {target.name: Metrics(rows=9, loss=loss, perplexity=1.0, exact_match=None)}
     return SimpleNamespace(
         proof=SimpleNamespace(scores=scores, rungs=[SimpleNamespace(mean_kl_nats=0.1)]), size_bytes=7, measured=None,
-        weight_bytes_per_token=target.weight_bits,
+        weight_bytes_per_token=target.weight_bits + (target.runtime == "onnxruntime"),
         predicted=SimpleNamespace(memory_bytes=8, tokens_per_second_bound=3.0),
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_every_target_is_tried_and_each_failure_keeps_its_reason(tmp_path: Path)
     made = compare_targets(tmp_path, out, device="raspberrypi5-8gb", build=build)
     assert [row.name for row in made.candidates] == [target.name for target in list_targets()]
     problems = {row.name: row.problem for row in made.candidates if row.problem}
-    assert problems["ort-fp32"] == "needs 9 GiB" and problems["gguf-q8_0"] == "is not installed" and len(problems) == 5
+    assert problems["ort-fp32"] == "needs 9 GiB" and problems["gguf-q8_0"] == "is not installed" and len(problems) == 6
     assert made.ship == "ort-int8" and not (out / "gguf-f16").exists()
     assert Comparison.read(out / COMPARISON) == made
 

@@ -19,6 +19,7 @@ from edgeft.errors import BadInput, MissingExtra
 from edgeft.footprint import bundle_weights
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import runner_module
+from edgeft.sign import keygen, sign
 from edgeft.target import Target, load_target
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install edgeft[gguf]")
@@ -455,6 +456,28 @@ def test_a_gguf_bundle_verifies_and_its_predicted_memory_holds(name: str) -> Non
     assert made.versions["gguf"] and made.versions["llama-cpp-python"]
     assert (made.stop_ids, keys(gguf_bundle(name))["llama.context_length"]) == ([0, 2], 512)
     assert [len(golden.top_ids) for golden in made.golden] == [8, 8, 8]
+
+
+def test_gemma_3_is_refused_where_its_builder_fails(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot build Gemma 3: .*\n\nhint: choose an onnx-portable- or a gguf- target"):
+        build_bundle(model_folder("gemma3"), load_target("ort-int4"), tmp_path / "b", prompts=[])
+
+
+@needs_llama
+@pytest.mark.parametrize("name", ["gguf-q8_0", "gguf-q4_k_m"])
+def test_the_same_checkpoint_gives_the_same_bytes_and_they_can_be_signed(tmp_path: Path, name: str) -> None:
+    again = tmp_path / "again"
+    build_bundle(checkpoint(), load_target(name), again, prompts=PROMPTS, device_memory_bytes=2**30, measure=False)
+    first = {path.name: path.read_bytes() for path in gguf_bundle(name).iterdir()}
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == first
+    pytest.importorskip("cryptography")
+    keygen(tmp_path / "mine.key")
+    sign(again, tmp_path / "mine.key")
+    runner = runner_module()
+    key = runner.read_public_key(tmp_path / "mine.key.pub")
+    assert runner.verify(again, key) == []
+    (again / "model.gguf").write_bytes(first["model.gguf"][:-1] + bytes([first["model.gguf"][-1] ^ 1]))
+    assert runner.verify(again, key)[0] == "model.gguf: changed since the export"
 
 
 @needs_llama

@@ -12,7 +12,8 @@ from test_bundle import bundle, checkpoint, reference, some_ids, workplace
 
 from edgeft.build import ArtifactModel, build_bundle
 from edgeft.checkpoint import Checkpoint, load_plain
-from edgeft.rounding import Rule, round_, round_model, rounded, rule_of
+from edgeft.errors import BadInput
+from edgeft.rounding import Rule, promoted_modules, round_, round_model, rounded, rule_of
 from edgeft.target import load_target
 
 
@@ -139,7 +140,7 @@ def test_a_bundle_holds_these_codes_and_gives_these_logits() -> None:
 def test_every_target_with_exact_activations(name: str, tied: bool) -> None:
     """With fp32 activations the artifact's logits are the rounded model's but for the order of sums."""
     target = load_target(name).model_copy(update={"accuracy_level": 0})
-    out, source = workplace() / f"exact {name} {tied}", checkpoint() if tied else checkpoint(False)
+    out, source = workplace() / f"exact {name} {tied}", checkpoint() if tied else checkpoint(tied=False)
     build_bundle(source, target, out, prompts=[], measure=False)
     assert compare_codes(out, source, name, tied) == 2 * 5 + 1
     model = load_plain(source)
@@ -166,3 +167,23 @@ def test_which_tensors_are_rounded() -> None:
     assert [bits(*t, int8, False) for t in (embedding, head, layer)] == [None, (8, "rtn"), (8, "rtn")]
     assert [bits(*t, fp32, False) for t in (embedding, head, layer)] == [None, None, None]
     assert bits("transformer.wpe.weight", (64, 32), int4, True) is None
+
+
+def test_promoted_modules_of_a_mixed_target_get_eight_bits() -> None:
+    """The codes of a built bundle of the mix, and the bits that its graph gives each product."""
+    target, weights = load_target("ort-int4-mixed"), Checkpoint(checkpoint())
+    eight = promoted_modules(list(weights.owner), target)
+    assert eight == {f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.v_proj", "mlp.down_proj")}
+    assert promoted_modules(list(weights.owner), load_target("ort-int4")) == set()
+    stored = graph_weights(bundle("ort-int4-mixed"))
+    for name in weights.owner:
+        rule = rule_of(name, weights.shape(name), target, True, eight)
+        if rule is None or "embed" in name:
+            continue
+        assert rule.bits == (8 if name.removesuffix(".weight") in eight else 4)
+        stem = name.replace("self_attn", "attn").removesuffix(".weight") + ".MatMul.weight_Q"
+        codes = next(value for key, value in stored.items() if key.startswith(stem))
+        mine = rounded(weights.read(name), rule).codes.numpy()
+        np.testing.assert_array_equal(mine, unpacked(codes, rule.bits)[:, : mine.shape[1]])
+    with pytest.raises(BadInput, match="target ort-int4-mixed: rounds in a way that is not computed here"):
+        rule_of("model.layers.0.mlp.down_proj.weight", (64, 128), target, True)

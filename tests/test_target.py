@@ -12,10 +12,12 @@ from edgeft.target import eight_bit_modules, list_targets, load_target, promoted
 
 def test_shipped_targets_are_those_of_the_readme_and_tighten_with_their_bits() -> None:
     targets = {target.name: target for target in list_targets()}
-    gguf = ["gguf-f16", "gguf-q4_0", "gguf-q4_k_m", "gguf-q8_0"]
+    gguf = ["gguf-f16", "gguf-q4_0", "gguf-q4_k_m", "gguf-q8_0", "onnx-portable-fp32", "onnx-portable-int8"]
     assert list(targets) == [*gguf, "ort-fp16", "ort-fp32", "ort-int4", "ort-int4-mixed", "ort-int8"]
-    assert {name.partition("-")[0] for name in targets} == {"gguf", "ort"}
+    assert {name.partition("-")[0] for name in targets} == {"gguf", "onnx", "ort"}
     assert {target.runtime for name, target in targets.items() if name.startswith("gguf")} == {"llama.cpp"}
+    portable = [target for name, target in targets.items() if name.startswith("onnx-portable")]
+    assert {(target.runtime, target.opset) for target in portable} == {("onnxruntime", 18)}
     int4, int8, fp32 = targets["ort-int4"], targets["ort-int8"], targets["ort-fp32"]
     assert (int4.weight_bits, int4.block_size, int4.head_bits) == (4, 32, 8)
     for loose, tight in ((int4, int8), (int8, fp32)):
@@ -59,7 +61,7 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         (("weight_bits = 4", "weight_bits = 7"), r"weight_bits: input should be 4, 5, 6, 8, 16 or 32, got 7"),
         (
             ("block_size = 32\n", "block_size = 33\n"),
-            r"block_size: input should be 16, 32, 64, 128 or 256, got 33",
+            r"block_size: input should be 0, 16, 32, 64, 128 or 256, got 33",
         ),
         (("weight_bits = 4", "weight_bits = 8"), r"embedding_bits must be 32 where weight_bits is 8"),
         (
@@ -104,6 +106,27 @@ def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, change: tuple[str
     assert change[0] in text
     path.write_text(text.replace(*change), encoding="utf-8")
     with pytest.raises(BadInput, match=message.replace(".", r"\.")):
+        load_target(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("weight_bits = 8", "weight_bits = 4"), "runtime onnxruntime has weight_bits and head_bits 32 or 8"),
+        (("block_size = 0", "block_size = 32"), "rounds each output to nearest with a zero point: block_size 0"),
+        (("opset = 18", "opset = 17"), "runtime onnxruntime needs an opset of at least 18"),
+        (
+            ('runtime = "onnxruntime"', 'runtime = "ort-genai"'),
+            "block_size 0 and opset are for the runtime onnxruntime",
+        ),
+    ],
+)
+def test_what_portable_onnx_cannot_hold_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "mine.toml"
+    text = Path(__file__).parent.parent.joinpath("export", "onnx-portable-int8.toml").read_text(encoding="utf-8")
+    assert change[0] in text
+    path.write_text(text.replace(*change), encoding="utf-8")
+    with pytest.raises(BadInput, match=message):
         load_target(str(path))
 
 
