@@ -32,7 +32,7 @@ GOLDEN_STEPS = 7  # the best share is then known to 0.06
 ROWS = 500  # of the task and of general text: exact match is then known to 2 points
 GENERAL_TOKENS = 512  # longest general text
 # How much worse per token general text may become under `bounded`, as a share of what the whole fine-tune costs. No
-# number of nats serves every job: the example's cost 1.9 (LoRA) and 2.3 (full), and a bound of 0.1 leaves 7% exact match
+# number of nats serves every job: the example's cost 1.9 (LoRA) and 2.3 (full), a bound of 0.1 leaves 7% exact match
 # of 79; under half of the cost 73 and 77% are left. A careful fine-tune costs less than 0.1, which then binds nothing.
 GENERAL_SHARE = 0.5
 GROUP_STEP, GROUP_ROUNDS = 0.2, 3  # how far a group's share moves at a time, and how often at most
