@@ -50,7 +50,7 @@ plan: .venv/installed  ## choose how to train inside the profile's memory
 	  $(foreach pair,$(set),--set '$(pair)')
 
 train: plan  ## carry the plan out; a killed run goes on where it stopped
-	@$(edgeft) train '$(out)/plan.json' --out '$(out)/train'
+	@$(edgeft) train '$(out)/plan.json' --target '$(target)' --out '$(out)/train'
 
 merge: train  ## merge base and fine-tune with wise_alpha
 	@$(edgeft) merge '$(out)/train' --wise-alpha $(wise_alpha) --out '$(out)/merged'

@@ -30,13 +30,14 @@ from edgeft.bundle import (
     measurement_path,
 )
 from edgeft.data import TextTokenizer
-from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.footprint import Weights, choose_context, predict
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
-from edgeft.scores import Proof
+from edgeft.scores import Promotion, Proof
 from edgeft.target import Runtime, Target
+from edgeft.units import show_bytes
 
 # What a target needs to be built and proven here: module, package, what to install.
 RUNTIMES = {
@@ -44,6 +45,7 @@ RUNTIMES = {
     "onnxruntime": ("onnxruntime", "onnxruntime", "onnxruntime"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python", '"edgeft[gguf,llama]"'),
 }
+SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
 GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
@@ -137,6 +139,8 @@ def build_bundle(
     predicted_peak_bytes: int | None = None,
     sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (),
+    promotion: Promotion | None = None,
+    size_budget_bytes: int | None = None,
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
@@ -190,11 +194,13 @@ def build_bundle(
             files=files,
             golden=[],
             provenance=provenance or {},
+            promotion=promotion,
             predicted=predict(
                 spec, target, weights, context_tokens, device_memory_bytes, device_bandwidth_bytes_per_second
             ),
         )
         bundle.write(folder / MANIFEST)
+        _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
         golden = _record(_load_shipped(folder), tokenizer, prompts, target.golden_logit_tolerance)
         bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": inputs})
         bundle.write(folder / MANIFEST)
@@ -203,6 +209,7 @@ def build_bundle(
         if prove is not None:
             bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
             bundle.write(folder / MANIFEST)
+        _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
         peak = max(waiting + builder, resident_bytes(highest=True)) or None
         measured = _measure(folder) if measure else None
     path = measurement_path(out.resolve())
@@ -279,6 +286,15 @@ def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
     return found
 
 
+def _within(size_budget_bytes: int | None, size_bytes: int, target: Target) -> None:
+    """Nothing. Raises DoesNotFit (exit 3) for a bundle larger than it may be: then none is written."""
+    if size_budget_bytes is not None and size_bytes > size_budget_bytes:
+        problem = (
+            f"the bundle for {target.name} is {show_bytes(size_bytes)}, the budget {show_bytes(size_budget_bytes)}"
+        )
+        raise DoesNotFit("--size-budget", problem, "give more room, or fewer tensors 8 bits")
+
+
 def hash_files(folder: Path) -> dict[str, BundledFile]:
     """Every file of a bundle but its manifest."""
     return {
@@ -298,9 +314,9 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
             text = tokenizer.render(prompt.messages, add_generation_prompt=True)
         expected = (tokenizer.prefix_ids if plain else []) + tokenizer.encode([text])[0]
         dated = "strftime" in (tokenizer.template_text or "")
-        if prompt.messages is not None and not dated and (given := model.render(prompt.messages)) != text:
+        if prompt.messages is not None and not dated and (given := _rendered(model, prompt.messages)) != text:
             problem = f"the runtime renders {given!r}, training used {text!r}"
-            raise ParityFailed("chat template", problem, "simplify chat_template.jinja, or export plain prompts")
+            raise ParityFailed("chat template", problem, SIMPLIFY)
         ids = model.encode(text, plain=plain)
         if ids != expected:
             problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
@@ -326,6 +342,15 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
             )
         )
     return made
+
+
+def _rendered(model: Any, messages: list[dict[str, str]]) -> str:
+    """What the runtime makes of a chat. Raises ParityFailed where it cannot read the template at all."""
+    try:
+        return str(model.render(messages))
+    except runner_module().RunError as problem:
+        why = next((line for line in str(problem).splitlines() if line.strip()), "")
+        raise ParityFailed("chat template", f"the runtime cannot render it: {why}", SIMPLIFY) from None
 
 
 def _measure(folder: Path) -> Measured:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
-from edgeft.scores import EncoderProof, Proof
+from edgeft.scores import EncoderProof, Promotion, Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
@@ -128,6 +128,7 @@ class Bundle(Artifact):
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
     predicted: Predicted
     proof: Proof | None = None
+    promotion: Promotion | None = Field(default=None, description="how the 8-bit tensors were chosen, where they were")
     task: Task = Field(default="text-generation", description="an encoder gives a label or an embedding")
     labels: list[str] = Field(default=[], description="of a text-classification, in the order of its logits")
     encoder_proof: EncoderProof | None = None

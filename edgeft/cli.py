@@ -227,6 +227,13 @@ def train(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json as `edgeft plan` wrote it")],
     out: OutOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: refuse when the plan cannot run there")] = None,
+    rehearsal: Annotated[
+        bool, typer.Option(help="first let two layers go the whole way to the bundle: what it cannot be fails now")
+    ] = True,
+    target: Annotated[
+        str | None,
+        typer.Option(help="what the rehearsal exports to: a name in export/, or a TOML file; the plan's when absent"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
@@ -236,14 +243,16 @@ def train(
 
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
-    target = out or plan_file.parent / "train"
+    folder = out or plan_file.parent / "train"
     digest = sha256_file(plan_file)
-    if _current(target / "train.json", digest):
-        say(f"{target} is up to date")
+    if _current(folder / "train.json", digest):
+        say(f"{folder} is up to date")
         return
-    _replaceable(target, "train.json")
-    from edgeft.report import train_text
-    from edgeft.train import choose_device
+    _replaceable(folder, "train.json")
+    from edgeft.rehearsal import NOT_REHEARSED, rehearse
+    from edgeft.report import rehearsal_line, train_text
+    from edgeft.target import load_target
+    from edgeft.train import choose_device, work_folder
     from edgeft.train import train as run
 
     _, _, deviations = choose_device(made, device)
@@ -254,9 +263,14 @@ def train(
     else:
         each = show_seconds(made.seconds_per_step)
         say(f"about {show_seconds(made.seconds)} of training are estimated ({each} a step)")
+    rehearsed = NOT_REHEARSED
+    if rehearsal:
+        named = made.job.target if target in (None, "all-that-fit") else target
+        rehearsed = rehearse(made, load_target(str(named)), work_folder(folder), digest)
+        say(rehearsal_line(rehearsed))
     with Reporter(made.budget_bytes) as progress:
         try:
-            result = run(made, target, plan_sha256=digest, progress=progress, wanted_device=device)
+            result = run(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
         except KeyboardInterrupt:
             say("\nstopped; the last step is kept: run the same command again to go on")
             raise typer.Exit(130) from None
@@ -276,7 +290,9 @@ def merge(
     trained: Annotated[
         Path, typer.Argument(metavar="TRAIN", help="folder that `edgeft train` wrote, or any PEFT adapter's")
     ],
-    wise_alpha: Annotated[float, typer.Option(help="share of the change that is taken: 0 base, 1 fine-tuned")] = 1.0,
+    wise_alpha: Annotated[
+        str, typer.Option(help="share of the change that is taken: 0 base, 1 fine-tuned; by layers: 0-3=0.5,rest=1")
+    ] = "1",
     base: Annotated[
         str | None, typer.Option(help="base model, for an adapter or checkpoint that edgeft did not train")
     ] = None,
@@ -286,8 +302,10 @@ def merge(
     ] = None,
     general: Annotated[str | None, typer.Option(help="data file of text as the base knows it, for --sweep")] = None,
     max_general_increase: Annotated[
-        float | None, typer.Option(help="nats per token that general text may lose under --select bounded; 0.1")
+        float | None,
+        typer.Option(help="nats per token that general text may lose under --select bounded; half of what 1 costs"),
     ] = None,
+    groups: Annotated[int, typer.Option(help="--sweep also searches a share for each of so many groups of layers")] = 1,
     golden: Annotated[bool, typer.Option("--golden", help="search the share, instead of every tenth")] = False,
     target: Annotated[str | None, typer.Option(help="whose rounding --sweep simulates; ort-int4")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw the sweep, as an SVG file")] = None,
@@ -296,20 +314,25 @@ def merge(
 ) -> None:
     """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
     folder = out or trained.parent / "merged"
-    digest = _digest(trained, base)
+    from edgeft.shares import Shares, parse_shares
+
+    shares, digest = parse_shares(wise_alpha), _digest(trained, base)
+    if sweep and shares.groups:
+        raise BadInput("--wise-alpha", "a sweep takes one share to measure as well", "search groups with --groups")
     options = {
         "select": select, "general": general, "max_general_increase_nats": max_general_increase, "golden": golden,
-        "target": target, "wise_alpha": wise_alpha,
+        "target": target, "wise_alpha": shares.rest, "groups": groups,
     }  # fmt: skip
     if sweep and base is not None:
         raise BadInput("--sweep", "needs the validation rows of `edgeft train`", "leave out --base")
-    if not sweep and any((select, general, max_general_increase, golden, target, plot)):
-        raise BadInput("--select, --general, --golden, --target, --plot", "belong to a sweep", "add --sweep")
+    if not sweep and any((select, general, max_general_increase, golden, target, plot, groups > 1)):
+        raise BadInput("--select, --general, --groups, --golden, --target, --plot", "belong to a sweep", "add --sweep")
     texts = sha256_file(Path(general)) if general and Path(general).is_file() else ""
     request = sha256_json([digest, options, texts])
     held = json.loads((folder / "merged.json").read_text()) if _current(folder / "merged.json", digest) else {}
     swept = (held.get("sweep") or {}).get("request_sha256")
-    if swept == request if sweep else held.get("wise_alpha") == wise_alpha:
+    taken = Shares(rest=held.get("wise_alpha", -1.0), groups=tuple(held.get("groups", ())))
+    if swept == request if sweep else taken == shares:
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "merged.json")
@@ -318,7 +341,7 @@ def merge(
 
     with Reporter() as progress:
         found = _sweep(trained, options, request, plot, progress) if sweep else None
-        alpha = found.wise_alpha if found else wise_alpha
+        alpha = Shares(rest=found.wise_alpha, groups=found.groups) if found else shares
         made = run(trained, folder, wise_alpha=alpha, progress=progress, base=base, input_sha256=digest, sweep=found)
     show(as_json, made, merge_text(made))
 
@@ -387,6 +410,15 @@ def export(
         str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
     ] = None,
     promote: Annotated[str | None, typer.Option(help="modules with 8 bits: layers.0,layers.3.mlp.down_proj")] = None,
+    auto_promote: Annotated[
+        bool, typer.Option("--auto-promote", help="8 bits for the tensors that are worth most, until parity passes")
+    ] = False,
+    size_budget: Annotated[
+        str | None, typer.Option(help="most that the bundle may take, as in 5MiB; alone: the largest target that fits")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="data file to measure --auto-promote on; the training data when absent")
+    ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="an encoder's: texts to prove it with, a line each or .jsonl")
     ] = None,
@@ -411,26 +443,49 @@ def export(
     train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
     planned = train["plan"]["job"] if train else {}
     device = device or planned.get("device")
+    if calibration is not None and not auto_promote:
+        raise BadInput("--calibration", "is what --auto-promote measures on", "add --auto-promote")
     if target == "all-that-fit":
+        if auto_promote or size_budget is not None:
+            hint = "name one target, or leave --auto-promote and --size-budget out"
+            raise BadInput("--target all-that-fit", "builds every target as it is", hint)
         _export_all(merged, out or merged.parent / "bundles", device, as_json)
         return
     wanted = load_target(target or planned.get("target", "ort-int4"))
+    limit = parse_bytes(size_budget) if size_budget is not None else None
+    if limit is not None and target is None and not auto_promote:
+        from edgeft.promotion import most_precise
+
+        wanted = most_precise(merged, wanted.runtime, limit)
+        say(f"{wanted.name} is the largest target of {wanted.runtime} in {show_bytes(limit)}")
     wanted = promoted(wanted, [name for name in (promote or "").split(",") if name])
     folder = out or merged.parent / "bundle"
     device_name = load_profile(device).name if device else ""
+    read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
+    request = sha256_json([json.loads(wanted.model_dump_json()), limit, read]) if auto_promote else None
     if _current(folder / "bundle.json", sha256_file(merged / "merged.json")):
         held = json.loads((folder / "bundle.json").read_text())
-        if held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name:
+        asked = (held.get("promotion") or {}).get("request_sha256")
+        same = asked == request if auto_promote else held["target"] == json.loads(wanted.model_dump_json())
+        small = limit is None or held["size_bytes"] + (folder / "bundle.json").stat().st_size <= limit
+        if same and small and held["provenance"]["device"] == device_name:
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
     from edgeft.bundle import Measurement, measurement_path
     from edgeft.export import export as run
+    from edgeft.export import export_promoted
     from edgeft.merge import MergedCheckpoint
     from edgeft.report import bundle_text
 
     with Reporter() as progress:
-        bundle = run(merged, wanted, folder, device=device, progress=progress)
+        if request is not None:
+            bundle = export_promoted(
+                merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit,
+                calibration=calibration, request_sha256=request,
+            )  # fmt: skip
+        else:
+            bundle = run(merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit)
     here = Measurement.read(measurement_path(folder.resolve()))
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
 

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,11 +203,14 @@ def _json_or_empty(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_rows(source: str, tokenizer: TextTokenizer) -> list[Row]:
-    """All rows of a data file. Raises BadInput naming the file and the first broken lines, all kinds counted."""
+def read_rows(source: str, tokenizer: TextTokenizer, most: int | None = None) -> list[Row]:
+    """All rows of a data file, or its first `most`.
+
+    Raises BadInput naming the file and the first broken lines, all kinds counted.
+    """
     rows: list[Row] = []
     broken: list[str] = []
-    for line, value in _read_values(source):
+    for line, value in islice(_read_values(source), most):
         try:
             if isinstance(value, Exception):
                 raise ValueError(str(value))

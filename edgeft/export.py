@@ -11,14 +11,14 @@ import numpy
 from edgeft import disk, host
 from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, build_bundle
+from edgeft.build import ArtifactModel, build_bundle, need_runtime
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
 from edgeft.costs import Question
-from edgeft.data import Row, TextTokenizer, read_rows
+from edgeft.data import Row, TextTokenizer, read_rows, to_samples
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.host import PARITY_PROMPTS
-from edgeft.memory import Workload
+from edgeft.memory import Phase, Workload
 from edgeft.merge import MergedCheckpoint
 from edgeft.parity import (
     HINTS,
@@ -32,9 +32,10 @@ from edgeft.parity import (
 )
 from edgeft.peft_folder import lora_scale, read_adapter_config
 from edgeft.sbom import BASE, Component, model_licence
-from edgeft.scores import Metrics, Proof, Rung
+from edgeft.scores import Metrics, Promotion, Proof, Rung
+from edgeft.settings import Job
 from edgeft.stages import target_device
-from edgeft.target import Target
+from edgeft.target import Target, promoted
 from edgeft.train import Data, TrainResult
 
 GOLDEN_PROMPTS = 4
@@ -42,7 +43,10 @@ GOLDEN_PROMPTS = 4
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
-def export(merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress) -> Bundle:
+def export(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    promotion: Promotion | None = None, size_budget_bytes: int | None = None,
+) -> Bundle:  # fmt: skip
     """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
 
     Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
@@ -57,8 +61,10 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
     data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
     question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
     phases = (host.build(question, target), host.prove(question, plan.training, target))
-    for phase in phases:
-        host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase))
+    # who chose promotions has computed with torch: what that leaves in the process waits beside the builder too
+    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if promotion is not None else 0
+    for phase, more in zip(phases, (waiting, 0), strict=True):
+        host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase) + more)
     disk.require(disk.export_disk(plan.spec, target), out)
     data = Data.read(merged.train.plan)
     tokenizer = TextTokenizer(merged_folder)
@@ -83,7 +89,7 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
         return Proof(prompts=len(prompts), positions=positions, rungs=rungs, scored_on=source, scores=scores)
 
     progress("build", 0, 1, {})
-    golden, chat = golden_inputs(merged.train, tokenizer)
+    golden, chat = golden_inputs(merged.train.plan.job, tokenizer)
     return build_bundle(
         merged_folder,
         target,
@@ -102,9 +108,62 @@ def export(merged_folder: Path, target: Target, out: Path, *, device: str | None
             "device": profile.name if profile else "",
         },
         prove=prove,
-        predicted_peak_bytes=max(phase.expected_bytes for phase in phases),
+        predicted_peak_bytes=max(phases[0].expected_bytes + waiting, phases[1].expected_bytes),
         sources=made_from(merged.train, merged_folder),
+        promotion=promotion,
+        size_budget_bytes=size_budget_bytes,
     )
+
+
+def process_bytes(phase: Phase) -> int:
+    """What a stage's own process holds before it has a model."""
+    return sum(term.bytes for term in phase.terms if term.name == "process")
+
+
+def export_promoted(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    size_budget_bytes: int | None = None, calibration: str | None = None, request_sha256: str = "",
+) -> Bundle:  # fmt: skip
+    """`export` with 8 bits where they are worth most, until the parity gate passes or `size_budget_bytes` ends.
+
+    `calibration` is a data file; the first training rows when absent. Built once; a second time, with more promoted,
+    where the first bundle fails its proof. Raises as `export` and `promotion.measure` do, DoesNotFit for a budget that
+    the target alone exceeds.
+    """
+    from edgeft.promotion import CALIBRATION_ROWS, USED, choose, measure
+
+    merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    need_runtime(target)
+    data, tokenizer = Data.read(merged.train.plan), TextTokenizer(merged_folder)
+    samples = data.train[:CALIBRATION_ROWS]
+    if calibration is not None:
+        longest = merged.train.plan.training.max_length
+        samples = to_samples(read_rows(calibration, tokenizer, CALIBRATION_ROWS), tokenizer, longest)
+        samples = [sample for sample in samples if sample.trained_tokens]
+    described = f"{len(samples)} rows of {calibration or 'the training data'}"
+    measured = measure(merged_folder, target, samples, described, progress)
+    gate = data.valid[:PARITY_PROMPTS]
+    del data
+    failed: ParityFailed | None = None
+    before: Promotion | None = None
+    for used in USED:
+        chosen = choose(
+            measured, gate, tokenizer, size_budget_bytes=size_budget_bytes, used=used, progress=progress
+        ).model_copy(update={"request_sha256": request_sha256})
+        if before is not None and chosen.promoted == before.promoted:
+            break  # nothing more can be promoted
+        wanted = promoted(target, [each.module for each in chosen.promoted])
+        try:
+            return export(
+                merged_folder, wanted, out, device=device, progress=progress, promotion=chosen,
+                size_budget_bytes=size_budget_bytes,
+            )  # fmt: skip
+        except ParityFailed as problem:
+            failed, before = problem, chosen
+    assert failed is not None and before is not None
+    hint = f"{len(before.promoted)} of {before.considered} tensors got 8 bits, then {before.ended}"
+    hint += ": raise --size-budget" if before.size_budget_bytes is not None else ": export to a larger target"
+    raise ParityFailed(failed.where, failed.problem, hint) from None
 
 
 def made_from(result: TrainResult, folder: Path) -> list[Component]:
@@ -137,12 +196,11 @@ def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
     return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
 
 
-def golden_inputs(result: TrainResult, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
+def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
     """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
-    job = result.plan.job
     source = job.valid or job.data
     assert source is not None  # Data.read has refused a plan without data
-    rows = read_rows(source, tokenizer)[:GOLDEN_PROMPTS]
+    rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
     chat = rows[0].format == "chat"
     # a chat's pieces are rendered already: its last prompt is replayed as the text the device must reproduce
     return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
@@ -231,7 +289,7 @@ def adapter_source(
             scale = numpy.float32(lora_scale(config, module, down.shape[1]))
             changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
     tokenizer = TextTokenizer(local_folder(result.plan.job.model))
-    prompts, chat = golden_inputs(result, tokenizer)
+    prompts, chat = golden_inputs(result.plan.job, tokenizer)
     data = Data.read(result.plan)
     rows = data.valid[:PARITY_PROMPTS]
     source, scored = ("test", data.test) if data.test else ("validation", data.valid[: result.plan.training.eval_rows])

@@ -21,6 +21,7 @@ from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
 from edgeft.peft_folder import read_adapter_config
 from edgeft.scores import Sweep
+from edgeft.shares import Group, Shares, check_shares, layer_of
 from edgeft.train import TrainResult
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -30,6 +31,7 @@ class Merged(Artifact):
     """merged.json: which share of which change was taken, and what it did to the weights."""
 
     wise_alpha: float
+    groups: tuple[Group, ...] = ()
     kind: str
     dtype: str
     changed_tensors: int
@@ -39,6 +41,11 @@ class Merged(Artifact):
     predicted_peak_bytes: int
     measured_peak_bytes: int
     seconds: float
+
+    @property
+    def shares(self) -> Shares:
+        """The share of every tensor: `wise_alpha`, but for the layers of `groups`."""
+        return Shares(rest=self.wise_alpha, groups=self.groups)
 
 
 class MergedForeign(Merged):
@@ -83,7 +90,7 @@ def merge(
     trained: Path,
     out: Path,
     *,
-    wise_alpha: float,
+    wise_alpha: float | Shares,
     progress: Progress,
     base: str | None = None,
     input_sha256: str = "",
@@ -92,10 +99,11 @@ def merge(
     """Write the merged checkpoint, a standard folder, to `out`.
 
     `trained` is what `edgeft train` wrote, or with `base` any PEFT adapter or fine-tuned checkpoint of that model.
+    `wise_alpha` is one share for all tensors, or one for each group of layers.
     Raises BadInput for an alpha outside 0 to 1 and for a change that does not fit the base or no weight can hold,
     DoesNotFit when this machine's memory or the disk has no room.
     """
-    check_alpha(wise_alpha)
+    shares = wise_alpha if isinstance(wise_alpha, Shares) else Shares(rest=wise_alpha)
     started = time.monotonic()
     ledger.control_malloc()
     result = TrainResult.read(trained / "train.json") if (trained / "train.json").is_file() and base is None else None
@@ -103,22 +111,22 @@ def merge(
     folder = local_folder(model)
     source = Checkpoint(folder)
     spec = result.plan.spec if result else read_model_spec(str(folder))
+    check_shares(shares, spec.num_hidden_layers)
     disk.require(disk.merge_disk(spec, sum(file.path.stat().st_size for file in source.files)), out)
     ledger.reset_peak(torch.device("cpu"))
     change = Change(trained, source, tied=spec.tie_word_embeddings)
-    changes = [] if wise_alpha == 0.0 else sorted(change.steps.keys() & source.owner.keys())
-    untied = change.untied if wise_alpha else None
+    untied = change.untied if shares.rest else None
     if untied is not None:
         add_head(source, untied, str(change.embedding))
-        changes = sorted(change.steps.keys() & source.owner.keys())
+    changes = {name: shares.of(layer_of(name)) for name in change.steps.keys() & source.owner.keys()}
     predicted = ledger.rss_bytes() + peak_above_baseline(source, change)
     host.check_host("merge", predicted)
     moved = total = 0.0
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         nonlocal moved, total
-        if name in changes:
-            more = blend(tensor, change.open(name, tensor), wise_alpha)
+        if changes.get(name):
+            more = blend(tensor, change.open(name, tensor), changes[name])
             moved, total = moved + more[0], total + more[1]
         return tensor
 
@@ -131,7 +139,8 @@ def merge(
         facts: dict[str, Any] = {
             "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if result else ""),
             "versions": versions(),
-            "wise_alpha": wise_alpha,
+            "wise_alpha": shares.rest,
+            "groups": shares.groups,
             "kind": change.kind,
             "dtype": spec.dtype,
             "changed_tensors": len(change.steps.keys() & source.owner.keys()),
@@ -149,12 +158,6 @@ def merge(
             merged = MergedForeign(**facts, base=model, tuned=str(trained))
         merged.write(temporary / "merged.json")
     return merged
-
-
-def check_alpha(wise_alpha: float) -> None:
-    """Raise BadInput unless the share lies from 0 to 1."""
-    if not 0.0 <= wise_alpha <= 1.0:
-        raise BadInput("--wise-alpha", f"must be from 0 (base) to 1 (fine-tuned), got {wise_alpha}")
 
 
 def base_of(tuned: Path) -> str:

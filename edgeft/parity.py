@@ -16,11 +16,15 @@ from edgeft.errors import ParityFailed
 from edgeft.evaluate import answer_tokens, evaluate, greedy, is_exact, metrics
 from edgeft.host import LOGIT_BYTES
 from edgeft.merge import MergedCheckpoint
+from edgeft.model_spec import read_model_spec
 from edgeft.scores import Metrics, Rung
+from edgeft.settings import Training
+from edgeft.shares import Shares, layer_of
 from edgeft.target import Tolerance
 from edgeft.train import TrainResult
 from edgeft.tuners import apply_tuner
 
+WHOLE = Shares()
 TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
 # the same weights in another order of operations: fp32 rounding only
 SAME = Tolerance(
@@ -160,32 +164,40 @@ def compare(before: Form, form: Form, tolerance: Tolerance) -> Rung:
 
 def load_trained(trained: Path, merged: MergedCheckpoint) -> Any:
     """The model as trained, on the CPU in fp32, its change scaled by wise_alpha: adapters live, nothing merged."""
-    return load_tuned(trained, merged.train, merged.wise_alpha)
+    return load_tuned(trained, merged.train, merged.shares)
 
 
-def load_tuned(trained: Path, result: TrainResult, alpha: float = 1.0) -> Any:
-    """Base and change of a training result, nothing merged, the change scaled by alpha; on the CPU in fp32."""
+def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE) -> Any:
+    """Base and change of a training result, nothing merged, the change scaled by its shares; on the CPU in fp32."""
+    return load_changed(local_folder(result.plan.job.model), trained, result.plan.training, shares)
+
+
+def load_changed(base: Path, trained: Path, training: Training, shares: Shares = WHOLE) -> Any:
+    """A base and what training left in `trained`, nothing merged, the change scaled by its shares; fp32, on the CPU."""
+    from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file
 
-    plan = result.plan
-    folder = local_folder(plan.job.model)
-    model = load_plain(folder)
-    training = plan.training.model_copy(update={"compute_dtype": "fp32"})
+    model = load_plain(base)
+    training = training.model_copy(update={"compute_dtype": "fp32"})
     if training.tuner == "lora":
-        training = training.model_copy(update={"lora_alpha": training.lora_alpha * alpha})
-        if alpha == 0.0:
+        if shares.nothing:
             return model
         chosen = apply_tuner(model, find_parts(model), training)
         weights = load_file(trained / "adapter_model.safetensors")
         with torch.no_grad():
             for name, parameter in chosen:
                 parameter.copy_(weights["base_model.model." + name.replace(".default.", ".")])
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                for adapter in module.scaling:
+                    module.scaling[adapter] *= shares.of(layer_of(name + "."))
         return model
     changed = load_file(trained / "changed.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in changed:
-                parameter.copy_(parameter + alpha * (changed[name] - parameter) if alpha < 1 else changed[name])
+                share = shares.of(layer_of(name))
+                parameter.copy_(parameter + share * (changed[name] - parameter) if share < 1 else changed[name])
     return model
 
 
@@ -208,8 +220,18 @@ def climb(
     Raises ParityFailed (exit 4) naming the first rung that fails and every tolerance it breaks.
     """
     merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    return climb_from(
+        lambda: load_trained(trained, merged), merged_folder, artifact, prompts, tokenizer, tolerance, progress
+    )
+
+
+def climb_from(
+    load: Callable[[], Any], merged_folder: Path, artifact: Artifact, prompts: Sequence[Sample],
+    tokenizer: TextTokenizer, tolerance: Tolerance, progress: Callable[[str, int, int, dict[str, float]], None],
+) -> tuple[Rung, ...]:  # fmt: skip
+    """`climb` with the model as trained given by a function, so that nobody else holds it when it is folded."""
     progress("parity: trained", 0, 4, {})
-    model = load_trained(trained, merged)
+    model = load()
     form = observe_model("trained", model, prompts, tokenizer)
     progress("parity: merged", 1, 4, {})
     rungs = []
@@ -219,7 +241,7 @@ def climb(
     form = following
     progress("parity: reloaded", 2, 4, {})
     following = observe_model("reloaded", load_plain(merged_folder), prompts, tokenizer)
-    rungs.append(compare(form, following, ROUNDED.get(merged.dtype, SAME)))
+    rungs.append(compare(form, following, ROUNDED.get(read_model_spec(str(merged_folder)).dtype, SAME)))
     form = following
     progress("parity: artifact", 3, 4, {})
     rungs.append(compare(form, observe_artifact("artifact", artifact, prompts, tokenizer), tolerance))

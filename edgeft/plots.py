@@ -12,7 +12,7 @@ from edgeft.artifacts import saving
 from edgeft.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from edgeft.scores import Metrics, Sweep
+    from edgeft.scores import Metrics, Sweep, SweepPoint
     from edgeft.survival import Survival
 
 
@@ -61,17 +61,21 @@ def _kind(name: str) -> str:
     return re.sub(r"\.(weight|bias)$", "", name).rpartition(".")[2]
 
 
+def _is_taken(point: SweepPoint, sweep: Sweep) -> bool:
+    return (point.wise_alpha, point.groups) == (sweep.wise_alpha, sweep.groups)
+
+
 def plot_sweep(sweep: Sweep, path: Path) -> None:
     """Task loss against general loss, a mark per share, as merged and as rounded; over the share without general text.
 
     The line joins the shares that no other beats; a ring is around the one that was taken.
     """
-    forms: list[tuple[str, str, list[tuple[float, Metrics, Metrics | None]]]] = [
-        ("as merged", "o", [(p.wise_alpha, p.task, p.general) for p in sweep.points]),
+    forms: list[tuple[str, str, list[tuple[SweepPoint, Metrics, Metrics | None]]]] = [
+        ("as merged", "o", [(p, p.task, p.general) for p in sweep.points]),
         (
             sweep.target,
             "s",
-            [(p.wise_alpha, p.rounded_task, p.rounded_general) for p in sweep.points if p.rounded_task],
+            [(p, p.rounded_task, p.rounded_general) for p in sweep.points if p.rounded_task],
         ),
     ]
     with figure(path, 6.4, 4.2) as made:
@@ -79,22 +83,25 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
         for name, mark, points in forms:
             if not points:
                 continue
-            x = [general.loss if general else share for share, _, general in points]
+            x = [general.loss if general else p.wise_alpha for p, _, general in points]
             y = [task.loss for _, task, _ in points]
             shipped = name == sweep.target or len(forms[1][2]) == 0
             axes.scatter(x, y, marker=mark, label=name, zorder=3, s=28)
-            for (share, _, _), a, b in zip(points, x, y, strict=True):
-                if shipped:
-                    axes.annotate(f"{share:g}", (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7)
-                if shipped and share == sweep.wise_alpha:
+            for (p, _, _), a, b in zip(points, x, y, strict=True):
+                if shipped and not p.groups:
+                    axes.annotate(f"{p.wise_alpha:g}", (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7)
+                if shipped and _is_taken(p, sweep):
                     axes.scatter([a], [b], s=160, facecolors="none", edgecolors="black", label="taken", zorder=4)
             if shipped:
                 front = sorted(
-                    (a, b) for (share, _, _), a, b in zip(points, x, y, strict=True) if share in sweep.pareto
+                    (a, b)
+                    for (p, _, _), a, b in zip(points, x, y, strict=True)
+                    if not p.groups and p.wise_alpha in sweep.pareto
                 )
                 axes.plot(*zip(*front, strict=True), color="grey", linewidth=1, zorder=1)
         axes.set_xlabel("general loss, nats per token" if sweep.general_rows else "wise_alpha")
         axes.set_ylabel("task loss, nats per token")
         axes.set_yscale("log")
         axes.legend()
-        axes.set_title(f"W0 + a (Wft - W0): a = {sweep.wise_alpha:g} taken ({sweep.select})")
+        shares = taken[0] if (taken := [p.shares for p in sweep.points if _is_taken(p, sweep)]) else sweep.wise_alpha
+        axes.set_title(f"W0 + a (Wft - W0): a = {shares} taken ({sweep.select})")

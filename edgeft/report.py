@@ -13,7 +13,8 @@ from edgeft.disk import total
 from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
-from edgeft.scores import Importance, Metrics, Proof, Sweep
+from edgeft.scores import Importance, Metrics, Promotion, Proof, Sweep
+from edgeft.shares import Shares
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from edgeft.compare import Comparison
     from edgeft.discover import Discovery
     from edgeft.merge import Merged, MergedCheckpoint
+    from edgeft.rehearsal import Rehearsal
     from edgeft.survival import Survival
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
@@ -269,8 +271,17 @@ def train_text(result: TrainResult) -> RenderableType:
     lines = [Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
+    lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
     return Group(table, *lines)
+
+
+def rehearsal_line(rehearsal: Rehearsal) -> str:
+    """What came of a rehearsal, or why there was none."""
+    if rehearsal.skipped:
+        return f"not rehearsed{f' for {rehearsal.target}' if rehearsal.target else ''}: {rehearsal.skipped}"
+    way = f"{rehearsal.layers} layers went from merge to {rehearsal.target} and answered"
+    return f"rehearsed: {way}, in {show_seconds(rehearsal.seconds)}"
 
 
 def predicted_expected(result: TrainResult) -> int:
@@ -284,7 +295,7 @@ def merge_text(merged: Merged) -> RenderableType:
     share = f"{merged.changed_tensors} of {merged.tensors} tensors changed by {percent}"
     memory = f"peak memory: predicted {show_bytes(merged.predicted_peak_bytes)}, "
     memory += f"measured {show_bytes(merged.measured_peak_bytes)}"
-    lines = [Text(f"wise_alpha {merged.wise_alpha:g}: {share}, stored in {merged.dtype}"), Text(memory)]
+    lines = [Text(f"wise_alpha {merged.shares}: {share}, stored in {merged.dtype}"), Text(memory)]
     if merged.untied_head:
         lines.append(Text("head and embedding changed apart: they are two tensors now (tie_word_embeddings false)"))
     return Group(*lines)
@@ -323,7 +334,20 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | No
     table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
     table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
     _add_costs(table, bundle, here)
-    return Group(*parts, table, _size_text(bundle))
+    promotion = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
+    return Group(*parts, table, *promotion, _size_text(bundle))
+
+
+def promotion_text(promotion: Promotion) -> RenderableType:
+    """The tensors that got 8 bits, and why those."""
+    before, after = promotion.simulated_before, promotion.simulated
+    title = f"8 bits for {len(promotion.promoted)} of {promotion.considered} tensors, by {promotion.calibration}"
+    table = _table("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
+    for each in promotion.promoted:
+        cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
+        table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
+    kl = f"mean KL by torch {before.mean_kl_nats:.4f} nats without, {after.mean_kl_nats:.4f} with them"
+    return Group(*([table] if promotion.promoted else [Text(title)]), Text(f"{kl}: {promotion.ended}"))
 
 
 def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
@@ -400,10 +424,13 @@ def sweep_text(sweep: Sweep) -> RenderableType:
         for task, general in ((point.task, point.general), (point.rounded_task, point.rounded_general)):
             loss, _, exact = metrics_cells(task) if task else ("-", "", "-")
             cells += [loss, exact, f"{general.loss:.4f}" if general else "-"]
-        marks = ["taken"] if point.wise_alpha == sweep.wise_alpha else []
-        marks += ["Pareto"] if sweep.general_rows and point.wise_alpha in sweep.pareto else []
-        table.add_row(f"{point.wise_alpha:g}", *cells, ", ".join(marks))
-    return Group(table, Text(f"wise_alpha {sweep.wise_alpha:g} ({sweep.select}): {sweep.why}"))
+        taken = (sweep.wise_alpha, sweep.groups) == (point.wise_alpha, point.groups)
+        marks = ["taken"] if taken else []
+        on_front = sweep.general_rows and not point.groups and point.wise_alpha in sweep.pareto
+        marks += ["Pareto"] if on_front else []
+        table.add_row(str(point.shares), *cells, ", ".join(marks))
+    shares = Shares(rest=sweep.wise_alpha, groups=sweep.groups)
+    return Group(table, Text(f"wise_alpha {shares} ({sweep.select}): {sweep.why}"))
 
 
 def comparison_text(made: Comparison) -> RenderableType:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from edgeft.artifacts import Strict
 from edgeft.settings import LayerScore
+from edgeft.shares import Group, Shares
 
 Select = Literal["best", "bounded", "fixed"]
 
@@ -48,6 +49,34 @@ class Proof(Strict):
     rungs: tuple[Rung, ...]
     scored_on: str
     scores: dict[str, Metrics]
+
+
+class Promoted(Strict):
+    """One tensor that got 8 bits instead of 4, and why; the last three are None where fine-tuning left it alone."""
+
+    module: str = Field(description="as a target's eight_bit names it")
+    tensor: str
+    why: Literal["lost", "sensitive"] = Field(description="lost: little of its change would arrive; else by mean KL")
+    mean_kl_nats: float = Field(description="of the model's answers, with this tensor alone in 4 bits")
+    extra_bytes: int
+    cosine: float | None = Field(description="between its change and what arrives of it in 4 bits")
+    projection: float | None
+    delta_in_steps: float | None
+
+
+class Promotion(Strict):
+    """How a bundle's 8-bit tensors were chosen; `simulated` is what torch said of it before it was built."""
+
+    request_sha256: str = Field(default="", description="of what was asked for: another request, another choice")
+    calibration: str
+    size_budget_bytes: int | None
+    predicted_bytes: int
+    considered: int
+    used_of_tolerance: float = Field(description="share of the target's parity tolerance that was allowed")
+    simulated_before: Rung = Field(description="without any promotion")
+    simulated: Rung
+    ended: str
+    promoted: tuple[Promoted, ...]
 
 
 class EncoderProof(Strict):
@@ -93,11 +122,17 @@ class Importance(Strict):
 class SweepPoint(Strict):
     """The model at one share of its change, as merged and as rounded for a target; None: not measured."""
 
-    wise_alpha: float
+    wise_alpha: float = Field(description="of every tensor that no group names")
+    groups: tuple[Group, ...] = ()
     task: Metrics
     general: Metrics | None
     rounded_task: Metrics | None
     rounded_general: Metrics | None
+
+    @property
+    def shares(self) -> Shares:
+        """The shares of all tensors."""
+        return Shares(rest=self.wise_alpha, groups=self.groups)
 
     @property
     def shipped(self) -> tuple[Metrics, Metrics | None]:
@@ -111,6 +146,7 @@ class Sweep(Strict):
     request_sha256: str = Field(description="of everything that was asked for: another request, another sweep")
     select: Select
     wise_alpha: float = Field(description="the share that was taken")
+    groups: tuple[Group, ...] = Field(default=(), description="and those of groups of layers, where they were searched")
     why: str
     target: str = Field(description="whose rounding was simulated")
     task_rows: str

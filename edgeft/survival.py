@@ -8,7 +8,6 @@ cosine between them, which is 1 only when nothing is lost.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from edgeft.checkpoint import Checkpoint, local_folder
 from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
 from edgeft.rounding import rounded, rule_of
+from edgeft.shares import layer_of
 from edgeft.target import Target
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -162,12 +162,6 @@ def base_model(document: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         hint = "run edgeft merge first, or name the base with --base"
         raise BadInput(document, "does not say which base was merged into", hint) from None
-
-
-def layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor: the first number in its name."""
-    found = re.search(r"\.(\d+)\.", "." + name)
-    return int(found[1]) if found else None
 
 
 def _tensor(

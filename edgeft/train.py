@@ -25,6 +25,7 @@ from edgeft.evaluate import autocast, evaluate, token_losses
 from edgeft.lisa import state_bytes
 from edgeft.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.planner import HELD_OUT_SHARE, Plan
+from edgeft.rehearsal import NOT_REHEARSED, Rehearsal
 from edgeft.scores import Metrics, UnitRecord
 from edgeft.settings import Training
 from edgeft.tuners import CHANGED, save_tuned, trained_units, unit_changes
@@ -68,6 +69,7 @@ class TrainResult(Artifact):
     interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
     interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
     resumed_at: tuple[int, ...] = ()
+    rehearsal: Rehearsal = NOT_REHEARSED
 
 
 @dataclass
@@ -181,9 +183,10 @@ def work_folder(out: Path) -> Path:
 
 
 def train(
-    plan: Plan, out: Path, *, plan_sha256: str, progress: Progress, wanted_device: str | None = None
-) -> TrainResult:
-    """Run a plan and write `out`/train.json beside what was trained.
+    plan: Plan, out: Path, *, plan_sha256: str, progress: Progress, wanted_device: str | None = None,
+    rehearsal: Rehearsal = NOT_REHEARSED,
+) -> TrainResult:  # fmt: skip
+    """Run a plan and write `out`/train.json beside what was trained; `rehearsal` is what came of one, to be recorded.
 
     Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory or disk than
     the plan needs, EdgeftError when the loss is not finite, KeyboardInterrupt after saving when asked to stop.
@@ -199,7 +202,7 @@ def train(
         del session
         session = Session.open(plan, out, plan_sha256, progress, wanted_device)
     session.loop()
-    result = session.finish(out, plan_sha256)
+    result = session.finish(out, plan_sha256, rehearsal)
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
 
@@ -306,7 +309,7 @@ class Session:
             run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
         run.optimizer.state.clear()  # scoring needs no optimizer states
 
-    def finish(self, out: Path, plan_sha256: str) -> TrainResult:
+    def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""
         run, training, device, data = self.run, self.training, self.device, self.data
         ledger.reset_peak(device)
@@ -362,6 +365,7 @@ class Session:
                 interval_peak_bytes=tuple(self.interval_peaks),
                 interval_optimizer_bytes=() if run.lisa is None else tuple(run.lisa.optimizer_bytes),
                 resumed_at=tuple(self.resumed),
+                rehearsal=rehearsal,
             )
             result.write(temporary / "train.json")
         shutil.rmtree(self.work, ignore_errors=True)

@@ -22,6 +22,7 @@ from edgeft.parity import score_model
 from edgeft.plots import plot_sweep
 from edgeft.rounding import round_model
 from edgeft.scores import Metrics, Sweep, SweepPoint
+from edgeft.shares import Shares
 from edgeft.sweep import Line, choose, general_samples, golden_section, pareto, sweep
 from edgeft.target import load_target
 from edgeft.train import Data
@@ -85,7 +86,7 @@ def test_the_line_of_an_untied_or_transposed_model(
     line = Line(tmp_path / "adapter", base, tied=True)
     for share in (1.0, 0.4, 0.0):
         merge(tmp_path / "adapter", tmp_path / "out", wise_alpha=share, progress=silent, base=str(base))
-        line.move_to(share)
+        line.move_to(Shares(rest=share))
         assert torch.equal(logits(line.model), logits(load_plain(tmp_path / "out")))
 
 

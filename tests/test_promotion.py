@@ -1,0 +1,244 @@
+"""Eight bits go where they are worth most, no further than needed, never beyond the size: and the bundle proves it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import ROWS, run, silent
+from typer.testing import CliRunner
+
+from edgeft import export as stage
+from edgeft.build import ArtifactModel, build_bundle
+from edgeft.bundle import GoldenInput
+from edgeft.checkpoint import Checkpoint, load_plain
+from edgeft.cli import app
+from edgeft.data import TextTokenizer
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
+from edgeft.export import export, export_promoted
+from edgeft.merge import merge
+from edgeft.parity import compare, observe_artifact, observe_model
+from edgeft.planner import make_plan
+from edgeft.promotion import Rounding, answers, choose, file_bytes, mean_kl, measure, most_precise, tightened
+from edgeft.rounding import round_model
+from edgeft.settings import make_job
+from edgeft.survival import survival
+from edgeft.target import Target, load_target, promoted
+from edgeft.train import Data, TrainResult
+
+INT4 = load_target("ort-int4")
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Path) -> Path:
+    """The merge of a trained adapter on the tiny untied model."""
+    folder = tmp_path_factory.mktemp("promotion")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pins: dict[str, Any] = {"epochs": 8.0, "learning_rate": 1e-2, "batch_size": 4, "rank": 4, "eval_rows": 4}
+    job = make_job(model=str(checkpoint_folder), data=str(folder / "rows.jsonl"), profile="cpu-8gb", **pins)
+    make_plan(job).write(folder / "plan.json")
+    run(folder / "plan.json", folder / "train")
+    merge(folder / "train", folder / "merged", wise_alpha=1.0, progress=silent)
+    return folder / "merged"
+
+
+def samples(merged: Path) -> Any:
+    return Data.read(TrainResult.read(merged.parent / "train" / "train.json").plan)
+
+
+def strict(target: Target, kl: float) -> Target:
+    parity = target.parity.model_copy(update={"max_mean_kl_nats": kl, "min_top1_agreement": 0.0})
+    return target.model_copy(update={"parity": parity})
+
+
+def kl_of(merged: Path, modules: set[str]) -> float:
+    """The gate's mean KL of the simulated bundle."""
+    data, tokenizer = samples(merged), TextTokenizer(merged)
+    model = Rounding(merged, INT4, TrainResult.read(merged.parent / "train" / "train.json").plan.spec)
+    exact = observe_model("exact", model.model, data.valid, tokenizer)
+    model.as_bundle(modules)
+    return compare(exact, observe_model("simulated", model.model, data.valid, tokenizer), INT4.parity).mean_kl_nats
+
+
+def test_without_promotions_the_simulation_is_the_targets_rounding(merged: Path) -> None:
+    spec = TrainResult.read(merged.parent / "train" / "train.json").plan.spec
+    model, plain = Rounding(merged, INT4, spec), load_plain(merged)
+    assert {tensor.module for tensor in model.tensors} == {f"layers.{i}.{name}" for i in range(2) for name in MODULES}
+    model.as_bundle(set())
+    round_model(plain, INT4)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(model.parameters[name], parameter), name
+    for tensor in (*model.tensors, *model.others):
+        model.exact(tensor)
+    stored = Checkpoint(merged)
+    assert all(torch.equal(p, stored.read(name)) for name, p in model.parameters.items())
+
+
+def test_a_tensors_cost_is_that_of_it_alone_in_four_bits(merged: Path) -> None:
+    data = samples(merged)
+    rows = data.train[:6]
+    found = measure(merged, INT4, rows, "six rows")
+    assert len(found.order) == 14 and found.calibration == "six rows"
+    worst = found.order[0]
+    model, exact = load_plain(merged), load_plain(merged)
+    reference = list(answers(exact, rows))
+    alone = load_plain(merged)
+    round_model(alone, INT4)
+    rounded = dict(alone.named_parameters())[worst.tensor]
+    with torch.no_grad():
+        dict(model.named_parameters())[worst.tensor].copy_(rounded)
+    assert worst.mean_kl_nats == pytest.approx(mean_kl(reference, model, rows), rel=1e-6) and worst.mean_kl_nats > 0
+    per_byte = [each.mean_kl_nats / each.extra_bytes for each in found.order if each.why == "sensitive"]
+    assert per_byte == sorted(per_byte, reverse=True)
+    survives = {tensor.name: tensor for tensor in survival(merged, INT4).tensors}
+    assert all(each.cosine == survives[each.tensor].cosine for each in found.order)
+
+
+def test_what_would_be_lost_goes_first(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cosines = sorted(tensor.cosine for tensor in survival(merged, INT4).tensors if tensor.bits == 4)
+    monkeypatch.setattr("edgeft.promotion.LOST_COSINE", cosines[3])  # three lie below
+    order = measure(merged, INT4, samples(merged).train[:2], "").order
+    assert [each.why for each in order] == ["lost"] * 3 + ["sensitive"] * 11
+    assert {each.cosine for each in order[:3]} == set(cosines[:3])
+
+
+def test_no_more_is_promoted_than_the_gate_needs(merged: Path) -> None:
+    none, every = kl_of(merged, set()), kl_of(merged, {f"layers.{i}.{n}" for i in range(2) for n in MODULES})
+    data, tokenizer = samples(merged), TextTokenizer(merged)
+    wanted = strict(INT4, (none + every) / 2)
+    found = measure(merged, wanted, data.train[:8], "")
+    chosen = choose(found, data.valid, tokenizer, used=1.0)
+    count = len(chosen.promoted)
+    assert 0 < count < 14 and chosen.ended == "the simulated bundle passes" and not chosen.simulated.problems
+    assert chosen.simulated.mean_kl_nats == pytest.approx(kl_of(merged, {e.module for e in chosen.promoted}), rel=1e-6)
+    assert chosen.simulated_before.mean_kl_nats == pytest.approx(none, rel=1e-6)
+    fewer = {each.module for each in chosen.promoted[:-1]}
+    assert kl_of(merged, fewer) > wanted.parity.max_mean_kl_nats  # one less would not do
+    loose = measure(merged, strict(INT4, 2 * none), data.train[:2], "")
+    assert choose(loose, data.valid, tokenizer).promoted == ()
+    impossible = choose(measure(merged, strict(INT4, 1e-12), data.train[:2], ""), data.valid, tokenizer)
+    assert impossible.ended == "every tensor has 8 bits" and len(impossible.promoted) == 14
+
+
+def test_a_size_ends_it_and_too_little_is_refused(merged: Path) -> None:
+    data, tokenizer = samples(merged), TextTokenizer(merged)
+    found = measure(merged, strict(INT4, 1e-12), data.train[:2], "")
+    smallest = file_bytes(found.spec, INT4, merged)
+    some = choose(found, data.valid, tokenizer, size_budget_bytes=smallest + 9000)
+    assert 0 < len(some.promoted) < 14 and some.ended == "the size budget ends"
+    assert some.predicted_bytes <= smallest + 9000
+    following = [each.module for each in found.order[: len(some.promoted) + 1]]
+    assert file_bytes(found.spec, promoted(INT4, following), merged) > smallest + 9000
+    with pytest.raises(DoesNotFit, match=r"^--size-budget: a bundle for ort-int4 takes .*, the budget is 10.0 KiB"):
+        choose(found, data.valid, tokenizer, size_budget_bytes=10240)
+
+
+def test_the_bundle_is_what_was_simulated_and_says_why(merged: Path, tmp_path: Path) -> None:
+    none, every = kl_of(merged, set()), kl_of(merged, {f"layers.{i}.{n}" for i in range(2) for n in MODULES})
+    wanted = strict(INT4, every + 0.6 * (none - every))
+    out = tmp_path / "bundle"
+    bundle = export_promoted(merged, wanted, out, device=None, progress=silent, request_sha256="asked")
+    assert bundle.promotion is not None and bundle.promotion.request_sha256 == "asked"
+    modules = {each.module for each in bundle.promotion.promoted}
+    assert modules and set(bundle.target.eight_bit) == modules
+    folder = sum(path.stat().st_size for path in out.iterdir())
+    assert 0 <= bundle.promotion.predicted_bytes - folder < 60_000  # the graph's share is an upper bound
+    data, tokenizer = samples(merged), TextTokenizer(merged)
+    model = Rounding(merged, INT4, TrainResult.read(merged.parent / "train" / "train.json").plan.spec)
+    model.as_bundle(modules)
+    simulated = observe_model("simulated", model.model, data.valid, tokenizer)
+    rung = compare(simulated, observe_artifact("artifact", ArtifactModel(out), data.valid, tokenizer), INT4.parity)
+    assert rung.mean_kl_nats < 0.3 * none
+    assert bundle.proof is not None and bundle.proof.rungs[-1].mean_kl_nats <= wanted.parity.max_mean_kl_nats
+
+
+def test_a_bundle_that_fails_is_built_once_more_with_more_promoted(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def failing(folder: Path, target: Target, out: Path, **options: Any) -> Any:
+        asked.append(set(target.eight_bit))
+        raise ParityFailed("parity ladder", "mean KL", "a hint")
+
+    monkeypatch.setattr(stage, "export", failing)
+    monkeypatch.setattr("edgeft.promotion.USED", (1.0, 0.02))
+    wanted = strict(INT4, 0.9 * kl_of(merged, set()))
+    with pytest.raises(ParityFailed) as caught:
+        export_promoted(merged, wanted, tmp_path / "bundle", device=None, progress=silent)
+    assert len(asked) == 2 and asked[0] < asked[1]
+    assert re.search(rf"hint: {len(asked[1])} of 14 tensors got 8 bits, then .*: export to a larger", str(caught.value))
+
+
+def test_a_bundle_over_its_size_is_not_written(merged: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(DoesNotFit, match=r"^--size-budget: the bundle for ort-int4 is .*, the budget 50.0 KiB"):
+        export(merged, INT4, out, device=None, progress=silent, size_budget_bytes=51200)
+    assert not out.exists()
+
+
+def test_the_largest_precision_that_fits(merged: Path) -> None:
+    names = ("ort-int4", "ort-int4-mixed", "ort-int8", "ort-fp16", "ort-fp32")
+    spec = TrainResult.read(merged.parent / "train" / "train.json").plan.spec
+    sizes = {name: file_bytes(spec, load_target(name), merged) for name in names}
+    assert list(sizes.values()) == sorted(sizes.values())
+    for name, size in sizes.items():
+        assert most_precise(merged, "ort-genai", size).name == name
+    with pytest.raises(DoesNotFit, match=r"^--size-budget: a bundle for ort-int4 takes "):
+        most_precise(merged, "ort-genai", sizes["ort-int4"] - 1)
+
+
+def test_a_rounding_that_torch_does_not_know_is_refused(merged: Path) -> None:
+    with pytest.raises(BadInput, match="rounds in a way that is not computed here"):
+        measure(merged, INT4.model_copy(update={"method": "k_quant"}), [], "")
+
+
+def test_a_tightened_tolerance_leaves_a_share() -> None:
+    half = tightened(INT4.parity, 0.5)
+    assert half.min_top1_agreement == pytest.approx(1 - 0.5 * (1 - INT4.parity.min_top1_agreement))
+    assert half.max_mean_kl_nats == 0.5 * INT4.parity.max_mean_kl_nats
+
+
+def test_the_verb_chooses_a_target_by_size_and_names_what_does_not_go_together(merged: Path, tmp_path: Path) -> None:
+    def edgeft(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["export", str(merged), "--out", str(tmp_path / "bundle"), *map(str, arguments)])
+
+    spec = TrainResult.read(merged.parent / "train" / "train.json").plan.spec
+    budget = f"{file_bytes(spec, load_target('ort-int8'), merged) / 2**10 + 1:.0f}KiB"
+    done = edgeft("--size-budget", budget)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "ort-int8 is the largest target of ort-genai in " in done.stderr
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["target"]["name"] == "ort-int8"
+    assert "is up to date" in edgeft("--size-budget", budget).stderr
+    for arguments, message in (
+        (("--calibration", "x.jsonl"), "--calibration: is what --auto-promote measures on\n\nhint: add --auto-promote"),
+        (("--target", "all-that-fit", "--auto-promote"), "builds every target as it is"),
+        (("--size-budget", "9KiB"), "--size-budget: a bundle for ort-int4 takes "),
+        (("--target", "ort-int8", "--auto-promote"), "no tensor of it has 4 bits"),
+    ):
+        done = edgeft(*arguments)
+        assert isinstance(done.exception, EdgeftError) and message in str(done.exception), done.exception
+
+
+def test_fitted_rounding_can_be_named_in_a_target_file(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """k-quant's codes are others than the nearest ones, and the bundle still says what the model says."""
+    own = tmp_path / "fitted.toml"
+    text = (Path(__file__).parent.parent / "export" / "ort-int4.toml").read_text()
+    own.write_text(text.replace("weight_bits = 4\n", 'weight_bits = 4\nmethod = "k_quant"\n', 1))
+    fitted, ids = load_target(str(own)), [5, 6, 7, 8]
+    assert (fitted.method, fitted.name) == ("k_quant", "fitted")
+    found = {}
+    for target in (INT4, fitted):
+        out = tmp_path / target.name
+        build_bundle(checkpoint_folder, target, out, prompts=[GoldenInput(text="Section:")], measure=False)
+        found[target.name] = torch.from_numpy(ArtifactModel(out).logits(ids))
+    with torch.no_grad():
+        exact = load_plain(checkpoint_folder)(input_ids=torch.tensor([ids])).logits[0]
+    spread = float(exact.std())
+    assert not torch.equal(found["fitted"], found["ort-int4"])
+    assert all(float((logits - exact).abs().mean()) < 0.3 * spread for logits in found.values())
