@@ -278,12 +278,17 @@ def compute_in(model: Any, compute: torch.dtype) -> None:
     """Make a 4-bit model compute in one dtype, forth and back, as plans count on: what is dense is kept in it too.
 
     transformers leaves what was not quantised in the dtype it was stored in: an fp32 checkpoint would hold more than
-    planned, a bf16 one not run at all in fp32.
+    planned, a bf16 one not run at all in fp32. Every tensor is copied: one that stays mapped keeps all pages of its
+    file resident that loading has touched.
     """
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            # a copy: one tensor that stays mapped keeps every page of its file resident that loading has touched
-            parameter.data = parameter.data.to(compute, copy=True)
+        dtype = compute if parameter.is_floating_point() else parameter.dtype
+        parameter.data = parameter.data.to(dtype, copy=True)
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, state.state2) if state is not None else ():
+            for name, value in vars(part).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(part, name, value.clone())
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             _compute_in(module, compute)
