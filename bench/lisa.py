@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from planner import long_texts
-from run import ROOT, record, train
+from run import ROOT, interval_plans, record, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgeft import memory
-from edgeft.lisa import draw
 from edgeft.planner import Plan
 
 COMMON = {"max_length": 512, "batch_size": 2, "micro_batch_size": 2, "eval_rows": 4, "tuner": "full"}
@@ -30,22 +28,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "LISA-2": {**LISA, "base_precision": "fp32"},
     "LISA-2 on NF4": {**LISA, "base_precision": "nf4"},
 }
-
-
-def interval_plans(plan: Plan) -> list[tuple[tuple[str, ...], int]]:
-    """(units, predicted bytes) of each interval: the plan's closed form for the very layers that are drawn."""
-    training = plan.training
-    pool = tuple(f"layer {i}" for i in training.trained_layers)
-    train_phase = next(phase for phase in plan.phases if phase.name == "train")
-    fixed = sum(term.bytes for term in train_phase.terms if term.name in ("process", "data"))
-    found = []
-    for interval in range(-(-training.steps // training.lisa_interval)):
-        units = draw(pool, training.active_layers, training.lisa_schedule, (), training.seed, interval)
-        layers = tuple(int(unit.split()[1]) for unit in units)
-        fixed_set = training.model_copy(update={"layers": "sparse", "trained_layers": layers, "active_layers": 0})
-        terms = memory.step_terms(plan.spec, fixed_set, plan.work)
-        found.append((units, fixed + sum(term.bytes for term in terms)))
-    return found
 
 
 def main() -> None:

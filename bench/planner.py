@@ -5,7 +5,9 @@
 Four shapes (tied and untied, vocabularies of 4,096 to 49,152, grouped and full attention) x seven ways to train
 (LoRA in all layers, in the top quarter, full fine-tuning, LISA; fp32 and NF4 bases) x activations kept and recomputed,
 with three lengths and two batch sizes in turn. Weights are random. Predicted is the highest phase's expected bytes in
-plan.json, measured the process's highest RSS. Each run is kept as soon as it ends: an interrupted bench goes on.
+the plan, of LISA for the layers that were drawn; measured the process's highest RSS. What was measured is kept in
+build/bench-planner.jsonl as soon as a run ends: an interrupted bench goes on, and a changed planner is compared with
+the same runs (remove it to measure again).
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from run import ROOT, random_model, record, train
+from run import ROOT, interval_plans, random_model, record, train
 
-from edgeft.settings import Job
+from edgeft.planner import make_plan
+from edgeft.settings import Job, make_job
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wide, tied": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 4096,
@@ -108,43 +111,57 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def measure(folder: Path, settings: dict[str, Any], model: Path, text: Path) -> dict[str, Any]:
+    """What one run took, phase by phase."""
+    result = train(folder, settings, data=text, valid=text, model=model)
+    return {"measured_bytes": result["measured_peak_bytes"], "phase_peak_bytes": result["phase_peak_bytes"]}
+
+
+def predict(settings: dict[str, Any], model: Path, text: Path) -> dict[str, Any]:
+    """What today's planner says of that run."""
+    files = {"model": str(model), "data": str(text), "valid": str(text)}
+    plan = make_plan(make_job(profile="cpu", **files, **settings))
+    phases = {phase.name: phase.expected_bytes for phase in plan.phases}
+    if plan.training.layers == "lisa":  # the plan is for the layers that need most: compare with those that were drawn
+        phases["train"] = max(expected for _, expected in interval_plans(plan))
+    planned = max(phase.expected_bytes for phase in plan.phases)
+    return {"predicted_bytes": max(phases.values()), "planned_bytes": planned, "high_bytes": plan.peak_bytes,
+            "phases": phases}  # fmt: skip
+
+
 def main() -> None:
     only = sys.argv[1:]  # words that the name of a run must hold
-    kept = ROOT / "build" / "bench-planner.jsonl"
-    kept.parent.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    path = ROOT / "build" / "bench-planner.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    measured = {row["run"]: row for row in map(json.loads, lines)}
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         text = long_texts(Path(scratch) / "text.jsonl")
-        models: dict[str, Path] = {}
+        models = {shape: random_model(Path(scratch) / shape, values) for shape, values in SHAPES.items()}
         for number, (shape, way, settings) in enumerate(cases()):
             name = f"{shape}; {way}; {'recomputed' if settings['checkpointing'] else 'kept'}"
-            if any(row["run"] == name for row in rows) or not all(word in name for word in only):
+            if not all(word in name for word in only):
                 continue
-            if shape not in models:
-                models[shape] = random_model(Path(scratch) / shape, SHAPES[shape])
-            folder = Path(scratch) / str(number)
-            result = train(folder, settings, data=text, valid=text, model=models[shape])
-            phases = {p["name"]: p["expected_bytes"] for p in result["plan"]["phases"]}
-            predicted, measured = max(phases.values()), result["measured_peak_bytes"]
-            row = {
-                "run": name, "shape": shape, "way": way,
-                "settings": {key: value for key, value in settings.items() if key in Job.model_fields},
-                "predicted_bytes": predicted, "high_bytes": result["plan"]["peak_bytes"], "measured_bytes": measured,
-                "error": round(predicted / measured - 1, 5), "phases": phases,
-                "phase_peak_bytes": result["phase_peak_bytes"],
-            }  # fmt: skip
+            if name not in measured:
+                took = measure(Path(scratch) / str(number), settings, models[shape], text)
+                measured[name] = {"run": name, **took}
+                with open(path, "a") as file:
+                    file.write(json.dumps(measured[name]) + "\n")
+            row = {"run": name, "shape": shape, "way": way,
+                   "settings": {key: value for key, value in settings.items() if key in Job.model_fields},
+                   **predict(settings, models[shape], text), **measured[name]}  # fmt: skip
+            row["error"] = round(row["predicted_bytes"] / row["measured_bytes"] - 1, 5)
             rows.append(row)
-            with open(kept, "a") as file:
-                file.write(json.dumps(row) + "\n")
             mib = 2**20
-            print(f"{name:60} {settings['max_length']:4} x {settings['batch_size']}  predicted {predicted / mib:7.1f}  "
-                  f"measured {measured / mib:7.1f} MiB  {100 * row['error']:+.2f}%", flush=True)  # fmt: skip
-    if only or len(rows) < len(cases()):
+            print(f"{name:60} {settings['max_length']:4} x {settings['batch_size']}  predicted "
+                  f"{row['predicted_bytes'] / mib:7.1f}  measured {row['measured_bytes'] / mib:7.1f} MiB  "
+                  f"{100 * row['error']:+.2f}%", flush=True)  # fmt: skip
+    if only:
         return
     print(json.dumps(summary(rows)))
     record("planner", {"summary": summary(rows), "runs": rows})
     plot(rows, ROOT / "bench" / "results" / "planner.svg")
-    kept.unlink()
 
 
 if __name__ == "__main__":

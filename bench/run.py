@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
+from edgeft import memory
 from edgeft.artifacts import versions
 from edgeft.budget import usable_cores
+from edgeft.lisa import draw
+from edgeft.planner import Plan
+from edgeft.report import NOT_TENSORS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ROOT / "examples" / "debian-sections"
@@ -42,6 +46,22 @@ def train(folder: Path, settings: dict[str, Any], *, model: Path = BASE, data: P
     verb("plan", "--model", str(model), "--profile", "cpu", *files, *pins, "--out", str(folder / "plan.json"))
     verb("train", str(folder / "plan.json"), "--out", str(folder / "train"))
     return json.loads((folder / "train" / "train.json").read_text())
+
+
+def interval_plans(plan: Plan) -> list[tuple[tuple[str, ...], int]]:
+    """(units, predicted bytes) of each interval: the plan's closed form for the very layers that are drawn."""
+    training = plan.training
+    pool = tuple(f"layer {i}" for i in training.trained_layers)
+    train_phase = next(phase for phase in plan.phases if phase.name == "train")
+    fixed = sum(term.bytes for term in train_phase.terms if term.name in NOT_TENSORS)
+    found = []
+    for interval in range(-(-training.steps // training.lisa_interval)):
+        units = draw(pool, training.active_layers, training.lisa_schedule, (), training.seed, interval)
+        layers = tuple(int(unit.split()[1]) for unit in units)
+        fixed_set = training.model_copy(update={"layers": "sparse", "trained_layers": layers, "active_layers": 0})
+        terms = memory.step_terms(plan.spec, fixed_set, plan.work)
+        found.append((units, fixed + sum(term.bytes for term in terms)))
+    return found
 
 
 def random_model(folder: Path, shape: dict[str, Any]) -> Path:
