@@ -68,7 +68,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Sample indices of each step of one epoch: a pure function of its arguments, each sample exactly once.
 
-    The second step of the first epoch holds the longest sample: it is the first to run beside optimizer states, so
+    The second step of the first epoch holds the longest sample, among as many as any: it is the first to run beside optimizer states, so
     that if memory runs out, it does so at once.
     """
     generator = random.Random(f"order {seed} {epoch}")
@@ -82,6 +82,6 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
         steps += [group[i : i + batch_size] for i in range(short, len(group), batch_size)]
     generator.shuffle(steps)
     if epoch == 0 and len(steps) > 1:
-        longest = max(range(len(steps)), key=lambda i: max(lengths[j] for j in steps[i]))
+        longest = max(range(len(steps)), key=lambda i: (max(lengths[j] for j in steps[i]), len(steps[i])))
         steps[1], steps[longest] = steps[longest], steps[1]
     return steps

@@ -20,6 +20,7 @@ from edgeft.timing import mean_work, seconds_per_step
 
 # expected quality points given up, by the evidence above; only their order decides
 NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
+ENDS_COST = 0.5  # full fine-tuning that leaves the embedding out: 1.2 points on the example, near its noise
 # On a CPU fp32 comes first even where bf16 multiplies faster: for every length of batch oneDNN compiles its kernels
 # anew and keeps them, which is slower than fp32 in short runs and grows beyond any plan.
 CPU_HALF_COST = 0.2
@@ -122,6 +123,8 @@ def quality_cost(spec: ModelSpec, training: Training) -> float:
     cost += ADAM8_COST if training.optimizer != "adamw" else 0.0
     if training.layers == "lisa":  # every layer trains in its turn
         cost += LISA_COST * (1 - training.active_layers / len(training.trained_layers))
+    if training.tuner == "full" and training.embedding == "off":
+        cost += ENDS_COST
     cost += LAYERS_COST * (1 - len(training.trained_layers) / spec.num_hidden_layers)
     if training.rank:
         cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
