@@ -68,8 +68,8 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Sample indices of each step of one epoch: a pure function of its arguments, each sample exactly once.
 
-    The second step of the first epoch holds the longest sample, among as many as any: it is the first to run beside optimizer states, so
-    that if memory runs out, it does so at once.
+    The second step of the first epoch holds the longest sample, among as many as any: it is the first to run beside
+    optimizer states, so that if memory runs out, it does so at once.
     """
     generator = random.Random(f"order {seed} {epoch}")
     shuffled = list(range(len(lengths)))
