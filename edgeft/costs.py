@@ -84,7 +84,7 @@ class Question:
         """Every phase of a run, for the longest sample unless another workload is given."""
         return memory.phases(
             self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
-            data_bytes=self.data_bytes,
+            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers,
         )  # fmt: skip
 
     def high_bytes(self, training: Training, work: memory.Workload | None = None) -> int:

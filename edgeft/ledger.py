@@ -109,10 +109,27 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes -= size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        result = as_unwatched(function, args)(*args, **(kwargs or {}))
         self.count(result)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes + hidden_bytes(function, args))
         return result
+
+
+def as_unwatched(function: Any, args: Any) -> Any:
+    """What runs in place of an operation when no dispatch mode looks on.
+
+    Where two gradients of one tensor meet, autograd adds the second to the first in place if nothing else refers to the
+    first or to its storage, but makes a third tensor under a mode (torch/csrc/autograd/input_buffer.cpp). That is one
+    more copy of a tied embedding. The counts hold references of the call itself: three to the tensor, one to the storage.
+    """
+    if function is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
+        return function
+    if torch._C._current_graph_task_id() == -1 or not isinstance(args[1], torch.Tensor):
+        return function
+    old, new = args[:2]
+    alone = old._use_count() == 4 and torch._C._storage_Use_Count(old.untyped_storage()._cdata) == 2
+    same = old.shape == new.shape and old.dtype == new.dtype and old.is_contiguous()
+    return torch.ops.aten.add_.Tensor if alone and same else function
 
 
 def hidden_bytes(function: Any, args: Any) -> int:

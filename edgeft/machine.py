@@ -32,6 +32,7 @@ class Probe(Artifact):
     bandwidth_gb_per_second: float  # 10^9 bytes read plus written by a copy, as STREAM counts
     torch_rss_bytes: int  # resident after importing torch and edgeft's own modules: what a merge begins with
     import_rss_bytes: int  # resident after the imports of a training run and one tiny step and one generated token
+    head_buffers: dict[int, int]  # what the matrix library keeps after a head has seen so many rows, bytes per word
     seconds: float
 
 
@@ -86,6 +87,7 @@ def measure() -> str:
     start = time.perf_counter()
     torch_rss_bytes = _rss_after_torch()
     import_rss_bytes = _rss_after_tiny_step()
+    head_buffers = _head_buffers()
     import torch
 
     torch.set_num_threads(usable_cores())
@@ -96,6 +98,7 @@ def measure() -> str:
         bandwidth_gb_per_second=_copy_gb_per_second(),
         torch_rss_bytes=torch_rss_bytes,
         import_rss_bytes=import_rss_bytes,
+        head_buffers=head_buffers,
         seconds=round(time.perf_counter() - start, 2),
         versions=_probe_versions(),
     )
@@ -160,6 +163,22 @@ def _rss_after_tiny_step() -> int:
     del run, model, parts
     gc.collect()
     return resident()
+
+
+def _head_buffers() -> dict[int, int]:
+    """Bytes per word that stay resident after the product of so many rows with an output head.
+
+    The matrix library packs a wide matrix from some number of rows on, which depends on its threads, and keeps the room.
+    """
+    import torch
+
+    width, words = 448, 32768
+    head, rows = torch.ones(words, width), torch.ones(1024, width)
+    before, found = resident(), {}
+    for count in (128, 256, 512, 1024):
+        torch.nn.functional.linear(rows[:count], head)
+        found[count] = max(0, round((resident() - before) / words))
+    return found
 
 
 def _matmul_tflops(name: Dtype) -> float:

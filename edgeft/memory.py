@@ -7,7 +7,9 @@ the simulated step. Symbols as in the field: h hidden, e bytes of the compute dt
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
@@ -29,10 +31,10 @@ ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
 EIGHT_BIT_ELEMENTS, PAGED_ELEMENTS = 4096, 100_000
 CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorch's allocator
 
-# What a training process holds on a CPU beyond the tiny run's: the matrix library keeps buffers that grow with its
-# products, the head's by 512 bytes per word of the vocabulary; scoring and reading data leave some of their own. Both
-# numbers are fitted on the six jobs of bench/memory.py; live tensor bytes are not.
-CPU_BUFFERS, CPU_BYTES_PER_WORD = 20_000_000, 512
+# What a training process holds on a CPU beyond the tiny run's and its tensors: the matrix library's buffers, Python's
+# objects. Fitted on half of the runs of bench/planner.py; live tensor bytes and the head's buffer are not fitted.
+CPU_BUFFERS, CPU_BYTES_PER_DOUBLING = 9_500_000, 2_060_000  # up to 128 tokens, and for each doubling of them
+CPU_BYTES_PER_LINEAR, CPU_RECOMPUTING = 66_000, 4_800_000  # of each adapted and each quantised linear
 
 EXACT_FAMILIES = tuple(FAMILIES)  # whose operations are written down in `edgeft.dataflow`; others get a wider margin
 
@@ -244,7 +246,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
         made += part.gradients
         waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
     if table:
-        held = e * spec.hidden_size * tokens + table + waiting + positions  # its own, and the sum where two meet
+        held = e * spec.hidden_size * tokens + table + positions  # a tied head's is added to it in place
         moments.append(("backward, embedding", 0, (there or made) + waiting, held))
     moments.append(("optimizer", 0, there or made + table + positions, 0))
 
@@ -320,10 +322,26 @@ def scoring_terms(spec: ModelSpec, training: Training) -> list[Term]:
     )
 
 
+def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapping[int, int]) -> Term:
+    """What a CPU's training process holds that is neither there before it has a model nor a tensor."""
+    rows = min(training.loss_chunk_tokens, tokens)
+    known = [count for count in sorted(head_buffers) if count >= rows] or sorted(head_buffers)[-1:]
+    head = head_buffers[known[0]] * spec.vocab_size if known else 0
+    linears = len(training.target_modules) * len(training.trained_layers) if training.tuner == "lora" else 0
+    linears += len(spec.linears) * spec.num_hidden_layers if training.base_precision == "nf4" else 0
+    fixed = CPU_BUFFERS + int(CPU_BYTES_PER_DOUBLING * max(0.0, math.log2(tokens / 128)))
+    fixed += CPU_RECOMPUTING if training.checkpointing else 0
+    formula = f"the matrix library's: V = {spec.vocab_size}, {tokens} tokens; {linears} adapted or quantised linears"
+    return Term(name="buffers", bytes=fixed + head + CPU_BYTES_PER_LINEAR * linears, formula=formula)
+
+
 def phases(
-    spec: ModelSpec, training: Training, work: Workload, *, baseline_bytes: int, data_bytes: int = 0
+    spec: ModelSpec, training: Training, work: Workload, *, baseline_bytes: int, data_bytes: int = 0,
+    head_buffers: Mapping[int, int] | None = None,
 ) -> tuple[Phase, ...]:
     """Every phase of `train` with its terms; `baseline_bytes` is what the process holds before any model.
+
+    `head_buffers` is what the matrix library keeps per word of the vocabulary after so many rows (`Profile`).
 
     On a CPU a phase's bytes are the process's RSS: baseline, data, tensors. On CUDA they are the allocator's: tensors
     and cuBLAS's workspace, fragmentation in the high estimate; the CUDA context is the profile's.
@@ -334,8 +352,8 @@ def phases(
         start = [Term(name="process", bytes=baseline_bytes, formula=first)]
         if data_bytes:
             start.append(Term(name="data", bytes=data_bytes, formula="samples as lists of ids"))
-        buffers = CPU_BUFFERS + CPU_BYTES_PER_WORD * spec.vocab_size
-        fixed = [*start, Term(name="buffers", bytes=buffers, formula=f"the matrix library's, V = {spec.vocab_size}")]
+        tokens = work.longest * training.micro_batch_size
+        fixed = [*start, buffers(spec, training, tokens, head_buffers or {})]
     else:
         start = [Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")]
         fixed = start

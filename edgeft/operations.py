@@ -58,14 +58,14 @@ class Operations:
     # of any width
 
     def one(self, x: Value, size: complex, gradient: complex | None, *, saved: bool = False,
-            saves_result: bool = False, saves_constant: bool = False) -> Value:  # fmt: skip
+            saves_result: bool = False, saves_constant: bool = False, viewed: bool = False) -> Value:  # fmt: skip
         """An operation on one tensor; `gradient` is what its input's takes (None: it is the result's own).
 
         A constant (a frozen weight, a cosine) takes nothing, but asking for it is what starts a recomputation.
         """
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
-            return [own.pop() if gradient is None else Storage(tape, gradient)]
+            return [own.pop() if gradient is None else Storage(tape, gradient, viewed=viewed)]
 
         kept = [x] if saved else [self.constant] if saves_constant else []
         return self.tape.run(size, [x], kept, back, saves_result=saves_result)
@@ -138,14 +138,16 @@ class Operations:
         e, inputs, outputs = self.e, linear.in_features, linear.out_features
         if self.half and x.size == 4 * inputs:  # an fp32 input, which autocast copies for each product
             x = self.narrowed(x)
+        # the gradient of rows in batches is a view of a matrix; OPT's MLP has it flat
+        viewed = self.spec.model_type != "opt" or linear.name not in ("fc1", "fc2")
         if weight is None:
-            return self.one(x, e * outputs, e * inputs, saves_constant=True)
+            return self.one(x, e * outputs, e * inputs, saves_constant=True, viewed=viewed)
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
-            into = Storage(tape, e * inputs) if wanted[0] and bias else None
+            into = Storage(tape, e * inputs, viewed=viewed) if wanted[0] and bias else None
             matrix = Storage(tape, 1j * e * inputs * outputs)
             if wanted[0] and not bias:
-                into = Storage(tape, e * inputs)
+                into = Storage(tape, e * inputs, viewed=viewed)
             kept.clear()
             return [into, matrix, *([Storage(tape, 1j * e * outputs)] if bias else [])]
 
@@ -298,13 +300,11 @@ class Operations:
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             negated = Storage(tape, size / 2)
-            second = Storage(tape, size)
+            halves = [Storage(tape, size)]
             del negated
-            first = Storage(tape, size)
+            halves.append(Storage(tape, size))
             own.clear()
-            result = Storage(tape, size)
-            del first, second
-            return [result]
+            return [halves[0]]  # the other is added to it
 
         negated = Storage(self.tape, size / 2)
         result = self.tape.run(size, [x], [], back)

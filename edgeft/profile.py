@@ -17,7 +17,7 @@ from edgeft.units import GIB
 Role = Literal["train", "deploy"]
 
 SLOWEST_USABLE = 0.5  # of the fp32 rate: a CPU dtype below it is emulated (bf16 without AVX512-BF16: 1/60)
-
+HEAD_BUFFERS = 350  # bytes per word and thread, where no probe has measured them: 2 cores, 1 to 8 threads, torch 2.13
 
 Detected = pydantic.BeforeValidator(lambda value: 0 if value == "detected" else value)
 DetectedTable = pydantic.BeforeValidator(lambda value: {} if value == "detected" else value)
@@ -74,6 +74,11 @@ class Profile(Strict):
     def training_baseline_bytes(self) -> int:
         """Resident in a CPU training process before the model: as probed, or else the profile's figure."""
         return self.probe.import_rss_bytes if self.probe else round(self.import_memory_gib * GIB)
+
+    @property
+    def head_buffers(self) -> dict[int, int]:
+        """Bytes per word that the matrix library keeps after a head has seen so many rows: as probed, or assumed."""
+        return self.probe.head_buffers if self.probe else {512: HEAD_BUFFERS * min(self.cores or 1, 5)}
 
     def supports(self, dtype: str) -> bool:
         """Whether `dtype` is computed at hardware rate. NF4 only stores: ask for its compute dtype."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -96,12 +97,12 @@ class Tape:
 
 
 class Storage:
-    """Bytes that are alive as long as this object is."""
+    """Bytes that are alive as long as this object is; a gradient that is a view of a tensor says so."""
 
-    __slots__ = ("size", "tape")
+    __slots__ = ("size", "tape", "viewed")
 
-    def __init__(self, tape: Tape, size: complex, *, silently: bool = False) -> None:
-        self.tape, self.size = tape, size
+    def __init__(self, tape: Tape, size: complex, *, silently: bool = False, viewed: bool = False) -> None:
+        self.tape, self.size, self.viewed = tape, size, viewed
         tape.live += size
         if not silently:
             tape.heights.append(tape.live)
@@ -128,11 +129,14 @@ class Node:
     collects: bool = False  # gradients of several parts of the result come one by one, and stay apart
 
     def receive(self, tape: Tape, gradient: Storage) -> None:
-        """Take a gradient, or add it to the one that is there: autograd makes the sum a third tensor."""
-        if self.gradients and not self.collects:
-            self.gradients = [Storage(tape, gradient.size)]
-        else:
+        """Take a gradient, or add it to the one that is there.
+
+        Autograd adds in place if nothing else knows of that one or of its storage; else the sum is a third tensor.
+        """
+        if not self.gradients or self.collects:
             self.gradients.append(gradient)
+        elif self.gradients[0].viewed or sys.getrefcount(self.gradients[0]) > 2:
+            self.gradients = [Storage(tape, gradient.size)]
 
     def evaluate(self, tape: Tape) -> list[Storage | None]:
         """The gradients of the inputs; what was saved and the own gradient are let go."""

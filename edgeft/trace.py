@@ -11,7 +11,7 @@ from torch import nn
 
 from edgeft.architectures import Parts
 from edgeft.depth import Place
-from edgeft.ledger import LiveBytes, hidden_bytes
+from edgeft.ledger import LiveBytes, as_unwatched, hidden_bytes
 
 NO_NUMBER = 2**63  # autograd numbers its nodes as they are made; those that only accumulate have the highest number
 
@@ -106,7 +106,7 @@ class Trace(LiveBytes):  # type: ignore[no-untyped-call]
         if function.namespace == "prim":  # a question, for the device say
             return function(*args, **(kwargs or {}))
         self._place, self._operation = self._where(), function._opname
-        result = function(*args, **(kwargs or {}))
+        result = as_unwatched(function, args)(*args, **(kwargs or {}))
         self.count(result)
         self.places.append(self._place)
         self.live.append(self.live_bytes + hidden_bytes(function, args))

@@ -139,6 +139,23 @@ def test_every_term_is_named_and_adds_up(tmp_path: Path) -> None:
         assert json.loads(phase.model_dump_json())["terms"][0]["name"] == "process"
 
 
+def test_what_is_no_tensor_grows_with_what_was_fitted_and_measured(tmp_path: Path) -> None:
+    """The head's buffer is that of the next number of rows that the machine was measured at, or of the largest."""
+    spec = spec_of(shape(), tmp_path)
+
+    def held(tokens: int, measured: dict[int, int] | None = None, **plan: Any) -> int:
+        return memory.buffers(spec, plan_of(FOUR, 64, loss_chunk_tokens=512, **plan), tokens, measured or {}).bytes
+
+    measured = {128: 10, 256: 500}
+    assert held(64) == held(128) < held(256)
+    for tokens, per_word in ((100, 10), (128, 10), (129, 500), (256, 500), (4096, 500)):
+        assert held(tokens, measured) - held(tokens) == per_word * spec.vocab_size
+    linears = 4 * len(plan_of(FOUR, 64).target_modules)
+    assert held(64) - held(64, tuner="full") == memory.CPU_BYTES_PER_LINEAR * linears
+    assert held(64, checkpointing=True) - held(64) == memory.CPU_RECOMPUTING
+    assert held(64, base_precision="nf4") - held(64) == memory.CPU_BYTES_PER_LINEAR * 7 * spec.num_hidden_layers
+
+
 def test_more_tokens_never_need_less(tmp_path: Path) -> None:
     spec = spec_of(shape(), tmp_path)
     totals = [

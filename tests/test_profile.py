@@ -42,6 +42,7 @@ PROBE = Probe(
     bandwidth_gb_per_second=9.0,
     torch_rss_bytes=240_000_000,
     import_rss_bytes=400_000_000,
+    head_buffers={128: 10, 256: 560},
     seconds=9.0,
 )
 
@@ -407,6 +408,7 @@ def test_detect_fills_in_what_is_missing(runs: list[list[str]], monkeypatch: pyt
     assert profile.matmul_tflops == {"fp32": 0.1, "fp16": 0.05}
     assert profile.budget_bytes == round(4.75 * GIB)
     assert profile.training_baseline_bytes == 400_000_000
+    assert profile.head_buffers == PROBE.head_buffers
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
     assert detect(profile) is profile
 
@@ -428,6 +430,8 @@ def test_the_real_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert min(*probe.matmul_tflops.values(), probe.bandwidth_gb_per_second) > 0
     assert probe.cores == usable_cores()
     assert 100 * 2**20 < probe.import_rss_bytes < 4 * GIB
+    assert list(probe.head_buffers) == [128, 256, 512, 1024]
+    assert 0 < probe.head_buffers[1024] < 4 * 448  # less than the head itself: it is packed by blocks
     assert probe.versions["torch"]
 
 

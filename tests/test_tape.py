@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from edgeft.dataflow import highest
 from edgeft.tape import Backward, Frame, Storage, Tape, Value, boundary, parameter
 
@@ -52,17 +54,26 @@ def test_what_nothing_wants_is_freed_at_once() -> None:
     assert tape.live == 0
 
 
-def test_two_gradients_make_a_third_tensor() -> None:
-    tape = Tape()
+@pytest.mark.parametrize(("why_not", "heights"), [("", [16, 24]), ("a view", [16, 24, 24]), ("shared", [16, 24, 24])])
+def test_two_gradients_meet(why_not: str, heights: list[int]) -> None:
+    """In place where nobody else has the first one: else the sum is a third tensor."""
+    tape, others = Tape(), []
+
+    def back(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
+        made = Storage(tape, 8, viewed=why_not == "a view")
+        others.extend([made] if why_not == "shared" else [])
+        return [made]
+
     x, held = entry(tape, 8)
-    a, b = tape.run(8, [x], [], gives(8)), tape.run(8, [x], [], gives(8))
+    a, b = tape.run(8, [x], [], back), tape.run(8, [x], [], back)
     out = [tape.run(8, [a, b], [], gives(None, None))]
     del a, b, x
     out[0].storage = Storage(tape, 8, silently=True)
     tape.heights.clear()
     tape.backward(out, [out[0].storage])
-    # the shared gradient with b's new one; a's new one in its place when b's is there; the sum beside both
-    assert tape.heights == [16, 24, 24] and tape.live == 8 and len(held) == 1
+    # the shared gradient with b's new one; a's new one in its place when b's is there; the sum
+    assert tape.heights[:2] == heights[:2] and len(held) == 1
+    assert len(tape.heights) == len(heights) and tape.live == 8 * (1 + len(others))
 
 
 def test_a_weights_gradient_is_kept_once_and_added_later() -> None:
