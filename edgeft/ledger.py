@@ -119,8 +119,8 @@ def as_unwatched(function: Any, args: Any) -> Any:
     """What runs in place of an operation when no dispatch mode looks on.
 
     Where two gradients of one tensor meet, autograd adds the second to the first in place if nothing else refers to the
-    first or to its storage, but makes a third tensor under a mode (torch/csrc/autograd/input_buffer.cpp). That is one
-    more copy of a tied embedding. The counts hold references of the call itself: three to the tensor, one to the storage.
+    first or to its storage, but makes a third tensor under a mode (torch/csrc/autograd/input_buffer.cpp): one more copy
+    of a tied embedding. The counts include references of the call itself, three to the tensor and one to the storage.
     """
     if function is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
         return function

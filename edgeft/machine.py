@@ -168,7 +168,7 @@ def _rss_after_tiny_step() -> int:
 def _head_buffers() -> dict[int, int]:
     """Bytes per word that stay resident after the product of so many rows with an output head.
 
-    The matrix library packs a wide matrix from some number of rows on, which depends on its threads, and keeps the room.
+    From some number of rows on, which depends on its threads, the library packs a wide matrix and keeps the room.
     """
     import torch
 

@@ -336,7 +336,12 @@ def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapp
 
 
 def phases(
-    spec: ModelSpec, training: Training, work: Workload, *, baseline_bytes: int, data_bytes: int = 0,
+    spec: ModelSpec,
+    training: Training,
+    work: Workload,
+    *,
+    baseline_bytes: int,
+    data_bytes: int = 0,
     head_buffers: Mapping[int, int] | None = None,
 ) -> tuple[Phase, ...]:
     """Every phase of `train` with its terms; `baseline_bytes` is what the process holds before any model.

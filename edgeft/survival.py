@@ -20,7 +20,7 @@ from edgeft.change import EMBEDDINGS, blocks
 from edgeft.checkpoint import Checkpoint, local_folder
 from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
-from edgeft.rounding import rounded, rule_of
+from edgeft.rounding import promoted_modules, rounded, rule_of
 from edgeft.shares import layer_of
 from edgeft.target import Target
 
@@ -107,13 +107,14 @@ def survival(
     before, after = Checkpoint(folder), Checkpoint(merged)
     was_tied, tied = (read_model_spec(str(path)).tie_word_embeddings for path in (folder, merged))
     embedding = next((name for name in before.owner if name.endswith(EMBEDDINGS)), None)
+    promoted = promoted_modules(list(after.owner), target)
     tensors, layers, total = [], dict[int | None, _Sums](), _Sums()
     count = dict[int | None, int]()
     for done, name in enumerate(after.owner, start=1):
         old = name if name in before else embedding if was_tied else None
         if old is None or before.shape(old) != after.shape(name):
             raise BadInput(merged, f"{name} is not in the base {model}, or of another shape", "give its own --base")
-        sums, bits = _tensor(before, old, was_tied, after, name, tied, target)
+        sums, bits = _tensor(before, old, was_tied, after, name, tied, target, promoted)
         if sums.dd:
             layer = layer_of(name)
             tensors.append(_facts(name, layer, bits, sums))
@@ -165,11 +166,12 @@ def base_model(document: Path) -> str:
 
 
 def _tensor(
-    before: Checkpoint, old: str, was_tied: bool, after: Checkpoint, new: str, tied: bool, target: Target
-) -> tuple[_Sums, int]:
+    before: Checkpoint, old: str, was_tied: bool, after: Checkpoint, new: str, tied: bool, target: Target,
+    promoted: set[str],
+) -> tuple[_Sums, int]:  # fmt: skip
     """Sums over one tensor, and its bits in the target. The base is rounded as its own export would."""
     shape = after.shape(new)
-    rules = rule_of(old, shape, target, was_tied), rule_of(new, shape, target, tied)
+    rules = rule_of(old, shape, target, was_tied, promoted), rule_of(new, shape, target, tied, promoted)
     sums = _Sums()
     for part in blocks(shape):
         pair = before.read(old, part).float(), after.read(new, part).float()

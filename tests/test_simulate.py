@@ -86,7 +86,7 @@ def real_step(spec: ModelSpec, training: Training, work: Workload) -> tuple[int,
 
 
 def allocated(spec: ModelSpec, training: Training, work: Workload) -> int:
-    """What PyTorch's allocator gave out at most beyond what was there before, in the same step with nothing watching."""
+    """What PyTorch's allocator gave out at most beyond what was there before, in the same step, unwatched."""
     run, samples = prepared(spec, training, work)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run.train_step(samples)

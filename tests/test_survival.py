@@ -113,6 +113,10 @@ def test_more_bits_keep_more(bases: dict[str, Path], tmp_path: Path) -> None:  #
     assert 0.2 < four.cosine < 0.95 < 0.99 < eight.cosine < 1.0
     assert all(t.cosine == pytest.approx(1.0) and t.bits == 32 for t in exact.tensors)
     assert exact.layers == exact.promote == eight.promote == ()
+    mixed = survival(merged, load_target("ort-int4-mixed"))  # each tensor as with its own bits throughout
+    assert {t.bits for t in mixed.tensors} >= {4, 8} and four.cosine < mixed.cosine < eight.cosine
+    with_four = {t.name: t for t in four.tensors}
+    assert all(t == with_four[t.name] if t.bits == 4 else t.cosine > 0.99 for t in mixed.tensors)
     larger = survival(tuned(bases["llama"], tmp_path / "larger", 0.2), INT4)
     assert larger.cosine > four.cosine
     nothing = survival(tuned(bases["llama"], tmp_path / "nothing", 0.0), INT4)
