@@ -107,8 +107,9 @@ def make_dense(
     named: Named = []
     for place, module in list(layer.named_modules()):
         if type(module).__name__ == "Linear4bit":
-            module = _dense_of(module)
+            packed, module = module, _dense_of(module)
             layer.set_submodule(place, module)
+            packed.weight = packed.quant_state = None  # it is in a circle, and its codes would wait for a collection
         for key, old in list(module.named_parameters(recurse=False)):
             if old.ndim > 1 or compute == torch.float32:
                 transposed = key == "weight" and bool(getattr(module, "transposed", False))
