@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode bench-published bench-groups report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode bench-published bench-groups bench-sweep report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -142,6 +142,10 @@ bench-published: .venv/installed  ## what others have published against what edg
 bench-groups:  ## shares of the fine-tune by groups of layers, on the default job
 	@$(MAKE) --no-print-directory profile=cpu train
 	$(py) bench/groups.py build/cpu/train 100 bounded
+
+bench-sweep:  ## the share of the fine-tune that a sweep takes on the default job, and its int4 bundle
+	@$(MAKE) --no-print-directory profile=cpu train
+	$(py) bench/sweep.py build/cpu
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \
