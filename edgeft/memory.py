@@ -33,8 +33,8 @@ CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorc
 
 # What a training process holds on a CPU beyond the tiny run's and its tensors: the matrix library's buffers, Python's
 # objects. Fitted on half of the runs of bench/planner.py; live tensor bytes and the head's buffer are not fitted.
-CPU_BUFFERS, CPU_BYTES_PER_DOUBLING = 9_500_000, 2_060_000  # up to 128 tokens, and for each doubling of them
-CPU_BYTES_PER_LINEAR, CPU_RECOMPUTING = 66_000, 4_800_000  # of each adapted and each quantised linear
+CPU_BUFFERS, CPU_BYTES_PER_DOUBLING = 11_300_000, 1_460_000  # up to 128 tokens, and for each doubling of them
+CPU_BYTES_PER_ADAPTER, CPU_BYTES_PER_NF4, CPU_RECOMPUTING = 100_000, 36_000, 4_650_000  # of each linear; of a run
 
 EXACT_FAMILIES = tuple(FAMILIES)  # whose operations are written down in `edgeft.dataflow`; others get a wider margin
 
@@ -327,12 +327,13 @@ def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapp
     rows = min(training.loss_chunk_tokens, tokens)
     known = [count for count in sorted(head_buffers) if count >= rows] or sorted(head_buffers)[-1:]
     head = head_buffers[known[0]] * spec.vocab_size if known else 0
-    linears = len(training.target_modules) * len(training.trained_layers) if training.tuner == "lora" else 0
-    linears += len(spec.linears) * spec.num_hidden_layers if training.base_precision == "nf4" else 0
+    adapted = len(training.target_modules) * len(training.trained_layers) if training.tuner == "lora" else 0
+    quantised = len(spec.linears) * spec.num_hidden_layers if training.base_precision == "nf4" else 0
     fixed = CPU_BUFFERS + int(CPU_BYTES_PER_DOUBLING * max(0.0, math.log2(tokens / 128)))
     fixed += CPU_RECOMPUTING if training.checkpointing else 0
-    formula = f"the matrix library's: V = {spec.vocab_size}, {tokens} tokens; {linears} adapted or quantised linears"
-    return Term(name="buffers", bytes=fixed + head + CPU_BYTES_PER_LINEAR * linears, formula=formula)
+    fixed += CPU_BYTES_PER_ADAPTER * adapted + CPU_BYTES_PER_NF4 * quantised
+    formula = f"the matrix library's: V = {spec.vocab_size}, {tokens} tokens; {adapted} adapters, {quantised} in NF4"
+    return Term(name="buffers", bytes=fixed + head, formula=formula)
 
 
 def phases(

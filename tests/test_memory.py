@@ -151,9 +151,9 @@ def test_what_is_no_tensor_grows_with_what_was_fitted_and_measured(tmp_path: Pat
     for tokens, per_word in ((100, 10), (128, 10), (129, 500), (256, 500), (4096, 500)):
         assert held(tokens, measured) - held(tokens) == per_word * spec.vocab_size
     linears = 4 * len(plan_of(FOUR, 64).target_modules)
-    assert held(64) - held(64, tuner="full") == memory.CPU_BYTES_PER_LINEAR * linears
+    assert held(64) - held(64, tuner="full") == memory.CPU_BYTES_PER_ADAPTER * linears
     assert held(64, checkpointing=True) - held(64) == memory.CPU_RECOMPUTING
-    assert held(64, base_precision="nf4") - held(64) == memory.CPU_BYTES_PER_LINEAR * 7 * spec.num_hidden_layers
+    assert held(64, base_precision="nf4") - held(64) == memory.CPU_BYTES_PER_NF4 * 7 * spec.num_hidden_layers
 
 
 def test_more_tokens_never_need_less(tmp_path: Path) -> None:
