@@ -4,7 +4,8 @@
 
 Four shapes x four ways to train, 4 samples of 256 tokens a step. Each plan's own step runs with random weights
 (`edgeft plan --verify`); the third is timed. Nothing else may run beside it: the estimate counts operations against the
-matrix rate that was measured when the machine was quiet.
+matrix rate that was measured when the machine was quiet. What was measured is kept in build/bench-time.jsonl: a changed
+estimate is compared with the same runs (remove it to measure again).
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from planner import SHAPES
+from planner import FITTED_ON, SHAPES
 from run import ROOT, random_model, record, verb
+
+from edgeft.planner import make_plan
+from edgeft.settings import make_job
 
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"tuner": "lora", "rank": 16, "base_precision": "fp32"},
@@ -29,37 +33,43 @@ WAYS: dict[str, dict[str, Any]] = {
 COMMON = {"max_length": 256, "batch_size": 4, "micro_batch_size": 4, "checkpointing": False}
 
 
+def measure(plan: Path, model: Path, pins: list[str]) -> float:
+    """Seconds of one real step of that plan."""
+    verb("plan", "--model", str(model), "--profile", "cpu", *pins, "--verify", "--out", str(plan), as_json=False)
+    return float(json.loads(plan.with_name("trial.json").read_text())["measured_seconds_per_step"])
+
+
+def of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How far estimates are from measurements, as factors."""
+    ratios = sorted(row["estimated_to_measured"] for row in rows)
+    typical = math.exp(statistics.fmean(abs(math.log(ratio)) for ratio in ratios))
+    return {"runs": len(rows), "lowest": ratios[0], "median": statistics.median(ratios), "highest": ratios[-1],
+            "typical_factor": round(typical, 3)}  # fmt: skip
+
+
 def main() -> None:
+    path = ROOT / "build" / "bench-time.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    kept = {row["run"]: row["measured_seconds"] for row in map(json.loads, lines)}
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for shape, values in SHAPES.items():
             model = random_model(Path(scratch) / shape, values)
             for way, settings in WAYS.items():
-                pins = [part for key, value in {**COMMON, **settings}.items() for part in ("--set", f"{key}={value}")]
-                plan = Path(scratch) / f"{len(rows)}.json"
-                verb(
-                    "plan",
-                    "--model",
-                    str(model),
-                    "--profile",
-                    "cpu",
-                    *pins,
-                    "--verify",
-                    "--out",
-                    str(plan),
-                    as_json=False,
-                )
-                trial = json.loads(plan.with_name("trial.json").read_text())
-                estimated, measured = trial["estimated_seconds_per_step"], trial["measured_seconds_per_step"]
-                ratio = round(estimated / measured, 3)
-                rows.append({"run": f"{shape}; {way}", "estimated_seconds": estimated, "measured_seconds": measured,
-                             "estimated_to_measured": ratio})  # fmt: skip
-                print(f"{rows[-1]['run']:40} estimated {estimated:.2f} s, measured {measured:.2f} s, ratio {ratio}",
-                      flush=True)  # fmt: skip
-    away = [abs(math.log(row["estimated_to_measured"])) for row in rows]
-    ratios = sorted(row["estimated_to_measured"] for row in rows)
-    summary = {"runs": len(rows), "lowest": ratios[0], "median": statistics.median(ratios), "highest": ratios[-1],
-               "typical_factor": round(math.exp(statistics.fmean(away)), 3)}  # fmt: skip
+                name, wanted = f"{shape}; {way}", {**COMMON, **settings}
+                if name not in kept:
+                    pins = [part for key, value in wanted.items() for part in ("--set", f"{key}={value}")]
+                    kept[name] = measure(Path(scratch) / "plan.json", model, pins)
+                    with open(path, "a") as file:
+                        file.write(json.dumps({"run": name, "measured_seconds": kept[name]}) + "\n")
+                estimated = make_plan(make_job(profile="cpu", model=str(model), **wanted)).seconds_per_step
+                ratio = round(estimated / kept[name], 3)
+                rows.append({"run": name, "fitted_on": shape in FITTED_ON, "estimated_seconds": round(estimated, 4),
+                             "measured_seconds": kept[name], "estimated_to_measured": ratio})  # fmt: skip
+                print(f"{name:40} estimated {estimated:.2f} s, measured {kept[name]:.2f} s, ratio {ratio}", flush=True)
+    summary = {name: of([row for row in rows if not row["fitted_on"] or name == "all"])
+               for name in ("all", "not fitted on")}  # fmt: skip
     print(json.dumps(summary), file=sys.stderr)
     probes = sorted((Path.home() / ".cache" / "edgeft").glob("probe-*.json"))
     record("time", {"summary": summary, "probe": json.loads(probes[-1].read_text()) if probes else None, "runs": rows})

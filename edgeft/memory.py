@@ -246,8 +246,9 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
         made += part.gradients
         waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
     if table:
-        held = e * spec.hidden_size * tokens + table + positions  # a tied head's is added to it in place
-        moments.append(("backward, embedding", 0, (there or made) + waiting, held))
+        # its own gradient, to which a tied head's is added in place
+        height = e * spec.hidden_size * tokens + table + positions
+        moments.append(("backward, embedding", 0, (there or made) + waiting, height))
     moments.append(("optimizer", 0, there or made + table + positions, 0))
 
     name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))

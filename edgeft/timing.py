@@ -17,15 +17,15 @@ from edgeft.settings import Training
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
 # half of the shapes of bench/time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
-MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.12), (0.4, 0.3)
+MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
 
 # Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
 # alone, then with the backward pass: counted on the tape of `edgeft.dataflow` for a Llama (tests/test_timing.py).
 MADE = {
     "idle": (11, 4, 6.5, 6.5, 0),
-    "through": (38, 8, 16, 16, 0),
-    "lora": (56, 18, 22, 24, 14),
-    "full": (40, 8, 16, 16, 0),
+    "through": (33, 8, 14, 14, 0),
+    "lora": (46, 18, 20, 22, 14),
+    "full": (35, 8, 14, 14, 0),
 }
 PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient

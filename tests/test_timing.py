@@ -30,9 +30,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[complex]]:
     sizes: list[complex] = []
     original = tape.Storage.__init__
 
-    def note(self: tape.Storage, on: tape.Tape, size: complex, *, silently: bool = False) -> None:
+    def note(self: tape.Storage, on: tape.Tape, size: complex, **said: bool) -> None:
         sizes.append(size)
-        original(self, on, size, silently=silently)
+        original(self, on, size, **said)
 
     monkeypatch.setattr(tape.Storage, "__init__", note)
     dataflow.layer_bytes.cache_clear()
