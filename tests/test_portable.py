@@ -79,7 +79,7 @@ def test_optimum_is_looked_for_where_it_is_named_then_here_then_beside(
 
 def test_an_interpreter_without_optimum_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = tmp_path / "bare"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$2" "$3" "$4" "$5" "$6"\n')
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$2" "$3" "$4" "$5" "$6"\n')
     bare.chmod(0o755)
     monkeypatch.setenv(INTERPRETER, str(bare))
     with pytest.raises(MissingExtra, match=r"cannot be imported by .*bare: ModuleNotFoundError: No module named"):
