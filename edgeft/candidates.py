@@ -182,13 +182,14 @@ def candidates(
         for precision in _precisions(job, profile, tuner, layers["layers"] != "all")
         for rank in (ranks if tuner == "lora" else [0])
     ]
-    for (tuner, precision, rank, layers), batch, (checkpointing, kept), chunk, optimizer in itertools.product(
-        ways,
+    modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
+    open_still = list(itertools.product(
         [job.micro_batch_size] if job.micro_batch_size else batches,
         _recomputing(job, spec),
         [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
         [job.optimizer] if job.optimizer else optimizers,
-    ):
+    ))  # fmt: skip
+    for tuner, precision, rank, layers in ways:
         if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
             continue  # more than half the hidden size is no low rank
         compute = precision if precision != "nf4" else _compute_of_nf4(profile)
@@ -199,32 +200,21 @@ def candidates(
             problem = f"trains in fp32, but this plan computes in {compute}"
             raise BadInput(trains_end, problem, f"leave {trains_end} off, or base_precision to the planner")
         lora = tuner == "lora"
-        yield Training(
-            device=profile.device,
-            tuner=tuner,
-            base_precision=precision,
-            compute_dtype=compute,  # type: ignore[arg-type]
-            rank=rank,
-            lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
-            target_modules=tuple(linear.name for linear in spec.linears if linear.role != "other") if lora else (),
-            **layers,
-            micro_batch_size=batch,
-            batch_size=job.batch_size,
-            max_length=work.longest,
-            max_trained=work.longest_trained,
-            checkpointing=checkpointing,
-            kept_layers=kept,
-            loss_chunk_tokens=chunk,
-            optimizer=optimizer,
-            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
-            steps=steps,
-            warmup_steps=max(1, round(job.warmup_fraction * steps)),
-            weight_decay=job.weight_decay,
-            max_grad_norm=job.max_grad_norm,
-            seed=job.seed,
-            checkpoint_steps=job.checkpoint_steps,
-            eval_rows=job.eval_rows,
-        )
+        shared: dict[str, Any] = {
+            "device": profile.device, "tuner": tuner, "base_precision": precision, "compute_dtype": compute,
+            "rank": rank, "lora_alpha": (job.lora_alpha or LORA_ALPHA) if lora else 0.0,
+            "target_modules": modules if lora else (), **layers, "batch_size": job.batch_size,
+            "max_length": work.longest, "max_trained": work.longest_trained,
+            "learning_rate": job.learning_rate or default_learning_rate(spec, tuner), "steps": steps,
+            "warmup_steps": max(1, round(job.warmup_fraction * steps)), "weight_decay": job.weight_decay,
+            "max_grad_norm": job.max_grad_norm, "seed": job.seed, "checkpoint_steps": job.checkpoint_steps,
+            "eval_rows": job.eval_rows,
+        }  # fmt: skip
+        for batch, (checkpointing, kept), chunk, optimizer in open_still:
+            yield Training(
+                **shared, micro_batch_size=batch, checkpointing=checkpointing, kept_layers=kept,
+                loss_chunk_tokens=chunk, optimizer=optimizer,
+            )  # fmt: skip
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:

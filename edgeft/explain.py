@@ -51,23 +51,24 @@ def alternatives(question: Question, chosen: Training, looked_at: Iterable[Train
     """Every candidate that differs from the chosen one in exactly one choice."""
     quality, seconds = question.key(chosen)
     here = question.high_bytes(chosen)
-    own = {name: describe(chosen, name) for name in CHOICES}
-    found = []
-    same_layers = [
-        training.model_copy(update={"kept_layers": chosen.kept_layers})
-        for training in looked_at
-        if training.checkpointing and chosen.kept_layers
-    ]
-    for training in (*looked_at, *same_layers):
-        changed = [name for name in CHOICES if describe(training, name) != own[name]]
+    own = [(name, describe(chosen, name)) for name in CHOICES]
+    near: list[tuple[Training, str]] = []
+    for training in looked_at:
+        changed = [name for name, value in own if describe(training, name) != value]
         if training.tuner != chosen.tuner:  # another tuner has no rank, or gets one
             changed = [name for name in changed if name not in ("rank", "base_precision")]
-        if len(changed) != 1:
-            continue
+        if len(changed) == 1:
+            near.append((training, changed[0]))
+        if training.checkpointing and chosen.kept_layers:  # with as many layers kept, it recomputes as the chosen one
+            changed = [name for name in changed if name != "checkpointing"]
+            if len(changed) == 1:
+                near.append((training.model_copy(update={"kept_layers": chosen.kept_layers}), changed[0]))
+    found = []
+    for training, name in near:
         high = question.high_bytes(training)
         other_quality, other_seconds = question.key(training)
         found.append(Alternative(
-            setting=changed[0], value=describe(training, changed[0]), high_bytes=high, more_bytes=high - here,
+            setting=name, value=describe(training, name), high_bytes=high, more_bytes=high - here,
             more_seconds_per_step=round(other_seconds - seconds, 4),
             more_quality_cost=round(other_quality - quality, 3),
             fits=high <= question.budget_bytes and not question.too_slow(training),

@@ -45,11 +45,8 @@ def mean_work(work: memory.Workload, lengths: Lengths | None) -> memory.Workload
     return memory.Workload(min(work.longest, round(lengths.mean) + 1), min(work.longest_trained, round(lengths.mean)))
 
 
-def seconds_per_step(
-    profile: Profile, spec: ModelSpec, training: Training, work: memory.Workload, kept_layers: int | None = None
-) -> float:
-    """Seconds per optimizer step of samples of `work`; `kept_layers` stands for the plan's where it is given."""
-    counted = count(spec, training, work, training.kept_layers if kept_layers is None else kept_layers)
+def seconds_per_step(profile: Profile, training: Training, work: memory.Workload, counted: Counted) -> float:
+    """Seconds per optimizer step of samples of `work` that computes and moves what was counted."""
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
     of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
     moved = counted.bytes / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)

@@ -66,7 +66,8 @@ def test_more_work_takes_longer(llama: ModelSpec) -> None:
     profile = load_profile("t4")
 
     def seconds(layers: range = range(16), **changes: Any) -> float:
-        return seconds_per_step(profile, llama, plan_of(llama, layers, **{"batch_size": 8, **HALF, **changes}), WORK)
+        training = plan_of(llama, layers, **{"batch_size": 8, **HALF, **changes})
+        return seconds_per_step(profile, training, WORK, count(llama, training, WORK, training.kept_layers))
 
     kept, again = seconds(), seconds(checkpointing=True)
     assert kept < seconds(checkpointing=True, kept_layers=8) < again
