@@ -210,11 +210,12 @@ def candidates(
             "max_grad_norm": job.max_grad_norm, "seed": job.seed, "checkpoint_steps": job.checkpoint_steps,
             "eval_rows": job.eval_rows,
         }  # fmt: skip
+        found: Training | None = None
         for batch, (checkpointing, kept), chunk, optimizer in open_still:
-            yield Training(
-                **shared, micro_batch_size=batch, checkpointing=checkpointing, kept_layers=kept,
-                loss_chunk_tokens=chunk, optimizer=optimizer,
-            )  # fmt: skip
+            own = {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept,
+                   "loss_chunk_tokens": chunk, "optimizer": optimizer}  # fmt: skip
+            found = found.model_copy(update=own) if found else Training(**shared, **own)
+            yield found
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:

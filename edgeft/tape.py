@@ -79,10 +79,10 @@ class Tape:
                     waiting[id(below)] = 0
                 waiting[id(below)] += 1
         root.gradients.append(gradient.pop())
-        ready = [root]
+        ready = [(-root.number, root)]
         del found, root
         while ready:
-            node = heapq.heappop(ready)
+            _, node = heapq.heappop(ready)
             results = node.evaluate(self)
             for n, below in enumerate(node.inputs):
                 if below is None:
@@ -93,7 +93,7 @@ class Tape:
                 del result
                 waiting[id(below)] -= 1
                 if not waiting[id(below)]:
-                    heapq.heappush(ready, below)
+                    heapq.heappush(ready, (-below.number, below))
 
 
 class Storage:
@@ -115,7 +115,7 @@ class Storage:
 Backward = Callable[[Tape, list[Storage], list[Storage], list[bool]], "list[Storage | None]"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """One operation on the way back; `number` says when it was made: later ones run first."""
 
@@ -172,7 +172,7 @@ def boundary() -> tuple[Node, list[Storage]]:
     return Node(-1, [], [], take), held
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Value:
     """A tensor: the storage it is all or part of, its own bytes, and where its gradient goes (None: nowhere)."""
 

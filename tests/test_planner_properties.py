@@ -20,6 +20,7 @@ from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.planner import best_that_fits, make_plan
 from edgeft.profile import Profile, list_profiles
 from edgeft.settings import Training, make_job
+from edgeft.timing import count, mean_work, seconds_per_step
 from edgeft.units import GIB, MIB
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -59,6 +60,16 @@ PINS: list[dict[str, Any]] = [
     {"rank": 16, "layers": "all"}, {"tuner": "full", "layers": "lisa"}, {"layers": "sparse"}, {"base_precision": "nf4"},
     {"loss_chunk_tokens": 64, "tuner": "lora"}, {"checkpointing": True, "rank": 8}, {"micro_batch_size": 1},
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pins", PINS)
+def test_what_is_counted_once_is_what_each_way_counts(pins: dict[str, Any]) -> None:
+    question = random_question(random.Random(f"counts {pins}"), SPECS[0], **pins)
+    work = mean_work(question.work, question.lengths)
+    for training in ways(question):
+        for kept in (None, training.kept_layers, question.most_kept(training)):
+            counted = count(question.spec, training, work, training.kept_layers if kept is None else kept)
+            assert question.seconds(training, kept) == seconds_per_step(question.profile, training, work, counted)
 
 
 @pytest.mark.parametrize("seed", range(14))
