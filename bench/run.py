@@ -65,21 +65,25 @@ def interval_plans(plan: Plan) -> list[tuple[tuple[str, ...], int]]:
 
 
 def random_model(folder: Path, shape: dict[str, Any]) -> Path:
-    """A Llama of that shape with random weights and the example's tokenizer, its ids spread over the vocabulary.
-
-    A tokenizer of that size would use ids from everywhere, too: of an embedding that stays in its file, only the pages
-    with words that occur are ever in memory.
-    """
+    """A Llama of that shape with random weights, and a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = shape["hidden_size"] // 64
     values = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64, **shape}
     config = LlamaConfig(**values, max_position_embeddings=1024, eos_token_id=0, bos_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder)
+    return with_tokenizer(folder, shape["vocab_size"])
+
+
+def with_tokenizer(folder: Path, words: int) -> Path:
+    """Give a model the example's tokenizer, its ids spread over the vocabulary as those of a larger one would be.
+
+    Of an embedding that stays in its file only the pages with words that occur are ever in memory.
+    """
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(BASE / name, folder / name)
     tokenizer = json.loads((BASE / "tokenizer.json").read_text())
-    apart = shape["vocab_size"] // len(tokenizer["model"]["vocab"])
+    apart = words // len(tokenizer["model"]["vocab"])
     tokenizer["model"]["vocab"] = {piece: n * apart for piece, n in tokenizer["model"]["vocab"].items()}
     for added in tokenizer["added_tokens"]:
         added["id"] *= apart

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import BASE, CONFIGS, ROOT, SECTIONS, record, verb
+from run import BASE, CONFIGS, ROOT, SECTIONS, record, verb, with_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 MODELS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
@@ -38,7 +38,7 @@ TARGETS = ("ort-int4", "ort-int8", "ort-fp32")
 
 
 def random_model(folder: Path, name: str, changes: dict[str, Any], dtype: torch.dtype) -> Path:
-    """A model of a known config's shape with random weights and the example's tokenizer; the example itself for ""."""
+    """A model of a known config's shape with random weights and a tokenizer; the example itself for ""."""
     if not name:
         return BASE
     config = AutoConfig.from_pretrained(CONFIGS / name)
@@ -48,9 +48,7 @@ def random_model(folder: Path, name: str, changes: dict[str, Any], dtype: torch.
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     config.eos_token_id = config.bos_token_id = 0
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(BASE / file, folder / file)
-    return folder
+    return with_tokenizer(folder, config.vocab_size)
 
 
 def row(model: str, stage: str, phases: list[dict[str, Any]], measured: int) -> dict[str, Any]:

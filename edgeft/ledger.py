@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import sys
 import weakref
@@ -37,6 +38,16 @@ def control_malloc() -> bool:
     except (OSError, AttributeError):  # musl has neither the file nor the threshold
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 65536)) and bool(mallopt(M_TRIM_THRESHOLD, 65536))
+
+
+def give_back() -> None:
+    """Let glibc return what was freed to the system, where `control_malloc` does not (it slows small tensors down).
+
+    It keeps a dropped model's pages for tensors to come: 530 MiB of a 135M model in fp32 after its second loading.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _status(field: str) -> int:

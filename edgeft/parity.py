@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from edgeft import ledger
 from edgeft.architectures import find_parts
 from edgeft.checkpoint import load_plain, local_folder
 from edgeft.data import IGNORED, Sample, TextTokenizer
@@ -238,10 +239,12 @@ def climb_from(
     following = observe_model("merged", fold(model), prompts, tokenizer)
     rungs.append(compare(form, following, SAME))
     del model
+    ledger.give_back()
     form = following
     progress("parity: reloaded", 2, 4, {})
     following = observe_model("reloaded", load_plain(merged_folder), prompts, tokenizer)
     rungs.append(compare(form, following, ROUNDED.get(read_model_spec(str(merged_folder)).dtype, SAME)))
+    ledger.give_back()
     form = following
     progress("parity: artifact", 3, 4, {})
     rungs.append(compare(form, observe_artifact("artifact", artifact, prompts, tokenizer), tolerance))

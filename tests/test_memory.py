@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from edgeft.loop import Run
 from edgeft.model_spec import read_model_spec
 from edgeft.settings import Training
 from edgeft.tuners import apply_tuner
+from edgeft.units import MIB
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CPU = torch.device("cpu")
@@ -163,3 +167,24 @@ def test_more_tokens_never_need_less(tmp_path: Path) -> None:
         for n in (16, 64, 256, 1024)
     ]
     assert totals == sorted(totals) and totals[0] < totals[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    """Once glibc has seen a large array freed it keeps the next ones: small ones between them hold their pages."""
+    code = """if True:
+        import numpy
+        from edgeft.budget import resident_bytes
+        from edgeft.ledger import give_back
+        numpy.ones(2**21)
+        before = resident_bytes()
+        arrays = [(numpy.ones(2**17), numpy.ones(64)) for _ in range(200)]
+        small = [pair[1] for pair in arrays]
+        del arrays
+        kept = resident_bytes() - before
+        give_back()
+        print(kept, resident_bytes() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 150 * MIB and left < 10 * MIB
