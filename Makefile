@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode bench-published bench-groups bench-sweep report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-published bench-groups bench-sweep report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -103,7 +103,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes each
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
 	$(py) bench/planner.py
@@ -122,6 +122,9 @@ bench-sparse: .venv/installed  ## which layers to train: full, LoRA, sparse by e
 
 bench-methods: .venv/installed  ## full fine-tuning against LoRA on the example task
 	$(py) bench/methods.py
+
+bench-rates: .venv/installed  ## which learning rate the default job should take, by its validation rows
+	$(py) bench/rates.py
 
 bench-example:  ## the default job from base to bundle
 	@$(MAKE) --no-print-directory profile=cpu export

@@ -59,11 +59,14 @@ class Kept:
 
 
 def train(folder: Path, settings: dict[str, Any], *, model: Path = BASE, data: Path = SECTIONS / "train.jsonl",
-          valid: Path = SECTIONS / "valid.jsonl", test: Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """train.json of one job, planned for this machine's CPU."""
+          valid: Path = SECTIONS / "valid.jsonl", test: Path | None = None, profile: str = "cpu",
+          rehearsal: bool = True) -> dict[str, Any]:  # fmt: skip
+    """train.json of one job, planned for this machine's CPU or another profile."""
     files = ["--data", str(data), "--valid", str(valid), *(["--test", str(test)] if test else [])]
-    verb("plan", "--model", str(model), "--profile", "cpu", *files, *pins(settings), "--out", str(folder / "plan.json"))
-    verb("train", str(folder / "plan.json"), "--out", str(folder / "train"))
+    verb(
+        "plan", "--model", str(model), "--profile", profile, *files, *pins(settings), "--out", str(folder / "plan.json")
+    )
+    verb("train", str(folder / "plan.json"), "--out", str(folder / "train"), *([] if rehearsal else ["--no-rehearsal"]))
     return json.loads((folder / "train" / "train.json").read_text())
 
 
