@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-published bench-groups bench-sweep report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -138,6 +138,9 @@ bench-stages: .venv/installed  ## predicted against measured peaks of merge and 
 
 bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama])
 	$(py) bench/decode.py
+
+bench-cuda: .venv/installed  ## planned against measured bytes on the GPU that is here
+	$(py) bench/gpu.py
 
 bench-published: .venv/installed  ## what others have published against what edgeft predicts from their settings
 	$(py) bench/published.py
