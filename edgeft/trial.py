@@ -59,7 +59,7 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         longest = plan.training.max_length
         trained = min(longest, plan.lengths.longest_trained if plan.lengths else longest)
         labels = [IGNORED] * (longest - trained) + [1] * trained
-        sample = Sample([1] * longest, labels, max(0, longest - trained), "")
+        sample = Sample([1] * longest, labels, max(0, longest - trained))
         ledger.reset_peak(device)
         for _ in range(STEPS):
             started = time.monotonic()
