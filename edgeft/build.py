@@ -172,7 +172,7 @@ def build_bundle(
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
         weights = _with_adapters(backend.read_weights(folder), written)
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
-        stop_ids = stop_ids_of(tokenizer)
+        stop_ids = tokenizer.stop_ids
         backend.write_limits(folder, context_tokens, stop_ids)
         files = hash_files(folder)
         hashes = {name: file.sha256 for name, file in files.items()}
@@ -270,22 +270,6 @@ def _prove_adapters(
     return entries
 
 
-def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
-    """The checkpoint's end tokens, and the special token with which the chat template closes an answer."""
-    found = list(tokenizer.eos_ids)
-    if tokenizer.template_text is not None:
-        probe = "edgeft"
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
-        try:
-            after = tokenizer.render(messages, add_generation_prompt=False).rpartition(probe)[2]
-        except BadInput:  # a template of another kind of turn: the checkpoint's own end tokens have to do
-            after = ""
-        closing = tokenizer.encode([after])[0][:1]
-        special = {token for token, entry in tokenizer.backend.get_added_tokens_decoder().items() if entry.special}
-        found += [token for token in closing if token in special and token not in found]
-    return found
-
-
 def _within(size_budget_bytes: int | None, size_bytes: int, target: Target) -> None:
     """Nothing. Raises DoesNotFit (exit 3) for a bundle larger than it may be: then none is written."""
     if size_budget_bytes is not None and size_bytes > size_budget_bytes:
@@ -344,7 +328,7 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
     return made
 
 
-def _rendered(model: Any, messages: list[dict[str, str]]) -> str:
+def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:
     """What the runtime makes of a chat. Raises ParityFailed where it cannot read the template at all."""
     try:
         return str(model.render(messages))

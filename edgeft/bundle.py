@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -26,7 +26,7 @@ class GoldenInput(Strict):
     """One prompt to record: a text as it is, or chat messages for the template."""
 
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_of_them(self) -> GoldenInput:
@@ -43,7 +43,7 @@ class Golden(Strict):
     another CPU may rightly choose the other.
     """
 
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     text: str
     plain: bool
     ids: list[int]

@@ -263,6 +263,8 @@ def train(
     else:
         each = show_seconds(made.seconds_per_step)
         say(f"about {show_seconds(made.seconds)} of training are estimated ({each} a step)")
+    if made.lengths is not None:
+        say("; ".join([f"{made.lengths.path}: {made.lengths.line}", *made.lengths.remarks]))
     rehearsed = NOT_REHEARSED
     if rehearsal:
         named = made.job.target if target in (None, "all-that-fit") else target
@@ -672,6 +674,32 @@ def report(
         sys.stdout.write(made.model_dump_json() + "\n")
     else:
         stdout.print("\n".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+@app.command()
+def data(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="jsonl, csv, parquet or a hub dataset id")],
+    model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id: its tokenizer is used")],
+    rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    max_length: Annotated[int | None, typer.Option(min=8, help="cut samples to so many tokens, as a plan does")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what of a data file trains: the first rows with their trained tokens marked, and what is not used, and why.
+
+    Rows that cannot be used are refused with their lines (exit 1).
+    """
+    from edgeft.data import TextTokenizer, data_text, report_data
+
+    folder = Path(model)
+    if not folder.is_dir():
+        from edgeft.checkpoint import local_folder
+
+        folder = local_folder(model)
+    found = report_data(file, TextTokenizer(folder), max_length, rows)
+    if as_json:
+        sys.stdout.write(found.model_dump_json() + "\n")
+    else:
+        stdout.print(data_text(found), soft_wrap=True, markup=False)
 
 
 @app.command()

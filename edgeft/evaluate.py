@@ -1,4 +1,9 @@
-"""How good is a model on rows of data: loss per trained token, perplexity, exact match of its greedy answers?"""
+"""How good is a model on rows of data: loss per trained token, perplexity, exact match of its greedy answers?
+
+One pass over prompt and answer gives both: a greedy answer is the row's own exactly where each of its tokens, and the
+end token behind them, is the model's most likely one after those before it. Nothing is generated for such a row, nor
+for one whose first other token rules the answer out; what is left is one that may spell the same text in other tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,13 @@ from typing import Any
 import torch
 
 from edgeft.architectures import Parts
-from edgeft.batches import make_batch
-from edgeft.data import Sample, TextTokenizer
+from edgeft.batches import Batch, make_batch
 from edgeft.loss import chunked_cross_entropy, head_transform
-from edgeft.scores import Metrics
+from edgeft.samples import Sample
+from edgeft.scores import MAX_ANSWER_TOKENS, Metrics
+from edgeft.tokenizer import TextTokenizer
 
 EVAL_TOKENS = 1024  # padded tokens scored at once where no plan says otherwise
-MAX_ANSWER_TOKENS = 256
 
 
 @contextlib.contextmanager
@@ -27,6 +32,13 @@ def autocast(device: torch.device, compute: torch.dtype) -> Iterator[None]:
     else:
         with torch.autocast(device.type, dtype=compute):
             yield
+
+
+def trained_states(parts: Parts, batch: Batch, compute: torch.dtype) -> torch.Tensor:
+    """Hidden states (N, h) from which the trained tokens of a batch are predicted, in the compute dtype."""
+    hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
+    # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
+    return hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)  # type: ignore[no-any-return]
 
 
 def token_losses(
@@ -41,12 +53,9 @@ def token_losses(
     batch = make_batch(samples).to(device)
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     with autocast(device, compute):
-        hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
-        # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
-        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)
         head: Any = parts.head
         return chunked_cross_entropy(
-            hidden,
+            trained_states(parts, batch, compute),
             head.weight,
             head.bias,
             batch.targets,
@@ -56,40 +65,162 @@ def token_losses(
         )
 
 
+@torch.no_grad()
+def score_group(
+    model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, compute: torch.dtype, chunk_tokens: int
+) -> tuple[float, list[list[int]]]:
+    """(sum of cross entropies in nats, the most likely token at each trained one of each sample), in one pass."""
+    batch = make_batch(samples).to(device)
+    scale, softcap = head_transform(model.config.get_text_config(decoder=True))
+    head: Any = parts.head
+    total, likely = 0.0, list[int]()
+    with autocast(device, compute):
+        hidden = trained_states(parts, batch, compute)
+        for start in range(0, len(hidden), chunk_tokens):
+            logits = hidden[start : start + chunk_tokens] @ head.weight.T.to(hidden.dtype)
+            if head.bias is not None:
+                logits += head.bias
+            logits = logits.float().mul_(scale)
+            if softcap:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            chosen = logits.gather(1, batch.targets[start : start + chunk_tokens, None])
+            highest, best = logits.max(dim=-1, keepdim=True)
+            norm = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+            total += float((norm.log() + highest - chosen).sum())
+            likely += best[:, 0].tolist()
+            del logits
+    given = iter(likely)
+    return total, [[next(given) for _ in range(sample.trained_tokens)] for sample in samples]
+
+
 def by_length(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
     """Samples in groups of similar length, at most `tokens` padded tokens each (one sample at least)."""
     group: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
-        if group and len(sample.ids) * (len(group) + 1) > tokens:
+    for sample in sorted(samples, key=lambda sample: len(sample)):
+        if group and len(sample) * (len(group) + 1) > tokens:
             yield group
             group = []
         group.append(sample)
     yield group
 
 
+def answer_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens that are enough to give the longest completion of `samples` and its end, at most MAX_ANSWER_TOKENS."""
+    return min(MAX_ANSWER_TOKENS, max(len(sample) - sample.prompt_tokens for sample in samples) + 1)
+
+
+def by_answer(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
+    """Samples to be answered together: rows x (longest prompt + new tokens + 1) of a group is at most `tokens`.
+
+    The new tokens are those of the group's own longest answer; one sample at least, however long.
+    """
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: (answer_tokens([sample]), sample.prompt_tokens)):
+        wider = [*group, sample]
+        width = max(each.prompt_tokens for each in wider) + answer_tokens(wider) + 1
+        if group and width * len(wider) > tokens:
+            yield group
+            wider = [sample]
+        group = wider
+    if group:
+        yield group
+
+
 @torch.no_grad()
-def greedy(model: Any, prompts: Sequence[list[int]], eos_ids: Sequence[int], max_new_tokens: int,
+def greedy(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
            device: torch.device) -> list[list[int]]:  # fmt: skip
-    """Greedy continuation of each prompt, in order, cut before its first end token; prompts padded on the left."""
+    """The likeliest continuation of each prompt, in order, cut before its first stop id; padded on the left.
+
+    Nothing but the likeliest token: no setting of the checkpoint's generation_config (penalties, forbidden or forced
+    tokens, least lengths, beams) takes part, as none does in run.py. Ends as soon as every row has stopped.
+    """
     width = max(map(len, prompts))
-    pad = eos_ids[0]
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    pad = stop_ids[0]
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    made = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-        eos_token_id=list(eos_ids), pad_token_id=pad, temperature=None, top_p=None, top_k=None,
-    )[:, width:].tolist()  # fmt: skip
-    return [row[: next((i for i, token in enumerate(row) if token in eos_ids), len(row))] for row in made]
+    with plain_generation(model, stop_ids, max_new_tokens) as settings:
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+    return [cut_at(row, stop_ids) for row in made]
+
+
+@contextlib.contextmanager
+def plain_generation(model: Any, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[Any]:
+    """Settings of generation that hold lengths and end tokens alone, also in place of the model's own.
+
+    transformers fills what a given configuration leaves open from that of the model.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True, eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+    )  # type: ignore[no-untyped-call]  # fmt: skip
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
+
+
+def cut_at(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """The ids before the first stop id."""
+    return list(ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))])
+
+
+def asked_for(sample: Sample, stop_ids: Sequence[int]) -> tuple[list[int], bool]:
+    """(the ids that an answer must give, whether it must end there).
+
+    An answer that was cut, or is longer than MAX_ANSWER_TOKENS, is asked for up to where it is cut.
+    """
+    whole = sample.ids[sample.prompt_tokens :][:MAX_ANSWER_TOKENS]
+    wanted = cut_at(whole, stop_ids)
+    return wanted, len(wanted) < len(whole)
 
 
 def is_exact(tokenizer: TextTokenizer, sample: Sample, answer: Sequence[int]) -> bool:
-    """Whether an answer reads the same as the row's completion, white space around both left out."""
-    return tokenizer.decode(answer).strip() == tokenizer.decode(sample.ids[sample.prompt_tokens :]).strip()
+    """Whether an answer is what the row asks for: the same ids up to a stop id, or the same text.
+
+    White space around both is left out where other text remains; special tokens must be the same ones.
+    """
+    wanted, ends = asked_for(sample, tokenizer.stop_ids)
+    if not wanted and not ends:  # all of the answer was cut
+        return False
+    given = cut_at(answer, tokenizer.stop_ids)
+    return _same(tokenizer, wanted, given if ends else given[: len(wanted)])
 
 
-def answer_tokens(samples: Sequence[Sample]) -> int:
-    """Tokens that are enough to give the longest completion of `samples` and its end, at most MAX_ANSWER_TOKENS."""
-    return min(MAX_ANSWER_TOKENS, max(len(sample.ids) - sample.prompt_tokens for sample in samples) + 1)
+def _same(tokenizer: TextTokenizer, wanted: list[int], given: list[int]) -> bool:
+    if wanted == given:
+        return True
+    if _specials(tokenizer, wanted) != _specials(tokenizer, given):
+        return False
+    text = tokenizer.spell(wanted).strip()
+    return bool(text) and text == tokenizer.spell(given).strip()
+
+
+def _specials(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[int]:
+    return [token for token in ids if token in tokenizer.special_ids]
+
+
+def judge(tokenizer: TextTokenizer, sample: Sample, likely: Sequence[int]) -> bool | None:
+    """Whether the greedy answer is exact, by the most likely token at each trained one; None: it must be generated.
+
+    Up to its first other token the greedy answer is the row's own. It is then exact only if it spells the same text.
+    """
+    stops = tokenizer.stop_ids
+    wanted, ends = asked_for(sample, stops)
+    expected = [*wanted, *([sample.ids[sample.prompt_tokens + len(wanted)]] if ends else [])]
+    given = list(likely[len(likely) - (len(sample) - sample.prompt_tokens) :])[: len(expected)]
+    wrong = next((i for i, (a, b) in enumerate(zip(given, expected, strict=True)) if a != b), None)
+    if wrong is None:
+        return bool(expected)
+    if given[wrong] in stops:
+        return _same(tokenizer, wanted, wanted[:wrong])
+    begun = [*wanted[:wrong], given[wrong]]
+    if _specials(tokenizer, wanted)[: len(_specials(tokenizer, begun))] != _specials(tokenizer, begun):
+        return False
+    may_be = tokenizer.spell(wanted).strip().startswith(tokenizer.spell(begun).strip().rstrip("\ufffd"))
+    return None if may_be else False
 
 
 @torch.no_grad()
@@ -106,22 +237,37 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
     """Metrics over all of `samples`, in groups of similar length."""
-    total, tokens, right, done = 0.0, 0, 0, 0
-    has_prompt = bool(samples[0].completion)
-    longest_answer = answer_tokens(samples)
+    total, right, done = 0.0, 0, 0
+    has_prompt = samples[0].has_prompt
+    open_ones: list[Sample] = []
     for group in by_length(samples, group_tokens):
-        total += float(token_losses(model, parts, group, device, compute, chunk_tokens))
-        tokens += sum(sample.trained_tokens for sample in group)
+        loss, likely = score_group(model, parts, group, device, compute, chunk_tokens)
+        total += loss
         if has_prompt:
-            with autocast(device, compute):
-                prompts = [sample.ids[: sample.prompt_tokens] for sample in group]
-                answers = greedy(model, prompts, tokenizer.eos_ids, longest_answer, device)
-            right += sum(is_exact(tokenizer, sample, answer) for sample, answer in zip(group, answers, strict=True))
+            judged = [judge(tokenizer, *pair) for pair in zip(group, likely, strict=True)]
+            right += judged.count(True)
+            open_ones += [sample for sample, exact in zip(group, judged, strict=True) if exact is None]
         done += len(group)
         progress(done, len(samples))
-    return metrics(len(samples), total / max(1, tokens), right / len(samples) if has_prompt else None)
+    for group in by_answer(open_ones, group_tokens):
+        with autocast(device, compute):
+            prompts = [sample.prompt for sample in group]
+            answers = greedy(model, prompts, tokenizer.stop_ids, answer_tokens(group), device)
+        right += sum(is_exact(tokenizer, sample, answer) for sample, answer in zip(group, answers, strict=True))
+    tokens = sum(sample.trained_tokens for sample in samples)
+    return metrics(samples, tokenizer, total / max(1, tokens), right)
 
 
-def metrics(rows: int, loss: float, exact_match: float | None) -> Metrics:
-    """Metrics of a mean loss in nats per token; the perplexity is exp(loss), capped where a float ends."""
-    return Metrics(rows=rows, loss=loss, perplexity=math.exp(min(loss, 700.0)), exact_match=exact_match)
+def metrics(samples: Sequence[Sample], tokenizer: TextTokenizer, loss: float, right: int) -> Metrics:
+    """Metrics of a mean loss in nats per token and a number of exact answers; the perplexity is exp(loss), capped."""
+    rows = len(samples)
+    asked = samples[0].has_prompt
+    long = sum(
+        len(sample) - sample.prompt_tokens > MAX_ANSWER_TOKENS and not asked_for(sample, tokenizer.stop_ids)[1]
+        for sample in samples
+        if asked
+    )
+    perplexity = math.exp(min(loss, 700.0))  # where a float ends
+    return Metrics(
+        rows=rows, loss=loss, perplexity=perplexity, exact_match=right / rows if asked else None, long_answers=long
+    )

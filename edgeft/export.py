@@ -15,7 +15,7 @@ from edgeft.build import ArtifactModel, build_bundle, need_runtime
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
 from edgeft.costs import Question
-from edgeft.data import Row, TextTokenizer, read_rows, to_samples
+from edgeft.data import Row, TextTokenizer, read_rows, read_samples
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.host import PARITY_PROMPTS
 from edgeft.memory import Phase, Workload
@@ -138,7 +138,7 @@ def export_promoted(
     samples = data.train[:CALIBRATION_ROWS]
     if calibration is not None:
         longest = merged.train.plan.training.max_length
-        samples = to_samples(read_rows(calibration, tokenizer, CALIBRATION_ROWS), tokenizer, longest)
+        samples = read_samples(calibration, tokenizer, longest, CALIBRATION_ROWS)
         samples = [sample for sample in samples if sample.trained_tokens]
     described = f"{len(samples)} rows of {calibration or 'the training data'}"
     measured = measure(merged_folder, target, samples, described, progress)
@@ -202,12 +202,12 @@ def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput]
     assert source is not None  # Data.read has refused a plan without data
     rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
     chat = rows[0].format == "chat"
-    # a chat's pieces are rendered already: its last prompt is replayed as the text the device must reproduce
+    # a chat is rendered already: its last prompt is replayed as the text the device must reproduce
     return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
 
 
 def _prompt_text(row: Row) -> str:
-    return row.pieces[0][0] if row.has_prompt else row.pieces[0][0][:64]
+    return row.prompt if row.has_prompt else row.text[:64]
 
 
 def _chat_input(row: Row) -> GoldenInput:

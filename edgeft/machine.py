@@ -158,7 +158,7 @@ def _rss_after_tiny_step() -> int:
     parts = find_parts(model)
     run = Run(training, device, torch.float32, model, parts, apply_tuner(model, parts, training))
     ids = list(range(128))
-    run.train_step([Sample(ids, ids, 0, "")] * 4)
+    run.train_step([Sample(ids, ids, 0)] * 4)
     greedy(model, [ids[:8]], [0], 2, device)
     del run, model, parts
     gc.collect()

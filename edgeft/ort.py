@@ -19,6 +19,7 @@ from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.footprint import Weights
 from edgeft.model_spec import ModelSpec
 from edgeft.target import Target, eight_bit_modules
+from edgeft.tokenizer import find_template, write_template
 
 MODEL = "model.onnx"
 HEAD = "/lm_head/MatMul"  # how the builder's name of the head's matmul begins
@@ -297,12 +298,14 @@ TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "special_tokens_map.
 def _copy_tokenizer(merged: Path, folder: Path) -> None:
     """The checkpoint's tokenizer, byte for byte, instead of what the builder's transformers made of it.
 
-    tokenizer_config.json stays the builder's: the runtime cannot read the 1e30 that means "no limit" in many.
+    The chat template lies in a file of its own as training read it, wherever and with whatever line ends the checkpoint
+    keeps it. tokenizer_config.json stays the builder's: the runtime cannot read the 1e30 that means "no limit" in many.
     """
     for name in TOKENIZER_FILES:
         if (merged / name).is_file():
             with saving(folder):
                 shutil.copyfile(merged / name, folder / name)
+    write_template(find_template(merged), folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only"):  # how the builder found it, nothing about the tokenizer

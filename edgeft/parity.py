@@ -83,11 +83,11 @@ def observe(name: str, prompts: Sequence[Sample], tokenizer: TextTokenizer, logi
         rows.append(output[trained].clone())
         targets += [sample.ids[i + 1] for i in trained]
         kept += len(trained)
-        answers.append(answer(sample.ids[: sample.prompt_tokens]) if sample.completion else [])
+        answers.append(answer(sample.prompt) if sample.has_prompt else [])
     table = torch.cat(rows)
     loss = -float(table.gather(1, torch.tensor(targets)[:, None]).mean())
     exact = None
-    if prompts[0].completion:
+    if prompts[0].has_prompt:
         exact = sum(is_exact(tokenizer, s, a) for s, a in zip(prompts, answers, strict=True)) / len(prompts)
     return Form(name, table, loss, answers, exact)
 
@@ -101,7 +101,7 @@ def observe_model(name: str, model: Any, prompts: Sequence[Sample], tokenizer: T
             return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]  # type: ignore[no-any-return]
 
     def answer(ids: list[int]) -> list[int]:
-        return greedy(model, [ids], tokenizer.eos_ids, longest, torch.device("cpu"))[0]
+        return greedy(model, [ids], tokenizer.stop_ids, longest, torch.device("cpu"))[0]
 
     return observe(name, prompts, tokenizer, logits, answer)
 
@@ -112,7 +112,7 @@ def observe_artifact(name: str, artifact: Artifact, prompts: Sequence[Sample], t
     return observe(
         name, prompts, tokenizer,
         lambda ids: torch.from_numpy(artifact.logits(ids)),
-        lambda ids: artifact.greedy(ids, longest, tokenizer.eos_ids),
+        lambda ids: artifact.greedy(ids, longest, tokenizer.stop_ids),
     )  # fmt: skip
 
 
@@ -281,8 +281,8 @@ def score_artifact(artifact: Artifact, samples: Sequence[Sample], tokenizer: Tex
         targets = torch.tensor([sample.ids[i + 1] for i in positions])
         total -= float(output[positions].gather(1, targets[:, None]).sum())
         tokens += len(positions)
-        if sample.completion:
-            answer = artifact.greedy(sample.ids[: sample.prompt_tokens], longest, tokenizer.eos_ids)
+        if sample.has_prompt:
+            answer = artifact.greedy(sample.prompt, longest, tokenizer.stop_ids)
             right += is_exact(tokenizer, sample, answer)
         progress(done, len(samples))
-    return metrics(len(samples), total / max(1, tokens), right / len(samples) if samples[0].completion else None)
+    return metrics(samples, tokenizer, total / max(1, tokens), right)

@@ -154,7 +154,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     """Cut the plan's model, change it, merge, export and prove it, all in `scratch`. Raises as those stages do."""
     from edgeft.build import build_bundle, need_runtime
     from edgeft.checkpoint import local_folder
-    from edgeft.data import TextTokenizer, read_rows, to_samples
+    from edgeft.data import TextTokenizer, read_samples
     from edgeft.excerpt import CannotCut, count_layers, cut
     from edgeft.export import golden_inputs
     from edgeft.merge import merge
@@ -182,7 +182,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     source = plan.job.valid or plan.job.data
     if source is None:
         raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
-    rows = to_samples(read_rows(source, tokenizer, PROMPTS), tokenizer, plan.training.max_length)
+    rows = read_samples(source, tokenizer, plan.training.max_length, PROMPTS)
     prompts = [sample for sample in rows if sample.trained_tokens]
     if not prompts:
         return skip(f"the first {PROMPTS} rows of {source} have no token to train on within max_length")

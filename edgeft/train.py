@@ -18,7 +18,7 @@ from edgeft import disk, ledger
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
-from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_rows, to_samples
+from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_samples
 from edgeft.dense import DenseTurns
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.evaluate import autocast, evaluate, token_losses
@@ -88,7 +88,7 @@ class Data:
         tokenizer = TextTokenizer(local_folder(plan.job.model))
 
         def samples(source: str) -> list[Sample]:
-            return to_samples(read_rows(source, tokenizer), tokenizer, plan.training.max_length)
+            return read_samples(source, tokenizer, plan.training.max_length)
 
         train = samples(plan.job.data)
         valid = samples(plan.job.valid) if plan.job.valid else []
@@ -106,7 +106,7 @@ def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, c
 
     It catches a model that does something to its hidden states or logits that edgeft does not know of.
     """
-    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0, "")
+    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0)
     with torch.no_grad(), autocast(device, compute):
         logits = model(input_ids=torch.tensor([short.ids], device=device), use_cache=False).logits[0, :-1].float()
     targets = torch.tensor(short.ids[1:], device=device)

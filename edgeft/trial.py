@@ -78,7 +78,7 @@ def filled_sample(plan: Plan) -> Sample:
     longest = plan.training.max_length
     trained = min(longest, plan.lengths.longest_trained if plan.lengths else longest)
     labels = [IGNORED] * (longest - trained) + [1] * trained
-    return Sample([1] * longest, labels, max(0, longest - trained), "")
+    return Sample([1] * longest, labels, max(0, longest - trained))
 
 
 def random_checkpoint(source: Path, out: Path, device: str = "cpu") -> None:

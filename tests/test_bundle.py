@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, _record, build_bundle, stop_ids_of
+from edgeft.build import ArtifactModel, _record, build_bundle
 from edgeft.bundle import (
     Bundle,
     GoldenInput,
@@ -278,7 +278,7 @@ def test_golden_vectors_are_what_training_would_feed_and_the_artifact_answers() 
 def test_answers_end_where_the_chat_template_ends_them() -> None:
     tokenizer = TextTokenizer(checkpoint())
     assert tokenizer.eos_ids == [0]
-    assert stop_ids_of(tokenizer) == [0, 2]  # <|im_end|>, though no config names it
+    assert tokenizer.stop_ids == [0, 2]  # <|im_end|>, though no config names it
     config = json.loads((bundle("ort-int4") / "genai_config.json").read_text(encoding="utf-8"))
     assert config["model"]["eos_token_id"] == [0, 2]
     assert config["model"]["context_length"] == config["search"]["max_length"] == 512
