@@ -199,9 +199,12 @@ def _try_out(plan_file: Path, as_json: bool) -> None:
     """Measure a plan's steps in a process of their own: this one must not carry torch, nor its memory count."""
     import subprocess
 
+    from edgeft import process
+
     out = plan_file.with_name("trial.json")
     say("measuring the plan's steps with random weights")
-    done = subprocess.run([sys.executable, "-m", "edgeft.trial", str(plan_file), str(out)], check=False)
+    command = process.command("from edgeft.trial import main; main()", plan_file, out)
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
     if as_json:
