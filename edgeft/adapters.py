@@ -37,10 +37,10 @@ class AdapterSource(NamedTuple):
     base_sha256: str
     train_sha256: str
     prompt_format: PromptFormat
-    system: str | None  # message that every training row had
     prompts: Sequence[GoldenInput]
     tokenizer: TextTokenizer
     prove: Callable[[Any], Proof] | None = None  # given the bundle in its runtime, with this adapter in use
+    system: str | None = None  # message that every training row had
 
 
 class Written(NamedTuple):

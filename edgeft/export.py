@@ -323,7 +323,7 @@ def adapter_source(
     digest = sha256_file(folder / "train.json")
     form: PromptFormat = "chat" if chat else "plain"
     system = shared_system(result.plan.job, prompts, tokenizer)
-    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, system, prompts, tokenizer, prove)
+    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system)
 
 
 def _proven(rung: Rung) -> Rung:

@@ -159,7 +159,7 @@ def _manifest(bundle: Path) -> tuple[bytes, dict[str, Any]]:
     missing = [key for key in ("files", "golden", "prompt_format", "prefix_ids", SELF_HASH) if key not in manifest]
     if missing:
         raise RunError(path, "incomplete, there is no " + ", ".join(map(repr, missing)), again)
-    fault = _tables_fault(manifest)
+    fault = _tables_fault(manifest) or _kinds_fault(manifest)
     if fault:
         raise NotAsExported(path, fault, "do not use this bundle: no export writes that")
     return raw, manifest
@@ -176,6 +176,37 @@ def _tables_fault(manifest: dict[str, Any]) -> str:
             return f"{name!r:.80} {name_fault(name)}"
     strange = [entry["file"] for entry in adapters.values() if entry["file"] not in files]
     return f"{strange[0]!r:.80} is an adapter's file that is not among 'files'" if strange else ""
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**31 for each in value)
+
+
+# What a program may rely on once the manifest was read.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "prefix_ids": _are_ids,
+    "stop_ids": _are_ids,
+    "context_tokens": lambda value: type(value) is int and 0 < value < 2**31,
+    "weight_bytes_per_token": lambda value: type(value) is int and 0 < value < 2**63,
+    "prompt_format": lambda value: value in ("plain", "chat"),
+    "system": lambda value: value is None or isinstance(value, str),
+    "labels": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    "task": lambda value: value in ("text-generation", "text-classification", "feature-extraction"),
+    "golden": lambda value: isinstance(value, list),
+}
+
+
+def _kinds_fault(manifest: dict[str, Any]) -> str:
+    """Which value of the manifest, or of an adapter's entry in it, is not of its kind; or nothing."""
+    entries = [
+        ("", manifest),
+        *((f" of adapter {name}", each) for name, each in (manifest.get("adapters") or {}).items()),
+    ]
+    for whose, entry in entries:
+        for key, right in KINDS.items():
+            if key in entry and not right(entry[key]):
+                return f"{key!r}{whose} cannot be {str(entry[key])[:80]!r}"
+    return ""
 
 
 def check_adapter(bundle: Path, manifest: dict[str, Any], name: str, check: bool = True) -> Path:
@@ -273,6 +304,8 @@ class OnnxRuntimeGenAI:
     def use(self, adapter: str | None) -> None:
         """As Runner.use."""
         if adapter is not None and adapter not in self.loaded:
+            entry = (self.manifest.get("adapters") or {}).get(adapter) or {}
+            before = _stamps(self.bundle, [entry["file"]] if self.check and entry else ())
             path = check_adapter(self.bundle, self.manifest, adapter, self.check)
             try:
                 if self.adapters is None:
@@ -281,6 +314,7 @@ class OnnxRuntimeGenAI:
             except Exception as problem:  # bare RuntimeError, as above
                 hint = "run --verify to see which file is damaged"
                 raise RunError(f"adapter {adapter}", f"cannot be loaded: {problem}", hint) from None
+            _same_as_checked(self.bundle, before)
             self.loaded.add(adapter)
         self.adapter = adapter
 
@@ -621,20 +655,20 @@ class Runner:
         """
         raw, self.manifest = _manifest(bundle)
         _refuse(bundle, check_signature(bundle, trusted, raw)[0] if check or trusted else [])
-        before = _stamps(bundle, self.manifest) if check else {}
+        before = _stamps(bundle, self.manifest["files"] if check else ())
         _refuse(bundle, check_loaded(bundle, raw, self.manifest) if check else [])
         target = self.manifest.get("target")
         named = target.get("runtime") if isinstance(target, dict) else None
         self.task = str(self.manifest.get("task", "text-generation"))
         portable = OnnxRuntime if self.task == "text-generation" else OnnxEncoder
         engines = {"llama.cpp": LlamaCpp, "onnxruntime": portable}
+        if self.task != "text-generation" and named != "onnxruntime":
+            raise RunError(bundle / MANIFEST, f"{named!r:.80} runs no model that does {self.task}", "run --verify")
         if str(named) in engines:
             self.engine: Any = engines[str(named)](bundle, self.manifest)
         else:
             self.engine = OnnxRuntimeGenAI(bundle, self.manifest, check, graph)
-        # runtimes open files by name: what was exchanged between the check and that shows now
-        after = _stamps(bundle, self.manifest) if check else {}
-        _refuse(bundle, [f"{name}: changed while it was loaded" for name in before if before[name] != after[name]])
+        _same_as_checked(bundle, before)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
 
@@ -758,16 +792,20 @@ def _refuse(bundle: Path, problems: list[str]) -> None:
         raise NotAsExported(bundle, "not what was exported\n" + "\n".join(problems), COPY_AGAIN)
 
 
-def _stamps(bundle: Path, manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _stamps(bundle: Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """What shows that another file took the place of one, or that somebody wrote to it."""
-    found = {}
-    for name in manifest["files"]:
-        try:
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(names, ())
+    for name in found:
+        with contextlib.suppress(OSError):
             now = os.stat(str(bundle / name))
             found[name] = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-        except OSError:
-            found[name] = ()
     return found
+
+
+def _same_as_checked(bundle: Path, before: dict[str, tuple[int, ...]]) -> None:
+    """Nothing. Raises NotAsExported: runtimes open files by name, so what was exchanged since its check shows now."""
+    after = _stamps(bundle, before)
+    _refuse(bundle, [f"{name}: changed while it was loaded" for name in before if before[name] != after[name]])
 
 
 def _sample(logits: Any, temperature: float, top_p: float, random: Any) -> int:

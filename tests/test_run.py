@@ -62,6 +62,11 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     for name, entry in manifest["files"].items():
         raw = (folder / name).read_bytes()
         entry.update(sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
+    seal(folder, manifest)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write bundle.json with the right hash of its own, and those of files as given."""
     manifest["self_sha256"] = "0" * 64
     blank = json.dumps(manifest)
     sealed = blank.replace(
