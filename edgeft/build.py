@@ -18,6 +18,7 @@ from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versi
 from edgeft.budget import reset_resident_peak, resident_bytes
 from edgeft.bundle import (
     MANIFEST,
+    README,
     SBOM,
     Bundle,
     BundledAdapter,
@@ -28,6 +29,7 @@ from edgeft.bundle import (
     Measurement,
     PromptFormat,
     measurement_path,
+    readme,
 )
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
@@ -130,6 +132,7 @@ def build_bundle(
     *,
     prompts: Sequence[GoldenInput],
     prompt_format: PromptFormat = "plain",
+    system: str | None = None,
     device_memory_bytes: int | None = None,
     device_bandwidth_bytes_per_second: float | None = None,
     input_sha256: str = "",
@@ -170,6 +173,8 @@ def build_bundle(
         inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
+            names = [source.name for source in adapters]
+            (folder / README).write_text(readme(target, prompt_format, system, names), encoding="utf-8")
         weights = _with_adapters(backend.read_weights(folder), written)
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
         stop_ids = tokenizer.stop_ids
@@ -184,6 +189,7 @@ def build_bundle(
             versions=versions(),
             target=target,
             prompt_format=prompt_format,
+            system=system,
             prefix_ids=tokenizer.prefix_ids,
             stop_ids=stop_ids,
             context_tokens=context_tokens,
@@ -252,6 +258,7 @@ def _prove_adapters(
             train_sha256=source.train_sha256,
             rank=rank,
             prompt_format=source.prompt_format,
+            system=source.system,
             parameters=parameters,
             golden=[],
         )

@@ -199,9 +199,12 @@ def _try_out(plan_file: Path, as_json: bool) -> None:
     """Measure a plan's steps in a process of their own: this one must not carry torch, nor its memory count."""
     import subprocess
 
+    from edgeft import process
+
     out = plan_file.with_name("trial.json")
     say("measuring the plan's steps with random weights")
-    done = subprocess.run([sys.executable, "-m", "edgeft.trial", str(plan_file), str(out)], check=False)
+    command = process.command("from edgeft.trial import main; main()", plan_file, out)
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
     if as_json:
@@ -580,7 +583,10 @@ def _need(path: Path, command: str) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
-    """Run a bundle here with the very file it carries: edgeft run BUNDLE "prompt" [--chat | --plain | --bench ...]."""
+    """Run a bundle here, by edgeft's own run.py: edgeft run BUNDLE "prompt" [--system TEXT | --plain | --bench ...].
+
+    The bundle's own copy is a program that came with it and is not started; `edgeft verify` says if it is another.
+    """
     raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
 
 
@@ -591,7 +597,10 @@ def verify(
     no_replay: Annotated[bool, typer.Option("--no-replay", help="hashes and signature only")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs)."""
+    """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs).
+
+    By edgeft's own run.py. A bundle of another version of edgeft carries another one: that is noted, and no fault.
+    """
     options = [*(["--public-key", str(public_key)] if public_key else []), *(["--no-replay"] if no_replay else [])]
     options += ["--json"] if as_json else []
     raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify", *options]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -96,6 +97,7 @@ def export(
         out,
         prompts=golden,
         prompt_format="chat" if chat else "plain",
+        system=shared_system(merged.train.plan.job, golden, tokenizer),
         device_memory_bytes=profile.budget_bytes if profile else None,
         device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
         input_sha256=sha256_file(merged_folder / "merged.json"),
@@ -215,6 +217,19 @@ def _chat_input(row: Row) -> GoldenInput:
     return GoldenInput(messages=list(row.messages))
 
 
+def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextTokenizer) -> str | None:
+    """The system message of every training row, which the device gives too; None where they have not one in common."""
+    found = {_system(prompt.messages) for prompt in prompts}
+    if len(found) == 1 and None not in found and job.data is not None:
+        found |= {_system(row.messages) for row in read_rows(job.data, tokenizer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _system(messages: Sequence[Mapping[str, Any]] | None) -> str | None:
+    first = messages[0] if messages else {}
+    return str(first["content"]) if first.get("role") == "system" and first.get("content") else None
+
+
 def export_adapters(
     trained: Mapping[str, Path], target: Target, out: Path, *, device: str | None, progress: Progress
 ) -> Bundle:
@@ -248,6 +263,7 @@ def export_adapters(
         out,
         prompts=sources[0].prompts,
         prompt_format=sources[0].prompt_format,
+        system=sources[0].system,
         device_memory_bytes=profile.budget_bytes if profile else None,
         device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
         input_sha256=adapters_digest(digests),
@@ -306,7 +322,8 @@ def adapter_source(
 
     digest = sha256_file(folder / "train.json")
     form: PromptFormat = "chat" if chat else "plain"
-    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove)
+    system = shared_system(result.plan.job, prompts, tokenizer)
+    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system)
 
 
 def _proven(rung: Rung) -> Rung:

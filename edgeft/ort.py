@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
+from edgeft import process
 from edgeft.artifacts import saving
 from edgeft.budget import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
@@ -210,16 +210,8 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
     scratch = folder / ".scratch"
     scratch.mkdir(exist_ok=True)
     log, status = scratch / "builder.log", scratch / "status"
-    # -P: no file of the current folder may shadow a module
-    command = [sys.executable, "-P", "-c", BUILDER, "-e", "cpu"]
-    command += [
-        "-i",
-        str(merged.resolve()),
-        "-o",
-        str(folder.resolve()),
-        "-c",
-        str((scratch / "cache").resolve()),
-    ]
+    places = ("-i", merged.resolve(), "-o", folder.resolve(), "-c", (scratch / "cache").resolve())
+    command = process.command(BUILDER, "-e", "cpu", *places)
     if weights is None:
         command += ["-p", "fp32"]
     else:

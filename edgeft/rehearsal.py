@@ -7,8 +7,6 @@ or a template it renders differently then fails now, not after hours of training
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from edgeft import disk, host
+from edgeft import disk, host, process
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.budget import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
@@ -104,17 +102,12 @@ def _in_a_process(plan: Plan, target: Target, scratch: Path) -> Rehearsal:
     """Run `main` and read what it wrote: what it holds and leaves in its heap does not count against training."""
     (scratch / "target.json").write_text(target.model_dump_json(), encoding="utf-8")
     plan.write(scratch / "plan.json")
-    command = [sys.executable, "-P", "-m", "edgeft.rehearsal", str(scratch), str(resident_bytes())]
-    package = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | MALLOC_ENVIRONMENT | {"PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    code = "from edgeft.rehearsal import main; main()"
+    done = process.run(code, scratch, resident_bytes(), environment=MALLOC_ENVIRONMENT)
     try:
         return Rehearsal.read(scratch / FILE)
     except BadInput:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-        lines = done.stderr.strip().splitlines()[-3:] or ["it said nothing"]
-        problem = f"the process ended ({how}):\n" + "\n".join(lines)
+        problem = "the process ended:\n" + process.reason(done.returncode, done.stderr, 3)
         failure = Failure(where="its process", problem=problem, hint="", exit_code=1)
         return Rehearsal(target=target.name, failure=failure)
 

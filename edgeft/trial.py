@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from edgeft import ledger
+from edgeft import ledger, process
 from edgeft.artifacts import Artifact, sha256_file, versions
 from edgeft.checkpoint import local_folder
 from edgeft.data import IGNORED, Sample
@@ -86,19 +86,15 @@ def random_checkpoint(source: Path, out: Path, device: str = "cpu") -> None:
 
     Another process makes it, as that leaves heap behind.
     """
-    import subprocess
-
     code = (
         "import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM as A;"
         "c = AutoConfig.from_pretrained(sys.argv[1]); c.use_cache = False;"
         "d = c.dtype or torch.float32; torch.set_default_device(sys.argv[3]);"
         "A.from_config(c, dtype=d if isinstance(d, torch.dtype) else getattr(torch, d)).save_pretrained(sys.argv[2])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(source), str(out), device], capture_output=True, text=True, check=False
-    )
+    done = process.run(code, source, out, device)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = process.reason(done.returncode, done.stderr)
         raise BadInput(source, f"no model with random weights can be made of it: {reason}")
 
 

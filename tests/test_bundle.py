@@ -127,7 +127,7 @@ def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str
     assert made.target == load_target(name)
     assert (made.input_sha256, made.provenance) == ("ab" * 32, {"merged": "cd" * 32})
     assert set(made.files) == {
-        "run.py", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json",
+        "run.py", "README.md", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "sbom.cdx.json",
     }  # fmt: skip
     assert {path.name for path in bundle(name).iterdir()} == {*made.files, "bundle.json"}

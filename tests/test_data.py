@@ -474,9 +474,7 @@ def test_prompt_and_completion_become_ids_labels_and_an_end(tokenizer: TextToken
     prompt, completion = own("Section of grep:").input_ids, own(" utils").input_ids
     end = own.eos_token_id
     sample = only([plain("Section of grep:", " utils")], tokenizer)
-    assert sample == Sample(
-        [*prompt, *completion, end], [IGNORED] * len(prompt) + [*completion, end], len(prompt)
-    )
+    assert sample == Sample([*prompt, *completion, end], [IGNORED] * len(prompt) + [*completion, end], len(prompt))
     assert sample.trained_tokens == len(completion) + 1
 
 
