@@ -153,13 +153,16 @@ def _shown(sample: Sample, tokenizer: TextTokenizer) -> Shown:
 
 
 def _texts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[str]:
-    """What each token adds to the text, special ones spelled out; a part of a character is a replacement sign."""
+    """What each token adds to the text, special ones spelled out; a character of several tokens is the last one's."""
     texts, before, start = [], "", 0
     for end in range(1, len(ids) + 1):
         after = tokenizer.spell(ids[start:end])
-        texts.append(after[len(before) :] if after.startswith(before) else after)
+        if after.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(after.removeprefix(before))
         before = after
-        if end - start > LONGEST_SHOWN and not after.endswith("\ufffd"):  # spelling grows with the square of it
+        if end - start > LONGEST_SHOWN:  # spelling grows with the square of it
             start, before = end, ""
     return texts
 
