@@ -368,6 +368,42 @@ def test_the_report_marks_what_trains(write_rows: WriteRows, tokenizer: TextToke
     assert found.lengths.trained_tokens == 4 * (len(row.tokens) - row.prompt_tokens)
 
 
+def test_the_verb(write_rows: WriteRows, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgeft.cli import data
+
+    path = str(write_rows("data.jsonl", [{"prompt": "Which Section:", "completion": f" utils {i}"} for i in range(9)]))
+    data(path, model=str(tokenizer_folder), rows=2, max_length=None, as_json=False)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{path}: 9 rows, ") and "\nWhich Section:\u27e6 utils 0<|endoftext|>\u27e7\n" in shown
+    assert "row 2, " in shown and "row 3, " not in shown
+    data(path, model=str(tokenizer_folder), rows=3, max_length=8, as_json=True)
+    made = json.loads(capsys.readouterr().out)
+    assert (made["lengths"]["rows"], len(made["rows"]), made["stop_ids"]) == (9, 3, [0, 2])
+    assert made["lengths"]["longest"] == 8 and made["lengths"]["cut_rows"] == 9
+    broken = str(write_rows("broken.jsonl", [PLAIN, {"prompt": "a"}]))
+    with pytest.raises(BadInput, match="line 2: 'completion' is missing"):
+        data(broken, model=str(tokenizer_folder))
+
+
+def test_a_plan_says_what_of_its_data_trains_and_what_is_not_used(
+    write_rows: WriteRows, checkpoint_folder: Path
+) -> None:
+    from rich.console import Console
+
+    from edgeft.planner import make_plan
+    from edgeft.report import plan_text
+    from edgeft.settings import make_job
+
+    path = write_rows("data.jsonl", [PLAIN | {"id": i} for i in range(40)])
+    made = make_plan(make_job(model=str(checkpoint_folder), data=str(path), profile="cpu-8gb"))
+    assert f"{path}: 40 of 40 rows: the key 'id' is not used" in made.notes
+    assert made.lengths is not None and made.lengths.line == "40 rows, 80 of 120 tokens train in 40 answers"
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_text(made))
+    assert made.lengths.line in capture.get()
+
+
 def test_remarks_are_counted_by_rows(write_rows: WriteRows, tokenizer: TextTokenizer) -> None:
     marked = ANSWER | {"loss": False}
     path = write_rows("data.jsonl", [{"messages": [USER, marked, USER, marked, USER, ANSWER]}] * 2)
