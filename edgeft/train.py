@@ -98,7 +98,9 @@ class Data:
         if not train:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
-        return cls(train, valid, samples(plan.job.test) if plan.job.test else [], tokenizer)
+        test = samples(plan.job.test) if plan.job.test else []
+        ledger.give_back()  # what encoding took and left between the samples: half of their size again
+        return cls(train, valid, test, tokenizer)
 
 
 def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:
