@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgeft import memory
 from edgeft.artifacts import Artifact, sha256_file, sha256_json, shipped_path, versions
-from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers
+from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers, training_notes
 from edgeft.costs import Candidate, Question
 from edgeft.data import Lengths, TextTokenizer, measure_lengths
 from edgeft.errors import BadInput
@@ -138,6 +138,7 @@ def make_plan(
     key = question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     per_step = question.seconds(training)
+    notes += training_notes(spec, training)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
     stages, stage_notes = plan_stages(question, training)
     return Plan(
