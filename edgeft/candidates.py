@@ -220,7 +220,13 @@ def training_notes(spec: ModelSpec, training: Training) -> list[str]:
 def candidates(
     job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None
 ) -> Iterator[Training]:
-    """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data."""
+    """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data.
+
+    Raises BadInput, with its reason, for a combination that was set and does not run on the profile.
+    """
+    if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
+        hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
+        raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
     ranks = [job.rank] if job.rank else RANKS
     smallest = min(RANKS[-1], spec.hidden_size)
     batches = [2**k for k in range(job.batch_size.bit_length())][::-1]

@@ -122,9 +122,6 @@ def make_plan(
     steps = _steps(job, lengths)
     data_bytes = DATA_BYTES + sum(44 * entry.tokens + 1900 * entry.rows for entry in others) if others else 0
     work = memory.Workload(length, min(length, lengths.longest_trained if lengths else length))
-    if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
-        hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
-        raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
