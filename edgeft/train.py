@@ -346,6 +346,7 @@ class Session:
         resumed = [run.step] if run.step else []
         if resumed:
             phases["resume"] = ledger.peak_bytes(device)
+            ledger.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         return cls(
             plan, here, device, compute, deviations, data, work, progress, run, weights_sha256(folder),
@@ -356,7 +357,6 @@ class Session:
     def loop(self) -> None:
         """Every step that is left, with checkpoints; raises KeyboardInterrupt after saving when asked to stop."""
         run, training, device = self.run, self.training, self.device
-        ledger.reset_peak(device)
         before, started = self.seconds, time.monotonic()
 
         def note() -> dict[str, Any]:

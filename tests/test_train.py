@@ -259,19 +259,18 @@ def test_training_in_a_thread_needs_no_signals(plan_file: Any, tmp_path: Path) -
         assert pool.submit(run, plan_file(max_steps=2), tmp_path / "train").result().steps == 2
 
 
-def test_no_library_speaks_of_missing_kernels(
-    plan_file: Any, tmp_path: Path, checkpoint_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_library_speaks_of_missing_kernels(checkpoint_folder: Path) -> None:
+    """Wherever a record of that kind comes from, nothing that would show it lets it through; others pass."""
     import logging
 
     load_plain(checkpoint_folder)
-    capsys.readouterr()
     advice = "`f` is falling back to its reference PyTorch implementation because `causal-conv1d` is not installed."
-    for name in ("transformers.integrations.hub_kernels", "transformers.models.mamba.modeling_mamba"):
-        logging.getLogger(name).warning(advice)
-        logging.getLogger(name).warning("something that matters")
-    told = capsys.readouterr().err
-    assert "falling back" not in told
+    own = logging.getLogger("transformers.integrations.hub_kernels")
+    handlers = logging.getLogger("transformers").handlers
+    assert handlers
+    for text, passes in ((advice, False), ("the tokenizer has changed", True)):
+        record = logging.LogRecord("transformers.models.mamba", logging.WARNING, "", 0, text, (), None)
+        assert [bool(place.filter(record)) for place in (own, *handlers)] == [passes] * (1 + len(handlers))
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(plan_file: Any) -> None:
