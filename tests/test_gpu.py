@@ -100,7 +100,7 @@ def started(plan: Plan, work: Path) -> Run:
 def samples(seed: int, count: int = 4, length: int = 48) -> list[Sample]:
     draw = torch.Generator().manual_seed(seed)
     rows = [torch.randint(5, 4000, (length,), generator=draw).tolist() for _ in range(count)]
-    return [Sample(ids, ids, 1, "x") for ids in rows]
+    return [Sample(ids, ids, 1) for ids in rows]
 
 
 def test_fp16_overflow_is_skipped_counted_and_recovered_from(planned: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from edgeft.planner import Plan
 from edgeft.settings import Training
 
 CPU = torch.device("cpu")
-SAMPLES = [Sample(ids := list(range(5 + i, 21 + i)), ids, 1, "x") for i in range(4)]
+SAMPLES = [Sample(ids := list(range(5 + i, 21 + i)), ids, 1) for i in range(4)]
 LISA = {"tuner": "full", "layers": "lisa", "active_layers": 1, "lisa_interval": 1}
 
 

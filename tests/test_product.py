@@ -5,6 +5,7 @@ A GPU's plan runs on the CPU in the GPU's dtypes: autocast and scaled fp16 gradi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ PRODUCT = [
 ]
 
 
+spec_of = functools.cache(lambda model: read_model_spec(str(model)))
+profile_of = functools.cache(load_profile)
+
+
 def settings_of(combination: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in combination.items() if v is not None and k != "ends"}
     settings |= ENDS[combination["ends"]] | ({"rank": 4} if combination["tuner"] == "lora" else {})
@@ -62,7 +67,7 @@ def settings_of(combination: dict[str, Any]) -> dict[str, Any]:
 
 def refusal(combination: dict[str, Any], model: Path) -> BadInput | None:
     """Why the planner refuses a combination, None where it does not."""
-    spec, profile = read_model_spec(str(model)), load_profile(combination["profile"])
+    spec, profile = spec_of(model), profile_of(combination["profile"])
     try:
         job = make_job(model=str(model), **settings_of(combination))
         check_job(job, spec)
@@ -132,7 +137,7 @@ def goes_through(combination: dict[str, Any], model: Path, data: Path, out: Path
     assert merged.changed_tensors > 0
     score = load_plain(out / "merged")
     with torch.no_grad():
-        sample, cpu = Sample(list(range(5, 20)), list(range(5, 20)), 0, ""), torch.device("cpu")
+        sample, cpu = Sample(list(range(5, 20)), list(range(5, 20)), 0), torch.device("cpu")
         assert token_losses(score, find_parts(score), [sample], cpu, torch.float32, 16).isfinite()
 
 
