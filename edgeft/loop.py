@@ -119,8 +119,8 @@ class Run:
     def _update(self) -> bool:
         """Whether the parameters took the gradients, which are gone then in either case: only finite ones are taken."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.chosen], self.training.max_grad_norm)
-        finite = math.isfinite(float(norm))
+        trained = [p for _, p in self.chosen]
+        finite = math.isfinite(float(torch.nn.utils.clip_grad_norm_(trained, self.training.max_grad_norm)))
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()
