@@ -186,8 +186,10 @@ def _trained_end(layers: dict[str, Any]) -> str | None:
     return next((end for end in ENDS if layers.get(end, "off") != "off"), None)
 
 
-def refusal(profile: Profile, tuner: Tuner, precision: Precision, compute: str, layers: dict[str, Any]) -> Any:
-    """Why a combination does not run, as the BadInput to raise where nothing else is left; None where it runs."""
+def refusal(
+    profile: Profile, tuner: Tuner, precision: Precision, compute: str, layers: dict[str, Any]
+) -> BadInput | None:  # fmt: skip
+    """Why a combination does not run, to be raised where nothing else is left; None where it runs."""
     end, some_layers = _trained_end(layers), layers["layers"] != "all"
     if precision == "nf4" and profile.device == "mps":
         return BadInput("base_precision", "bitsandbytes has no 4-bit kernels for Apple GPUs", "use bf16, fp16 or fp32")
