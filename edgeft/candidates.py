@@ -37,7 +37,7 @@ def needs_importance(job: Job) -> bool:
 def untrainable(precision: str) -> BadInput:
     """What to say of full fine-tuning in a precision that takes no small updates."""
     what = "4-bit" if precision == "nf4" else precision
-    hint = "use tuner=lora, layers=lisa or layers=sparse (the layers that train are dense fp32 ones then), or fp32"
+    hint = "use tuner=lora, layers=lisa or layers=sparse (those that train are dense then), or base_precision=fp32"
     return BadInput("base_precision", f"{what} weights cannot be trained themselves", hint)
 
 
