@@ -7,10 +7,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,10 @@ SAFETENSORS_DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 SHARD_BYTES = 4 * 2**30
+# What libraries say where a package with faster kernels is missing: no result depends on it.
+KERNEL_ADVICE = re.compile(
+    "falling back to its reference PyTorch implementation|fast path is not available|Failed to load CPU gemm_4bit"
+)
 
 
 class TensorFile:
@@ -207,12 +212,25 @@ def copy_side_files(source: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
+def _is_no_kernel_advice(record: logging.LogRecord) -> bool:
+    return not KERNEL_ADVICE.search(record.getMessage())
+
+
+for _name in ("transformers.integrations.hub_kernels", "bitsandbytes.backends.cpu.ops"):  # before they are imported
+    logging.getLogger(_name).addFilter(_is_no_kernel_advice)
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' bars and advice while it loads: progress is ours to show."""
+    """Silence transformers' bars and advice while it loads: progress is ours to show.
+
+    What a model says at its first forward pass about missing kernels (KERNEL_ADVICE) is dropped for good.
+    """
     import transformers
 
     logger = logging.getLogger("transformers")
+    for handler in logger.handlers:
+        handler.addFilter(_is_no_kernel_advice)
     level = logger.level
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -336,6 +354,21 @@ def join_files(files: Iterable[Path], out: Path) -> None:
         for source in sources:
             for name in source.entries:
                 writer.write(source.read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One safetensors file, written a tensor at a time: nothing is copied but what lies on another device."""
+    names = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    with open(path, "wb") as writer:
+        write_header(writer, header)
+        for tensor in tensors.values():
+            writer.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_header(writer: BinaryIO, header: dict[str, Any]) -> None:

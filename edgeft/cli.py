@@ -255,7 +255,7 @@ def train(
     from edgeft.rehearsal import NOT_REHEARSED, rehearse
     from edgeft.report import rehearsal_line, train_text
     from edgeft.target import load_target
-    from edgeft.train import choose_device, work_folder
+    from edgeft.train import MORE_MEMORY, choose_device, work_folder
     from edgeft.train import train as run
 
     _, _, deviations = choose_device(made, device)
@@ -279,6 +279,9 @@ def train(
         except KeyboardInterrupt:
             say("\nstopped; the last step is kept: run the same command again to go on")
             raise typer.Exit(130) from None
+    for deviation in result.deviations:
+        if deviation.what == MORE_MEMORY:
+            say(f"WARNING: training took {deviation.done}, {deviation.planned} were planned: report this plan.json")
     show(as_json, result, train_text(result))
 
 

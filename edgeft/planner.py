@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgeft import memory
 from edgeft.artifacts import Artifact, sha256_file, sha256_json, shipped_path, versions
-from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers
+from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers, training_notes
 from edgeft.costs import Candidate, Question
 from edgeft.data import Lengths, TextTokenizer, measure_lengths
 from edgeft.errors import BadInput
@@ -122,9 +122,6 @@ def make_plan(
     steps = _steps(job, lengths)
     data_bytes = DATA_BYTES + sum(44 * entry.tokens + 1900 * entry.rows for entry in others) if others else 0
     work = memory.Workload(length, min(length, lengths.longest_trained if lengths else length))
-    if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
-        hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
-        raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
@@ -138,6 +135,7 @@ def make_plan(
     key = question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     per_step = question.seconds(training)
+    notes += training_notes(spec, training)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
     stages, stage_notes = plan_stages(question, training)
     return Plan(
