@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
-from edgeft.scores import EncoderProof, Promotion, Proof
+from edgeft.scores import EncoderProof, Metrics, Promotion, Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
@@ -50,6 +50,15 @@ class Golden(Strict):
     greedy_ids: list[int]
     top_ids: list[int]
     top_logits: list[float]
+    margins: list[float] = Field(default=[], description="of each greedy step: the best logit less the second best")
+
+
+class Environment(Strict):
+    """Where golden vectors were recorded; on another processor or runtime a token may move within its margin."""
+
+    cpu: str = Field(description="model name, as the system gives it")
+    features: list[str] = Field(description="instruction sets that matrix products are chosen by")
+    runtime: str = Field(description="packages and versions")
 
 
 class BundledFile(Strict):
@@ -94,6 +103,7 @@ class Measurement(Artifact):
     """
 
     measured: Measured
+    rows: dict[str, Metrics] = Field(default={}, description="each scored row's own results, by the form of the model")
     predicted_here_bytes: int = Field(description="peak memory as predicted for what was measured")
     predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
     measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")
@@ -121,6 +131,7 @@ class Bundle(Artifact):
     context_tokens: int
     context_limited_by: LimitedBy
     golden_logit_tolerance: float
+    environment: Environment | None = Field(default=None, description="where the golden vectors were recorded")
     weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
     size_bytes: int = Field(description="all files but bundle.json and a signature")
     files: dict[str, BundledFile]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ IGNORED = -100  # the label of a token that is read but not trained on (torch's 
 COLUMNS = ("{'prompt', 'completion'}", "{'messages'}", "{'text'}")
 TEMPLATE = "chat template"  # where an error is that a template itself raised
 PromptFormat = Literal["plain", "chat"]
+Each = TypeVar("Each")
 ENCODE_TEXTS = 32  # at a time: an encoding takes a hundred times the bytes of the ids that are kept of it
 
 
@@ -399,8 +400,8 @@ def measure_lengths(source: str, tokenizer: TextTokenizer, max_length: int | Non
     )
 
 
-def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples: every run with the same seed holds out the same ones, at least one, at most 500."""
+def hold_out(samples: list[Each], share: float, seed: int) -> tuple[list[Each], list[Each]]:
+    """(training, held-out) rows or samples: the same seed holds out the same ones, at least one, at most 500."""
     import random
 
     count = min(500, max(1, round(len(samples) * share)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edgeft.architectures import Parts
-from edgeft.batches import make_batch
+from edgeft.batches import Batch, make_batch
 from edgeft.data import Sample, TextTokenizer
 from edgeft.loss import chunked_cross_entropy, head_transform
 from edgeft.scores import Metrics
@@ -39,21 +39,38 @@ def token_losses(
 ) -> torch.Tensor:
     """Scalar sum of cross entropies, in nats, over the trained tokens of `samples` as one batch; keeps the graph."""
     batch = make_batch(samples).to(device)
-    scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     with autocast(device, compute):
-        hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
-        # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
-        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)
-        head: Any = parts.head
-        return chunked_cross_entropy(
-            hidden,
-            head.weight,
-            head.bias,
-            batch.targets,
-            chunk_tokens=chunk_tokens,
-            scale=scale,
-            softcap=softcap,
-        )
+        hidden = _hidden(model, parts, batch, compute)
+        return _cross_entropy(model, parts, hidden, batch.targets, chunk_tokens)
+
+
+def row_losses(
+    model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, compute: torch.dtype, chunk_tokens: int
+) -> list[float]:
+    """`token_losses` of each row by itself, from one pass over all of them."""
+    batch = make_batch(samples).to(device)
+    counts = [sample.trained_tokens for sample in samples]
+    with autocast(device, compute):
+        hidden = _hidden(model, parts, batch, compute)
+        parts_of_rows = zip(torch.split(hidden, counts), torch.split(batch.targets, counts), strict=True)
+        return [float(_cross_entropy(model, parts, *row, chunk_tokens)) for row in parts_of_rows]
+
+
+def _hidden(model: Any, parts: Parts, batch: Batch, compute: torch.dtype) -> torch.Tensor:
+    """Last hidden states (N, h) at the batch's trained positions."""
+    hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
+    # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
+    return hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)  # type: ignore[no-any-return]
+
+
+def _cross_entropy(
+    model: Any, parts: Parts, hidden: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+) -> torch.Tensor:
+    scale, softcap = head_transform(model.config.get_text_config(decoder=True))
+    head: Any = parts.head
+    return chunked_cross_entropy(
+        hidden, head.weight, head.bias, targets, chunk_tokens=chunk_tokens, scale=scale, softcap=softcap
+    )
 
 
 def by_length(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
@@ -105,21 +122,28 @@ def evaluate(
     group_tokens: int = EVAL_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
-    """Metrics over all of `samples`, in groups of similar length."""
-    total, tokens, right, done = 0.0, 0, 0, 0
+    """Metrics over all of `samples`, in groups of similar length; each row's own are kept with them."""
     has_prompt = bool(samples[0].completion)
     longest_answer = answer_tokens(samples)
+    losses, exact = dict.fromkeys(map(id, samples), 0.0), dict.fromkeys(map(id, samples), False)
+    done = 0
     for group in by_length(samples, group_tokens):
-        total += float(token_losses(model, parts, group, device, compute, chunk_tokens))
-        tokens += sum(sample.trained_tokens for sample in group)
+        found = row_losses(model, parts, group, device, compute, chunk_tokens)
+        losses |= zip(map(id, group), found, strict=True)
         if has_prompt:
             with autocast(device, compute):
                 prompts = [sample.ids[: sample.prompt_tokens] for sample in group]
                 answers = greedy(model, prompts, tokenizer.eos_ids, longest_answer, device)
-            right += sum(is_exact(tokenizer, sample, answer) for sample, answer in zip(group, answers, strict=True))
+            exact |= {id(s): is_exact(tokenizer, s, answer) for s, answer in zip(group, answers, strict=True)}
         done += len(group)
         progress(done, len(samples))
-    return metrics(len(samples), total / max(1, tokens), right / len(samples) if has_prompt else None)
+    tokens = [sample.trained_tokens for sample in samples]
+    rows = [losses[id(sample)] for sample in samples]
+    right = sum(exact[id(sample)] for sample in samples)
+    made = metrics(len(samples), sum(rows) / max(1, sum(tokens)), right / len(samples) if has_prompt else None)
+    bits = "".join("01"[exact[id(sample)]] for sample in samples) if has_prompt else ""
+    kept = {"row_losses": tuple(round(loss, 6) for loss in rows), "row_tokens": tuple(tokens), "row_exact": bits}
+    return made.model_copy(update=kept)
 
 
 def metrics(rows: int, loss: float, exact_match: float | None) -> Metrics:

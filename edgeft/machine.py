@@ -77,6 +77,15 @@ def _cpuinfo(*fields: str) -> str:
     return ""
 
 
+FEATURES = ("amx", "avx", "fma", "f16c", "asimd", "bf16", "fphp", "i8mm", "sve")  # what matrix products are chosen by
+
+
+def cpu_identity() -> tuple[str, list[str]]:
+    """(the processor's name, those of its instruction sets that decide how a matrix product is rounded)."""
+    flags = _cpuinfo("flags", "Features").split()
+    return _cpuinfo("model name") or platform.machine(), sorted(flag for flag in flags if flag.startswith(FEATURES))
+
+
 def _probe_versions() -> dict[str, str]:
     names = {"edgeft", "python", "torch", "transformers", "peft", "bitsandbytes"}
     return {name: version for name, version in versions().items() if name in names}

@@ -18,7 +18,7 @@ from edgeft import disk, ledger
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
-from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_rows, to_samples
+from edgeft.data import IGNORED, Row, Sample, TextTokenizer, hold_out, read_rows, to_samples
 from edgeft.dense import DenseTurns
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.evaluate import autocast, evaluate, token_losses
@@ -82,23 +82,31 @@ class Data:
     tokenizer: TextTokenizer
 
     @classmethod
-    def read(cls, plan: Plan) -> Data:
+    def read(cls, plan: Plan, *, train: bool = True) -> Data:
+        """The samples of a plan's files. Without `train` no training row is tokenised: a proof needs the others."""
         if plan.job.data is None:
             raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
         tokenizer = TextTokenizer(local_folder(plan.job.model))
 
-        def samples(source: str) -> list[Sample]:
-            return to_samples(read_rows(source, tokenizer), tokenizer, plan.training.max_length)
+        def rows(source: str) -> list[Row]:
+            return read_rows(source, tokenizer)
 
-        train = samples(plan.job.data)
-        valid = samples(plan.job.valid) if plan.job.valid else []
+        def samples(rows: list[Row]) -> list[Sample]:
+            return to_samples(rows, tokenizer, plan.training.max_length)
+
+        valid = samples(rows(plan.job.valid)) if plan.job.valid else []
+        trained: list[Row] = rows(plan.job.data) if train or not valid else []
         if not valid:
-            train, valid = hold_out(train, HELD_OUT_SHARE, plan.training.seed)
-        train = [sample for sample in train if sample.trained_tokens]
+            trained, held_out = hold_out(trained, HELD_OUT_SHARE, plan.training.seed)
+            valid = samples(held_out)
+        test = samples(rows(plan.job.test)) if plan.job.test else []
         if not train:
+            return cls([], valid, test, tokenizer)
+        found = [sample for sample in samples(trained) if sample.trained_tokens]
+        if not found:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
-        return cls(train, valid, samples(plan.job.test) if plan.job.test else [], tokenizer)
+        return cls(found, valid, test, tokenizer)
 
 
 def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:
