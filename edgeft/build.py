@@ -78,6 +78,7 @@ class ArtifactModel:
         except runner.RunError as problem:
             raise BadInput(bundle, str(problem)) from None
         self.context_tokens: int = self._runner.context_tokens
+        self.stop_ids: list[int] = list(self._runner.eos_ids)
 
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter of the bundle from now on (None: without). Raises BadInput."""

@@ -68,20 +68,9 @@ def export(
     kept: dict[str, Metrics] = {}
 
     def prove(artifact: ArtifactModel) -> Proof:
-        ladder = Ladder(target, tokenizer, progress)
-        ladder.climb_training(trained, merged.train, rows.trained)
-        base = local_folder(plan.job.model)
-        ladder.add(merged_rung(base, trained, merged_folder, plan.training, merged.shares))
-        made = ladder.climb_artifact(
-            merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
-            answers=rows.scored, gate=len(rows.trained),
-        )  # fmt: skip
-        scores = _scores_of_training(merged.train, bool(data.test))
-        scores |= {name: form.metrics(rows.scored) for name, form in zip(("merged", target.name), made, strict=True)}
-        if problem := exact_match_problem(*made, target.parity, rows.scored):
-            raise ParityFailed("parity ladder, exact match of the artifact", problem, HINTS["artifact"])
+        proof, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress)
         kept.update(scores)
-        return make_proof(ladder, scores, rows.source, made[0])
+        return proof
 
     progress("build", 0, 1, {})
     golden, chat = golden_inputs(merged.train.plan.job, tokenizer)
@@ -109,6 +98,26 @@ def export(
         size_budget_bytes=size_budget_bytes,
         rows=kept,
     )
+
+
+def prove_bundle(
+    trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
+    artifact: ArtifactModel, progress: Progress,
+) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
+    """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
+    ladder = Ladder(target, TextTokenizer(merged_folder), progress)
+    plan = merged.train.plan
+    ladder.climb_training(trained, merged.train, rows.trained)
+    ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
+    made = ladder.climb_artifact(
+        merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
+        answers=rows.scored, gate=len(rows.trained),
+    )  # fmt: skip
+    scores = _scores_of_training(merged.train, rows.source == "test")
+    scores |= {name: form.metrics(rows.scored) for name, form in zip(("merged", target.name), made, strict=True)}
+    if problem := exact_match_problem(*made, target.parity, rows.scored):
+        raise ParityFailed("parity ladder, exact match of the artifact", problem, HINTS["artifact"])
+    return make_proof(ladder, scores, rows.source, made[0]), scores
 
 
 @dataclass(frozen=True)

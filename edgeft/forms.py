@@ -33,6 +33,8 @@ POSITIONS = 256  # whose logits are held at a time
 class Artifact(Protocol):
     """What a target's runtime must offer to be compared."""
 
+    stop_ids: list[int]
+
     def logits(self, ids: list[int], first: int = 0) -> Any: ...
     def follow(
         self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
