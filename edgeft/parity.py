@@ -47,6 +47,7 @@ from edgeft.train import TrainResult
 TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
 # The same model loaded anew on the same rows: what a row's loss per token may differ by, in the dtype of its products.
 AGAIN_NATS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+NOISE_NATS = 1e-5  # of a loss, by the order of fp32 sums
 ELSEWHERE_NATS = 2e-2  # of all rows, where training ran on a GPU and this is a CPU
 ELSEWHERE_ROW_NATS = 0.2  # of any one row there
 # The same change on weights that training held rounded. Measured on the example with NF4: KL 0.0045 nats, loss -0.002.
@@ -98,7 +99,7 @@ UNKNOWN = Gain(0.0, shown=False)
 def allowed_loss(tolerance: Tolerance, gain: Gain) -> tuple[float, str]:
     """(nats by which the loss may rise, how that is said): a share of the gain, absolute where none is shown."""
     if gain.shown:
-        nats = tolerance.max_gain_lost * gain.nats
+        nats = max(NOISE_NATS, tolerance.max_gain_lost * gain.nats)
         return nats, f"{100 * tolerance.max_gain_lost:g}% of the {gain.nats:.4g} nats that the fine-tune gained"
     return tolerance.max_loss_increase_nats, f"{tolerance.max_loss_increase_nats:g} nats"
 

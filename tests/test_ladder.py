@@ -1,4 +1,4 @@
-"""Each rung of the ladder by itself: what it compares, what it lets pass, and that a thing is not compared with itself."""
+"""Each rung of the ladder by itself: what it compares, what passes, and nothing is compared with itself."""
 
 from __future__ import annotations
 
