@@ -140,25 +140,28 @@ def observe_model(
 ) -> Form:  # fmt: skip
     """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
 
-    A row whose every token is the likeliest after those before it is what greedy decoding gives: only the others are
-    decoded.
+    A row whose every token, its end too, is the likeliest after those before it is what greedy decoding gives: only
+    the others are decoded.
     """
     seen, parts = Observer(rows), find_parts(model)
     for number, logits, targets in row_logits(model, parts, rows, compute, group_tokens):
         seen.add(number, logits, targets)
         progress(sum(count > 0 for count in seen.tokens), len(rows))
-    exact = [False] * len(rows)
-    if answers is not None and tokenizer is not None and has_prompt(rows):
-        wanted = range(len(rows))[answers]
-        for number in wanted:
-            if seen.follows[number] and not earlier_turns(rows[number]):
-                exact[number] = is_exact(tokenizer, rows[number], reference(rows[number], stop_ids(tokenizer)))
-        left = [rows[i] for i in wanted if not seen.follows[i] or earlier_turns(rows[i])]
-        found = decoded(model, left, tokenizer, compute, group_tokens)
-        for number in wanted:
-            exact[number] = found.get(id(rows[number]), exact[number])
-    else:
-        exact = []
+    if answers is None or tokenizer is None or not has_prompt(rows):
+        return seen.form(name)
+    exact, stops = [False] * len(rows), stop_ids(tokenizer)
+    left = []
+    for number in range(len(rows))[answers]:
+        sample = rows[number]
+        answer = reference(sample, stops)
+        ends = sample.prompt_tokens + len(answer) < len(sample.ids)
+        if seen.follows[number] and ends and not earlier_turns(sample):
+            exact[number] = is_exact(tokenizer, sample, answer)
+        elif sample.prompt_tokens:
+            left.append(number)
+    found = decoded(model, [rows[number] for number in left], tokenizer, compute, group_tokens)
+    for number in left:
+        exact[number] = found[id(rows[number])]
     return seen.form(name, exact)
 
 

@@ -114,8 +114,8 @@ def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN
     agreement = float((p.argmax(dim=-1) == top[:, 0]).float().mean())
     nats, said = allowed_loss(tolerance, gain)
     checks = (
-        (
-            or_tie < tolerance.min_top1_agreement,
+        (  # one position is no evidence on a few
+            or_tie < tolerance.min_top1_agreement and (1 - or_tie) * len(p) > 1.5,
             f"top-1 agreement {or_tie:.4f} ({agreement:.4f} without ties), at least {tolerance.min_top1_agreement}",
         ),
         (

@@ -174,7 +174,7 @@ def side_problems(base: Path, merged: Path) -> list[str]:
     problems = []
     ours, theirs = _config(merged), _config(base)
     for key in sorted(ours.keys() | theirs.keys()):
-        if key not in ("tie_word_embeddings", "text_config") and ours.get(key) != theirs.get(key):
+        if ours.get(key) != theirs.get(key):
             problems.append(f"config.json: {key} is {ours.get(key)!r}, the base's {theirs.get(key)!r}")
     made, given = (TextTokenizer(folder) for folder in (merged, base))
     if made.backend.to_str() != given.backend.to_str():

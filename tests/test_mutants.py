@@ -30,6 +30,7 @@ from edgeft.merge import MergedCheckpoint, merge
 from edgeft.model_spec import read_model_spec
 from edgeft.parity import Ladder
 from edgeft.planner import Plan, make_plan
+from edgeft.rehearsal import ROUNDED_ALIKE
 from edgeft.settings import make_job
 from edgeft.target import load_target
 from edgeft.train import Data, train
@@ -130,7 +131,11 @@ def gemma2(words: int) -> Any:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma2Config(**shape(words, sliding_window=8, query_pre_attn_scalar=32, final_logit_softcapping=5.0))
+    config = Gemma2Config(
+        **shape(
+            words, sliding_window=8, query_pre_attn_scalar=32, final_logit_softcapping=5.0, attn_logit_softcapping=1.0
+        )
+    )
     return Gemma2ForCausalLM(config).eval()
 
 
@@ -188,7 +193,7 @@ def prove_family(place: Path, target: str) -> None:
     loose = wanted.parity.model_copy(update={"max_mean_kl_nats": 9.0, "min_top1_agreement": 0.0})
     ladder = Ladder(wanted, tokenizer, silent)
     ladder.climb_artifact(
-        place / "merged", place / "bundle", ArtifactModel(place / "bundle"), rows, tied=tied,
+        place / "merged", place / "bundle", ArtifactModel(place / "bundle"), rows, tied=tied, alike=ROUNDED_ALIKE,
         quality=None if wanted.weight_bits >= 16 else loose.model_copy(update={"max_loss_increase_nats": 9.0}),
     )  # fmt: skip
 
@@ -428,7 +433,7 @@ class Graph:
         for path in self.folder.glob("model.onnx*"):
             path.unlink()
         onnx.save(self.model, str(self.folder / "model.onnx"), save_as_external_data=True, location="model.onnx.data",
-                  size_threshold=0)  # fmt: skip
+                  size_threshold=1024)  # fmt: skip
 
 
 def initializer(*parts: str, change: Callable[[Any], None]) -> Any:
@@ -476,7 +481,7 @@ def final_softcap(place: Path) -> None:
 
 def off_by_one(values: Any) -> None:
     flat = values.reshape(-1)
-    flat[5] += 1 if flat[5] < 15 else -1
+    flat[5] = int(flat[5]) + (1 if flat[5] < 15 else -1)
 
 
 def scaled(factor: float) -> Callable[[Any], None]:
@@ -498,11 +503,12 @@ def other_stop(place: Path) -> None:
 
 
 def other_words(place: Path) -> None:
-    """The bundle's tokenizer with two words exchanged."""
+    """The bundle's tokenizer with two words of its prompts exchanged."""
+    tokenizer = TextTokenizer(place / "merged")
+    one, two = (tokenizer.backend.id_to_token(token) for token in tokenizer.encode([ROWS[0]["prompt"]])[0][:2])
     path = place / "bundle" / "tokenizer.json"
     document = json.loads(path.read_text())
     words = document["model"]["vocab"]
-    one, two = "S", "P"
     words[one], words[two] = words[two], words[one]
     path.write_text(json.dumps(document))
 
@@ -655,7 +661,11 @@ def judge(found: list[tuple[Fault, str]]) -> None:
     missed = {(fault.name, fault.tuner, fault.target) for fault, by in found if not by}
     asked = {(fault.name, fault.tuner, fault.target) for fault, _ in found}
     assert missed == MISSED.keys() & asked
-    strays = [(fault.name, fault.tuner, fault.target, by) for fault, by in found if by and by != fault.stopped_by]
+    strays = [
+        (fault.name, fault.tuner, fault.target, by)
+        for fault, by in found
+        if by and by != fault.stopped_by and "changed after training" not in fault.name  # by its hash, or by its score
+    ]
     assert strays == []
 
 
