@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-large bench-stages bench-decode bench-published bench-groups bench-sweep report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -106,7 +106,7 @@ test-mutants: .venv/installed-dev  ## plant every fault into what was trained, m
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
 	$(py) bench/planner.py
@@ -126,6 +126,9 @@ bench-sparse: .venv/installed  ## which layers to train: full, LoRA, sparse by e
 bench-methods: .venv/installed  ## full fine-tuning against LoRA on the example task
 	$(py) bench/methods.py
 
+bench-rates: .venv/installed  ## which learning rate the default job should take, by its validation rows
+	$(py) bench/rates.py
+
 bench-example:  ## the default job from base to bundle
 	@$(MAKE) --no-print-directory profile=cpu export
 	$(py) bench/example.py
@@ -138,6 +141,9 @@ bench-stages: .venv/installed  ## predicted against measured peaks of merge and 
 
 bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama])
 	$(py) bench/decode.py
+
+bench-cuda: .venv/installed  ## planned against measured bytes on the GPU that is here
+	$(py) bench/gpu.py
 
 bench-published: .venv/installed  ## what others have published against what edgeft predicts from their settings
 	$(py) bench/published.py

@@ -10,9 +10,10 @@ import json
 import sys
 from pathlib import Path
 
+from run import record
+
 from edgeft import sweep as sweeps
 from edgeft.architectures import find_parts
-from edgeft.artifacts import versions
 from edgeft.checkpoint import local_folder
 from edgeft.evaluate import evaluate
 from edgeft.shares import Shares
@@ -55,14 +56,8 @@ def main() -> None:
             found.append({"select": select, "name": name, "shares": str(shares), "bound": bound, **score(shares)})
             print(json.dumps(found[-1]), flush=True)
     ends = [{"name": name, **score(Shares(rest=share))} for name, share in (("base", 0.0), ("fine-tuned", 1.0))]
-    kind = result.plan.training.tuner
-    out = Path("bench/results") / f"groups-{kind}.json"
-    out.write_text(
-        json.dumps(
-            {"versions": versions(), "steps": result.steps, "rows": rows, "test_rows": len(data.test), "ends": ends,
-             "found": found}, indent=1
-        ) + "\n"
-    )  # fmt: skip
+    record("groups", {"tuner": result.plan.training.tuner, "steps": result.steps, "rows": rows,
+                      "test_rows": len(data.test), "ends": ends, "found": found})  # fmt: skip
 
 
 if __name__ == "__main__":

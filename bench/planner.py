@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from run import ROOT, interval_plans, random_model, record, train
+from run import ROOT, Kept, interval_plans, random_model, record, train
 
 from edgeft.planner import make_plan
 from edgeft.settings import Job, make_job
@@ -131,11 +131,7 @@ def predict(settings: dict[str, Any], model: Path, text: Path) -> dict[str, Any]
 
 def main() -> None:
     only = sys.argv[1:]  # words that the name of a run must hold
-    path = ROOT / "build" / "bench-planner.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    lines = path.read_text().splitlines() if path.is_file() else []
-    measured = {row["run"]: row for row in map(json.loads, lines)}
-    rows = []
+    kept, rows = Kept("planner"), []
     with tempfile.TemporaryDirectory() as scratch:
         text = long_texts(Path(scratch) / "text.jsonl")
         models = {shape: random_model(Path(scratch) / shape, values) for shape, values in SHAPES.items()}
@@ -143,14 +139,11 @@ def main() -> None:
             name = f"{shape}; {way}; {'recomputed' if settings['checkpointing'] else 'kept'}"
             if not all(word in name for word in only):
                 continue
-            if name not in measured:
-                took = measure(Path(scratch) / str(number), settings, models[shape], text)
-                measured[name] = {"run": name, **took}
-                with open(path, "a") as file:
-                    file.write(json.dumps(measured[name]) + "\n")
+            if name not in kept.rows:
+                kept.add({"run": name, **measure(Path(scratch) / str(number), settings, models[shape], text)})
             row = {"run": name, "shape": shape, "way": way,
                    "settings": {key: value for key, value in settings.items() if key in Job.model_fields},
-                   **predict(settings, models[shape], text), **measured[name]}  # fmt: skip
+                   **predict(settings, models[shape], text), **kept.rows[name]}  # fmt: skip
             row["error"] = round(row["predicted_bytes"] / row["measured_bytes"] - 1, 5)
             rows.append(row)
             mib = 2**20

@@ -38,13 +38,35 @@ def verb(*arguments: str, as_json: bool = True) -> dict[str, Any]:
     return json.loads(done.stdout) if as_json and done.stdout.strip() else {}
 
 
+def pins(settings: dict[str, Any]) -> list[str]:
+    """The settings as arguments of `edgeft plan`."""
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+class Kept:
+    """Rows by the names of their runs, in build/bench-NAME.jsonl as soon as each ends: an interrupted bench goes on."""
+
+    def __init__(self, name: str) -> None:
+        self.path = ROOT / "build" / f"bench-{name}.jsonl"
+        self.path.parent.mkdir(exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.rows: dict[str, dict[str, Any]] = {row["run"]: row for row in map(json.loads, lines)}
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows[row["run"]] = row
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def train(folder: Path, settings: dict[str, Any], *, model: Path = BASE, data: Path = SECTIONS / "train.jsonl",
-          valid: Path = SECTIONS / "valid.jsonl", test: Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """train.json of one job, planned for this machine's CPU."""
-    pins = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+          valid: Path = SECTIONS / "valid.jsonl", test: Path | None = None, profile: str = "cpu",
+          rehearsal: bool = True) -> dict[str, Any]:  # fmt: skip
+    """train.json of one job, planned for this machine's CPU or another profile."""
     files = ["--data", str(data), "--valid", str(valid), *(["--test", str(test)] if test else [])]
-    verb("plan", "--model", str(model), "--profile", "cpu", *files, *pins, "--out", str(folder / "plan.json"))
-    verb("train", str(folder / "plan.json"), "--out", str(folder / "train"))
+    verb(
+        "plan", "--model", str(model), "--profile", profile, *files, *pins(settings), "--out", str(folder / "plan.json")
+    )
+    verb("train", str(folder / "plan.json"), "--out", str(folder / "train"), *([] if rehearsal else ["--no-rehearsal"]))
     return json.loads((folder / "train" / "train.json").read_text())
 
 

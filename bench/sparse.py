@@ -13,7 +13,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import json
 import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import BASE, ROOT, SECTIONS, record, train, verb  # after the line above: torch reads it at import
+from run import BASE, ROOT, SECTIONS, Kept, record, train, verb  # after the line above: torch reads it at import
 
 from edgeft.architectures import find_parts
 from edgeft.checkpoint import load_plain
@@ -111,16 +110,12 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
-    kept = ROOT / "build" / "bench-sparse.jsonl"
-    kept.parent.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    left = [name for name in RUNS if all(row["run"] != name for row in rows)]
+    kept = Kept("sparse")
+    left = [name for name in RUNS if name not in kept.rows]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
         for row in pool.map(lambda name: measure(name, RUNS[name], Path(scratch) / name), left):
-            rows.append(row)
-            with open(kept, "a") as file:
-                file.write(json.dumps(row) + "\n")
-    rows.sort(key=lambda row: list(RUNS).index(row["run"]))
+            kept.add(row)
+    rows = [kept.rows[name] for name in RUNS]
     for row in rows:
         row["time_against_full"] = round(row["seconds"] / rows[0]["seconds"], 3)
     random = [row["test"]["exact_match"] for row in rows if "random" in row["run"]]
@@ -130,7 +125,7 @@ def main() -> None:
     }
     record("sparse", {"summary": summary, "runs": rows})
     plot(rows, ROOT / "bench" / "results" / "sparse.svg")
-    kept.unlink()
+    kept.path.unlink()
 
 
 if __name__ == "__main__":

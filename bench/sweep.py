@@ -27,9 +27,9 @@ def main() -> None:
     left = verb("survival", str(merged), "--plot", str(RESULTS / "survival.svg"))
     found = json.loads((merged / "merged.json").read_text())["sweep"]
     proof = json.loads((bundle / "bundle.json").read_text())["proof"]
-    kept = ("wise_alpha", "select", "why", "max_general_increase_nats", "rows", "general_rows", "points", "pareto")
+    kept = ("wise_alpha", "select", "why", "max_general_increase_nats", "general_rows", "points", "pareto")
     record("sweep", {
-        "sweep": {name: found[name] for name in kept if name in found},
+        "sweep": {name: found[name] for name in kept},
         "scores": proof["scores"],
         "survival": {name: left[name] for name in ("projection", "cosine", "layers", "promote")},
     })  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import FITTED_ON, SHAPES
-from run import ROOT, random_model, record, verb
+from run import Kept, pins, random_model, record, verb
 
 from edgeft.planner import make_plan
 from edgeft.settings import make_job
@@ -33,9 +33,10 @@ WAYS: dict[str, dict[str, Any]] = {
 COMMON = {"max_length": 256, "batch_size": 4, "micro_batch_size": 4, "checkpointing": False}
 
 
-def measure(plan: Path, model: Path, pins: list[str]) -> float:
+def measure(plan: Path, model: Path, settings: dict[str, Any]) -> float:
     """Seconds of one real step of that plan."""
-    verb("plan", "--model", str(model), "--profile", "cpu", *pins, "--verify", "--out", str(plan), as_json=False)
+    verb("plan", "--model", str(model), "--profile", "cpu", *pins(settings), "--verify", "--out", str(plan),
+         as_json=False)  # fmt: skip
     return float(json.loads(plan.with_name("trial.json").read_text())["measured_seconds_per_step"])
 
 
@@ -48,26 +49,20 @@ def of(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    path = ROOT / "build" / "bench-time.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = {row["run"]: row["measured_seconds"] for row in map(json.loads, lines)}
-    rows = []
+    kept, rows = Kept("time"), []
     with tempfile.TemporaryDirectory() as scratch:
         for shape, values in SHAPES.items():
             model = random_model(Path(scratch) / shape, values)
             for way, settings in WAYS.items():
                 name, wanted = f"{shape}; {way}", {**COMMON, **settings}
-                if name not in kept:
-                    pins = [part for key, value in wanted.items() for part in ("--set", f"{key}={value}")]
-                    kept[name] = measure(Path(scratch) / "plan.json", model, pins)
-                    with open(path, "a") as file:
-                        file.write(json.dumps({"run": name, "measured_seconds": kept[name]}) + "\n")
+                if name not in kept.rows:
+                    kept.add({"run": name, "measured_seconds": measure(Path(scratch) / "plan.json", model, wanted)})
+                measured = kept.rows[name]["measured_seconds"]
                 estimated = make_plan(make_job(profile="cpu", model=str(model), **wanted)).seconds_per_step
-                ratio = round(estimated / kept[name], 3)
+                ratio = round(estimated / measured, 3)
                 rows.append({"run": name, "fitted_on": shape in FITTED_ON, "estimated_seconds": round(estimated, 4),
-                             "measured_seconds": kept[name], "estimated_to_measured": ratio})  # fmt: skip
-                print(f"{name:40} estimated {estimated:.2f} s, measured {kept[name]:.2f} s, ratio {ratio}", flush=True)
+                             "measured_seconds": measured, "estimated_to_measured": ratio})  # fmt: skip
+                print(f"{name:40} estimated {estimated:.2f} s, measured {measured:.2f} s, ratio {ratio}", flush=True)
     summary = {name: of([row for row in rows if not row["fitted_on"] or name == "all"])
                for name in ("all", "not fitted on")}  # fmt: skip
     print(json.dumps(summary), file=sys.stderr)
@@ -76,5 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "bench"))
     main()

@@ -9,7 +9,13 @@ The stages are functions of the modules of their name: edgeft.train.train, edgef
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Packages that call home unless told before they are imported: onnxruntime since 1.29 and onnxruntime-genai since 0.18
+# write a device id into the home folder. What a user has set stays; processes that edgeft starts inherit it.
+for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
     from edgeft.live import wise

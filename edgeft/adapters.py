@@ -40,6 +40,7 @@ class AdapterSource(NamedTuple):
     prompts: Sequence[GoldenInput]
     tokenizer: TextTokenizer
     prove: Callable[[Any], Proof] | None = None  # given the bundle in its runtime, with this adapter in use
+    system: str | None = None  # message that every training row had
 
 
 class Written(NamedTuple):

@@ -6,9 +6,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 
-from edgeft.data import IGNORED, Sample
+from edgeft.samples import IGNORED, Sample
 
 GROUP_STEPS = 50  # samples of this many steps are sorted by length together: little padding, yet a random order
 
@@ -31,14 +32,15 @@ class Batch:
 
 def make_batch(samples: Sequence[Sample]) -> Batch:
     """Samples as one right-padded batch; padding is id 0 and never trained on."""
-    width = max(len(sample.ids) for sample in samples)
-    ids = torch.zeros(len(samples), width, dtype=torch.long)
-    next_labels = torch.full((len(samples), width), IGNORED, dtype=torch.long)
+    width = max(len(sample) for sample in samples)
+    ids = numpy.zeros((len(samples), width), numpy.int64)
+    following = numpy.full((len(samples), width), IGNORED, numpy.int64)
     for row, sample in enumerate(samples):
-        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
-        next_labels[row, : len(sample.ids) - 1] = torch.tensor(sample.labels[1:], dtype=torch.long)
-    positions = (next_labels.view(-1) != IGNORED).nonzero().view(-1)
-    return Batch(ids, positions, next_labels.view(-1)[positions])
+        ids[row, : len(sample)] = sample.packed_ids
+        following[row, : len(sample) - 1] = numpy.asarray(sample.packed_labels)[1:]
+    flat = following.reshape(-1)
+    positions = numpy.flatnonzero(flat != IGNORED)
+    return Batch(*map(torch.from_numpy, (ids, positions, flat[positions])))
 
 
 def micro_batches(
@@ -50,13 +52,13 @@ def micro_batches(
     `size` of the longest samples have, so that no group needs more memory than was planned.
     """
     group: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: -len(sample.ids)):
-        if len(group) >= size:
-            padded = len(group[0].ids) * (len(group) + 1)
-            trained = sum(other.trained_tokens for other in group) + sample.trained_tokens
-            if padded > max_tokens or trained > max_trained_tokens:
-                yield group
-                group = []
+    trained = 0
+    for sample in sorted(samples, key=lambda sample: -len(sample)):
+        trained += sample.trained_tokens
+        padded = len(group[0]) * (len(group) + 1) if group else 0
+        if len(group) >= size and (padded > max_tokens or trained > max_trained_tokens):
+            yield group
+            group, trained = [], sample.trained_tokens
         group.append(sample)
     yield group
 

@@ -18,6 +18,7 @@ from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versi
 from edgeft.budget import reset_resident_peak, resident_bytes
 from edgeft.bundle import (
     MANIFEST,
+    README,
     SBOM,
     Bundle,
     BundledAdapter,
@@ -29,6 +30,7 @@ from edgeft.bundle import (
     Measurement,
     PromptFormat,
     measurement_path,
+    readme,
 )
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
@@ -195,6 +197,7 @@ def build_bundle(
     *,
     prompts: Sequence[GoldenInput],
     prompt_format: PromptFormat = "plain",
+    system: str | None = None,
     device_memory_bytes: int | None = None,
     device_bandwidth_bytes_per_second: float | None = None,
     input_sha256: str = "",
@@ -237,9 +240,11 @@ def build_bundle(
         inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
+            names = [source.name for source in adapters]
+            (folder / README).write_text(readme(target, prompt_format, system, names), encoding="utf-8")
         weights = _with_adapters(backend.read_weights(folder), written)
         context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
-        stop_ids = stop_ids_of(tokenizer)
+        stop_ids = tokenizer.stop_ids
         backend.write_limits(folder, context_tokens, stop_ids)
         files = hash_files(folder)
         hashes = {name: file.sha256 for name, file in files.items()}
@@ -251,6 +256,7 @@ def build_bundle(
             versions=versions(),
             target=target,
             prompt_format=prompt_format,
+            system=system,
             prefix_ids=tokenizer.prefix_ids,
             stop_ids=stop_ids,
             context_tokens=context_tokens,
@@ -269,7 +275,7 @@ def build_bundle(
         )
         bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
-        golden = _record(_load_shipped(folder), tokenizer, prompts, target.golden_logit_tolerance)
+        golden = _record(_load_shipped(folder), tokenizer, prompts)
         bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": inputs})
         bundle.write(folder / MANIFEST)
         bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, written)})
@@ -300,7 +306,8 @@ def build_bundle(
 
 def environment(runtime: Runtime) -> Environment:
     """Where golden vectors are recorded: another processor or runtime may round otherwise."""
-    cpu, features = cpu_identity()
+    cpu, flags = cpu_identity()
+    features = sorted(flag for flag in flags if flag.startswith(runner_module().FEATURES))
     package = RUNTIMES[runtime][1]
     names = [package] + (["onnxruntime"] if runtime == "ort-genai" else [])
     held = {name: versions().get(name, "") for name in names}
@@ -330,6 +337,7 @@ def _prove_adapters(
             train_sha256=source.train_sha256,
             rank=rank,
             prompt_format=source.prompt_format,
+            system=source.system,
             parameters=parameters,
             golden=[],
         )
@@ -337,7 +345,7 @@ def _prove_adapters(
     shipped = _load_shipped(folder)
     for source in sources:
         shipped.use(source.name)
-        golden = _record(shipped, source.tokenizer, source.prompts, bundle.golden_logit_tolerance)
+        golden = _record(shipped, source.tokenizer, source.prompts)
         entries[source.name] = entries[source.name].model_copy(update={"golden": golden})
     del shipped  # its memory, before the proofs
     model = ArtifactModel(folder)
@@ -346,22 +354,6 @@ def _prove_adapters(
         proof = source.prove(model) if source.prove else None
         entries[source.name] = entries[source.name].model_copy(update={"proof": proof})
     return entries
-
-
-def stop_ids_of(tokenizer: TextTokenizer) -> list[int]:
-    """The checkpoint's end tokens, and the special token with which the chat template closes an answer."""
-    found = list(tokenizer.eos_ids)
-    if tokenizer.template_text is not None:
-        probe = "edgeft"
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
-        try:
-            after = tokenizer.render(messages, add_generation_prompt=False).rpartition(probe)[2]
-        except BadInput:  # a template of another kind of turn: the checkpoint's own end tokens have to do
-            after = ""
-        closing = tokenizer.encode([after])[0][:1]
-        special = {token for token, entry in tokenizer.backend.get_added_tokens_decoder().items() if entry.special}
-        found += [token for token in closing if token in special and token not in found]
-    return found
 
 
 def _within(size_budget_bytes: int | None, size_bytes: int, target: Target) -> None:
@@ -382,7 +374,7 @@ def hash_files(folder: Path) -> dict[str, BundledFile]:
     }
 
 
-def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput], tolerance: float) -> list[Golden]:
+def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]) -> list[Golden]:
     """Golden vectors, made by the artifact. Raises ParityFailed if text or ids are not what training used."""
     made = []
     for prompt in prompts:
@@ -399,7 +391,7 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
         if ids != expected:
             problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
             raise ParityFailed("tokenizer", problem, "the runtime does not know this kind of tokenizer.json")
-        steps, margins, first = _continue(model, ids, tolerance)
+        steps, margins, first = _continue(model, ids)
         top = numpy.argsort(-first, kind="stable")[:GOLDEN_LOGITS]
         made.append(
             Golden(
@@ -416,11 +408,8 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
     return made
 
 
-def _continue(model: Any, ids: list[int], tolerance: float) -> tuple[list[int], list[float], Logits]:
-    """(greedy tokens, by how much each led the next best, logits after the prompt), by one cache.
-
-    Ends before the first step whose two best are nearer than twice the tolerance: each of the two may move by it.
-    """
+def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logits]:
+    """(greedy tokens, by how much each led the next best, logits after the prompt), by one cache."""
     count = min(GOLDEN_TOKENS, model.context_tokens - len(ids))
     model.fit(ids, 0)
     session = model.engine.start(len(ids) + max(0, count))
@@ -432,8 +421,6 @@ def _continue(model: Any, ids: list[int], tolerance: float) -> tuple[list[int], 
     margins: list[float] = []
     while len(steps) < count:
         second, best = numpy.sort(last)[-2:]
-        if best - second <= 2 * tolerance:
-            break
         steps.append(int(last.argmax()))
         margins.append(float(best - second))
         if len(steps) < count:
@@ -441,7 +428,7 @@ def _continue(model: Any, ids: list[int], tolerance: float) -> tuple[list[int], 
     return steps, margins, first
 
 
-def _rendered(model: Any, messages: list[dict[str, str]]) -> str:
+def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:
     """What the runtime makes of a chat. Raises ParityFailed where it cannot read the template at all."""
     try:
         return str(model.render(messages))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
+from edgeft.runner import runner_module
+from edgeft.sbom import NEEDED
 from edgeft.scores import EncoderProof, Metrics, Promotion, Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
 SBOM = "sbom.cdx.json"
+README = "README.md"
 PromptFormat = Literal["plain", "chat"]
 Task = Literal["text-generation", "text-classification", "feature-extraction"]
 
@@ -26,7 +29,7 @@ class GoldenInput(Strict):
     """One prompt to record: a text as it is, or chat messages for the template."""
 
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_of_them(self) -> GoldenInput:
@@ -39,11 +42,11 @@ class Golden(Strict):
     """What the artifact gave for one prompt at export: run.py --verify replays it on the device.
 
     `messages` is None for plain prompts, and for templates that print the date: their text changes every day.
-    `greedy_ids` ends before the first step whose two best logits are nearer than twice the tolerance: there
-    another CPU may rightly choose the other.
+    `greedy_ids` are binding where their margin is more than twice the tolerance: below, another CPU may rightly
+    choose the other.
     """
 
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     text: str
     plain: bool
     ids: list[int]
@@ -61,6 +64,16 @@ class Environment(Strict):
     runtime: str = Field(description="packages and versions")
 
 
+def _stays_inside(name: str) -> str:
+    """The name of a file in a bundle, by run.py's own rule."""
+    if fault := runner_module().name_fault(name):
+        raise ValueError(f"{name!r:.80} {fault}")
+    return name
+
+
+FileName = Annotated[str, pydantic.AfterValidator(_stays_inside)]
+
+
 class BundledFile(Strict):
     sha256: str
     size_bytes: int
@@ -69,11 +82,12 @@ class BundledFile(Strict):
 class BundledAdapter(Strict):
     """A LoRA adapter that run.py loads beside the model and switches to, fed to the graph's `adapter_inputs`."""
 
-    file: str
+    file: FileName
     base_sha256: str = Field(description="of the base weights it was trained on: the bundle must hold the same")
     train_sha256: str = Field(description="of its train.json")
     rank: int
     prompt_format: PromptFormat
+    system: str | None = Field(default=None, description="system message that every training row had")
     parameters: dict[str, list[int]] = Field(description="names and shapes in the file; the scale is in lora_B")
     golden: list[Golden]
     proof: Proof | None = None
@@ -120,12 +134,42 @@ def adapters_digest(train_sha256: Mapping[str, str]) -> str:
     return sha256_json(dict(train_sha256))
 
 
+SILENT = """run.py writes no file and opens no connection. onnxruntime since 1.29 and onnxruntime-genai since 0.18 carry
+telemetry that is on by default; run.py switches it off. A program of your own that loads this model has to do that
+before it loads the runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment. `ORT_DISABLE_TELEMETRY=0` lets it on."""
+
+
+def readme(target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = ()) -> str:
+    """What a person who finds the folder on a device has to know, in a page."""
+    how = "a prompt goes through the model's chat template" if prompt_format == "chat" else "a text goes in as it is"
+    lines = [
+        "# A language model to run on a device",
+        "",
+        f"    pip install {' '.join(NEEDED[target.runtime])}",
+        '    python run.py "a prompt"',
+        "    python run.py --bench",
+        "    python run.py --verify",
+        "",
+        f"Built for {target.runtime} ({target.name}); {how}. `python run.py --help` shows every option.",
+    ]
+    if system:
+        quoted = "\n".join(f"> {line}" for line in system.splitlines())
+        lines += ["", "It was trained with this system message, and run.py gives it (`--system ''`: none):", "", quoted]
+    if adapters:
+        lines += ["", "Adapters for `--adapter`: " + ", ".join(adapters) + "."]
+    lines += ["", SILENT]
+    return "\n".join(lines) + "\n"
+
+
 class Bundle(Artifact):
     """bundle.json: what is in the folder, where it came from, what it needs and what it must give."""
 
     format_version: Literal[1] = 1
     target: Target
     prompt_format: PromptFormat
+    system: str | None = Field(
+        default=None, description="system message that every training row had; run.py puts it before a prompt"
+    )
     prefix_ids: list[int] = Field(description="ids before every plain prompt, such as begin-of-text")
     stop_ids: list[int] = Field(description="ids that end an answer")
     context_tokens: int
@@ -134,7 +178,7 @@ class Bundle(Artifact):
     environment: Environment | None = Field(default=None, description="where the golden vectors were recorded")
     weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
     size_bytes: int = Field(description="all files but bundle.json and a signature")
-    files: dict[str, BundledFile]
+    files: dict[FileName, BundledFile]
     golden: list[Golden]
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
     predicted: Predicted

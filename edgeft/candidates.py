@@ -183,12 +183,16 @@ def candidates(
         for rank in (ranks if tuner == "lora" else [0])
     ]
     modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
-    open_still = list(itertools.product(
-        [job.micro_batch_size] if job.micro_batch_size else batches,
-        _recomputing(job, spec),
-        [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
-        [job.optimizer] if job.optimizer else optimizers,
-    ))  # fmt: skip
+    open_still: list[dict[str, Any]] = [
+        {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
+         "optimizer": optimizer}
+        for batch, (checkpointing, kept), chunk, optimizer in itertools.product(
+            [job.micro_batch_size] if job.micro_batch_size else batches,
+            _recomputing(job, spec),
+            [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
+            [job.optimizer] if job.optimizer else optimizers,
+        )
+    ]  # fmt: skip
     for tuner, precision, rank, layers in ways:
         if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
             continue  # more than half the hidden size is no low rank
@@ -200,22 +204,29 @@ def candidates(
             problem = f"trains in fp32, but this plan computes in {compute}"
             raise BadInput(trains_end, problem, f"leave {trains_end} off, or base_precision to the planner")
         lora = tuner == "lora"
-        shared: dict[str, Any] = {
-            "device": profile.device, "tuner": tuner, "base_precision": precision, "compute_dtype": compute,
-            "rank": rank, "lora_alpha": (job.lora_alpha or LORA_ALPHA) if lora else 0.0,
-            "target_modules": modules if lora else (), **layers, "batch_size": job.batch_size,
-            "max_length": work.longest, "max_trained": work.longest_trained,
-            "learning_rate": job.learning_rate or default_learning_rate(spec, tuner), "steps": steps,
-            "warmup_steps": max(1, round(job.warmup_fraction * steps)), "weight_decay": job.weight_decay,
-            "max_grad_norm": job.max_grad_norm, "seed": job.seed, "checkpoint_steps": job.checkpoint_steps,
-            "eval_rows": job.eval_rows,
-        }  # fmt: skip
-        found: Training | None = None
-        for batch, (checkpointing, kept), chunk, optimizer in open_still:
-            own = {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept,
-                   "loss_chunk_tokens": chunk, "optimizer": optimizer}  # fmt: skip
-            found = found.model_copy(update=own) if found else Training(**shared, **own)
-            yield found
+        first = Training(
+            device=profile.device,
+            tuner=tuner,
+            base_precision=precision,
+            compute_dtype=compute,  # type: ignore[arg-type]
+            rank=rank,
+            lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
+            target_modules=modules if lora else (),
+            **layers,
+            **open_still[0],
+            batch_size=job.batch_size,
+            max_length=work.longest,
+            max_trained=work.longest_trained,
+            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
+            steps=steps,
+            warmup_steps=max(1, round(job.warmup_fraction * steps)),
+            weight_decay=job.weight_decay,
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
+            checkpoint_steps=job.checkpoint_steps,
+            eval_rows=job.eval_rows,
+        )
+        yield from (first.model_copy(update=choices) for choices in open_still)
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:

@@ -9,8 +9,6 @@ import logging
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from edgeft import disk
+from edgeft import disk, process
 from edgeft.artifacts import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.budget import MALLOC_ENVIRONMENT
 from edgeft.errors import BadInput
@@ -256,11 +254,10 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
         # in a process of its own: what quantising leaves in the heap would count against training
         code = "import sys, pathlib; from edgeft.checkpoint import quantise; quantise(*map(pathlib.Path, sys.argv[1:]))"
-        command = [sys.executable, "-c", code, str(folder), str(cached)]
-        environment = os.environ | MALLOC_ENVIRONMENT  # large matrices would fragment its heap to twice the size
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        # large matrices would fragment its heap to twice the size
+        done = process.run(code, folder, cached, environment=MALLOC_ENVIRONMENT)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            reason = process.reason(done.returncode, done.stderr)
             raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
     from transformers import AutoModelForCausalLM
 

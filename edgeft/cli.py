@@ -199,9 +199,12 @@ def _try_out(plan_file: Path, as_json: bool) -> None:
     """Measure a plan's steps in a process of their own: this one must not carry torch, nor its memory count."""
     import subprocess
 
+    from edgeft import process
+
     out = plan_file.with_name("trial.json")
     say("measuring the plan's steps with random weights")
-    done = subprocess.run([sys.executable, "-m", "edgeft.trial", str(plan_file), str(out)], check=False)
+    command = process.command("from edgeft.trial import main; main()", plan_file, out)
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
     if as_json:
@@ -263,6 +266,8 @@ def train(
     else:
         each = show_seconds(made.seconds_per_step)
         say(f"about {show_seconds(made.seconds)} of training are estimated ({each} a step)")
+    if made.lengths is not None:
+        say("; ".join([f"{made.lengths.path}: {made.lengths.line}", *made.lengths.remarks]))
     rehearsed = NOT_REHEARSED
     if rehearsal:
         named = made.job.target if target in (None, "all-that-fit") else target
@@ -578,7 +583,10 @@ def _need(path: Path, command: str) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
-    """Run a bundle here with the very file it carries: edgeft run BUNDLE "prompt" [--chat | --plain | --bench ...]."""
+    """Run a bundle here, by edgeft's own run.py: edgeft run BUNDLE "prompt" [--system TEXT | --plain | --bench ...].
+
+    The bundle's own copy is a program that came with it and is not started; `edgeft verify` says if it is another.
+    """
     raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
 
 
@@ -589,7 +597,10 @@ def verify(
     no_replay: Annotated[bool, typer.Option("--no-replay", help="hashes and signature only")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs)."""
+    """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs).
+
+    By edgeft's own run.py. A bundle of another version of edgeft carries another one: that is noted, and no fault.
+    """
     options = [*(["--public-key", str(public_key)] if public_key else []), *(["--no-replay"] if no_replay else [])]
     options += ["--json"] if as_json else []
     raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify", *options]))
@@ -672,6 +683,32 @@ def report(
         sys.stdout.write(made.model_dump_json() + "\n")
     else:
         stdout.print("\n".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+@app.command()
+def data(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="jsonl, csv, parquet or a hub dataset id")],
+    model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id: its tokenizer is used")],
+    rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    max_length: Annotated[int | None, typer.Option(min=8, help="cut samples to so many tokens, as a plan does")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what of a data file trains: the first rows with their trained tokens marked, and what is not used, and why.
+
+    Rows that cannot be used are refused with their lines (exit 1).
+    """
+    from edgeft.data import TextTokenizer, data_text, report_data
+
+    folder = Path(model)
+    if not folder.is_dir():
+        from edgeft.checkpoint import local_folder
+
+        folder = local_folder(model)
+    found = report_data(file, TextTokenizer(folder), max_length, rows)
+    if as_json:
+        sys.stdout.write(found.model_dump_json() + "\n")
+    else:
+        stdout.print(data_text(found), soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -9,7 +9,7 @@ quantisation follows 16-bit LoRA within half a point (QLoRA, arXiv 2305.14314); 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
+from functools import cached_property
 from typing import Any
 
 from edgeft import memory
@@ -18,7 +18,7 @@ from edgeft.data import Lengths
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
-from edgeft.timing import Counted, count, mean_work, seconds_per_step
+from edgeft.timing import COUNTED, Counted, count, mean_work, seconds_per_step
 
 # expected quality points given up, by the evidence above; only their order decides
 NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
@@ -26,12 +26,6 @@ ENDS_COST = 0.5  # full fine-tuning that leaves the embedding out: 1.2 points on
 # On a CPU fp32 comes first even where bf16 multiplies faster: for every length of batch oneDNN compiles its kernels
 # anew and keeps them, which is slower than fp32 in short runs and grows beyond any plan.
 CPU_HALF_COST = 0.2
-
-# what of a plan `timing.count` reads, as far as the candidates of one job differ in it
-_COUNTED = attrgetter(
-    "compute_dtype", "base_precision", "tuner", "rank", "target_modules", "layers", "trained_layers", "active_layers",
-    "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing",
-)  # fmt: skip
 
 
 class Candidate(Strict):
@@ -68,6 +62,11 @@ class Question:
     keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
     heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
     counts: dict[tuple[Any, ...], Counted] = field(default_factory=dict, repr=False)  # by what `count` reads
+
+    @cached_property
+    def mean_work(self) -> memory.Workload:
+        """The typical batch, which time is estimated for."""
+        return mean_work(self.work, self.lengths)
 
     def key(self, training: Training) -> tuple[float, float]:
         """(quality given up, seconds per step): what candidates are sorted by, best first; counted once for each."""
@@ -106,11 +105,10 @@ class Question:
 
     def seconds(self, training: Training, kept_layers: int | None = None) -> float:
         """Seconds per optimizer step of typical batches; with another number of layers that keep their activations."""
-        work = mean_work(self.work, self.lengths)
-        key = (training.kept_layers if kept_layers is None else kept_layers, *_COUNTED(training))
+        key = (training.kept_layers if kept_layers is None else kept_layers, *COUNTED(training))
         if key not in self.counts:
-            self.counts[key] = count(self.spec, training, work, key[0])
-        return seconds_per_step(self.profile, training, work, self.counts[key])
+            self.counts[key] = count(self.spec, training, self.mean_work, key[0])
+        return seconds_per_step(self.profile, training, self.mean_work, self.counts[key])
 
     def candidate(self, training: Training) -> Candidate:
         """The row that reports show."""

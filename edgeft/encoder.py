@@ -11,7 +11,7 @@ import numpy
 
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.build import hash_files, need_runtime
-from edgeft.bundle import MANIFEST, SBOM, Bundle, Golden, Task
+from edgeft.bundle import MANIFEST, README, SBOM, Bundle, Golden, Task, readme
 from edgeft.checkpoint import quiet_transformers, weights_sha256
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.families import ENCODERS
@@ -107,6 +107,7 @@ def export_encoder(folder: Path, target: Target, out: Path, *, texts: list[str],
         write_tokenizer(folder, made, None)
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, made / RUNNER)
+            (made / README).write_text(readme(target, "plain", None), encoding="utf-8")
         weights = read_weights(made)
         context, limited_by = encoder.context_tokens, "model"
         if target.context_tokens < context:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -17,7 +18,7 @@ from edgeft.build import ArtifactModel, build_bundle, need_runtime
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.checkpoint import Checkpoint, TensorFile, local_folder, weights_sha256
 from edgeft.costs import Question
-from edgeft.data import Row, Sample, TextTokenizer, read_rows, to_samples
+from edgeft.data import Row, Sample, TextTokenizer, read_rows, read_samples
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.forms import Form, load_tuned, observe_artifact, observe_model
 from edgeft.host import PARITY_PROMPTS
@@ -80,6 +81,7 @@ def export(
         out,
         prompts=golden,
         prompt_format="chat" if chat else "plain",
+        system=shared_system(merged.train.plan.job, golden, tokenizer),
         device_memory_bytes=profile.budget_bytes if profile else None,
         device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
         input_sha256=sha256_file(merged_folder / "merged.json"),
@@ -105,7 +107,8 @@ def prove_bundle(
     artifact: ArtifactModel, progress: Progress,
 ) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
-    ladder = Ladder(target, TextTokenizer(merged_folder), progress)
+    tokenizer = TextTokenizer(merged_folder)
+    ladder = Ladder(target, tokenizer, progress)
     plan = merged.train.plan
     ladder.climb_training(trained, merged.train, rows.trained)
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
@@ -114,7 +117,8 @@ def prove_bundle(
         answers=rows.scored, gate=len(rows.trained),
     )  # fmt: skip
     scores = _scores_of_training(merged.train, rows.source == "test")
-    scores |= {name: form.metrics(rows.scored) for name, form in zip(("merged", target.name), made, strict=True)}
+    for name, form in zip(("merged", target.name), made, strict=True):
+        scores[name] = form.metrics(rows.every, tokenizer, rows.scored)
     if problem := exact_match_problem(*made, target.parity, rows.scored):
         raise ParityFailed("parity ladder, exact match of the artifact", problem, HINTS["artifact"])
     return make_proof(ladder, scores, rows.source, made[0]), scores
@@ -177,7 +181,7 @@ def export_promoted(
     samples = data.train[:CALIBRATION_ROWS]
     if calibration is not None:
         longest = merged.train.plan.training.max_length
-        samples = to_samples(read_rows(calibration, tokenizer, CALIBRATION_ROWS), tokenizer, longest)
+        samples = read_samples(calibration, tokenizer, longest, CALIBRATION_ROWS)
         samples = [sample for sample in samples if sample.trained_tokens]
     described = f"{len(samples)} rows of {calibration or 'the training data'}"
     measured = measure(merged_folder, target, samples, described, progress)
@@ -241,17 +245,30 @@ def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput]
     assert source is not None  # Data.read has refused a plan without data
     rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
     chat = rows[0].format == "chat"
-    # a chat's pieces are rendered already: its last prompt is replayed as the text the device must reproduce
+    # a chat is rendered already: its last prompt is replayed as the text the device must reproduce
     return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
 
 
 def _prompt_text(row: Row) -> str:
-    return row.pieces[0][0] if row.has_prompt else row.pieces[0][0][:64]
+    return row.prompt if row.has_prompt else row.text[:64]
 
 
 def _chat_input(row: Row) -> GoldenInput:
     assert row.messages is not None
     return GoldenInput(messages=list(row.messages))
+
+
+def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextTokenizer) -> str | None:
+    """The system message of every training row, which the device gives too; None where they have not one in common."""
+    found = {_system(prompt.messages) for prompt in prompts}
+    if len(found) == 1 and None not in found and job.data is not None:
+        found |= {_system(row.messages) for row in read_rows(job.data, tokenizer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _system(messages: Sequence[Mapping[str, Any]] | None) -> str | None:
+    first = messages[0] if messages else {}
+    return str(first["content"]) if first.get("role") == "system" and first.get("content") else None
 
 
 def export_adapters(
@@ -286,6 +303,7 @@ def export_adapters(
         out,
         prompts=sources[0].prompts,
         prompt_format=sources[0].prompt_format,
+        system=sources[0].system,
         device_memory_bytes=profile.budget_bytes if profile else None,
         device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
         input_sha256=adapters_digest(digests),
@@ -340,9 +358,10 @@ def adapter_source(
         made = observe_artifact(name, artifact, rows.every, tokenizer, answers=rows.scored)
         ladder.add(compare(form, first(made, count), target.parity, ladder.gain))
         scores = _scores_of_training(result, bool(data.test))
-        scores[target.name] = made.metrics(rows.scored)
+        scores[target.name] = made.metrics(rows.every, tokenizer, rows.scored)
         return make_proof(ladder, scores, rows.source, form)
 
     digest = sha256_file(folder / "train.json")
     form: PromptFormat = "chat" if chat else "plain"
-    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove)
+    system = shared_system(result.plan.job, prompts, tokenizer)
+    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system)

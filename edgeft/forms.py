@@ -16,7 +16,18 @@ from edgeft.batches import make_batch
 from edgeft.checkpoint import DTYPES, Checkpoint, TensorFile, load_base, load_plain, local_folder
 from edgeft.data import IGNORED, Sample, TextTokenizer
 from edgeft.dense import DenseTurns
-from edgeft.evaluate import EVAL_TOKENS, answer_tokens, autocast, by_length, greedy, is_exact, metrics
+from edgeft.evaluate import (
+    EVAL_TOKENS,
+    answer_open,
+    answer_tokens,
+    asked_for,
+    autocast,
+    by_length,
+    is_exact,
+    judge,
+    may_become,
+    metrics,
+)
 from edgeft.host import LOGIT_BYTES, PARITY_PROMPTS
 from edgeft.loss import head_transform
 from edgeft.scores import Metrics
@@ -61,28 +72,15 @@ class Form:
         """Mean nats per trained token of all rows."""
         return sum(self.losses) / max(1, sum(self.tokens))
 
-    def metrics(self, rows: slice = slice(None)) -> Metrics:
-        """Scores of some of the rows."""
-        losses, tokens, exact = self.losses[rows], self.tokens[rows], self.exact[rows]
-        made = metrics(len(losses), sum(losses) / max(1, sum(tokens)), sum(exact) / len(exact) if exact else None)
-        kept = {
-            "row_losses": tuple(round(loss, 6) for loss in losses),
-            "row_tokens": tokens,
-            "row_exact": "".join("01"[right] for right in exact),
-        }
-        return made.model_copy(update=kept)
-
-
-def stop_ids(tokenizer: TextTokenizer) -> list[int]:
-    """The ids at which an answer ends, on the device as here."""
-    from edgeft.build import stop_ids_of
-
-    return stop_ids_of(tokenizer)
+    def metrics(self, samples: Sequence[Sample], tokenizer: TextTokenizer, rows: slice = slice(None)) -> Metrics:
+        """Scores of some of the rows, `samples` being all of them."""
+        exact = self.exact or (False,) * len(self.losses)
+        return metrics(samples[rows], tokenizer, self.losses[rows], exact[rows])
 
 
 def trained_at(sample: Sample) -> list[int]:
     """Positions whose next token is trained."""
-    return [i for i in range(len(sample.ids) - 1) if sample.labels[i + 1] != IGNORED]
+    return [i for i, label in enumerate(sample.labels[1:]) if label != IGNORED]
 
 
 class Observer:
@@ -90,14 +88,15 @@ class Observer:
 
     def __init__(self, rows: Sequence[Sample]) -> None:
         self.rows = rows
-        self.losses, self.tokens, self.follows = [0.0] * len(rows), [0] * len(rows), [True] * len(rows)
+        self.losses, self.tokens = [0.0] * len(rows), [0] * len(rows)
+        self.likely: list[list[int]] = [[] for _ in rows]
         self.tables: list[list[torch.Tensor]] = [[] for _ in rows[:PARITY_PROMPTS]]
 
     def add(self, row: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """The next positions of a row: logits (n, V) and the tokens that follow."""
         found = torch.log_softmax(logits.float(), dim=-1)
         self.losses[row] -= float(found.gather(1, targets[:, None]).sum())
-        self.follows[row] &= bool((found.argmax(dim=-1) == targets).all())
+        self.likely[row] += found.argmax(dim=-1).tolist()
         if row < len(self.tables):
             most = max(1, LOGIT_BYTES // 4 // found.shape[-1] // len(self.tables))
             room = most - self.tokens[row]
@@ -123,14 +122,14 @@ def row_logits(
         with autocast(CPU, compute):
             hidden = parts.body(input_ids=make_batch(group).ids, use_cache=False).last_hidden_state.to(compute)
         for place, sample in enumerate(group):
-            at = torch.tensor(trained_at(sample), dtype=torch.long)
+            ids, at = sample.ids, torch.tensor(trained_at(sample), dtype=torch.long)
             for part in torch.split(at, POSITIONS):
                 with autocast(CPU, compute):
                     logits = hidden[place, part] @ head.weight.T.to(compute)
                     logits = (logits if head.bias is None else logits + head.bias).float() * scale
                 if softcap:
                     logits = softcap * torch.tanh(logits / softcap)
-                yield numbers[id(sample)], logits, torch.tensor([sample.ids[i + 1] for i in part.tolist()])
+                yield numbers[id(sample)], logits, torch.tensor([ids[i + 1] for i in part.tolist()])
 
 
 def observe_model(
@@ -140,58 +139,18 @@ def observe_model(
 ) -> Form:  # fmt: skip
     """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
 
-    A row whose every token, its end too, is the likeliest after those before it is what greedy decoding gives: only
-    the others are decoded.
+    Only what the likeliest tokens along the row's own answer leave open is generated.
     """
     seen, parts = Observer(rows), find_parts(model)
     for number, logits, targets in row_logits(model, parts, rows, compute, group_tokens):
         seen.add(number, logits, targets)
         progress(sum(count > 0 for count in seen.tokens), len(rows))
-    if answers is None or tokenizer is None or not has_prompt(rows):
+    if answers is None or tokenizer is None or not rows[0].has_prompt:
         return seen.form(name)
-    exact, stops = [False] * len(rows), stop_ids(tokenizer)
-    left = []
-    for number in range(len(rows))[answers]:
-        sample = rows[number]
-        answer = reference(sample, stops)
-        ends = sample.prompt_tokens + len(answer) < len(sample.ids)
-        if seen.follows[number] and ends and not earlier_turns(sample):
-            exact[number] = is_exact(tokenizer, sample, answer)
-        elif sample.prompt_tokens:
-            left.append(number)
-    found = decoded(model, [rows[number] for number in left], tokenizer, compute, group_tokens)
-    for number in left:
-        exact[number] = found[id(rows[number])]
-    return seen.form(name, exact)
-
-
-def has_prompt(rows: Sequence[Sample]) -> bool:
-    """Whether the rows have answers of their own, not text alone."""
-    return bool(rows) and bool(rows[0].completion)
-
-
-def earlier_turns(sample: Sample) -> bool:
-    """Whether more than the last answer is trained."""
-    return any(label != IGNORED for label in sample.labels[: sample.prompt_tokens])
-
-
-def reference(sample: Sample, stops: Sequence[int]) -> list[int]:
-    """The row's own answer up to its first stop id, as decoding would give it."""
-    ids = list(sample.ids[sample.prompt_tokens :])
-    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
-
-
-def decoded(
-    model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer, compute: torch.dtype, group_tokens: int
-) -> dict[int, bool]:
-    """Whether each row is answered exactly by greedy decoding, by the row's identity."""
-    found: dict[int, bool] = {}
-    for group in by_length(rows, group_tokens) if rows else ():
-        prompts = [list(sample.ids[: sample.prompt_tokens]) for sample in group]
-        with autocast(CPU, compute):
-            made = greedy(model, prompts, stop_ids(tokenizer), answer_tokens(group), CPU)
-        found |= {id(s): is_exact(tokenizer, s, answer) for s, answer in zip(group, made, strict=True)}
-    return found
+    wanted = range(len(rows))[answers]
+    judged: dict[int, bool | None] = {id(rows[i]): judge(tokenizer, rows[i], seen.likely[i]) for i in wanted}
+    answer_open(model, rows, tokenizer, judged, CPU, compute, group_tokens)
+    return seen.form(name, [bool(judged.get(id(sample), False)) for sample in rows])
 
 
 def observe_artifact(
@@ -200,31 +159,29 @@ def observe_artifact(
 ) -> Form:  # fmt: skip
     """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded."""
     seen, exact = Observer(rows), [False] * len(rows)
-    decoding = set(range(len(rows))[answers]) if answers is not None and has_prompt(rows) else set()
-    stops = stop_ids(tokenizer)
+    decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
+    stops = tokenizer.stop_ids
     for number, sample in enumerate(rows):
-        at = trained_at(sample)
+        ids, at = sample.ids, trained_at(sample)
         if not at:
             continue
         if number in decoding and sample.prompt_tokens:
             logits, answer = artifact.follow(
-                list(sample.ids), at[0], sample.prompt_tokens, answer_tokens([sample]), stops,
+                ids, at[0], sample.prompt_tokens, answer_tokens([sample]), stops,
                 functools.partial(cannot_match, tokenizer, sample),
             )  # fmt: skip
             exact[number] = is_exact(tokenizer, sample, answer)
         else:
-            logits = artifact.logits(list(sample.ids), at[0])
+            logits = artifact.logits(ids, at[0])
         chosen = torch.from_numpy(logits)[[i - at[0] for i in at]]
-        seen.add(number, chosen, torch.tensor([sample.ids[i + 1] for i in at]))
+        seen.add(number, chosen, torch.tensor([ids[i + 1] for i in at]))
         progress(number + 1, len(rows))
     return seen.form(name, exact if decoding else ())
 
 
-def cannot_match(tokenizer: TextTokenizer, sample: Sample, made: Sequence[int]) -> bool:
-    """Whether no continuation of `made` reads as the row's answer."""
-    wanted = tokenizer.decode(sample.ids[sample.prompt_tokens :]).strip()
-    given = tokenizer.decode(made).rstrip("\ufffd").strip()  # half a character: the next token may complete it
-    return not wanted.startswith(given)
+def cannot_match(tokenizer: TextTokenizer, sample: Sample, made: list[int]) -> bool:
+    """Whether no continuation of `made` can be what the row asks for."""
+    return not may_become(tokenizer, asked_for(sample, tokenizer.stop_ids)[0], made)
 
 
 def trained_settings(result: TrainResult) -> tuple[Training, torch.dtype, str]:

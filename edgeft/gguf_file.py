@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from edgeft import process
 from edgeft.artifacts import saving
 from edgeft.budget import resident_bytes
 from edgeft.checkpoint import Checkpoint, quiet_transformers
@@ -307,12 +306,11 @@ def _k_quantise(source: Path, out: Path, file_type: int) -> int:
         "sys.exit(code != 0)"
     )
     status = source.with_suffix(".status")
-    command = [sys.executable, "-P", "-c", code, str(source), str(out), str(file_type), str(status)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = process.run(code, source, out, file_type, status)
     if "No module named 'llama_cpp'" in done.stderr:
         raise MissingExtra("llama-cpp-python", "is not installed", 'pip install "edgeft[llama]"')
     if done.returncode != 0 or not out.is_file():
-        raise EdgeftError(source, "llama.cpp's quantiser failed: " + "\n".join(done.stderr.splitlines()[-3:]))
+        raise EdgeftError(source, "llama.cpp's quantiser failed: " + process.reason(done.returncode, done.stderr, 3))
     peak = resident_bytes(highest=True, status=status)
     status.unlink(missing_ok=True)
     return peak

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgeft.build import stop_ids_of
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput
 
@@ -156,7 +155,7 @@ def _name(path: Path, added: list[dict[str, Any]], tokens: list[str]) -> str:
 
 
 def _specials(writer: Any, tokenizer: TextTokenizer) -> None:
-    stops = stop_ids_of(tokenizer)
+    stops = tokenizer.stop_ids
     writer.add_eos_token_id(tokenizer.eos_id)
     others = [token for token in stops if token != tokenizer.eos_id]
     if others:  # llama.cpp ends an answer at any of the three; a fourth is in bundle.json alone
@@ -180,6 +179,5 @@ def _specials(writer: Any, tokenizer: TextTokenizer) -> None:
 
 
 def _id_of(tokenizer: TextTokenizer, name: str) -> int | None:
-    token = tokenizer.config.get(name) or ""
-    found: int | None = tokenizer.backend.token_to_id(token["content"] if isinstance(token, dict) else token)
+    found: int | None = tokenizer.backend.token_to_id(tokenizer.special(name))
     return found

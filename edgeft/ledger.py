@@ -31,13 +31,8 @@ def control_malloc() -> bool:
     glibc's own threshold grows to 32 MiB as tensors are freed; from then on activations fragment the heap, and peak
     RSS is 10 to 73% above the tensors' bytes and never the same twice. Must run before the model is built.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # musl has neither the file nor the threshold
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 65536)) and bool(mallopt(M_TRIM_THRESHOLD, 65536))
+    mallopt = _glibc("mallopt")
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 65536) and mallopt(M_TRIM_THRESHOLD, 65536))
 
 
 def give_back() -> None:
@@ -46,8 +41,16 @@ def give_back() -> None:
     It keeps a dropped model's pages for tensors to come: 530 MiB of a 135M model in fp32 after its second loading.
     """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if malloc_trim := _glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _glibc(function: str) -> Any:
+    """That function of glibc; None elsewhere: musl has neither the file nor the function."""
+    try:
+        return getattr(ctypes.CDLL("libc.so.6"), function)
+    except (OSError, AttributeError):
+        return None
 
 
 def _status(field: str) -> int:

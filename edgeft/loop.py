@@ -80,7 +80,7 @@ class Run:
         total = 0.0
         size = training.micro_batch_size
         for micro in micro_batches(samples, size, size * training.max_length, size * training.max_trained):
-            self.padded_tokens += len(micro) * max(len(sample.ids) for sample in micro)
+            self.padded_tokens += len(micro) * max(len(sample) for sample in micro)
             self.micro_batches += 1
             loss = token_losses(self.model, self.parts, micro, self.device, self.compute, training.loss_chunk_tokens)
             loss = loss / tokens
@@ -95,7 +95,7 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += sum(len(sample.ids) for sample in samples)
+        self.tokens += sum(len(sample) for sample in samples)
         return total
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ def make_run(
 
 def remaining_steps(training: Training, samples: list[Sample], done: int) -> Iterator[list[Sample]]:
     """The samples of each optimizer step from step `done` on: nothing is stored, the order is computed again."""
-    lengths = [len(sample.ids) for sample in samples]
+    lengths = [len(sample) for sample in samples]
     each = steps_per_epoch(len(samples), training.batch_size)
     for epoch in range(done // each, -(-training.steps // each)):
         order = epoch_order(lengths, training.batch_size, training.seed, epoch)

@@ -7,14 +7,13 @@ import importlib
 import math
 import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+from edgeft import process
 from edgeft.artifacts import Artifact, sha256_json, versions
 from edgeft.budget import PROC, resident_bytes, usable_cores, usable_memory
 from edgeft.errors import BadInput, EdgeftError
@@ -50,15 +49,11 @@ def probe_cpu() -> Probe:
     path /= f"probe-{sha256_json(key)[:16]}.json"
     with contextlib.suppress(BadInput):
         return Probe.read(path)
-    package = str(Path(__file__).resolve().parent.parent)
-    # -P: no file of the current folder may shadow a module. OMP_NUM_THREADS: OpenMP knows no cgroup quotas.
-    code = "import sys; sys.path += sys.argv[1:]; from edgeft.machine import measure; print(measure())"
-    command = [sys.executable, "-P", "-c", code, package]
-    environment = os.environ | {"OMP_NUM_THREADS": str(usable_cores()), "HF_HUB_OFFLINE": "1"}
+    environment = {"OMP_NUM_THREADS": str(usable_cores()), "HF_HUB_OFFLINE": "1"}  # OpenMP knows no cgroup quotas
     hint = "install the packages that training needs, or plan for a fixed machine, as in --profile cpu-16gb"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = process.run("from edgeft.machine import measure; print(measure())", environment=environment)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = process.reason(done.returncode, done.stderr)
         raise BadInput("this CPU", f"cannot be measured: {reason}", hint)
     probe = Probe.model_validate_json(done.stdout.strip().splitlines()[-1])
     with contextlib.suppress(OSError, EdgeftError):  # a cache only saves time: its failing stops nothing
@@ -77,13 +72,9 @@ def _cpuinfo(*fields: str) -> str:
     return ""
 
 
-FEATURES = ("amx", "avx", "fma", "f16c", "asimd", "bf16", "fphp", "i8mm", "sve")  # what matrix products are chosen by
-
-
 def cpu_identity() -> tuple[str, list[str]]:
-    """(the processor's name, those of its instruction sets that decide how a matrix product is rounded)."""
-    flags = _cpuinfo("flags", "Features").split()
-    return _cpuinfo("model name") or platform.machine(), sorted(flag for flag in flags if flag.startswith(FEATURES))
+    """(the processor's name, its features), as the system gives them."""
+    return _cpuinfo("model name") or platform.machine(), _cpuinfo("flags", "Features").split()
 
 
 def _probe_versions() -> dict[str, str]:
@@ -167,7 +158,7 @@ def _rss_after_tiny_step() -> int:
     parts = find_parts(model)
     run = Run(training, device, torch.float32, model, parts, apply_tuner(model, parts, training))
     ids = list(range(128))
-    run.train_step([Sample(ids, ids, 0, "")] * 4)
+    run.train_step([Sample(ids, ids, 0)] * 4)
     greedy(model, [ids[:8]], [0], 2, device)
     del run, model, parts
     gc.collect()

@@ -326,8 +326,8 @@ def scoring_terms(spec: ModelSpec, training: Training) -> list[Term]:
 def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapping[int, int]) -> Term:
     """What a CPU's training process holds that is neither there before it has a model nor a tensor."""
     rows = min(training.loss_chunk_tokens, tokens)
-    known = [count for count in sorted(head_buffers) if count >= rows] or sorted(head_buffers)[-1:]
-    head = head_buffers[known[0]] * spec.vocab_size if known else 0
+    measured = min((count for count in head_buffers if count >= rows), default=max(head_buffers, default=0))
+    head = head_buffers.get(measured, 0) * spec.vocab_size
     adapted = len(training.target_modules) * len(training.trained_layers) if training.tuner == "lora" else 0
     quantised = len(spec.linears) * spec.num_hidden_layers if training.base_precision == "nf4" else 0
     fixed = CPU_BUFFERS + int(CPU_BYTES_PER_DOUBLING * max(0.0, math.log2(tokens / 128)))

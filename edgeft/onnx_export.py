@@ -15,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")  # as edgeft itself does
+
 
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json as transformers 4 reads it: what 5 calls rope_parameters and dtype is looked for elsewhere there.

@@ -139,7 +139,7 @@ class Operations:
         if self.half and x.size == 4 * inputs:  # an fp32 input, which autocast copies for each product
             x = self.narrowed(x)
         # the gradient of rows in batches is a view of a matrix; OPT's MLP has it flat
-        viewed = self.spec.model_type != "opt" or linear.name not in ("fc1", "fc2")
+        viewed = self.spec.model_type != "opt" or linear.role not in ("mlp_in", "mlp_out")
         if weight is None:
             return self.one(x, e * outputs, e * inputs, saves_constant=True, viewed=viewed)
 
@@ -300,11 +300,12 @@ class Operations:
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             negated = Storage(tape, size / 2)
-            halves = [Storage(tape, size)]
+            second = Storage(tape, size)
             del negated
-            halves.append(Storage(tape, size))
+            first = Storage(tape, size)
             own.clear()
-            return [halves[0]]  # the other is added to it
+            del first  # added to the second in place
+            return [second]
 
         negated = Storage(self.tape, size / 2)
         result = self.tape.run(size, [x], [], back)

@@ -6,19 +6,20 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
+from edgeft import process
 from edgeft.artifacts import saving
 from edgeft.budget import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.footprint import Weights
 from edgeft.model_spec import ModelSpec
 from edgeft.target import Target, eight_bit_modules
+from edgeft.tokenizer import find_template, write_template
 
 MODEL = "model.onnx"
 HEAD = "/lm_head/MatMul"  # how the builder's name of the head's matmul begins
@@ -209,16 +210,8 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
     scratch = folder / ".scratch"
     scratch.mkdir(exist_ok=True)
     log, status = scratch / "builder.log", scratch / "status"
-    # -P: no file of the current folder may shadow a module
-    command = [sys.executable, "-P", "-c", BUILDER, "-e", "cpu"]
-    command += [
-        "-i",
-        str(merged.resolve()),
-        "-o",
-        str(folder.resolve()),
-        "-c",
-        str((scratch / "cache").resolve()),
-    ]
+    places = ("-i", merged.resolve(), "-o", folder.resolve(), "-c", (scratch / "cache").resolve())
+    command = process.command(BUILDER, "-e", "cpu", *places)
     if weights is None:
         command += ["-p", "fp32"]
     else:
@@ -297,12 +290,14 @@ TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "special_tokens_map.
 def _copy_tokenizer(merged: Path, folder: Path) -> None:
     """The checkpoint's tokenizer, byte for byte, instead of what the builder's transformers made of it.
 
-    tokenizer_config.json stays the builder's: the runtime cannot read the 1e30 that means "no limit" in many.
+    The chat template lies in a file of its own as training read it, wherever and with whatever line ends the checkpoint
+    keeps it. tokenizer_config.json stays the builder's: the runtime cannot read the 1e30 that means "no limit" in many.
     """
     for name in TOKENIZER_FILES:
         if (merged / name).is_file():
             with saving(folder):
                 shutil.copyfile(merged / name, folder / name)
+    write_template(find_template(merged), folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only"):  # how the builder found it, nothing about the tokenizer

@@ -34,7 +34,6 @@ from edgeft.forms import (
     load_changed,
     observe_artifact,
     observe_model,
-    stop_ids,
     trained_settings,
 )
 from edgeft.intervals import paired_losses
@@ -225,7 +224,7 @@ class Ladder:
 
         Raises ParityFailed.
         """
-        if (wanted := stop_ids(self.tokenizer)) != list(artifact.stop_ids):
+        if (wanted := self.tokenizer.stop_ids) != list(artifact.stop_ids):
             problem = f"the bundle ends answers at {list(artifact.stop_ids)}, scores at {wanted}"
             raise ParityFailed("stop ids", problem, HINTS["stored"])
         self.add(stored_rung(bundle, merged_folder, self.target, tied=tied))
@@ -292,4 +291,5 @@ def score_model(
 ) -> Metrics:
     """Metrics of a torch model on the CPU in fp32."""
     every = slice(None)
-    return observe_model("scored", model, samples, tokenizer, answers=every, progress=progress).metrics()
+    form = observe_model("scored", model, samples, tokenizer, answers=every, progress=progress)
+    return form.metrics(samples, tokenizer)

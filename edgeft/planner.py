@@ -231,6 +231,7 @@ def _read_lengths(job: Job, folder: Path | None) -> tuple[Lengths | None, list[L
     every = [measure_lengths(source, tokenizer, job.max_length) for source in (job.data, job.valid, job.test) if source]
     notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
              for entry in every if entry.cut_rows]  # fmt: skip
+    notes += [sentence for entry in every for sentence in entry.said]
     return every[0], every, notes
 
 

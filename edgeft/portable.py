@@ -17,11 +17,11 @@ import numpy
 from edgeft import onnx_export
 from edgeft.artifacts import saving
 from edgeft.budget import MALLOC_ENVIRONMENT, resident_bytes
-from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.footprint import Weights
 from edgeft.model_spec import ModelSpec
 from edgeft.target import Target
+from edgeft.tokenizer import SPECIALS, TextTokenizer, read_json, write_template
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 TASK = "text-generation-with-past"
@@ -66,7 +66,7 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
     if unknown:
         problem = f"its ONNX graph asks for {', '.join(unknown)}, which run.py cannot give"
         raise BadInput(merged, problem, "export with an ort- target")
-    write_tokenizer(merged, folder, TextTokenizer(merged).template_text)
+    write_tokenizer(merged, folder, TextTokenizer(merged))
     return peak
 
 
@@ -264,18 +264,18 @@ def _head(graph: Any, makers: dict[str, Any], stored: dict[str, int]) -> int:
     return 0
 
 
-def write_tokenizer(merged: Path, folder: Path, template: str | None) -> None:
-    """tokenizer.json byte for byte, its config, and the chat template as a file of its own wherever it was kept."""
+def write_tokenizer(merged: Path, folder: Path, tokenizer: TextTokenizer | None) -> None:
+    """tokenizer.json byte for byte, and its config; the chat template as a file of its own, wherever they were kept."""
     with saving(folder):
         shutil.copyfile(merged / "tokenizer.json", folder / "tokenizer.json")
-        path = merged / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = read_json(merged / "tokenizer_config.json")
+        if tokenizer is not None:
+            config |= {name: text for name in SPECIALS if (text := tokenizer.special(name))}
+            write_template(tokenizer.template_text, folder)
         for key in ("chat_template", "is_local", "local_files_only"):
             config.pop(key, None)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-        if template is not None:
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def write_limits(folder: Path, context_tokens: int, stop_ids: list[int]) -> None:

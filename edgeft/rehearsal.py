@@ -7,8 +7,6 @@ or a template it renders differently then fails now, not after hours of training
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from edgeft import disk, host
+from edgeft import disk, host, process
 from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.budget import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
@@ -104,17 +102,12 @@ def _in_a_process(plan: Plan, target: Target, scratch: Path) -> Rehearsal:
     """Run `main` and read what it wrote: what it holds and leaves in its heap does not count against training."""
     (scratch / "target.json").write_text(target.model_dump_json(), encoding="utf-8")
     plan.write(scratch / "plan.json")
-    command = [sys.executable, "-P", "-m", "edgeft.rehearsal", str(scratch), str(resident_bytes())]
-    package = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | MALLOC_ENVIRONMENT | {"PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    code = "from edgeft.rehearsal import main; main()"
+    done = process.run(code, scratch, resident_bytes(), environment=MALLOC_ENVIRONMENT)
     try:
         return Rehearsal.read(scratch / FILE)
     except BadInput:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-        lines = done.stderr.strip().splitlines()[-3:] or ["it said nothing"]
-        problem = f"the process ended ({how}):\n" + "\n".join(lines)
+        problem = "the process ended:\n" + process.reason(done.returncode, done.stderr, 3)
         failure = Failure(where="its process", problem=problem, hint="", exit_code=1)
         return Rehearsal(target=target.name, failure=failure)
 
@@ -154,7 +147,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     """Cut the plan's model, change it, merge, export and prove it, all in `scratch`. Raises as those stages do."""
     from edgeft.build import build_bundle, need_runtime
     from edgeft.checkpoint import local_folder
-    from edgeft.data import TextTokenizer, read_rows, to_samples
+    from edgeft.data import TextTokenizer, read_samples
     from edgeft.excerpt import CannotCut, count_layers, cut
     from edgeft.export import golden_inputs
     from edgeft.merge import merge
@@ -182,7 +175,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     source = plan.job.valid or plan.job.data
     if source is None:
         raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
-    rows = to_samples(read_rows(source, tokenizer, PROMPTS), tokenizer, plan.training.max_length)
+    rows = read_samples(source, tokenizer, plan.training.max_length, PROMPTS)
     prompts = [sample for sample in rows if sample.trained_tokens]
     if not prompts:
         return skip(f"the first {PROMPTS} rows of {source} have no token to train on within max_length")

@@ -68,9 +68,11 @@ def plan_text(plan: Plan) -> RenderableType:
             f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
         ),
     ]
+    if plan.lengths is not None:
+        rows.insert(2, ("data", plan.lengths.line))
     rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
     if plan.importance is not None:
-        rows.insert(3, ("importance", importance_text(plan.importance)))
+        rows.insert(4 if plan.lengths else 3, ("importance", importance_text(plan.importance)))
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), Text(value))

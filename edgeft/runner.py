@@ -13,7 +13,7 @@ RUNNER = "run.py"
 
 
 def runner_module() -> ModuleType:
-    """export/run.py as a module: the file every bundle carries, so `edgeft run` is what devices run."""
+    """export/run.py as a module: this version's, of which bundles get a copy. A bundle's own is never imported."""
     path = shipped_folder("export") / RUNNER
     name = "edgeft_bundle_runner"
     if name not in sys.modules:

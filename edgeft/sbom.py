@@ -20,7 +20,7 @@ NEEDED = {
     "ort-genai": ("onnxruntime-genai", "numpy"), "llama.cpp": ("llama-cpp-python", "numpy"),
     "onnxruntime": ("onnxruntime", "tokenizers", "numpy", "jinja2"),
 }  # fmt: skip
-OURS = "run.py"
+OURS = ("run.py", "README.md")
 BASE = "base model"  # the role whose licence the weights and the tokenizer have
 # Identifiers (spdx.org/licenses) that checkpoints on the hub state in lower case; other licences go by name.
 SPDX = {
@@ -49,14 +49,14 @@ class Component(NamedTuple):
 def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], target: Target) -> str:
     """CycloneDX JSON: every file of a bundle (name to sha256), the packages it needs, and what it was made from.
 
-    Model and tokenizer files have the licence of the base model among `sources`, run.py that of edgeft.
+    Model and tokenizer files have the licence of the base model among `sources`, run.py and README.md that of edgeft.
     """
     base = next((source for source in sources if source.role == BASE), None)
     licence = base.licence if base else ""
     edgeft = _package("edgeft", "made by")
     inside = [
-        Component("file", name, "in the bundle", edgeft.version if name == OURS else "", digest,
-                  licence=edgeft.licence if name == OURS else licence)
+        Component("file", name, "in the bundle", edgeft.version if name in OURS else "", digest,
+                  licence=edgeft.licence if name in OURS else licence)
         for name, digest in sorted(files.items())
     ]  # fmt: skip
     needed = [_package(name, "needed on the device") for name in NEEDED[target.runtime]]

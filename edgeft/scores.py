@@ -15,8 +15,14 @@ from edgeft.shares import Group, Shares
 Select = Literal["best", "bounded", "fixed"]
 
 
+MAX_ANSWER_TOKENS = 256  # of an answer that are compared
+
+
 class Metrics(Strict):
     """Scores on `rows` rows. `exact_match` is a share of 1, None when the rows have no prompt.
+
+    It compares token ids up to a stop id; other ids count where they spell the same text, white space around it left
+    out. Of an answer longer than MAX_ANSWER_TOKENS only so many are compared, of one that was cut what is left of it.
 
     The last three are each row's own, in the order of the data, where they were kept: pairs are formed of them.
     """
@@ -25,6 +31,7 @@ class Metrics(Strict):
     loss: float
     perplexity: float
     exact_match: float | None
+    long_answers: int = Field(0, description=f"rows whose answer has more than {MAX_ANSWER_TOKENS} tokens")
     row_losses: tuple[float, ...] = Field(default=(), description="nats, summed over a row's trained tokens")
     row_tokens: tuple[int, ...] = Field(default=(), description="trained tokens of each row")
     row_exact: str = Field(default="", description="1 for each row whose answer is exact, 0 for each other")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pydantic
 
-from edgeft import errors
+from edgeft import errors, process
 from edgeft.artifacts import cache_folder, saving, sha256_file, sha256_json, versions
 from edgeft.candidates import check_job, needs_importance
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
@@ -100,10 +99,10 @@ def _measure(plan: Plan, job: Job, progress: Progress) -> Importance:
     found: Importance | None = None
     with tempfile.TemporaryDirectory(prefix="edgeft-") as folder, open(Path(folder) / "log", "w+") as log:
         plan.write(Path(folder) / "plan.json")
-        command = [sys.executable, "-c", code, f"{folder}/plan.json", job.layer_score]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        command = process.command(code, f"{folder}/plan.json", job.layer_score)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             try:
-                for line in process.stdout or ():
+                for line in child.stdout or ():
                     kind, value = json.loads(line)
                     if kind == "progress":
                         progress(*value)
@@ -113,10 +112,10 @@ def _measure(plan: Plan, job: Job, progress: Progress) -> Importance:
                     else:
                         found = Importance.model_validate(value)
             except BaseException:
-                process.terminate()
+                child.terminate()
                 raise
         if found is None:
             log.seek(0)
-            reason = (log.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            reason = process.reason(child.returncode, log.read())
             raise EdgeftError("layer_score", f"scoring by {job.layer_score} stopped: {reason}", "try another score")
     return found

@@ -79,7 +79,7 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
             sizes.append(trace.count_as(what, tensors))
         trace.watch(model, parts)
         with trace:
-            run.train_step([Sample([0] * work.longest, labels, work.longest - trained, "")] * samples)
+            run.train_step([Sample([0] * work.longest, labels, work.longest - trained)] * samples)
     return _Step(trace, *sizes)
 
 

@@ -20,7 +20,7 @@ from edgeft.change import EMBEDDINGS, blocks
 from edgeft.checkpoint import Checkpoint, local_folder
 from edgeft.errors import BadInput
 from edgeft.model_spec import read_model_spec
-from edgeft.rounding import promoted_modules, rounded, rule_of
+from edgeft.rounding import Rule, promoted_modules, rounded, rule_of
 from edgeft.shares import layer_of
 from edgeft.target import Target
 
@@ -114,11 +114,13 @@ def survival(
         old = name if name in before else embedding if was_tied else None
         if old is None or before.shape(old) != after.shape(name):
             raise BadInput(merged, f"{name} is not in the base {model}, or of another shape", "give its own --base")
-        sums, bits = _tensor(before, old, was_tied, after, name, tied, target, promoted)
+        shape = after.shape(name)
+        rules = rule_of(old, shape, target, was_tied, promoted), rule_of(name, shape, target, tied, promoted)
+        sums = _tensor(before, old, after, name, rules)
         if sums.dd:
             layer = layer_of(name)
-            tensors.append(_facts(name, layer, bits, sums))
-            if bits != 32:
+            tensors.append(_facts(name, layer, rules[1].bits if rules[1] else 32, sums))
+            if rules[1] is not None:
                 layers.setdefault(layer, _Sums()).add(sums)
                 count[layer] = count.get(layer, 0) + 1
                 total.add(sums)
@@ -165,14 +167,9 @@ def base_model(document: Path) -> str:
         raise BadInput(document, "does not say which base was merged into", hint) from None
 
 
-def _tensor(
-    before: Checkpoint, old: str, was_tied: bool, after: Checkpoint, new: str, tied: bool, target: Target,
-    promoted: set[str],
-) -> tuple[_Sums, int]:  # fmt: skip
-    """Sums over one tensor, and its bits in the target. The base is rounded as its own export would."""
-    shape = after.shape(new)
-    rules = rule_of(old, shape, target, was_tied, promoted), rule_of(new, shape, target, tied, promoted)
-    sums = _Sums()
+def _tensor(before: Checkpoint, old: str, after: Checkpoint, new: str, rules: tuple[Rule | None, Rule | None]) -> _Sums:
+    """Sums over one tensor. The base is rounded by the first rule, as its own export would."""
+    shape, sums = after.shape(new), _Sums()
     for part in blocks(shape):
         pair = before.read(old, part).float(), after.read(new, part).float()
         if torch.equal(*pair):
@@ -192,7 +189,7 @@ def _tensor(
         sums.qq += float(arrives.square().sum())
         sums.lost += float((arrives - delta).square().sum())
     sums.count = torch.Size(shape).numel()
-    return sums, rules[1].bits if rules[1] else 32
+    return sums
 
 
 def _facts(name: str, layer: int | None, bits: int, sums: _Sums) -> TensorSurvival:

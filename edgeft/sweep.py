@@ -16,7 +16,7 @@ import torch
 from edgeft.architectures import find_parts
 from edgeft.change import Change, find_tensor
 from edgeft.checkpoint import Checkpoint, load_plain, local_folder
-from edgeft.data import Sample, TextTokenizer, read_rows, to_samples
+from edgeft.data import Sample, TextTokenizer, read_samples
 from edgeft.errors import BadInput
 from edgeft.evaluate import evaluate
 from edgeft.merge import blend
@@ -164,7 +164,7 @@ class Line:
 
 def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sample]:
     """The first rows of a data file as samples that train every token, cut to GENERAL_TOKENS."""
-    samples = to_samples(read_rows(source, tokenizer)[:rows], tokenizer, GENERAL_TOKENS)
+    samples = read_samples(source, tokenizer, GENERAL_TOKENS, rows)
     return [sample for sample in samples if sample.trained_tokens]
 
 

@@ -79,10 +79,10 @@ class Tape:
                     waiting[id(below)] = 0
                 waiting[id(below)] += 1
         root.gradients.append(gradient.pop())
-        ready = [(-root.number, root)]
+        ready = [root]
         del found, root
         while ready:
-            _, node = heapq.heappop(ready)
+            node = heapq.heappop(ready)
             results = node.evaluate(self)
             for n, below in enumerate(node.inputs):
                 if below is None:
@@ -93,7 +93,7 @@ class Tape:
                 del result
                 waiting[id(below)] -= 1
                 if not waiting[id(below)]:
-                    heapq.heappush(ready, (-below.number, below))
+                    heapq.heappush(ready, below)
 
 
 class Storage:

@@ -7,6 +7,7 @@ which is what makes its peak predictable).
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 from edgeft import memory
@@ -59,6 +60,13 @@ def micro_batches(training: Training, work: memory.Workload) -> float:
     """How many a step takes: short samples fill one up to the tokens of the longest."""
     at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)
     return max(1.0, training.batch_size / at_once)
+
+
+# what `count` reads of a plan, but for the layers that keep their activations
+COUNTED = attrgetter(
+    "compute_dtype", "base_precision", "tuner", "rank", "target_modules", "layers", "trained_layers", "active_layers",
+    "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing",
+)  # fmt: skip
 
 
 def count(spec: ModelSpec, training: Training, work: memory.Workload, kept_layers: int) -> Counted:

@@ -18,7 +18,7 @@ from edgeft import disk, ledger
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
-from edgeft.data import IGNORED, Row, Sample, TextTokenizer, hold_out, read_rows, to_samples
+from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_samples
 from edgeft.dense import DenseTurns
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.evaluate import autocast, evaluate, token_losses
@@ -83,26 +83,22 @@ class Data:
 
     @classmethod
     def read(cls, plan: Plan, *, train: bool = True) -> Data:
-        """The samples of a plan's files. Without `train` no training row is tokenised: a proof needs the others."""
+        """The samples of a plan's files. Without `train` no training rows: a proof needs the others."""
         if plan.job.data is None:
             raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
         tokenizer = TextTokenizer(local_folder(plan.job.model))
 
-        def rows(source: str) -> list[Row]:
-            return read_rows(source, tokenizer)
+        def samples(source: str) -> list[Sample]:
+            return read_samples(source, tokenizer, plan.training.max_length)
 
-        def samples(rows: list[Row]) -> list[Sample]:
-            return to_samples(rows, tokenizer, plan.training.max_length)
-
-        valid = samples(rows(plan.job.valid)) if plan.job.valid else []
-        trained: list[Row] = rows(plan.job.data) if train or not valid else []
+        valid = samples(plan.job.valid) if plan.job.valid else []
+        found = samples(plan.job.data) if train or not valid else []
         if not valid:
-            trained, held_out = hold_out(trained, HELD_OUT_SHARE, plan.training.seed)
-            valid = samples(held_out)
-        test = samples(rows(plan.job.test)) if plan.job.test else []
+            found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
+        test = samples(plan.job.test) if plan.job.test else []
         if not train:
             return cls([], valid, test, tokenizer)
-        found = [sample for sample in samples(trained) if sample.trained_tokens]
+        found = [sample for sample in found if sample.trained_tokens]
         if not found:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
@@ -114,7 +110,7 @@ def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, c
 
     It catches a model that does something to its hidden states or logits that edgeft does not know of.
     """
-    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0, "")
+    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0)
     with torch.no_grad(), autocast(device, compute):
         logits = model(input_ids=torch.tensor([short.ids], device=device), use_cache=False).logits[0, :-1].float()
     targets = torch.tensor(short.ids[1:], device=device)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from edgeft import ledger
+from edgeft import ledger, process
 from edgeft.artifacts import Artifact, sha256_file, versions
 from edgeft.checkpoint import local_folder
 from edgeft.data import IGNORED, Sample
@@ -52,14 +52,11 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         need = 2 * 4 * plan.spec.total_parameters
         if shutil.disk_usage(scratch).free < need:
             raise DoesNotFit("--verify", f"random weights need {show_bytes(need)} of disk in {scratch}", "set TMPDIR")
-        _random_checkpoint(local_folder(plan.job.model), folder)
+        random_checkpoint(local_folder(plan.job.model), folder)
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")  # these quantised weights are of no use later
         model, parts = prepare(plan, device, compute, folder)
         run = make_run(plan.training, device, compute, model, parts, folder, Path(scratch))
-        longest = plan.training.max_length
-        trained = min(longest, plan.lengths.longest_trained if plan.lengths else longest)
-        labels = [IGNORED] * (longest - trained) + [1] * trained
-        sample = Sample([1] * longest, labels, max(0, longest - trained), "")
+        sample = filled_sample(plan)
         ledger.reset_peak(device)
         for _ in range(STEPS):
             started = time.monotonic()
@@ -76,21 +73,28 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
     )  # fmt: skip
 
 
-def _random_checkpoint(source: Path, out: Path) -> None:
-    """A checkpoint of `source`'s shape and dtype with random weights; another process makes it, as that leaves heap."""
-    import subprocess
+def filled_sample(plan: Plan) -> Sample:
+    """A sample as long as the plan's longest, with as many trained tokens as the one that has most."""
+    longest = plan.training.max_length
+    trained = min(longest, plan.lengths.longest_trained if plan.lengths else longest)
+    labels = [IGNORED] * (longest - trained) + [1] * trained
+    return Sample([1] * longest, labels, max(0, longest - trained))
 
+
+def random_checkpoint(source: Path, out: Path, device: str = "cpu") -> None:
+    """A checkpoint of `source`'s shape and dtype with random weights, drawn on `device`.
+
+    Another process makes it, as that leaves heap behind.
+    """
     code = (
         "import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM as A;"
         "c = AutoConfig.from_pretrained(sys.argv[1]); c.use_cache = False;"
-        "d = c.dtype or torch.float32;"
+        "d = c.dtype or torch.float32; torch.set_default_device(sys.argv[3]);"
         "A.from_config(c, dtype=d if isinstance(d, torch.dtype) else getattr(torch, d)).save_pretrained(sys.argv[2])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(source), str(out)], capture_output=True, text=True, check=False
-    )
+    done = process.run(code, source, out, device)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = process.reason(done.returncode, done.stderr)
         raise BadInput(source, f"no model with random weights can be made of it: {reason}")
 
 

@@ -5,12 +5,16 @@ Needs Python 3.9 and the bundle's runtime, which bundle.json names: onnxruntime-
 or onnxruntime with tokenizers, and jinja2 for a chat template.
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
-                            --adapter NAME with one of the bundle's adapters
+                            --system TEXT and --messages FILE for a chat; --adapter NAME with one of the bundle's
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
 python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
 
-Hashes show damage. They do not show who made a bundle: whoever can replace a file can replace its hash and this
-script too. Against that, --verify with a copy of this script and a --public-key from elsewhere than the bundle.
+What is loaded is compared with its hash first, each time (--no-check leaves that out). Hashes show damage. They do
+not show who made a bundle: whoever can replace a file can replace its hash and this script too. Against that, a copy
+of this script and a --public-key from elsewhere than the bundle, for answers as for --verify.
+
+A prompt, a conversation and each JSON file may have 16 MiB. Nothing is written, and nothing is sent: the runtime's
+own telemetry is switched off, unless the user's ORT_DISABLE_TELEMETRY=0 says otherwise.
 
 Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 the runtime is missing.
 """
@@ -26,17 +30,25 @@ import argparse
 import base64
 import binascii
 import codecs
+import contextlib
 import ctypes
 import datetime
 import hashlib
 import importlib
 import json
 import os
+import platform
 import stat
 import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator  # noqa: UP035 (one import less on a device)
+
+# onnxruntime since 1.29 and onnxruntime-genai since 0.18 write a device id into the home folder and look for a
+# collector, unless told before they are imported. What a user has set stays.
+SILENCE = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+for _variable in SILENCE:
+    os.environ.setdefault(_variable, "1")
 
 MANIFEST = "bundle.json"
 SELF_HASH = "self_sha256"  # of bundle.json's own bytes, with 64 zeros in the place of this hash
@@ -46,8 +58,19 @@ BLANK_HASH = "0" * 64
 PREFILL_TOKENS = 256
 SIGNATURE = "bundle.sig"
 SIGNED = b"edgeft bundle 1\n"  # what is signed: this, so that no other use of a key can be mistaken, and bundle.json
+# How the names of those processor features begin by which runtimes choose their kernels.
+FEATURES = ("amx", "avx", "fma", "f16c", "asimd", "bf16", "fphp", "i8mm", "sve")
+MOST_BYTES = 16 * 2**20  # of a prompt, a conversation or a JSON file: the largest of them take a tenth
+RUNNER = "run.py"
+NEVER_LOADED = (RUNNER, "sbom.cdx.json", "README.md")
+# By their mere presence beside the model a runtime reads files of these names; of other strangers it knows nothing.
+READ_UNASKED = (".json", ".jinja", ".model", ".txt", ".onnx", ".data", ".gguf")
 # A file of these may crash the runtime when it is damaged.
+TEMPLATE = "chat_template.jinja"
 FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".onnx.data", ".onnx_adapter", ".gguf")
+
+
+COPY_AGAIN = "copy the bundle again; --verify looks at every file of it"
 
 
 class RunError(Exception):
@@ -63,6 +86,10 @@ class MissingRuntime(RunError):
     exit_code = 5
 
 
+class NotAsExported(RunError):
+    exit_code = 4
+
+
 def runtime(module: str, package: str) -> Any:
     """The runtime's Python module. Raises MissingRuntime naming the package."""
     try:
@@ -71,26 +98,118 @@ def runtime(module: str, package: str) -> Any:
         raise MissingRuntime(package, f"cannot be imported: {problem}", f"pip install {package}") from None
 
 
+def read_limited(path: Path) -> bytes:
+    """A plain file's bytes. Raises RunError for one of more than MOST_BYTES, OSError."""
+    if not stat.S_ISREG(os.stat(str(path)).st_mode):
+        raise RunError(path, "is no plain file")
+    with open(path, "rb") as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise RunError(path, f"is larger than the {MOST_BYTES >> 20} MiB that are read")
+    return raw
+
+
+def parse_json(where: object, raw: bytes, hint: str) -> Any:
+    """What JSON text says. Raises RunError for text that is none, or nested too deeply."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise RunError(where, "cannot be read: it is nested too deeply", hint) from None
+    except (ValueError, MemoryError) as problem:
+        raise RunError(where, f"cannot be read: {problem}", hint) from None
+
+
+def name_fault(name: object) -> str:
+    """Why the file of this name may not be opened, or nothing: it must stay in the bundle, on every system."""
+    if not isinstance(name, str) or not name:
+        return "is no file name"
+    if not name.isprintable() or any(sign in name for sign in '\\:*?"<>|'):
+        return "is a file name with a drive, backslash or sign that another system takes for more than a name"
+    if any(part.rstrip(". ") != part or not part for part in name.split("/")):
+        return "is a file name that may lead out of the bundle"
+    return ""
+
+
+def linked(bundle: Path, name: str) -> str:
+    """The part of a name in a bundle that is a link, or nothing: behind one may be other bytes tomorrow."""
+    parts = name.split("/")
+    places = ("/".join(parts[: count + 1]) for count in range(len(parts)))
+    return next((place for place in places if (bundle / place).is_symlink()), "")
+
+
 def read_manifest(bundle: Path) -> dict[str, Any]:
     """bundle.json as a dict. Raises RunError naming what is wrong with it."""
-    path = bundle / MANIFEST
+    return _manifest(bundle)[1]
+
+
+def _manifest(bundle: Path) -> tuple[bytes, dict[str, Any]]:
+    """bundle.json as bytes, read once, and what they say. Raises RunError."""
+    path, again = bundle / MANIFEST, "copy the bundle again"
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
+        raw = read_limited(path)
     except FileNotFoundError:
         raise RunError(path, "no such file", "run from inside a bundle, or name one with --bundle PATH") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise RunError(path, f"cannot be read: {problem}", "copy the bundle again") from None
+    except OSError as problem:
+        raise RunError(path, f"cannot be read: {problem}", again) from None
+    manifest = parse_json(path, raw, again)
     if not isinstance(manifest, dict):
-        raise RunError(path, "is not a JSON object", "copy the bundle again")
+        raise RunError(path, "is not a JSON object", again)
     if manifest.get("format_version") != 1:
-        raise RunError(path, f"unknown format_version {manifest.get('format_version')!r}, this file reads 1")
+        raise RunError(path, f"unknown format_version {manifest.get('format_version')!r:.80}, this file reads 1")
     missing = [key for key in ("files", "golden", "prompt_format", "prefix_ids", SELF_HASH) if key not in manifest]
     if missing:
-        raise RunError(path, "incomplete, there is no " + ", ".join(map(repr, missing)), "copy the bundle again")
-    return manifest
+        raise RunError(path, "incomplete, there is no " + ", ".join(map(repr, missing)), again)
+    fault = _tables_fault(manifest) or _kinds_fault(manifest)
+    if fault:
+        raise NotAsExported(path, fault, "do not use this bundle: no export writes that")
+    return raw, manifest
 
 
-def check_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> Path:
+def _tables_fault(manifest: dict[str, Any]) -> str:
+    """What is wrong with the manifest's tables of files and adapters, or nothing."""
+    files, adapters = manifest["files"], manifest.get("adapters") or {}
+    for key, table in (("files", files), ("adapters", adapters)):
+        if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+            return f"{key!r} is no table of names and what belongs to them"
+    for name in [*files, *(entry.get("file") for entry in adapters.values())]:
+        if name_fault(name):
+            return f"{name!r:.80} {name_fault(name)}"
+    strange = [entry["file"] for entry in adapters.values() if entry["file"] not in files]
+    return f"{strange[0]!r:.80} is an adapter's file that is not among 'files'" if strange else ""
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**31 for each in value)
+
+
+# What a program may rely on once the manifest was read.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "prefix_ids": _are_ids,
+    "stop_ids": _are_ids,
+    "context_tokens": lambda value: type(value) is int and 0 < value < 2**31,
+    "weight_bytes_per_token": lambda value: type(value) is int and 0 < value < 2**63,
+    "prompt_format": lambda value: value in ("plain", "chat"),
+    "system": lambda value: value is None or isinstance(value, str),
+    "labels": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    "task": lambda value: value in ("text-generation", "text-classification", "feature-extraction"),
+    "golden": lambda value: isinstance(value, list),
+}
+
+
+def _kinds_fault(manifest: dict[str, Any]) -> str:
+    """Which value of the manifest, or of an adapter's entry in it, is not of its kind; or nothing."""
+    entries = [
+        ("", manifest),
+        *((f" of adapter {name}", each) for name, each in (manifest.get("adapters") or {}).items()),
+    ]
+    for whose, entry in entries:
+        for key, right in KINDS.items():
+            if key in entry and not right(entry[key]):
+                return f"{key!r}{whose} cannot be {str(entry[key])[:80]!r}"
+    return ""
+
+
+def check_adapter(bundle: Path, manifest: dict[str, Any], name: str, check: bool = True) -> Path:
     """The file of an adapter that fits the bundle's graph: base, names, shapes, hash. Raises RunError."""
     adapters = manifest.get("adapters") or {}
     if name not in adapters:
@@ -108,12 +227,42 @@ def check_adapter(bundle: Path, manifest: dict[str, Any], name: str) -> Path:
             # 0 stands for the rank, which every adapter has its own of
             if len(shape) != 2 or any(size not in (0, given) for size, given in zip(inputs[parameter], shape)):  # noqa: B905
                 raise RunError(where, f"{parameter}: shape {shape} does not fit the graph's {inputs[parameter]}", again)
-        path = Path(bundle, entry["file"])
-        if sha256_of(path) != manifest["files"][entry["file"]]["sha256"]:
-            raise RunError(where, f"{entry['file']}: changed since the export", "copy the bundle again")
+        file = entry["file"]
+        if linked(bundle, file):
+            raise NotAsExported(where, f"{linked(bundle, file)}: is a link, the export wrote none", COPY_AGAIN)
+        if check and sha256_of(bundle / file) != manifest["files"][file]["sha256"]:
+            raise NotAsExported(where, f"{file}: changed since the export", COPY_AGAIN)
     except (KeyError, TypeError, AttributeError, OSError) as problem:
         raise RunError(where, f"cannot be used: {problem!r}", "run --verify") from None
-    return path
+    return bundle / file
+
+
+def read_config(bundle: Path, names: Iterable[str]) -> dict[str, Any]:
+    """genai_config.json. Raises RunError where it names a file that is not the bundle's, or a library to load."""
+    path = bundle / "genai_config.json"
+    try:
+        config = parse_json(path, read_limited(path), "run --verify")
+    except OSError as problem:
+        raise RunError(path, f"cannot be read: {problem}", "run --verify") from None
+    allowed = set(names)
+    for key, value in _settings(config):
+        if "library" in key.lower():
+            raise NotAsExported(path, f"names a library to load, {key!r}: {value!r:.80}", "do not use this bundle")
+        if key == "filename" and value not in allowed:
+            raise NotAsExported(path, f"names a file that is not the bundle's: {value!r:.80}", "do not use this bundle")
+    return config if isinstance(config, dict) else {}
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth of a JSON document."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            yield from each.items()
+            waiting.extend(each.values())
+        elif isinstance(each, list):
+            waiting.extend(each)
 
 
 class OnnxRuntimeGenAI:
@@ -122,16 +271,16 @@ class OnnxRuntimeGenAI:
     `graph` takes the place of model.onnx, over the same weights.
     """
 
-    def __init__(self, bundle: Path, manifest: dict[str, Any], graph: bytes | None = None) -> None:
+    def __init__(self, bundle: Path, manifest: dict[str, Any], check: bool, graph: bytes | None = None) -> None:
         self.og = runtime("onnxruntime_genai", "onnxruntime-genai")
+        config = read_config(bundle, manifest["files"])
         try:
-            config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
             self.context_tokens = int(config["model"]["context_length"])
             eos = config["model"]["eos_token_id"]
             self.eos_ids = list(eos) if isinstance(eos, list) else [eos]
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, OverflowError) as problem:
             raise RunError(bundle / "genai_config.json", f"cannot be used: {problem!r}", "run --verify") from None
-        self.bundle, self.manifest = bundle, manifest
+        self.bundle, self.manifest, self.check = bundle, manifest, check
         self.adapters: Any = None  # the loaded ones
         self.loaded: set[str] = set()
         self.adapter: str | None = None  # the one in use
@@ -155,7 +304,9 @@ class OnnxRuntimeGenAI:
     def use(self, adapter: str | None) -> None:
         """As Runner.use."""
         if adapter is not None and adapter not in self.loaded:
-            path = check_adapter(self.bundle, self.manifest, adapter)
+            entry = (self.manifest.get("adapters") or {}).get(adapter) or {}
+            before = _stamps(self.bundle, [entry["file"]] if self.check and entry else ())
+            path = check_adapter(self.bundle, self.manifest, adapter, self.check)
             try:
                 if self.adapters is None:
                     self.adapters = self.og.Adapters(self.model)
@@ -163,6 +314,7 @@ class OnnxRuntimeGenAI:
             except Exception as problem:  # bare RuntimeError, as above
                 hint = "run --verify to see which file is damaged"
                 raise RunError(f"adapter {adapter}", f"cannot be loaded: {problem}", hint) from None
+            _same_as_checked(self.bundle, before)
             self.loaded.add(adapter)
         self.adapter = adapter
 
@@ -177,7 +329,7 @@ class OnnxRuntimeGenAI:
         """
         return self.tokenizer.create_stream().decode  # type: ignore[no-any-return]
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, Any]]) -> str:
         return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
     def start(self, max_tokens: int) -> OnnxSession:
@@ -208,7 +360,7 @@ class OnnxSession:
         return rows
 
 
-def apply_template(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
+def apply_template(template: str, messages: list[dict[str, Any]], special: dict[str, str]) -> str:
     """A chat template's text for messages, by jinja2 in its sandbox: templates are programs from strangers."""
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
@@ -232,6 +384,21 @@ def apply_template(template: str, messages: list[dict[str, str]], special: dict[
     return str(compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special))
 
 
+def read_template(bundle: Path) -> tuple[str | None, dict[str, str]]:
+    """(chat_template.jinja if there is one, the special tokens that it may name). Raises RunError."""
+    config_path, path = bundle / "tokenizer_config.json", bundle / TEMPLATE
+    try:
+        config = parse_json(config_path, read_limited(config_path), "run --verify") if config_path.is_file() else {}
+        text = read_limited(path).decode("utf-8") if path.is_file() else None
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = config.get(name) or ""
+            special[name] = str(value["content"] if isinstance(value, dict) else value)
+    except (OSError, ValueError, KeyError, AttributeError) as problem:
+        raise RunError(bundle, f"the chat template cannot be read: {problem!r}", "run --verify") from None
+    return text, special
+
+
 class OnnxRuntime:
     """A bundle's model.onnx in plain onnxruntime; text by the tokenizers library and jinja2."""
 
@@ -241,7 +408,7 @@ class OnnxRuntime:
         try:
             self.context_tokens = int(manifest["context_tokens"])
             self.eos_ids = [int(token) for token in manifest["stop_ids"]]
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
         tokenizers = runtime("tokenizers", "tokenizers")
         options = self.ort.SessionOptions()
@@ -256,6 +423,7 @@ class OnnxRuntime:
         except Exception as problem:  # both raise exceptions of their own for whatever a file holds
             hint = "run --verify to see which file is damaged"
             raise RunError(bundle, f"cannot be loaded: {problem}", hint) from None
+        self.template, self.special = read_template(bundle)
         self.inputs = {value.name: value for value in self.model.get_inputs()}
         self.outputs = [value.name for value in self.model.get_outputs()]
 
@@ -289,16 +457,10 @@ class OnnxRuntime:
             hint = "only bundles of onnxruntime-genai hold adapters"
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        template = self.bundle / "chat_template.jinja"
-        if not template.is_file():
-            raise RunError(template, "no such file")
-        config = json.loads((self.bundle / "tokenizer_config.json").read_text(encoding="utf-8"))
-        special = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name) or ""
-            special[name] = value["content"] if isinstance(value, dict) else value
-        return apply_template(template.read_text(encoding="utf-8"), messages, special)
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        if self.template is None:
+            raise RunError(self.bundle / TEMPLATE, "no such file")
+        return apply_template(self.template, messages, self.special)
 
     def start(self, max_tokens: int) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(self)
@@ -364,7 +526,7 @@ class LlamaCpp:
         try:
             self.context_tokens = int(manifest["context_tokens"])
             self.eos_ids = [int(token) for token in manifest["stop_ids"]]
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
         path = bundle / "model.gguf"
         params = api.llama_model_default_params()
@@ -407,7 +569,7 @@ class LlamaCpp:
             hint = "only bundles of onnxruntime-genai hold adapters"
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, Any]]) -> str:
         """By the template in the file and jinja2, which llama-cpp-python needs itself."""
         template = self.api.llama_model_chat_template(self.model, None)
         if not template:
@@ -483,18 +645,30 @@ def _uses_amx(api: Any) -> bool:
 class Runner:
     """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
 
-    def __init__(self, bundle: Path, graph: bytes | None = None) -> None:
-        """`graph`: an ONNX graph over the bundle's weights, to be run instead of its own (one with more outputs)."""
-        self.manifest = read_manifest(bundle)
+    def __init__(
+        self, bundle: Path, graph: bytes | None = None, trusted: bytes | None = None, check: bool = True
+    ) -> None:
+        """`graph`: an ONNX graph over the bundle's weights, to be run instead of its own (one with more outputs).
+
+        `trusted` is the public key that must have signed. Without `check` the files are loaded as they are.
+        Raises NotAsExported (exit 4), and then nothing was loaded.
+        """
+        raw, self.manifest = _manifest(bundle)
+        _refuse(bundle, check_signature(bundle, trusted, raw)[0] if check or trusted else [])
+        before = _stamps(bundle, self.manifest["files"] if check else ())
+        _refuse(bundle, check_loaded(bundle, raw, self.manifest) if check else [])
         target = self.manifest.get("target")
         named = target.get("runtime") if isinstance(target, dict) else None
         self.task = str(self.manifest.get("task", "text-generation"))
         portable = OnnxRuntime if self.task == "text-generation" else OnnxEncoder
         engines = {"llama.cpp": LlamaCpp, "onnxruntime": portable}
+        if self.task != "text-generation" and named != "onnxruntime":
+            raise RunError(bundle / MANIFEST, f"{named!r:.80} runs no model that does {self.task}", "run --verify")
         if str(named) in engines:
             self.engine: Any = engines[str(named)](bundle, self.manifest)
         else:
-            self.engine = OnnxRuntimeGenAI(bundle, self.manifest, graph)
+            self.engine = OnnxRuntimeGenAI(bundle, self.manifest, check, graph)
+        _same_as_checked(bundle, before)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
 
@@ -507,6 +681,10 @@ class Runner:
 
     def encode(self, text: str, plain: bool) -> list[int]:
         """Token ids of a text; a plain prompt gets the tokenizer's begin-of-text ids in front."""
+        try:
+            text.encode("utf-8")
+        except ValueError:
+            raise RunError("prompt", f"is no text: {text!r:.80}", "give UTF-8") from None
         ids: list[int] = self.engine.encode(text)
         return list(self.manifest["prefix_ids"]) + ids if plain else ids
 
@@ -515,7 +693,7 @@ class Runner:
         piece = self.engine.decoder()
         return "".join(piece(token) for token in ids)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, Any]]) -> str:
         """The chat template's text for messages [{role, content}, ...], up to where the answer starts."""
         try:
             return str(self.engine.render(messages))
@@ -588,9 +766,46 @@ class Runner:
             if made < max_tokens:
                 last = session.append([token])
 
+    def follow(self, ids: list[int], tokens: list[int]) -> Iterator[Any]:
+        """Logits after the prompt, then after each of the tokens but the last, whatever the model would have said."""
+        import numpy
+
+        if self.task != "text-generation":
+            yield self.last_logits(ids)
+            return
+        self.fit([*ids, *tokens], 0)
+        session = self.engine.start(len(ids) + len(tokens))
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            last = session.append(ids[start : start + PREFILL_TOKENS])
+        yield last.astype(numpy.float32)
+        for token in tokens[:-1]:
+            yield session.append([token]).astype(numpy.float32)
+
     def greedy(self, ids: list[int], max_tokens: int, eos_ids: Iterable[int] | None = None) -> list[int]:
         """The most likely continuation, cut before its first end token."""
         return list(self.stream(ids, max_tokens, eos_ids))
+
+
+def _refuse(bundle: Path, problems: list[str]) -> None:
+    """Nothing. Raises NotAsExported if there is a problem."""
+    if problems:
+        raise NotAsExported(bundle, "not what was exported\n" + "\n".join(problems), COPY_AGAIN)
+
+
+def _stamps(bundle: Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """What shows that another file took the place of one, or that somebody wrote to it."""
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(names, ())
+    for name in found:
+        with contextlib.suppress(OSError):
+            now = os.stat(str(bundle / name))
+            found[name] = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    return found
+
+
+def _same_as_checked(bundle: Path, before: dict[str, tuple[int, ...]]) -> None:
+    """Nothing. Raises NotAsExported: runtimes open files by name, so what was exchanged since its check shows now."""
+    after = _stamps(bundle, before)
+    _refuse(bundle, [f"{name}: changed while it was loaded" for name in before if before[name] != after[name]])
 
 
 def _sample(logits: Any, temperature: float, top_p: float, random: Any) -> int:
@@ -622,17 +837,33 @@ def self_hash(raw: bytes, recorded: str) -> str:
 def check_files(bundle: Path) -> list[str]:
     """What is wrong with the bundle's files, one line each, beginning with the file's name."""
     try:
-        manifest = read_manifest(bundle)
+        raw, manifest = _manifest(bundle)
     except RunError as problem:
         return [str(problem).split("\n\nhint: ")[0]]
-    problems = []
-    recorded = str(manifest[SELF_HASH])
-    if len(recorded) != 64 or self_hash((bundle / MANIFEST).read_bytes(), recorded) != recorded:
-        problems.append(f"{MANIFEST}: changed since the export")
-    listed = manifest["files"]
-    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
-        return [*problems, f"{MANIFEST}: 'files' is not a table of names, sizes and hashes"]
     found = _entries(bundle)
+    return _manifest_faults(raw, manifest) + _file_faults(
+        bundle, manifest["files"], found, {*manifest["files"], *found}
+    )
+
+
+def check_loaded(bundle: Path, raw: bytes, manifest: dict[str, Any]) -> list[str]:
+    """As check_files, of the files alone that a runtime may read now; adapters are checked when they are used."""
+    listed = manifest["files"]
+    later = {*NEVER_LOADED, *(entry["file"] for entry in (manifest.get("adapters") or {}).values())}
+    wanted = {MANIFEST, *(name for name in listed if name not in later)}
+    strangers = {name for name in os.listdir(str(bundle)) if name.endswith(READ_UNASKED)} - {*listed, MANIFEST}
+    found = {name: _kind(bundle, bundle / name) for name in wanted | strangers if os.path.lexists(str(bundle / name))}
+    return _manifest_faults(raw, manifest) + _file_faults(bundle, listed, found, wanted | strangers)
+
+
+def _manifest_faults(raw: bytes, manifest: dict[str, Any]) -> list[str]:
+    recorded = str(manifest[SELF_HASH])
+    same = len(recorded) == 64 and self_hash(raw, recorded) == recorded
+    return [] if same else [f"{MANIFEST}: changed since the export"]
+
+
+def _file_faults(bundle: Path, listed: dict[str, Any], found: dict[str, str], names: Iterable[str]) -> list[str]:
+    """What is wrong with the files of these names, one line each. `found` is what `_kind` says of those there are."""
     contents = {str(entry.get("sha256")): name for name, entry in listed.items()}
     sizes = {str(entry.get("size_bytes")) for entry in listed.values()}
 
@@ -645,19 +876,22 @@ def check_files(bundle: Path) -> list[str]:
         """What is wrong with one file, or nothing."""
         path, entry, kind = bundle / name, listed.get(name), found.get(name)
         if kind is None:
-            return "missing"
+            return "missing" if entry is not None else ""
         if entry is None and name in (MANIFEST, SIGNATURE):
             return f"{kind}, not a file" if kind else ""
         if entry is None:
             return "not part of the export" + (f" ({kind})" if kind else content(path))
         if kind:
             return f"{kind}, the export wrote a file"
+        if linked(bundle, name):
+            return f"in a folder that is a link, {linked(bundle, name)}"
         size = path.stat().st_size
         if size != entry.get("size_bytes"):
             return f"{size} bytes, the export wrote {entry.get('size_bytes')}{content(path)}"
         return "" if sha256_of(path) == entry.get("sha256") else f"changed since the export{content(path)}"
 
-    for name in sorted({*listed, *found}):
+    problems = []
+    for name in sorted(names):
         try:
             text = fault(name)
         except OSError as broken:
@@ -667,29 +901,31 @@ def check_files(bundle: Path) -> list[str]:
 
 
 def _entries(bundle: Path) -> dict[str, str]:
-    """Everything in the folder but folders with something in them, and what it is if it is no plain file.
-
-    Links are not followed: behind one may be the right bytes today and others tomorrow.
-    """
+    """Everything in the folder but folders with something in them, and what it is if it is no plain file."""
     found = {}
     for folder, folders, files in os.walk(str(bundle)):
         for name in [*folders, *files]:
             path = Path(folder, name)
-            kind = ""
-            if path.is_symlink():
-                home, place = os.path.realpath(str(bundle)), os.path.realpath(str(path))
-                inside = os.path.commonpath([home, place]) == home
-                kind = f"a link to {os.readlink(str(path))}" + ("" if inside else ", outside the bundle")
-            elif not os.access(str(path), os.R_OK):
-                kind = "unreadable"
-            elif name in folders:
-                if any(path.iterdir()):
-                    continue
-                kind = "an empty folder"
-            elif not stat.S_ISREG(path.stat().st_mode):
-                kind = "a device, pipe or socket"
-            found[path.relative_to(bundle).as_posix()] = kind
+            kind = _kind(bundle, path)
+            if kind is not None:
+                found[path.relative_to(bundle).as_posix()] = kind
     return found
+
+
+def _kind(bundle: Path, path: Path) -> str | None:
+    """What something in the bundle is if it is no plain file; None for a folder with something in it.
+
+    Links are not followed: behind one may be the right bytes today and others tomorrow.
+    """
+    if path.is_symlink():
+        home, place = os.path.realpath(str(bundle)), os.path.realpath(str(path))
+        inside = os.path.commonpath([home, place]) == home
+        return f"a link to {os.readlink(str(path))}" + ("" if inside else ", outside the bundle")
+    if not os.access(str(path), os.R_OK):
+        return "unreadable"
+    if path.is_dir():
+        return None if any(path.iterdir()) else "an empty folder"
+    return "" if stat.S_ISREG(path.stat().st_mode) else "a device, pipe or socket"
 
 
 # Ed25519 (RFC 8032, section 5.1): points of -x^2 + y^2 = 1 + d x^2 y^2 over the integers modulo PRIME, as
@@ -791,15 +1027,19 @@ def signature_text(public_key: bytes, signature: bytes) -> str:
     return f"edgeft signature 1\nkey {public_key.hex()}\nsignature {signature.hex()}\n"
 
 
-def check_signature(bundle: Path, trusted: bytes | None) -> tuple[list[str], str]:
-    """(what is wrong with the signature, who signed in words). A bundle without one is right if no key is given."""
+def check_signature(bundle: Path, trusted: bytes | None, manifest: bytes | None = None) -> tuple[list[str], str]:
+    """(what is wrong with the signature, who signed in words). A bundle without one is right if no key is given.
+
+    `manifest` is bundle.json where it was read already.
+    """
     wanted = f"the trusted key {trusted.hex()}" if trusted else ""
     path = bundle / SIGNATURE
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         if trusted:
             return [f"{SIGNATURE}: missing, {wanted} must have signed"], "not signed"
         return [], "not signed: the hashes show damage, not who made this"
-    raw = path.read_bytes()[:1000]
+    with open(path, "rb") as file:
+        raw = file.read(1000)
     try:
         words = raw.decode("ascii").split()
         key, signature = bytes.fromhex(words[4]), bytes.fromhex(words[6])
@@ -810,31 +1050,59 @@ def check_signature(bundle: Path, trusted: bytes | None) -> tuple[list[str], str
     if trusted is not None and key != trusted:
         return [f"{SIGNATURE}: signed by {key.hex()}, not by {wanted}"], "signed by another key"
     try:
-        message = SIGNED + (bundle / MANIFEST).read_bytes()
-    except OSError:
+        message = SIGNED + (read_limited(bundle / MANIFEST) if manifest is None else manifest)
+    except (OSError, RunError):
         return [f"{SIGNATURE}: there is no {MANIFEST} to check it against"], "not signed"
     if not signature_is_right(key, message, signature):
         return [f"{SIGNATURE}: is not {key.hex()}'s signature of this {MANIFEST}"], "wrongly signed"
-    return [], f"signed by {wanted or key.hex() + ' (not checked against a trusted key)'}"
+    return [], f"signed by {wanted}" if trusted else f"signed, by a key that nobody vouched for: {key.hex()}"
 
 
-def check_golden(bundle: Path) -> list[str]:
-    """Where the runtime here gives something else than it gave at export, one line each: without and with adapters."""
-    runner = Runner(bundle)
-    problems = _check_vectors(runner, runner.manifest["golden"], "")
+def replayed_elsewhere(recorded: dict[str, Any]) -> list[str]:
+    """What is another here than where the golden vectors were recorded: `cpu`, its `features`, the `runtime`."""
+    import importlib.metadata
+
+    told = {}
+    with contextlib.suppress(OSError):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        told = {name.strip(): value.strip() for name, _, value in lines}
+    flags = (told.get("flags") or told.get("Features") or "").split()
+    held = []
+    for package in str(recorded.get("runtime", "")).split()[::2]:  # name version name version
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            held.append(f"{package} {importlib.metadata.version(package)}")
+    here = {
+        "cpu": told.get("model name", platform.machine()),
+        "features": sorted(flag for flag in flags if flag.startswith(FEATURES)),
+        "runtime": " ".join(held),
+    }
+    return [
+        f"{name} {recorded[name]}, here {here[name]}" for name in here if recorded.get(name, here[name]) != here[name]
+    ]
+
+
+def check_golden(bundle: Path, notes: list[str] | None = None) -> list[str]:
+    """Where the runtime here gives something else than it gave at export, one line each: without and with adapters.
+
+    `notes` takes what differs and may: tokens whose recorded margin is within the tolerance.
+    """
+    runner, said = Runner(bundle, check=False), [] if notes is None else notes  # the files were checked by now
+    problems = _check_vectors(runner, runner.manifest["golden"], "", said)
     for name, entry in (runner.manifest.get("adapters") or {}).items():
         try:
             runner.use(name)
         except RunError as problem:
             problems.append(str(problem).split("\n\nhint: ")[0])
             continue
-        problems += _check_vectors(runner, entry["golden"], f"adapter {name}, ")
+        problems += _check_vectors(runner, entry["golden"], f"adapter {name}, ", said)
+    elsewhere = replayed_elsewhere(runner.manifest.get("environment") or {})
+    if elsewhere and (problems or said):
+        said.append("the golden vectors were recorded elsewhere: " + "; ".join(elsewhere))
     return problems
 
 
-def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str) -> list[str]:
+def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str, notes: list[str]) -> list[str]:
     problems = []
-    tolerance = float(runner.manifest["golden_logit_tolerance"])
     for number, golden in enumerate(vectors, start=1):
         where = f"{whose}golden vector {number}"
         if golden["messages"] is not None:
@@ -851,38 +1119,59 @@ def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str) ->
                 f"{ids[at : at + 5]} instead of {golden['ids'][at : at + 5]}"
             )
         try:  # the recorded ids, so that the model is checked even if the tokenizer is wrong
-            last = runner.last_logits(golden["ids"])
-            error = max(
-                abs(float(last[token]) - value)
-                for token, value in zip(golden["top_ids"], golden["top_logits"])  # noqa: B905
-            )
-            if not error <= tolerance:  # NaN is an error too
-                problems.append(f"model: {where}'s first logits differ by {error:.3g}, allowed {tolerance:.3g}")
-            count = len(golden["greedy_ids"])
-            made = runner.greedy(golden["ids"], count, ()) if count else []
-            if made != golden["greedy_ids"]:
-                problems.append(f"model: {where} continues {made} instead of {golden['greedy_ids']}")
+            problems += _replay(runner, golden, where, notes)
         except (RunError, IndexError, RuntimeError) as problem:
             problems.append(f"model: {where} cannot be replayed: {problem}")
     return problems
 
 
-def verify(bundle: Path, trusted: bytes | None = None, replay: bool = True) -> list[str]:
+def _replay(runner: Runner, golden: dict[str, Any], where: str, notes: list[str]) -> list[str]:
+    """What the model gives along a recorded continuation and did not give at export, one line each.
+
+    Every step follows the recorded tokens, so that one token which may differ does not put those after it in doubt.
+    Two logits may each move by the tolerance: a token is binding where more than twice that lay between the best two.
+    """
+    tolerance = float(runner.manifest["golden_logit_tolerance"])
+    expected, margins = golden["greedy_ids"], golden.get("margins") or []
+    problems = []
+    for step, last in enumerate(runner.follow(golden["ids"], expected)):
+        if step == 0:
+            pairs = zip(golden["top_ids"], golden["top_logits"])  # noqa: B905
+            errors = [abs(float(last[token]) - value) for token, value in pairs]
+            if not all(error <= tolerance for error in errors):  # NaN is an error too
+                problems.append(f"model: {where}'s first logits differ by {max(errors):.3g}, allowed {tolerance:.3g}")
+        if step == len(expected) or int(last.argmax()) == expected[step]:
+            continue
+        text = f"{where} continues with {int(last.argmax())} instead of {expected[step]} at token {step}"
+        margin = float(margins[step]) if step < len(margins) else float("inf")  # older bundles end before a close one
+        if margin > 2 * tolerance:
+            problems.append(f"model: {text}")
+        else:
+            notes.append(f"{text}: within the margin, the best two were {margin:.3g} apart")
+    return problems
+
+
+def verify(
+    bundle: Path, trusted: bytes | None = None, replay: bool = True, notes: list[str] | None = None
+) -> list[str]:
     """Everything by which a bundle is not what was exported, one line each; [] if it is.
 
-    `trusted` is the public key that must have signed. Damaged weights may crash the runtime and this process, those
-    of a stranger do worse: vectors are replayed only if the model's own files and the signature are right.
+    `notes` takes what a user may want to know and is no fault. `trusted` is the public key that must have signed.
+    Damaged weights may crash the runtime and this process, those of a stranger do worse: vectors are replayed only if
+    the model's own files and the signature are right.
     Raises MissingRuntime if all files are right and the vectors cannot be replayed.
     """
     bundle = Path(bundle)
     problems = check_files(bundle) + check_signature(bundle, trusted)[0]
+    if notes is not None:
+        notes += another_runner(bundle)
     if not replay:
         return problems
     first = (*FILES_OF_THE_MODEL, MANIFEST, SIGNATURE)
     if any(line.split(": ")[0].endswith(first) for line in problems):
         return [*problems, "golden vectors: not replayed, the files above come first"]
     try:
-        return problems + check_golden(bundle)
+        return problems + check_golden(bundle, notes)
     except MissingRuntime as problem:
         if problems:
             return [*problems, f"golden vectors: not replayed, {str(problem).split(':')[0]} is not installed"]
@@ -892,8 +1181,19 @@ def verify(bundle: Path, trusted: bytes | None = None, replay: bool = True) -> l
         raise MissingRuntime("verify", text, hint) from None
     except RunError as problem:
         return [*problems, str(problem).split("\n\nhint: ")[0]]
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
         return [*problems, f"{MANIFEST}: the golden vectors cannot be read: {problem!r}"]
+
+
+def another_runner(bundle: Path) -> list[str]:
+    """A line if the bundle carries another run.py than this file, which checks and runs it instead."""
+    own = Path(__file__).resolve()
+    try:
+        carried = read_manifest(bundle)["files"].get(RUNNER, {}).get("sha256")
+        same = own == (bundle / RUNNER).resolve() or sha256_of(own) == carried
+    except (RunError, OSError):
+        return []
+    return [] if same else [f"{RUNNER}: the bundle's own is another version than the one that runs now"]
 
 
 def peak_memory_bytes() -> int:
@@ -912,9 +1212,39 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB elsewhere
 
 
-def usable_cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may keep busy: its affinity and each cgroup's quota, rounded down; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cpu_cgroups(proc, cgroup):
+        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")  # v1, -1: none
+        with contextlib.suppress(OSError, ValueError):  # v2: "200000 100000", or "max 100000" for no quota
+            quota, period = (int(part) for part in (folder / "cpu.max").read_text().split())
+        if quota > 0 and period > 0:
+            cores = min(cores, quota // period)
+    return max(1, cores)
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _cpu_cgroups(proc: Path, cgroup: Path) -> list[Path]:
+    """The process's cgroups that may limit the processor, and those above them; none where the system has no such."""
+    try:
+        lines = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, names, path in (line for line in lines if len(line) == 3):
+        if names and "cpu" not in names.split(","):
+            continue
+        for root in {cgroup / names, cgroup / "cpu"} if names else {cgroup}:
+            folder = root / path.lstrip("/")
+            found += [place for place in (folder, *folder.parents) if place == root or root in place.parents]
+    return found
 
 
 def usable_threads() -> int:
@@ -944,14 +1274,15 @@ def read_bandwidth(threads: int, megabytes: int = 64) -> float:
 
 
 def bench(
-    bundle: Path, prompt_tokens: int = 128, new_tokens: int = 64, rounds: int = 3, adapter: str | None = None
-) -> dict[str, Any]:
+    bundle: Path, prompt_tokens: int = 128, new_tokens: int = 64, rounds: int = 3, adapter: str | None = None,
+    trusted: bytes | None = None, check: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """What the bundle costs here: the fastest of `rounds` runs, peak memory, the bandwidth bound.
 
     bound = bytes per second this machine reads / weight bytes that every new token reads.
     """
     start = time.perf_counter()
-    runner = Runner(bundle)
+    runner = Runner(bundle, trusted=trusted, check=check)
     if runner.task != "text-generation":
         raise RunError("--bench", f"measures models that write text, this one does {runner.task}")
     runner.use(adapter)
@@ -1013,8 +1344,49 @@ def read_prompt(given: str | None) -> str:
         return given
     if given is None and (sys.stdin is None or sys.stdin.isatty()):
         raise RunError("prompt", "there is none", 'python run.py "prompt", or pipe one in; --help shows more')
-    text = sys.stdin.read()
+    text = read_input()
     return text[:-1] if text.endswith("\n") else text  # the line end that echo and editors add
+
+
+def read_input() -> str:
+    """Standard input as text. Raises RunError for more than MOST_BYTES, or what is no text."""
+    raw = sys.stdin.buffer.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise RunError("standard input", f"is larger than the {MOST_BYTES >> 20} MiB that are read")
+    try:
+        text = raw.decode(sys.stdin.encoding or "utf-8")
+    except ValueError as problem:
+        raise RunError("standard input", f"is no text: {problem}", "give UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_messages(path: Path) -> list[dict[str, Any]]:
+    """A conversation from a JSON file, `-` is standard input: [{"role": ..., "content": ...}, ...]. Raises RunError."""
+    hint = 'give a list as in [{"role": "user", "content": "hello"}]'
+    try:
+        raw = read_input().encode("utf-8") if str(path) == "-" else read_limited(path)
+    except OSError as problem:
+        raise RunError(path, f"cannot be read: {problem.strerror or problem}", hint) from None
+    messages = parse_json(path, raw, hint)
+    if not isinstance(messages, list) or not messages:
+        raise RunError(path, "is no list of messages", hint)
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RunError(path, f"message {number} has no 'role': {message!r:.80}", hint)
+    return messages
+
+
+def conversation(options: argparse.Namespace, prompt: str | None, own_system: str | None) -> list[dict[str, Any]]:
+    """What the chat template gets: --messages or the prompt, behind the system message, which is the bundle's own.
+
+    --system takes its place; where that is empty there is none. A conversation that has one keeps it.
+    """
+    messages = [{"role": "user", "content": prompt}] if prompt is not None else read_messages(options.messages)
+    has_one = messages[0]["role"] == "system"
+    if has_one and options.system is not None:
+        raise RunError("--system", "the conversation has a system message already", "give one of the two")
+    system = own_system if options.system is None else options.system
+    return messages if has_one or not system else [{"role": "system", "content": system}, *messages]
 
 
 def encoded(runner: Runner, text: str, as_json: bool) -> str:
@@ -1036,18 +1408,31 @@ def encoded(runner: Runner, text: str, as_json: bool) -> str:
     return json.dumps({"label": labels[best], "scores": scores, "prompt_ids": ids})
 
 
-def answer(bundle: Path, options: argparse.Namespace) -> int:
+def prompt_text(runner: Runner, options: argparse.Namespace, prompt: str | None) -> tuple[str, bool]:
+    """(the text that the model continues, whether it is a plain prompt). Without a prompt --messages has one."""
+    trained = runner.manifest["adapters"][options.adapter] if options.adapter else runner.manifest
+    chat = (options.format or trained["prompt_format"]) == "chat"
+    if not chat and options.system is not None:
+        raise RunError("--system", "this model continues plain prompts, which have no system message", "add --chat")
+    if not chat and prompt is None:
+        raise RunError("--messages", "this model continues plain prompts", "add --chat")
+    if not chat:
+        return str(prompt), True
+    return runner.render(conversation(options, prompt, trained.get("system"))), False
+
+
+def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
     """0, after writing the answer to standard output as it comes."""
-    prompt = read_prompt(options.prompt)
-    runner = Runner(bundle)
+    prompt = read_prompt(options.prompt) if options.messages is None else None
+    runner = Runner(bundle, trusted=trusted, check=not options.no_check)
     if runner.task != "text-generation":
+        if prompt is None or options.system is not None:
+            raise RunError("prompt", f"this model does {runner.task}: it takes a text, no conversation")
         print(encoded(runner, prompt, options.json))
         return 0
     runner.use(options.adapter)
-    trained = runner.manifest["adapters"][options.adapter] if options.adapter else runner.manifest
-    chat = (options.format or trained["prompt_format"]) == "chat"
-    text = runner.render([{"role": "user", "content": prompt}]) if chat else prompt
-    ids = runner.encode(text, plain=not chat)
+    text, plain = prompt_text(runner, options, prompt)
+    ids = runner.encode(text, plain)
     piece = runner.engine.decoder()
     tokens = runner.stream(
         ids, options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
@@ -1083,43 +1468,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--bench", action="store_true", help="measure speed and memory")
     action.add_argument("--verify", action="store_true", help="check hashes, signature and golden vectors")
-    parser.add_argument("--public-key", type=Path, help="--verify: the bundle must be signed by this key (PEM)")
+    parser.add_argument("--public-key", type=Path, help="the bundle must be signed by this key (PEM)")
+    parser.add_argument("--no-check", action="store_true", help="load files without comparing them with their hashes")
     parser.add_argument(
         "--no-replay", action="store_true", help="--verify: hashes and signature only; needs no library"
     )
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--chat", dest="format", action="store_const", const="chat", help="through the chat template")
     style.add_argument("--plain", dest="format", action="store_const", const="plain", help="the prompt as it is")
+    parser.add_argument("--system", help="the system message of a chat; '' for none (the one that was trained, if any)")
+    parser.add_argument("--messages", type=Path, help="instead of a prompt: a conversation as JSON, - reads it piped")
     parser.add_argument("--adapter", help="answer with this adapter of the bundle")
     parser.add_argument("--max-tokens", type=_at_least(1, int), default=128, help="longest answer (128)")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=_at_least(0, float), default=1.0, help="sample from this share of the chances")
     parser.add_argument("--seed", type=_at_least(0, int), help="make sampling repeatable")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.messages is not None and options.prompt is not None:
+        parser.error("give a prompt or --messages, not both")
+    if options.no_check and (options.verify or options.public_key):
+        parser.error("--no-check leaves out what --verify and --public-key ask for")
+    return options
+
+
+def check(options: argparse.Namespace, trusted: bytes | None) -> int:
+    """4 if the bundle is not what was exported, else 0, after saying which."""
+    notes: list[str] = []
+    problems = verify(options.bundle, trusted, not options.no_replay, notes)
+    signed = check_signature(options.bundle, trusted)[1]
+    if options.json:
+        print(json.dumps({"ok": not problems, "problems": problems, "signature": signed, "notes": notes}))
+        return 4 if problems else 0
+    if problems:
+        print(f"{options.bundle}: not what was exported\n" + "\n".join(problems), file=sys.stderr)
+    else:
+        what = "every file" if options.no_replay else "every file and every golden vector"
+        print(f"verified: {what} is as exported\n{signed}")
+    print("".join(f"note: {line}\n" for line in notes), end="", file=sys.stderr)
+    return 4 if problems else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     options = parse(argv)
     try:
+        trusted = read_public_key(options.public_key) if options.public_key else None
         if options.verify:
-            trusted = read_public_key(options.public_key) if options.public_key else None
-            problems = verify(options.bundle, trusted, not options.no_replay)
-            signed = check_signature(options.bundle, trusted)[1]
-            if options.json:
-                print(json.dumps({"ok": not problems, "problems": problems, "signature": signed}))
-            elif not problems:
-                what = "every file" if options.no_replay else "every file and every golden vector"
-                print(f"verified: {what} is as exported\n{signed}")
-            else:
-                print(f"{options.bundle}: not what was exported\n" + "\n".join(problems), file=sys.stderr)
-            return 4 if problems else 0
+            return check(options, trusted)
         if options.bench:
-            made = bench(options.bundle, adapter=options.adapter)
+            made = bench(options.bundle, adapter=options.adapter, trusted=trusted, check=not options.no_check)
             print(json.dumps(made) if options.json else show_bench(made))
             return 0
-        return answer(options.bundle, options)
+        return answer(options.bundle, options, trusted)
     except RunError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
@@ -1128,6 +1529,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except (OSError, MemoryError) as problem:
+        print(f"{options.bundle}: {problem or 'there is not enough memory'}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
 from test_bundle import PROMPTS, bundle, checkpoint, reference, save_tokenizer, some_ids, workplace
-from test_run import reseal, script
+from test_run import reseal, script, seal
 from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -219,6 +219,11 @@ def another_file(folder: Path, manifest: dict[str, Any]) -> None:
     shutil.copyfile(folder / "adapters/some.onnx_adapter", folder / "adapters/all.onnx_adapter")
 
 
+def behind_a_link(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "adapters").rename(folder.parent / "elsewhere")
+    (folder / "adapters").symlink_to("../elsewhere")
+
+
 def no_file(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "adapters/all.onnx_adapter").unlink()
 
@@ -231,16 +236,48 @@ def no_file(folder: Path, manifest: dict[str, Any]) -> None:
         (another_shape, r"adapter all: .*o_proj\.lora_A\.weight: shape \[63, 4\] does not fit the graph's \[64, 0\]"),
         (another_file, r"adapter all: adapters/all\.onnx_adapter: changed since the export"),
         (no_file, r"adapter all: cannot be used: FileNotFoundError"),
+        (behind_a_link, r"adapter all: adapters: is a link, the export wrote none"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_when_it_is_loaded(copy: Path, change: Any, message: str) -> None:
     manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     change(copy, manifest)
-    (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    seal(copy, manifest)
     model = ArtifactModel(copy)
     with pytest.raises(BadInput, match=message):
         model.use("all")
-    model.use("some")  # the others still load
+    if change is not behind_a_link:  # where all of them are
+        model.use("some")  # the others still load
+    assert model.logits(some_ids(3)).shape[0] == 3
+
+
+@pytest.mark.parametrize("file", ["../elsewhere.onnx_adapter", "/etc/hostname", "model.onnx.data2", None])
+def test_an_adapters_file_is_one_of_the_bundle(copy: Path, file: str | None) -> None:
+    shutil.copyfile(copy / "adapters" / "all.onnx_adapter", copy.parent / "elsewhere.onnx_adapter")
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    manifest["adapters"]["all"]["file"] = file
+    seal(copy, manifest)
+    message = r"bundle\.json: .* is (a file name that may lead|no file name|an adapter's file that is not among)"
+    for act in (RUNNER.Runner, RUNNER.read_manifest):
+        with pytest.raises(RUNNER.NotAsExported, match=message):
+            act(copy)
+    assert len(RUNNER.verify(copy)) == 1 or "not replayed" in RUNNER.verify(copy)[1]
+
+
+def test_an_adapter_exchanged_while_it_is_loaded_is_not_used(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ArtifactModel(copy)
+    check = RUNNER.check_adapter
+
+    def exchange(*arguments: Any) -> Any:
+        path = check(*arguments)
+        shutil.copyfile(path, copy.parent / "other")
+        (copy.parent / "other").replace(path)
+        return path
+
+    monkeypatch.setattr(RUNNER, "check_adapter", exchange)
+    with pytest.raises(BadInput, match=r"adapters/all\.onnx_adapter: changed while it was loaded"):
+        model.use("all")
+    model.use(None)
     assert model.logits(some_ids(3)).shape[0] == 3
 
 

@@ -22,7 +22,7 @@ def samples_of(lengths: list[int], words: int = 300, seed: int = 0) -> list[Samp
     made = []
     for length in lengths:
         ids = [generator.randrange(4, words) for _ in range(length)]
-        made.append(Sample(ids, [IGNORED] * (length // 2) + ids[length // 2 :], length // 2, "x"))
+        made.append(Sample(ids, [IGNORED] * (length // 2) + ids[length // 2 :], length // 2))
     return made
 
 
@@ -83,9 +83,9 @@ def test_samples_of_like_length_share_a_step() -> None:
 
 def test_padding_positions_and_targets() -> None:
     samples = [
-        Sample([11, 12, 13], [IGNORED, IGNORED, 13], 2, "c"),
-        Sample([21, 22, 23, 24, 25], [IGNORED, 22, 23, IGNORED, 25], 4, "c"),
-        Sample([31], [31], 0, ""),
+        Sample([11, 12, 13], [IGNORED, IGNORED, 13], 2),
+        Sample([21, 22, 23, 24, 25], [IGNORED, 22, 23, IGNORED, 25], 4),
+        Sample([31], [31], 0),
     ]
     batch = make_batch(samples)
     assert batch.ids.tolist() == [[11, 12, 13, 0, 0], [21, 22, 23, 24, 25], [31, 0, 0, 0, 0]]

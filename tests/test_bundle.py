@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, _record, build_bundle, stop_ids_of
+from edgeft.build import ArtifactModel, _record, build_bundle
 from edgeft.bundle import (
     Bundle,
     GoldenInput,
@@ -127,7 +127,7 @@ def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str
     assert made.target == load_target(name)
     assert (made.input_sha256, made.provenance) == ("ab" * 32, {"merged": "cd" * 32})
     assert set(made.files) == {
-        "run.py", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json",
+        "run.py", "README.md", "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "sbom.cdx.json",
     }  # fmt: skip
     assert {path.name for path in bundle(name).iterdir()} == {*made.files, "bundle.json"}
@@ -278,7 +278,7 @@ def test_golden_vectors_are_what_training_would_feed_and_the_artifact_answers() 
 def test_answers_end_where_the_chat_template_ends_them() -> None:
     tokenizer = TextTokenizer(checkpoint())
     assert tokenizer.eos_ids == [0]
-    assert stop_ids_of(tokenizer) == [0, 2]  # <|im_end|>, though no config names it
+    assert tokenizer.stop_ids == [0, 2]  # <|im_end|>, though no config names it
     config = json.loads((bundle("ort-int4") / "genai_config.json").read_text(encoding="utf-8"))
     assert config["model"]["eos_token_id"] == [0, 2]
     assert config["model"]["context_length"] == config["search"]["max_length"] == 512
@@ -289,12 +289,12 @@ def test_another_tokenizer_or_template_than_in_training_stops_the_export(tmp_pat
     shutil.copytree(checkpoint(), tmp_path / "other")
     save_tokenizer(tmp_path / "other", words=400)
     with pytest.raises(ParityFailed, match=r"^tokenizer: the runtime encodes .*training used \[") as caught:
-        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1], 0.1)
+        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1])
     assert caught.value.exit_code == 4
     shutil.copyfile(checkpoint() / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
     (tmp_path / "other" / "chat_template.jinja").write_text(TEMPLATE.replace("\n", "\n\n"), encoding="utf-8")
     with pytest.raises(ParityFailed, match=r"^chat template: the runtime renders '<\|im_start\|>system"):
-        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:], 0.1)
+        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:])
 
 
 def test_building_twice_gives_the_same_bytes_and_replaces_the_old_folder(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_device_without_room_is_refused_with_the_bytes_it_would_take() -> None
     spec, target = read_model_spec(str(checkpoint())), load_target("ort-int4")
     weights = read_weights(bundle("ort-int4"))
     with pytest.raises(
-        DoesNotFit, match=r"bundle: needs 7[345]\.\d MiB for a context of 128 tokens, the device has 64\.0 MiB"
+        DoesNotFit, match=r"bundle: needs 73\.\d MiB for a context of 128 tokens, the device has 64\.0 MiB"
     ):
         choose_context(spec, target, weights, 64 * 2**20)
 

@@ -56,24 +56,22 @@ SHAPES: dict[str, tuple[list[Any], list[Row]]] = {
             {"prompt": "caf\u00e9", "completion": " no"},
         ],
         [
-            Row((('a "quoted",\nprompt', False), (" yes", True)), "plain", True),
-            Row((("caf\u00e9", False), (" no", True)), "plain", True),
+            Row('a "quoted",\nprompt yes', ((18, 22),), 18, "plain"),
+            Row("caf\u00e9 no", ((4, 7),), 4, "plain"),
         ],
     ),
     "text": (
         [{"text": "one"}, {"text": "two\nlines"}],
-        [Row((("one", True),), "plain", False), Row((("two\nlines", True),), "plain", False)],
+        [Row("one", ((0, 3),), 0, "plain"), Row("two\nlines", ((0, 9),), 0, "plain")],
     ),
     "messages": (
         [{"messages": [USER, ANSWER]}],
         [
             Row(
-                (
-                    ("<|im_start|>user\nWhich section?<|im_end|>\n<|im_start|>assistant\n", False),
-                    ("utils<|im_end|>\n", True),
-                ),
+                "<|im_start|>user\nWhich section?<|im_end|>\n<|im_start|>assistant\nutils<|im_end|>\n",
+                ((64, 80),),
+                64,
                 "chat",
-                True,
                 (USER,),
             )
         ],
@@ -117,7 +115,12 @@ def only(rows: list[Row], tokenizer: TextTokenizer, max_length: int | None = Non
 
 
 def plain(prompt: str, completion: str) -> Row:
-    return Row(((prompt, False), (completion, True)), "plain", True)
+    whole = len(prompt + completion)
+    return Row(prompt + completion, ((len(prompt), whole),), len(prompt), "plain")
+
+
+def text_row(text: str) -> Row:
+    return Row(text, ((0, len(text)),), 0, "plain")
 
 
 # reading
@@ -133,13 +136,14 @@ def test_rows_of_every_shape_and_file(shape: str, suffix: str, write_rows: Write
 def test_byte_order_mark_empty_lines_and_extra_columns_are_no_problem(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('\ufeff{"text": "a", "id": 7}\n\n  \r\n{"text": "b"}\r\n', encoding="utf-8")
-    assert [row.pieces[0][0] for row in read_rows(str(path), tokenizer)] == ["a", "b"]
+    rows = read_rows(str(path), tokenizer)
+    assert [(row.text, row.remarks) for row in rows] == [("a", ("the key 'id' is not used",)), ("b", ())]
 
 
 def test_a_csv_cell_may_be_longer_than_the_csv_module_allows(write_rows: WriteRows, tokenizer: TextTokenizer) -> None:
     long = "word " * 40_000
     (row,) = read_rows(str(write_rows("data.csv", [{"text": long}])), tokenizer)
-    assert row.pieces == ((long, True),)
+    assert row == text_row(long)
 
 
 def test_parquet_without_pyarrow_says_which_extra(
@@ -185,7 +189,7 @@ def test_hub_rows_come_from_the_training_split(tokenizer: TextTokenizer, monkeyp
             return [{"text": "from the hub"}]
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    assert read_rows("someone/something", tokenizer)[0].pieces == (("from the hub", True),)
+    assert read_rows("someone/something", tokenizer)[0] == text_row("from the hub")
     with pytest.raises(BadInput) as caught:
         read_rows("someone/else", tokenizer)
     problem = "is no file and could not be loaded as a hub dataset: Couldn't reach the Hub"
@@ -262,7 +266,7 @@ def test_csv_errors_count_the_header_and_physical_lines(tmp_path: Path, tokenize
     path.write_text('prompt,completion\n"two\nlines",ok\nshort\n', encoding="utf-8")
     with pytest.raises(BadInput) as caught:
         read_rows(str(path), tokenizer)
-    problem = "1 of 2 rows cannot be used\nline 4: 'completion' must be a non-empty text, got None"
+    problem = "1 of 2 rows cannot be used\nline 4: 1 cells, the header names 2: quote a cell with commas"
     assert caught.value.problem == problem
 
 
@@ -340,11 +344,11 @@ def test_a_chat_is_rendered_and_tokenised_as_transformers_does(
     rows = read_rows(str(write_rows("data.jsonl", [{"messages": CHATS[name]}])), tokenizer)
     own = reference(tokenizer.folder)
     text = own.apply_chat_template(CHATS[name], tokenize=False)
-    assert "".join(piece for piece, _ in rows[0].pieces) == text == tokenizer.render(CHATS[name], False)
+    assert rows[0].text == text == tokenizer.render(CHATS[name], False)
     ids = own.apply_chat_template(CHATS[name], tokenize=True, return_dict=True)["input_ids"]
     assert only(rows, tokenizer).ids == ids
     asked = own.apply_chat_template(CHATS[name][:-1], tokenize=False, add_generation_prompt=True)
-    assert tokenizer.render(CHATS[name][:-1], True) == asked
+    assert tokenizer.render(CHATS[name][:-1], True) == asked == rows[0].prompt
     assert rows[0].messages == tuple(CHATS[name][:-1])
 
 
@@ -369,7 +373,6 @@ def test_exactly_what_the_assistant_says_is_trained(
     )
     last = sample.ids[sample.prompt_tokens :]
     assert tokenizer.backend.decode(last, skip_special_tokens=False) == answers[-1] + "<|im_end|>\n"
-    assert sample.completion == answers[-1] + "<|im_end|>\n"
 
 
 def test_a_template_that_drops_earlier_thoughts_trains_only_the_last_answer(
@@ -380,10 +383,10 @@ def test_a_template_that_drops_earlier_thoughts_trains_only_the_last_answer(
     answers = [{"role": "assistant", "content": f"thought{i}|answer{i}"} for i in range(2)]
     chat = [USER, answers[0], USER, answers[1]]
     (row,) = read_rows(str(write_rows("data.jsonl", [{"messages": chat}])), tokenizer)
-    assert [trained for _, trained in row.pieces] == [False, True]
-    assert row.pieces[1][0] == "thought1|answer1<|im_end|>\n"
-    assert "answer0" in row.pieces[0][0] and "thought0" not in row.pieces[0][0]
-    assert "".join(text for text, _ in row.pieces) == tokenizer.render(chat, False)
+    assert row.text == tokenizer.render(chat, False)
+    assert [row.text[lo:hi] for lo, hi in row.trained] == ["thought1|answer1<|im_end|>\n"]
+    assert "answer0" in row.prompt and "thought0" not in row.prompt
+    assert row.remarks == ("earlier answers are not trained: the template writes them otherwise once the chat goes on",)
 
 
 def test_a_template_that_forgets_its_generation_prompt(variant: Callable[..., Path], write_rows: WriteRows) -> None:
@@ -471,16 +474,14 @@ def test_prompt_and_completion_become_ids_labels_and_an_end(tokenizer: TextToken
     prompt, completion = own("Section of grep:").input_ids, own(" utils").input_ids
     end = own.eos_token_id
     sample = only([plain("Section of grep:", " utils")], tokenizer)
-    assert sample == Sample(
-        [*prompt, *completion, end], [IGNORED] * len(prompt) + [*completion, end], len(prompt), " utils"
-    )
+    assert sample == Sample([*prompt, *completion, end], [IGNORED] * len(prompt) + [*completion, end], len(prompt))
     assert sample.trained_tokens == len(completion) + 1
 
 
 def test_a_text_is_trained_as_a_whole(tokenizer: TextTokenizer) -> None:
     ids = [*reference(tokenizer.folder)("some words").input_ids, tokenizer.eos_id]
-    sample = only([Row((("some words", True),), "plain", False)], tokenizer)
-    assert sample == Sample(ids, ids, 0, "")
+    sample = only([text_row("some words")], tokenizer)
+    assert sample == Sample(ids, ids, 0)
     assert sample.trained_tokens == len(ids) - 1  # nothing comes before the first token that could predict it
 
 
@@ -522,8 +523,8 @@ def test_a_begin_of_text_token_comes_first_and_is_not_trained(with_bos: TextToke
     assert sample.ids == [bos, *bare[0], *bare[1], with_bos.eos_id]
     assert sample.labels == [IGNORED] * (1 + len(bare[0])) + [*bare[1], with_bos.eos_id]
     assert sample.prompt_tokens == 1 + len(bare[0])
-    text = only([Row((("words", True),), "plain", False)], with_bos)
-    assert (text.ids[0], text.labels[0], text.prompt_tokens) == (bos, IGNORED, 1)
+    text = only([text_row("words")], with_bos)
+    assert (text.ids[0], text.labels[0], text.prompt_tokens) == (bos, IGNORED, 0)
 
 
 def test_a_chat_gets_no_second_begin_of_text_token(with_bos: TextTokenizer, write_rows: WriteRows) -> None:
@@ -551,12 +552,11 @@ def test_cutting_takes_the_start_of_the_prompt_then_the_end_of_the_answer(
         assert cut.ids == expected and len(cut.ids) == min(limit, len(whole.ids))
         assert cut.prompt_tokens == prefix + kept and cut.cut_tokens == excess
         assert cut.labels == [IGNORED] * cut.prompt_tokens + expected[cut.prompt_tokens :]
-        assert cut.completion == " utilities and more"
         assert cut.trained_tokens == min(answer, limit - prefix - kept)
 
 
 def test_a_text_is_cut_at_its_end(tokenizer: TextTokenizer) -> None:
-    row = Row((("a text of several words", True),), "plain", False)
+    row = text_row("a text of several words")
     whole, cut = only([row], tokenizer), only([row], tokenizer, 8)
     assert (cut.ids, cut.labels) == (whole.ids[:8], whole.ids[:8])
     assert cut.cut_tokens == len(whole.ids) - 8 > 0
@@ -580,6 +580,9 @@ def test_lengths_of_a_file(tokenizer: TextTokenizer, write_rows: WriteRows) -> N
         "tokens": sum(lengths),
         "longest_trained": max(answers),
         "cut_rows": 0,
+        "untrained_rows": 0,
+        "answers": 4,
+        "remarks": {},
         "trained_tokens": sum(answers),
         "quantiles": {"0.5": lengths[1], "0.75": lengths[2], **dict.fromkeys(("0.9", "0.95", "0.99"), lengths[3])},
     }
@@ -654,7 +657,7 @@ def test_encoding_is_transformers_and_decoding_is_its_inverse(text: str, tokeniz
     [(2, 0.01, 1), (10, 0.1, 1), (100, 0.05, 5), (40, 0.5, 20), (20_000, 0.05, 500)],
 )
 def test_hold_out_is_disjoint_complete_ordered_and_repeatable(rows: int, share: float, held: int) -> None:
-    samples = [Sample([i], [i], 0, "") for i in range(rows)]
+    samples = [Sample([i], [i], 0) for i in range(rows)]
     train, valid = hold_out(samples, share, seed=3)
     numbers = [[sample.ids[0] for sample in part] for part in (train, valid)]
     assert len(valid) == held
@@ -667,7 +670,7 @@ def test_hold_out_is_disjoint_complete_ordered_and_repeatable(rows: int, share: 
 
 def test_one_row_cannot_be_held_out() -> None:
     with pytest.raises(BadInput) as caught:
-        hold_out([Sample([1], [1], 0, "")], 0.1, 0)
+        hold_out([Sample([1], [1], 0)], 0.1, 0)
     assert str(caught.value) == (
         "data: one row cannot be split into training and validation\n\nhint: give --valid FILE or more rows"
     )
@@ -679,7 +682,7 @@ def test_reading_data_imports_no_torch(write_rows: WriteRows, tokenizer_folder: 
 
     path = write_rows("data.jsonl", [{"messages": [USER, ANSWER]}])
     code = (
-        "import sys; from pathlib import Path; from edgeft.data import *;"
+        "import sys; from pathlib import Path; from edgeft.data import TextTokenizer, measure_lengths;"
         f"print(measure_lengths({str(path)!r}, TextTokenizer(Path({str(tokenizer_folder)!r}))).rows,"
         "'torch' in sys.modules, 'transformers' in sys.modules)"
     )

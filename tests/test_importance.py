@@ -86,7 +86,7 @@ def samples(count: int, length: int = 12, trained: int = 4, seed: int = 0) -> li
         ids = torch.randint(2, 60, (length - i % 3,), generator=generator).tolist()
         ids[-trained:] = [7, 5, 9, 3, *range(10, 10 + trained)][:trained]
         labels = [IGNORED] * (len(ids) - trained) + ids[-trained:]
-        made.append(Sample(ids, labels, len(ids) - trained, "x"))
+        made.append(Sample(ids, labels, len(ids) - trained))
     return made
 
 

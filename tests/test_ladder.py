@@ -22,7 +22,6 @@ from edgeft.forms import (
     load_as_trained,
     observe_artifact,
     observe_model,
-    stop_ids,
     trained_settings,
 )
 from edgeft.merge import merge
@@ -39,7 +38,7 @@ from edgeft.train import Data, TrainResult
 
 def sample(ids: list[int], answer: int) -> Sample:
     labels = [IGNORED] * (len(ids) - answer) + ids[len(ids) - answer :]
-    return Sample(ids, labels, len(ids) - answer, "an answer")
+    return Sample(ids, labels, len(ids) - answer)
 
 
 def rows(count: int = 6) -> list[Sample]:
@@ -57,7 +56,7 @@ def test_one_pass_gives_the_losses_of_torch() -> None:
             own = float(model(input_ids=torch.tensor([each.ids]), labels=labels).loss) * form.tokens[number]
         assert form.losses[number] == pytest.approx(own, rel=1e-4)
     assert form.log_probabilities.shape == (sum(form.tokens), model.config.vocab_size)
-    assert form.metrics().loss == pytest.approx(sum(form.losses) / sum(form.tokens))
+    assert form.loss == pytest.approx(sum(form.losses) / sum(form.tokens))
 
 
 def test_an_artifact_is_followed_as_it_is_decoded() -> None:
@@ -110,20 +109,27 @@ def test_exactness_of_a_torch_form_is_that_of_decoding(checkpoint_folder: Path, 
     given = [sample(made, 4), sample([*prompt, 7, 8, 9], 3), sample([*made[:-1], 9], 4)]
     form = observe_model("form", model, given, tokenizer, answers=slice(None))
     own = evaluate(model, find_parts(model), given, tokenizer, device=torch.device("cpu"))
-    assert form.metrics().exact_match == own.exact_match
-    assert own.row_tokens == form.tokens and own.row_losses == pytest.approx(form.losses, rel=1e-5)
-    assert form.metrics().row_exact == own.row_exact
+    mine = form.metrics(given, tokenizer)
+    assert mine.exact_match == own.exact_match and mine.row_exact == own.row_exact
+    assert own.row_tokens == mine.row_tokens and own.row_losses == pytest.approx(form.losses, rel=1e-5)
 
 
 def test_when_an_answer_can_no_longer_match() -> None:
     tokenizer = TextTokenizer(checkpoint())
     ids = tokenizer.encode(["Section: libs and more"])[0]
-    row = Sample(ids, list(ids), 2, "x")
+    row = Sample(ids, list(ids), 2)
     assert not cannot_match(tokenizer, row, [])
     assert not cannot_match(tokenizer, row, ids[2:4])
     assert not cannot_match(tokenizer, row, ids[2:])
     assert cannot_match(tokenizer, row, [*ids[2:], *ids[2:4]])
     assert cannot_match(tokenizer, row, ids[3:5])
+
+
+def scored(form: Form) -> Metrics:
+    count = len(form.losses)
+    return Metrics(
+        rows=count, loss=form.loss, perplexity=1.0, exact_match=None, row_losses=form.losses, row_tokens=form.tokens
+    )
 
 
 def form(loss: float, spread: float, rows: int = 20) -> Form:
@@ -169,7 +175,7 @@ def test_ties_are_told_apart_from_agreement() -> None:
 
 
 def test_a_score_that_is_not_reproduced_names_rows() -> None:
-    recorded = form(1.0, 0.1).metrics()
+    recorded = scored(form(1.0, 0.1))
     assert not trained_rung(form(1.0, 0.1), recorded, torch.float32, "cpu").problems
     apart = form(1.0, 0.1)
     moved = Form("f", apart.log_probabilities, (1.4, *apart.losses[1:-1], apart.losses[-1] - 0.4), apart.tokens)
@@ -240,11 +246,11 @@ def test_golden_vectors_say_by_how_much_each_token_led_and_where() -> None:
         ids = list(golden.ids)
         for token, margin in zip(golden.greedy_ids, golden.margins, strict=True):
             second, best = sorted(model.logits(ids)[-1])[-2:]
-            assert margin == pytest.approx(best - second, abs=1e-3) and margin > 2 * made.golden_logit_tolerance
+            assert margin == pytest.approx(best - second, abs=1e-3)
             ids.append(token)
     assert made.environment is not None and made.environment.cpu
     assert made.environment.runtime.startswith("onnxruntime-genai 0.") and "onnxruntime 1." in made.environment.runtime
-    assert made.stop_ids == stop_ids(TextTokenizer(checkpoint())) == model.stop_ids
+    assert made.stop_ids == TextTokenizer(checkpoint()).stop_ids == model.stop_ids
 
 
 def test_an_older_result_without_rows_is_still_read() -> None:

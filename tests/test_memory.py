@@ -50,7 +50,7 @@ def live_peak(config: LlamaConfig, training: Training, trained_tokens: int) -> i
     run = Run(training, CPU, dtype, model, parts, apply_tuner(model, parts, training))
     length = training.max_length
     labels = [IGNORED] * (length - trained_tokens) + [5] * trained_tokens
-    samples = [Sample(torch.randint(0, 200, (length,)).tolist(), labels, 1, "x")] * training.batch_size
+    samples = [Sample(torch.randint(0, 200, (length,)).tolist(), labels, 1)] * training.batch_size
     run.train_step(samples)
     gc.collect()
     live = ledger.LiveBytes()

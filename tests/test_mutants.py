@@ -179,15 +179,15 @@ def prove_line(place: Path, target: str) -> None:
     wanted = load_target(target)
     prove_bundle(trained, folder, merged, wanted, rows, ArtifactModel(place / "bundle"), silent)
     prompts, _ = golden_inputs(merged.train.plan.job, TextTokenizer(folder))
-    _record(_load_shipped(place / "bundle"), TextTokenizer(folder), prompts, wanted.golden_logit_tolerance)
+    _record(_load_shipped(place / "bundle"), TextTokenizer(folder), prompts)
 
 
 def prove_family(place: Path, target: str) -> None:
     """What a rehearsal and an export check of a bundle against its merged model."""
-    from edgeft.data import read_rows, to_samples
+    from edgeft.data import read_samples
 
     tokenizer = TextTokenizer(place / "merged")
-    rows = to_samples(read_rows(str(place / "rows.jsonl"), tokenizer), tokenizer, None)
+    rows = read_samples(str(place / "rows.jsonl"), tokenizer, None)
     tied = read_model_spec(str(place / "merged")).tie_word_embeddings
     wanted = load_target(target)
     loose = wanted.parity.model_copy(update={"max_mean_kl_nats": 9.0, "min_top1_agreement": 0.0})

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from typing import Any
 import pytest
 from test_bundle import ROWS, bundle, save_tokenizer
 
+from edgeft import budget
 from edgeft.build import ArtifactModel
+from edgeft.bundle import Bundle, readme
 from edgeft.data import TextTokenizer
+from edgeft.errors import BadInput
 from edgeft.runner import runner_module
+from edgeft.target import load_target
 
 NAMES = [
-    "bundle.json", "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "run.py",
+    "README.md", "bundle.json", "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "run.py",
     "sbom.cdx.json", "tokenizer.json", "tokenizer_config.json",
 ]  # fmt: skip
 
@@ -57,6 +62,11 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     for name, entry in manifest["files"].items():
         raw = (folder / name).read_bytes()
         entry.update(sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
+    seal(folder, manifest)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write bundle.json with the right hash of its own, and those of files as given."""
     manifest["self_sha256"] = "0" * 64
     blank = json.dumps(manifest)
     sealed = blank.replace(
@@ -72,7 +82,9 @@ def test_only_old_python_and_the_standard_library_are_asked_for() -> None:
     top |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in top} <= set(sys.stdlib_module_names)
     anywhere = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert anywhere - set(sys.stdlib_module_names) == {"numpy"}  # and the runtime, by its name in bundle.json
+    assert {name.split(".")[0] for name in anywhere} - set(sys.stdlib_module_names) == {
+        "numpy"
+    }  # and the runtime, by its name in bundle.json
 
 
 def test_answers_the_prompt_from_another_folder_as_the_artifact_does(copy: Path, tmp_path: Path) -> None:
@@ -148,7 +160,7 @@ def test_an_untouched_bundle_verifies(copy: Path) -> None:
     signed = "not signed: the hashes show damage, not who made this"
     assert done.stdout == f"verified: every file and every golden vector is as exported\n{signed}\n"
     given = json.loads(script(copy, "--verify", "--json").stdout)
-    assert given == {"ok": True, "problems": [], "signature": signed}
+    assert given == {"ok": True, "problems": [], "signature": signed, "notes": []}
     elsewhere = subprocess.run(
         [sys.executable, str(bundle("ort-fp32") / "run.py"), "--bundle", str(copy), "--verify"], check=False
     )
@@ -279,3 +291,346 @@ def test_without_the_runtime_hashes_are_checked_and_the_rest_names_it(copy: Path
     assert done.returncode == 4
     assert "chat_template.jinja: missing" in done.stderr
     assert "golden vectors: not replayed, onnxruntime-genai is not installed" in done.stderr
+
+
+RUNNER = runner_module()
+BAD_NAMES = [
+    "../secret", "/etc/passwd", "a/../../secret", "a//b", "./model.onnx", "", "..", "C:/x", "C:x", "..\\secret",
+    "a\\b", "a\0b", "a\nb: missing", "nul:", "a/.. /b", "a/. ./b", "model.onnx.", "*", None, 7, ["x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_may_leave_the_bundle_is_refused(name: Any) -> None:
+    assert RUNNER.name_fault(name)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "adapters/a-b_c.onnx_adapter", ".hidden", "größe 2.json", "a..b"])
+def test_a_name_inside_is_none(name: str) -> None:
+    assert RUNNER.name_fault(name) == ""
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a\\b", "C:x"])
+def test_every_door_refuses_such_a_name(copy: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy.parent / "secret").write_text("x", encoding="utf-8")
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    manifest["files"][name] = {"sha256": "0" * 64, "size_bytes": 1}
+    (copy / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(BadInput, match="file name"):
+        Bundle.read(copy / "bundle.json")
+    with pytest.raises(RUNNER.NotAsExported, match="file name"):
+        RUNNER.read_manifest(copy)
+    for arguments in (["x"], ["x", "--no-check"], ["--bench"], ["--verify"]):
+        assert RUNNER.main(["--bundle", str(copy), *arguments]) == 4
+        assert "file name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("README.md", "run.py", "sbom.cdx.json")])
+def test_what_is_loaded_is_compared_with_its_hash_first(
+    copy: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = bytearray((copy / name).read_bytes())
+    at = raw.rindex(b'"') - 1 if name == "bundle.json" else len(raw) // 2  # within the last hash: still JSON
+    raw[at] = ord("1" if raw[at] != ord("1") else "2")
+    (copy / name).write_bytes(raw)
+    for arguments in (["x", "--max-tokens", "1"], ["--bench"]):
+        assert RUNNER.main(["--bundle", str(copy), *arguments]) == 4
+        out, err = capsys.readouterr()
+        assert out == "" and f"{name}: changed since the export" in err
+
+
+def test_the_check_can_be_left_out_and_what_is_never_loaded_is_not_checked(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["--bundle", str(copy), "x", "--max-tokens", "1"]
+    (copy / "sbom.cdx.json").write_text("{}", encoding="utf-8")
+    assert RUNNER.main(ask) == 0
+    path = copy / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert RUNNER.main(ask) == 4
+    assert RUNNER.main([*ask, "--no-check"]) == 0
+    for arguments in (["--verify", "--no-check"], ["x", "--no-check", "--public-key", "k"]):
+        with pytest.raises(SystemExit) as caught:
+            RUNNER.main(arguments)
+        assert caught.value.code == 2
+
+
+def test_a_stranger_that_a_runtime_would_read_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["--bundle", str(copy), "x", "--max-tokens", "1"]
+    (copy / "notes").write_text("mine", encoding="utf-8")
+    (copy / "adapters.json").mkdir()
+    (copy / "adapters.json" / "x").write_text("mine", encoding="utf-8")
+    assert RUNNER.main(ask) == 0
+    (copy / "special_tokens_map.json").write_text("{}", encoding="utf-8")
+    assert RUNNER.main(ask) == 4
+    assert "special_tokens_map.json: not part of the export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "bundle.json", "tokenizer.json"])
+def test_a_link_is_not_followed(copy: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / name).rename(copy.parent / "elsewhere")
+    (copy / name).symlink_to("../elsewhere")
+    assert RUNNER.main(["--bundle", str(copy), "x"]) == 4
+    assert f"{name}: a link to ../elsewhere, outside the bundle" in capsys.readouterr().err
+
+
+def test_what_is_exchanged_while_it_is_loaded_is_not_used(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = RUNNER.OnnxRuntimeGenAI
+
+    def exchange(*arguments: Any) -> Any:
+        shutil.copyfile(copy / "model.onnx.data", copy.parent / "other")
+        (copy.parent / "other").replace(copy / "model.onnx.data")
+        return load(*arguments)
+
+    monkeypatch.setattr(RUNNER, "OnnxRuntimeGenAI", exchange)
+    with pytest.raises(RUNNER.NotAsExported, match=r"model\.onnx\.data: changed while it was loaded"):
+        RUNNER.Runner(copy)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        (("model", "decoder"), "filename", "../model.onnx"),
+        (("model", "decoder"), "filename", "/tmp/model.onnx"),
+        (("model", "decoder", "session_options"), "custom_ops_library", "evil.so"),
+        (("model",), "extra", [{"provider_options": [{"x": {"plugin_library_path": "evil.so"}}]}]),
+    ],
+)
+def test_a_runtimes_settings_name_no_library_and_no_file_outside(
+    copy: Path, place: tuple[str, ...], key: str, value: Any
+) -> None:
+    """Although every hash is right: loading a library runs it."""
+    path = copy / "genai_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    inner = config
+    for name in place:
+        inner = inner.setdefault(name, {})
+    inner[key] = value
+    path.write_text(json.dumps(config), encoding="utf-8")
+    reseal(copy, lambda manifest: None)
+    with pytest.raises(RUNNER.NotAsExported, match=r"genai_config\.json: names a (library|file)"):
+        RUNNER.Runner(copy)
+    assert any("genai_config.json: names a " in line for line in verify(copy))
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "genai_config.json"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 200_000, "cannot be read: it is nested too deeply"),
+        (b'{"a":' * 200_000, "cannot be read: it is nested too deeply"),
+        (b" " * (16 * 2**20 + 1), "is larger than the 16 MiB that are read"),
+        (b"9" * 5000, "cannot be read: "),
+        (b"\xff", "cannot be read: "),
+    ],
+)
+def test_json_that_nobody_writes_is_one_line(
+    copy: Path, name: str, text: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / name).write_bytes(text)
+    assert RUNNER.main(["--bundle", str(copy), "x", "--no-check"]) == 1
+    out, err = capsys.readouterr()
+    first, _, rest = err.partition("\n")
+    assert out == "" and name in first and message in first
+    assert rest.startswith("\nhint: ") or rest == ""
+
+
+def test_a_pipe_in_the_place_of_the_manifest_does_not_hang(copy: Path) -> None:
+    (copy / "bundle.json").unlink()
+    os.mkfifo(copy / "bundle.json")
+    done = script(copy, "x")
+    assert done.returncode == 1 and "bundle.json: is no plain file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 200_000, "nested too deeply"),
+        (b"x" * (16 * 2**20 + 1), "larger than the 16 MiB that are read"),
+        (b"{}", "is no list of messages"),
+        (b"[]", "is no list of messages"),
+        (b'[{"content": "x"}]', "message 1 has no 'role'"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_conversation_that_is_none(
+    tmp_path: Path, text: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talk.json"
+    path.write_bytes(text)
+    assert RUNNER.main(["--bundle", str(bundle("ort-int4")), "--chat", "--messages", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_standard_input_is_limited_and_must_be_text(copy: Path) -> None:
+    for raw, message in ((b"x" * (16 * 2**20 + 1), "larger than the 16 MiB"), (b"\xff\xfe\xff", "is no text")):
+        done = subprocess.run(
+            [sys.executable, str(copy / "run.py"), "-"], input=raw, capture_output=True, check=False,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.decode().startswith("standard input: ") and message in done.stderr.decode()
+    given = script(copy, b"\xff".decode("utf-8", "surrogateescape"))
+    assert given.returncode == 1 and given.stderr.startswith("prompt: is no text: ")
+
+
+def prompt_ids(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> Any:
+    capsys.readouterr()
+    code = RUNNER.main(["--bundle", str(folder), *arguments, "--json", "--max-tokens", "1"])
+    out, err = capsys.readouterr()
+    return json.loads(out)["prompt_ids"] if code == 0 else err
+
+
+def test_the_system_message_that_was_trained_is_given_and_can_be_replaced(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, user = TextTokenizer(copy), {"role": "user", "content": "hello"}
+
+    def expected(*messages: dict[str, str]) -> list[int]:
+        return tokenizer.encode([tokenizer.render(list(messages), add_generation_prompt=True)])[0]
+
+    def system(text: str) -> dict[str, str]:
+        return {"role": "system", "content": text}
+
+    reseal(copy, lambda manifest: manifest.update(prompt_format="chat", system="Be brief."))
+    assert prompt_ids(capsys, copy, "hello") == expected(system("Be brief."), user)
+    assert prompt_ids(capsys, copy, "hello", "--system", "Be long.") == expected(system("Be long."), user)
+    assert prompt_ids(capsys, copy, "hello", "--system", "") == expected(user)
+    assert prompt_ids(capsys, copy, "hello", "--plain") == tokenizer.encode(["hello"])[0]
+    talk = [user, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "more"}]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(talk), encoding="utf-8")
+    assert prompt_ids(capsys, copy, "--messages", str(path)) == expected(system("Be brief."), *talk)
+    path.write_text(json.dumps([system("Mine."), *talk]), encoding="utf-8")
+    assert prompt_ids(capsys, copy, "--messages", str(path)) == expected(system("Mine."), *talk)
+    assert "has a system message already" in prompt_ids(capsys, copy, "--messages", str(path), "--system", "x")
+    assert "add --chat" in prompt_ids(capsys, copy, "hello", "--plain", "--system", "x")
+    assert "add --chat" in prompt_ids(capsys, copy, "--messages", str(path), "--plain")
+
+
+def golden_of(folder: Path, change: Callable[[dict[str, Any]], None]) -> tuple[list[str], list[str]]:
+    """(problems, notes) of a bundle whose first golden vector was changed, hashes and all."""
+    reseal(folder, lambda manifest: change(manifest["golden"][0]))
+    notes: list[str] = []
+    return RUNNER.verify(folder, notes=notes), notes
+
+
+def test_a_token_counts_where_its_recorded_margin_lets_it(copy: Path) -> None:
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    tolerance, count = manifest["golden_logit_tolerance"], 5
+    tokens = RUNNER.Runner(copy).greedy(manifest["golden"][0]["ids"], count, ())
+    wide, narrow = 2.5 * tolerance, 1.5 * tolerance
+
+    def other(at: int, margins: list[float] | None) -> Callable[[dict[str, Any]], None]:
+        def change(vector: dict[str, Any]) -> None:
+            vector["greedy_ids"] = [*tokens]
+            vector["greedy_ids"][at] = (tokens[at] + 1) % 300
+            vector["margins"] = margins or []
+
+        return change
+
+    last = count - 1  # what follows a token that was exchanged is another text
+    text = f"golden vector 1 continues with {tokens[last]} instead of"
+    assert golden_of(copy, lambda vector: vector.update(greedy_ids=tokens, margins=[wide] * count)) == ([], [])
+    problems, notes = golden_of(copy, other(last, [wide] * count))
+    assert len(problems) == 1 and problems[0].startswith(f"model: {text}") and notes == []
+    problems, notes = golden_of(copy, other(last, [wide] * last + [narrow]))
+    assert problems == [] and len(notes) == 1
+    assert notes[0].startswith(text) and notes[0].endswith(f"within the margin, the best two were {narrow:.3g} apart")
+    problems, notes = golden_of(copy, other(last, None))  # a bundle of before margins were recorded
+    assert len(problems) == 1 and notes == []
+
+
+def test_another_machine_or_runtime_is_said_where_something_differs(copy: Path) -> None:
+    manifest = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    tokens = RUNNER.Runner(copy).greedy(manifest["golden"][0]["ids"], 3, ())
+    recorded = {"cpu": "Abacus 3000", "features": ["beads"], "runtime": "onnxruntime-genai 0.0.1 no-such-package 2"}
+    reseal(copy, lambda manifest: manifest.update(environment=recorded))
+    assert golden_of(copy, lambda vector: None) == ([], [])
+    wrong = {"greedy_ids": [*tokens[:-1], (tokens[-1] + 1) % 300], "margins": [0.0] * 3}
+    problems, notes = golden_of(copy, lambda vector: vector.update(wrong))
+    assert problems == [] and len(notes) == 2
+    assert notes[1].startswith("the golden vectors were recorded elsewhere: cpu Abacus 3000, here ")
+    assert "; features ['beads'], here [" in notes[1]
+    assert "; runtime onnxruntime-genai 0.0.1 no-such-package 2, here onnxruntime-genai " in notes[1]
+
+
+def test_a_bundle_of_another_version_is_noted_and_no_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(copy / "run.py", "a", encoding="utf-8") as file:
+        file.write("# of another version\n")
+    assert RUNNER.main(["--bundle", str(copy), "--verify", "--no-replay"]) == 4
+    assert "run.py: " in capsys.readouterr().err
+    reseal(copy, lambda manifest: None)
+    note = "run.py: the bundle's own is another version than the one that runs now"
+    assert RUNNER.main(["--bundle", str(copy), "--verify", "--no-replay"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("verified: ") and err == f"note: {note}\n"
+    assert RUNNER.main(["--bundle", str(copy), "--verify", "--no-replay", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [note]
+    own = script(copy, "--verify", "--no-replay")
+    assert (own.returncode, own.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "most"),
+    [
+        ("0::/a/b", {"a/cpu.max": "200000 100000"}, 2),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "cpu.max": "150000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("4:cpu,x:/a", {"cpu,x/a/cpu.cfs_quota_us": "300000", "cpu,x/a/cpu.cfs_period_us": "100000"}, 3),
+        ("4:cpu:/a", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("4:memory:/a", {"memory/a/cpu.cfs_quota_us": "1", "memory/a/cpu.cfs_period_us": "1"}, None),
+        ("nonsense", {"cpu.max": "x"}, None),
+        (None, {}, None),
+    ],
+)  # fmt: skip
+def test_threads_keep_to_the_cgroups_quota(
+    tmp_path: Path, groups: str | None, files: dict[str, str], most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    if groups is not None:
+        (tmp_path / "proc" / "self" / "cgroup").write_text(groups + "\n", encoding="utf-8")
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    places = (tmp_path / "proc", tmp_path / "cgroup")
+    assert RUNNER.usable_cores(*places) == (most or 64)
+    if groups != "nonsense":
+        assert budget.usable_cores(*places) == (most or 64)  # the planner's own count
+
+
+def test_nothing_is_written_and_no_home_is_needed(copy: Path, tmp_path: Path) -> None:
+    def listing() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+    for path in [*copy.rglob("*"), copy]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = listing()
+    # root may write anywhere: as another user where that is possible
+    other = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    may = shutil.which("setpriv") and subprocess.run([*other, "true"], capture_output=True, check=False).returncode == 0
+    place = Path(tempfile.mkdtemp(prefix="edgeft of another user "))  # pytest's own folders are its user's alone
+    try:
+        shutil.copytree(copy, place / "bundle")
+        place.chmod(0o755)
+        variables = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+        for arguments in (["x", "--max-tokens", "1"], ["--verify"], ["--bench"]):
+            command = [*(other if may else []), sys.executable, "-B", str(place / "bundle" / "run.py"), *arguments]
+            done = subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert sorted(path.name for path in (place / "bundle").iterdir()) == NAMES
+    finally:
+        (place / "bundle").chmod(0o755)
+        shutil.rmtree(place)
+    assert listing() == before
+
+
+def test_the_readme_says_how_to_run_it_and_how_to_keep_it_silent() -> None:
+    text = (bundle("ort-int4") / "README.md").read_text(encoding="utf-8")
+    assert "pip install onnxruntime-genai numpy" in text and 'python run.py "a prompt"' in text
+    assert "ORT_DISABLE_TELEMETRY=1" in text and "system message" not in text
+    chat = readme(load_target("ort-int4"), "chat", "Be brief.\nBe kind.", ["a", "b"])
+    assert "> Be brief.\n> Be kind." in chat and "Adapters for `--adapter`: a, b." in chat

@@ -152,10 +152,10 @@ def test_agrees_with_another_implementation() -> None:
 def test_who_signed_is_said_and_whether_that_was_checked(copy: Path) -> None:
     done = script(copy, "--verify", "--no-replay")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[1] == f"signed by {KEY.hex()} (not checked against a trusted key)"
+    assert done.stdout.splitlines()[1] == f"signed, by a key that nobody vouched for: {KEY.hex()}"
     done = script(copy, "--verify", "--public-key", str(copy.parent / "key.pub"), "--json")
     assert done.returncode == 0
-    expected = {"ok": True, "problems": [], "signature": f"signed by the trusted key {KEY.hex()}"}
+    expected = {"ok": True, "problems": [], "signature": f"signed by the trusted key {KEY.hex()}", "notes": []}
     assert json.loads(done.stdout) == expected
 
 
@@ -193,6 +193,42 @@ def test_the_key_in_the_signature_cannot_be_exchanged(copy: Path) -> None:
     path = copy / "bundle.sig"
     path.write_text(path.read_text().replace(KEY.hex(), OTHER_KEY.hex()))
     assert problems(copy, OTHER_KEY) == [f"bundle.sig: is not {OTHER_KEY.hex()}'s signature of this bundle.json"]
+
+
+def test_with_a_key_nothing_is_run_but_what_it_signed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["--bundle", str(copy), "--public-key", str(copy.parent / "key.pub")]
+    answer, measure = [*ask, "x", "--max-tokens", "1"], [*ask, "--bench"]
+    assert RUNNER.main(answer) == RUNNER.main(measure) == 0
+    capsys.readouterr()
+    manifest = (copy / "bundle.json").read_bytes()
+
+    def refused(line: str) -> None:
+        for arguments in (answer, measure, [*ask, "--verify"], [*ask, "--verify", "--no-replay"]):
+            assert RUNNER.main(arguments) == 4
+            out, err = capsys.readouterr()
+            assert out == "" and line in err
+
+    put_signature(copy, OTHER)
+    refused(f"bundle.sig: signed by {OTHER_KEY.hex()}, not by the trusted key {KEY.hex()}")
+    (copy / "bundle.sig").unlink()
+    refused(f"bundle.sig: missing, the trusted key {KEY.hex()} must have signed")
+    put_signature(copy)
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + "{# changed #}", encoding="utf-8")
+    reseal(copy, lambda manifest: None)
+    refused(f"bundle.sig: is not {KEY.hex()}'s signature of this bundle.json")
+    (copy / "bundle.json").write_bytes(manifest)  # rightly signed, and one file is another
+    refused("chat_template.jinja: ")
+    (copy / "bundle.sig").rename(copy.parent / "sig")
+    (copy / "bundle.sig").symlink_to("../sig")
+    refused("bundle.sig: missing")
+
+
+def test_a_broken_signature_stops_an_answer_without_a_key_too(copy: Path) -> None:
+    path = copy / "bundle.sig"
+    path.write_text(path.read_text().replace(KEY.hex(), OTHER_KEY.hex()))
+    with pytest.raises(RUNNER.NotAsExported, match=r"bundle\.sig: is not "):
+        RUNNER.Runner(copy)
 
 
 def test_a_signature_is_of_bundles_only(copy: Path) -> None:

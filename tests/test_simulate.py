@@ -67,7 +67,7 @@ def prepared(spec: ModelSpec, training: Training, work: Workload) -> tuple[Run, 
         run = make_run(training, CPU, compute, model, parts, Path(spec.model), Path(work_folder))
     labels = [IGNORED] * (work.longest - work.longest_trained) + [5] * work.longest_trained
     ids = torch.randint(0, spec.vocab_size, (work.longest,), generator=torch.Generator().manual_seed(0)).tolist()
-    samples = [Sample(ids, labels, 1, "x")] * training.batch_size
+    samples = [Sample(ids, labels, 1)] * training.batch_size
     run.train_step(samples)
     gc.collect()
     return run, samples

@@ -227,7 +227,9 @@ def test_an_export_takes_target_and_device_from_the_plan(
     merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
     asked: list[tuple[str, str | None]] = []
 
-    def stand_in(merged: Path, target: Any, out: Path, *, device: str | None, **_: Any) -> None:
+    def stand_in(
+        merged: Path, target: Any, out: Path, *, device: str | None, progress: Any, size_budget_bytes: None
+    ) -> None:
         asked.append((target.name, device))
         raise BadInput("test", "asked enough")
 

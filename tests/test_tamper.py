@@ -8,10 +8,11 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_bundle import bundle
-from test_run import reseal, script
+from test_run import reseal, script, seal
 
 from edgeft.runner import runner_module
 
@@ -32,7 +33,7 @@ def found(folder: Path) -> list[str]:
 def test_any_changed_byte_of_any_file_is_found_and_named(copy: Path) -> None:
     chance = random.Random(8)
     names = sorted(path.name for path in copy.iterdir())
-    assert "bundle.json" in names and len(names) == 9
+    assert "bundle.json" in names and len(names) == 10
     for name in names:
         whole = (copy / name).read_bytes()
         for _ in range(40):
@@ -144,7 +145,8 @@ def test_what_was_done_to_the_folder_is_named(copy: Path, change: Callable[[Path
 def test_a_manifest_that_names_files_outside_the_bundle_does_not_reach_them(copy: Path) -> None:
     (copy.parent / "secret").write_text("x", encoding="utf-8")
     reseal(copy, lambda manifest: manifest["files"].update({"../secret": {}}))
-    assert found(copy) == ["../secret: missing"]
+    (line,) = found(copy)
+    assert line.endswith("bundle.json: '../secret' is a file name that may lead out of the bundle")
 
 
 @pytest.mark.parametrize("entry", [{"sha256": []}, {"size_bytes": {}}, {"sha256": None, "size_bytes": None}])
@@ -158,12 +160,61 @@ def test_a_manifest_of_odd_types_is_a_finding_not_a_crash(copy: Path, entry: dic
     assert "bundle.json: cannot be read: " in line
 
 
+HOSTILE: list[Any] = [
+    None, True, -1, 10**400, 1e308, float("inf"), "", "../x", "/etc/passwd", "a\\b", "\ud800", "x" * 5000, [], {}, [[]],
+    {"file": "../x"}, {"all": None}, {"all": {"file": "/etc/passwd"}}, {"../x": {}}, [None], {"": {}},
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where in a JSON document something stands, as keys from the top."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, each in inner for place in [(*path, key), *places(each, (*path, key))]]
+
+
+def test_no_manifest_is_a_crash(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any value in any place, hashes made right again: findings, an answer or one line, and nothing outside is read."""
+    whole = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    whole["adapter_inputs"] = {"model.layers.0.mlp.up_proj.lora_A.weight": [64, 0]}
+    shapes = {"model.layers.0.mlp.up_proj.lora_A.weight": [64, 4]}
+    entry = {"file": "tokenizer.json", "base_sha256": "ab" * 32, "parameters": shapes, "prompt_format": "chat"}
+    whole["adapters"] = {"all": entry | {"golden": [], "rank": 4, "train_sha256": "", "system": "Be brief."}}
+    whole["environment"], whole["system"] = {"cpu": "x", "features": [], "runtime": "numpy 1"}, "Be brief."
+    chance, every = random.Random(9), places(whole)
+    wanted = [place for place in every if place[0] not in ("golden", "predicted", "target")]
+    for place in [*wanted, *chance.sample(every, 60)]:
+        manifest = json.loads(json.dumps(whole))
+        inner = manifest
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = chance.choice(HOSTILE)
+        seal(copy, manifest)
+        assert isinstance(RUNNER.verify(copy, replay=False), list), place
+        for arguments in (["x", "--max-tokens", "1"], ["x", "--max-tokens", "1", "--adapter", "all", "--json"]):
+            code = RUNNER.main(["--bundle", str(copy), *arguments])
+            assert code in (0, 1, 4), (place, inner[place[-1]])
+            assert code == 0 or ": " in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize("vectors", [[None], [{}], [{"messages": None, "text": 3, "plain": True}]])
+def test_golden_vectors_of_odd_types_are_a_finding(copy: Path, vectors: Any) -> None:
+    reseal(copy, lambda manifest: manifest.update(golden=vectors))
+    (line,) = RUNNER.verify(copy)
+    assert line.startswith("bundle.json: the golden vectors cannot be read: ")
+
+
+def test_golden_tokens_beyond_the_vocabulary_are_a_finding(copy: Path) -> None:
+    for ids in ([10**6], [-1], [0] * 600, []):
+        reseal(copy, lambda manifest, ids=ids: manifest["golden"][0].update(ids=ids))  # type: ignore[misc]
+        assert any("golden vector 1" in line for line in RUNNER.verify(copy))
+
+
 def test_a_disk_that_fails_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(RUNNER, "sha256_of", broken)
-    assert found(copy)[0] == "chat_template.jinja: cannot be read: Input/output error"
+    assert found(copy)[0] == "README.md: cannot be read: Input/output error"
 
 
 def test_files_beside_the_runner_are_not_imported_by_it(copy: Path) -> None:

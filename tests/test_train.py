@@ -306,7 +306,7 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
         with torch.no_grad():
             for i, (_, parameter) in enumerate(chosen):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 10)
-        token_losses(model, parts, [Sample(ids, ids, 0, "")], cpu, torch.float32, 16).backward()
+        token_losses(model, parts, [Sample(ids, ids, 0)], cpu, torch.float32, 16).backward()
         gradients.append({name: p.grad for name, p in chosen})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():

@@ -1,0 +1,40 @@
+"""How does edgeft run a piece of itself in a process of its own, so that its memory, noise and crashes end there?
+
+Such a process imports nothing from the current folder (a user's random.py would shadow the standard library's) and
+inherits the variables that keep packages from calling home.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+HERE = str(Path(__file__).resolve().parent.parent)  # where this very edgeft is, installed or not
+
+
+def command(code: str, *arguments: object) -> list[str]:
+    """The command line that runs Python code, which finds this edgeft; `arguments` become sys.argv[1:]."""
+    return [sys.executable, "-P", "-c", f"import sys; sys.path.append({HERE!r})\n{code}", *map(str, arguments)]
+
+
+def run(
+    code: str, *arguments: object, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code to its end in a process of its own; its output is kept."""
+    return subprocess.run(
+        command(code, *arguments), env=os.environ | dict(environment or {}), capture_output=True, text=True,
+        errors="replace", check=False,
+    )  # fmt: skip
+
+
+def reason(code: int, said: str, lines: int = 1) -> str:
+    """Why a process failed: its last words on standard error, and the signal where one ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        killed = f"ended by {name}" + (", as by a system out of memory" if name == "SIGKILL" else "")
+        return "\n".join([*said.strip().splitlines()[-lines:], killed])
+    return "\n".join(said.strip().splitlines()[-lines:]) or f"exit code {code}"

@@ -1,0 +1,81 @@
+"""Does what edgeft runs in a process of its own import nothing of the user's folder, and say why it failed?"""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeft import process
+
+PACKAGE = Path(__file__).parent.parent / "edgeft"
+# An interpreter by its own name: the bundle's run.py as a device starts it, and optimum's own Python. Both with -P.
+OWN_WAYS = {"process.py", "build.py", "portable.py"}
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with files in it whose names are those of modules that everything imports."""
+    folder = tmp_path / "a user's folder"
+    folder.mkdir()
+    for name in ("random", "tempfile", "numpy", "torch", "json", "edgeft"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported a stranger')\n", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_nothing_of_the_current_folder_is_imported(hostile: Path) -> None:
+    code = "import random, sys, edgeft; print(edgeft.__file__, *sys.argv[1:])"
+    done = process.run(code, "a", Path("b c"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{PACKAGE / '__init__.py'} a b c\n"
+    planted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert planted.stderr == "imported a stranger\n"  # what a process without -P gets
+
+
+def test_the_command_line_does_not_import_it_either(hostile: Path) -> None:
+    (hostile / "edgeft.py").unlink()  # this one name the user's folder decides: `python -m edgeft` means it
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "edgeft", "targets"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ort-int4" in done.stdout
+
+
+def test_random_weights_are_made_in_such_a_folder(hostile: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
+    from edgeft.trial import _random_checkpoint
+
+    _random_checkpoint(checkpoint_folder, tmp_path / "random weights")
+    assert (tmp_path / "random weights" / "model.safetensors").is_file()
+
+
+def test_every_process_of_ours_is_started_in_this_way() -> None:
+    found = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr == "executable":
+                found.add(path.name)
+    assert found <= OWN_WAYS
+
+
+def test_the_reason_is_the_last_line_or_how_it_ended() -> None:
+    done = process.run("print('noise'); raise ValueError('the shape is wrong')")
+    assert done.returncode == 1
+    assert process.reason(done.returncode, done.stderr) == "ValueError: the shape is wrong"
+    assert process.reason(3, " \n") == "exit code 3"
+    assert process.reason(1, "a\nb\nc\n", 2) == "b\nc"
+    killed = process.run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed.returncode == -signal.SIGKILL
+    assert process.reason(killed.returncode, killed.stderr) == "ended by SIGKILL, as by a system out of memory"
+    assert process.reason(-signal.SIGSEGV, "loading\n") == "loading\nended by SIGSEGV"
+
+
+def test_variables_are_added_to_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEFT_TEST", "kept")
+    code = "import os; print(*(os.environ[name] for name in ('EDGEFT_TEST', 'MORE', 'ORT_DISABLE_TELEMETRY')))"
+    assert process.run(code, environment={"MORE": "added"}).stdout == "kept added 1\n"
