@@ -36,6 +36,7 @@ from edgeft.forms import (
     observe_model,
     trained_settings,
 )
+from edgeft.host import PARITY_PROMPTS
 from edgeft.intervals import paired_losses
 from edgeft.rounding import round_model
 from edgeft.scores import Difference, Metrics, Rung
@@ -237,7 +238,7 @@ class Ladder:
         merged = observe_model("merged", model, rows, self.tokenizer, answers=answers, progress=told("parity: merged"))
         rounded = None
         if round_as_target(model, self.target):
-            rounded = observe_model("rounded", model, rows[:count])
+            rounded = observe_model("rounded", model, rows[: min(count, PARITY_PROMPTS)])
         del model
         give_back()
         made = observe_artifact(
@@ -245,7 +246,7 @@ class Ladder:
         )
         head = first(made, count)
         if rounded is not None:
-            self.add(compare(rounded, head, alike, self.gain))
+            self.add(compare(rounded, first(head, len(rounded.losses)), alike, self.gain))
         self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))
         return merged, made
 
