@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -99,6 +99,9 @@ test-targets: .venv/installed-dev .venv-optimum/installed $(if $(filter 1,$(llam
 
 test-slow: .venv/installed-dev  ## the tests that take minutes each
 	$(py) -m pytest -m slow
+
+test-mutants: .venv/installed-dev  ## plant every fault into what was trained, merged and built: which rung stops it
+	OMP_NUM_THREADS=1 $(py) -m pytest tests/test_mutants.py -m 'slow or not slow' -q -s
 
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu

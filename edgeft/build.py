@@ -23,6 +23,7 @@ from edgeft.bundle import (
     Bundle,
     BundledAdapter,
     BundledFile,
+    Environment,
     Golden,
     GoldenInput,
     Measured,
@@ -34,10 +35,11 @@ from edgeft.bundle import (
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.footprint import Weights, choose_context, predict
+from edgeft.machine import cpu_identity
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
-from edgeft.scores import Promotion, Proof
+from edgeft.scores import Metrics, Promotion, Proof
 from edgeft.target import Runtime, Target
 from edgeft.units import show_bytes
 
@@ -52,6 +54,9 @@ GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
 
+Logits = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
+
+
 class ArtifactModel:
     """A bundle in its own runtime, token ids in and logits out: what the parity ladder compares.
 
@@ -63,6 +68,7 @@ class ArtifactModel:
         from edgeft.ort import MODEL, every_position
 
         runner, folder = runner_module(), Path(bundle)
+        self.folder = folder
         try:
             graph = every_position(folder) if (folder / MODEL).is_file() else None
         except Exception:  # a damaged file: the runtime says so better
@@ -74,6 +80,7 @@ class ArtifactModel:
         except runner.RunError as problem:
             raise BadInput(bundle, str(problem)) from None
         self.context_tokens: int = self._runner.context_tokens
+        self.stop_ids: list[int] = list(self._runner.eos_ids)
 
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter of the bundle from now on (None: without). Raises BadInput."""
@@ -82,12 +89,70 @@ class ArtifactModel:
         except runner_module().RunError as problem:
             raise BadInput("artifact", str(problem)) from None
 
-    def logits(self, ids: list[int]) -> numpy.ndarray[Any, numpy.dtype[numpy.float32]]:
-        """Logits after each token: (len(ids), vocabulary). Raises BadInput if ids exceed the context."""
+    def logits(self, ids: list[int], first: int = 0) -> Logits:
+        """Logits after each token from `first` on: (len(ids) - first, vocabulary). Raises BadInput beyond the context.
+
+        What comes before `first` is read without them.
+        """
         try:
-            return numpy.asarray(self._runner.logits(list(ids)), dtype=numpy.float32)
+            self._runner.fit(list(ids), 0)
+            session = self._runner.engine.start(len(ids))
+            self._read(session, list(ids[:first]))
+            return self._append(session, list(ids[first:]))
         except runner_module().RunError as problem:
             raise BadInput("artifact", str(problem)) from None
+
+    def follow(
+        self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
+        hopeless: Callable[[list[int]], bool] = lambda made: False,
+    ) -> tuple[Logits, list[int]]:  # fmt: skip
+        """(logits after each token of a row but its last, from `first` on; the greedy answer to its prompt).
+
+        The prompt is read once: as long as decoding gives the row's own tokens, its logits are theirs. Where it leaves
+        them the rest of the row is read by itself. Decoding ends before a stop id, and where `hopeless` says so.
+        """
+        runner, prompt, room = self._runner, list(ids[:prompt_tokens]), max(0, self.context_tokens - prompt_tokens)
+        try:
+            runner.fit(list(ids), 0)
+            session = runner.engine.start(min(self.context_tokens, max(len(ids), prompt_tokens + max_new_tokens)))
+            if first < prompt_tokens - 1:  # an earlier answer is trained too
+                self._read(session, prompt[:first])
+                rows = list(self._append(session, prompt[first:]))
+            else:
+                rows = [self._read(session, prompt)]
+            answer: list[int] = []
+            last, followed = rows[-1], 0
+            most = min(max_new_tokens, room)
+            while len(answer) < most and (token := int(last.argmax())) not in stop_ids:
+                answer.append(token)
+                follows = followed == len(answer) - 1 and prompt_tokens + followed < len(ids) - 1
+                follows = follows and token == ids[prompt_tokens + followed]
+                if (not follows and hopeless(answer)) or len(answer) == most:
+                    break
+                last = numpy.asarray(session.append([token]), dtype=numpy.float32)
+                if follows:
+                    rows.append(last)
+                    followed += 1
+            done = prompt_tokens + followed
+            if done < len(ids) - 1:
+                rows += list(self.logits(ids[:-1], done))
+            return numpy.stack(rows), answer
+        except runner_module().RunError as problem:
+            raise BadInput("artifact", str(problem)) from None
+
+    def _read(self, session: Any, ids: list[int]) -> Logits:
+        """Logits after the last of some tokens, in passes of a bounded length."""
+        step = runner_module().PREFILL_TOKENS
+        last: Any = None
+        for start in range(0, len(ids), step):
+            last = session.append(ids[start : start + step])
+        return numpy.asarray(last, dtype=numpy.float32)
+
+    def _append(self, session: Any, ids: list[int]) -> Logits:
+        """Logits after each of some tokens, in passes of a bounded length."""
+        step = runner_module().PREFILL_TOKENS
+        parts = [session.append(ids[start : start + step], every=True) for start in range(0, len(ids), step)]
+        return numpy.concatenate([numpy.asarray(part, dtype=numpy.float32) for part in parts])
 
     def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
@@ -144,11 +209,13 @@ def build_bundle(
     adapters: Sequence[AdapterSource] = (),
     promotion: Promotion | None = None,
     size_budget_bytes: int | None = None,
+    rows: Mapping[str, Metrics] | None = None,
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
-    inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own.
+    inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
+    `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
@@ -195,6 +262,7 @@ def build_bundle(
             context_tokens=context_tokens,
             context_limited_by=limited_by,
             golden_logit_tolerance=target.golden_logit_tolerance,
+            environment=environment(target.runtime),
             weight_bytes_per_token=weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in files.values()),
             files=files,
@@ -207,7 +275,7 @@ def build_bundle(
         )
         bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
-        golden = _record(_load_shipped(folder), tokenizer, prompts, target.golden_logit_tolerance)
+        golden = _record(_load_shipped(folder), tokenizer, prompts)
         bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": inputs})
         bundle.write(folder / MANIFEST)
         bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, written)})
@@ -227,12 +295,23 @@ def build_bundle(
             input_sha256=sha256_file(out / MANIFEST),
             versions=versions(),
             measured=measured,
+            rows=dict(rows or {}),
             predicted_here_bytes=here.memory_bytes,
             predicted_peak_bytes=predicted_peak_bytes,
             measured_peak_bytes=peak,
             seconds=time.perf_counter() - start,
         ).write(path)
     return Bundle.read(out / MANIFEST)
+
+
+def environment(runtime: Runtime) -> Environment:
+    """Where golden vectors are recorded: another processor or runtime may round otherwise."""
+    cpu, flags = cpu_identity()
+    features = sorted(flag for flag in flags if flag.startswith(runner_module().FEATURES))
+    package = RUNTIMES[runtime][1]
+    names = [package] + (["onnxruntime"] if runtime == "ort-genai" else [])
+    held = {name: versions().get(name, "") for name in names}
+    return Environment(cpu=cpu, features=features, runtime=" ".join(f"{name} {held[name]}".strip() for name in names))
 
 
 def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:
@@ -266,7 +345,7 @@ def _prove_adapters(
     shipped = _load_shipped(folder)
     for source in sources:
         shipped.use(source.name)
-        golden = _record(shipped, source.tokenizer, source.prompts, bundle.golden_logit_tolerance)
+        golden = _record(shipped, source.tokenizer, source.prompts)
         entries[source.name] = entries[source.name].model_copy(update={"golden": golden})
     del shipped  # its memory, before the proofs
     model = ArtifactModel(folder)
@@ -295,7 +374,7 @@ def hash_files(folder: Path) -> dict[str, BundledFile]:
     }
 
 
-def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput], tolerance: float) -> list[Golden]:
+def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]) -> list[Golden]:
     """Golden vectors, made by the artifact. Raises ParityFailed if text or ids are not what training used."""
     made = []
     for prompt in prompts:
@@ -312,14 +391,7 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
         if ids != expected:
             problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
             raise ParityFailed("tokenizer", problem, "the runtime does not know this kind of tokenizer.json")
-        steps: list[int] = []
-        last = first = model.last_logits(ids)
-        while len(steps) < min(GOLDEN_TOKENS, model.context_tokens - len(ids)):
-            second, best = numpy.sort(last)[-2:]
-            if best - second <= 2 * tolerance:  # each of the two may move by the tolerance
-                break
-            steps.append(int(last.argmax()))
-            last = model.last_logits(ids + steps)
+        steps, margins, first = _continue(model, ids)
         top = numpy.argsort(-first, kind="stable")[:GOLDEN_LOGITS]
         made.append(
             Golden(
@@ -328,11 +400,32 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
                 plain=plain,
                 ids=ids,
                 greedy_ids=steps,
+                margins=margins,
                 top_ids=[int(token) for token in top],
                 top_logits=[float(first[token]) for token in top],
             )
         )
     return made
+
+
+def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logits]:
+    """(greedy tokens, by how much each led the next best, logits after the prompt), by one cache."""
+    count = min(GOLDEN_TOKENS, model.context_tokens - len(ids))
+    model.fit(ids, 0)
+    session = model.engine.start(len(ids) + max(0, count))
+    step = runner_module().PREFILL_TOKENS
+    for start in range(0, len(ids), step):
+        last = session.append(ids[start : start + step])
+    first = last = numpy.array(last, dtype=numpy.float32)
+    steps: list[int] = []
+    margins: list[float] = []
+    while len(steps) < count:
+        second, best = numpy.sort(last)[-2:]
+        steps.append(int(last.argmax()))
+        margins.append(float(best - second))
+        if len(steps) < count:
+            last = numpy.asarray(session.append(steps[-1:]), dtype=numpy.float32)
+    return steps, margins, first
 
 
 def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:

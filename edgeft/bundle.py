@@ -15,7 +15,7 @@ from edgeft.artifacts import Artifact, Strict, saving, sha256_json
 from edgeft.footprint import LimitedBy, Predicted
 from edgeft.runner import runner_module
 from edgeft.sbom import NEEDED
-from edgeft.scores import EncoderProof, Promotion, Proof
+from edgeft.scores import EncoderProof, Metrics, Promotion, Proof
 from edgeft.target import Target
 
 MANIFEST = "bundle.json"
@@ -42,8 +42,8 @@ class Golden(Strict):
     """What the artifact gave for one prompt at export: run.py --verify replays it on the device.
 
     `messages` is None for plain prompts, and for templates that print the date: their text changes every day.
-    `greedy_ids` ends before the first step whose two best logits are nearer than twice the tolerance: there
-    another CPU may rightly choose the other.
+    `greedy_ids` are binding where their margin is more than twice the tolerance: below, another CPU may rightly
+    choose the other.
     """
 
     messages: list[dict[str, Any]] | None
@@ -53,6 +53,15 @@ class Golden(Strict):
     greedy_ids: list[int]
     top_ids: list[int]
     top_logits: list[float]
+    margins: list[float] = Field(default=[], description="of each greedy step: the best logit less the second best")
+
+
+class Environment(Strict):
+    """Where golden vectors were recorded; on another processor or runtime a token may move within its margin."""
+
+    cpu: str = Field(description="model name, as the system gives it")
+    features: list[str] = Field(description="instruction sets that matrix products are chosen by")
+    runtime: str = Field(description="packages and versions")
 
 
 def _stays_inside(name: str) -> str:
@@ -108,6 +117,7 @@ class Measurement(Artifact):
     """
 
     measured: Measured
+    rows: dict[str, Metrics] = Field(default={}, description="each scored row's own results, by the form of the model")
     predicted_here_bytes: int = Field(description="peak memory as predicted for what was measured")
     predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
     measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")
@@ -165,6 +175,7 @@ class Bundle(Artifact):
     context_tokens: int
     context_limited_by: LimitedBy
     golden_logit_tolerance: float
+    environment: Environment | None = Field(default=None, description="where the golden vectors were recorded")
     weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
     size_bytes: int = Field(description="all files but bundle.json and a signature")
     files: dict[FileName, BundledFile]

@@ -94,7 +94,7 @@ def _measured(target: Target, bundle: Bundle, folder: Path) -> Candidate:
         runtime=target.runtime,
         size_bytes=bundle.size_bytes,
         scores=bundle.proof.scores[target.name],
-        mean_kl_nats=bundle.proof.rungs[-1].mean_kl_nats,
+        mean_kl_nats=bundle.proof.rungs[-1].mean_kl_nats or 0.0,
         memory_bytes=bundle.predicted.memory_bytes,
         bytes_per_token=bundle.weight_bytes_per_token,
         tokens_per_second_bound=bundle.predicted.tokens_per_second_bound,

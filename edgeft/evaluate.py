@@ -8,6 +8,7 @@ for one whose first other token rules the answer out; what is left is one that m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -68,12 +69,12 @@ def token_losses(
 @torch.no_grad()
 def score_group(
     model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, compute: torch.dtype, chunk_tokens: int
-) -> tuple[float, list[list[int]]]:
-    """(sum of cross entropies in nats, the most likely token at each trained one of each sample), in one pass."""
+) -> tuple[list[float], list[list[int]]]:
+    """(sum of cross entropies in nats, the most likely token at each trained one) of each sample, in one pass."""
     batch = make_batch(samples).to(device)
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     head: Any = parts.head
-    total, likely = 0.0, list[int]()
+    losses, likely = list[float](), list[int]()
     with autocast(device, compute):
         hidden = trained_states(parts, batch, compute)
         for start in range(0, len(hidden), chunk_tokens):
@@ -86,11 +87,12 @@ def score_group(
             chosen = logits.gather(1, batch.targets[start : start + chunk_tokens, None])
             highest, best = logits.max(dim=-1, keepdim=True)
             norm = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-            total += float((norm.log() + highest - chosen).sum())
+            losses += (norm.log() + highest - chosen)[:, 0].tolist()
             likely += best[:, 0].tolist()
             del logits
-    given = iter(likely)
-    return total, [[next(given) for _ in range(sample.trained_tokens)] for sample in samples]
+    ends = list(itertools.accumulate((sample.trained_tokens for sample in samples), initial=0))
+    rows = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    return [math.fsum(losses[row]) for row in rows], [likely[row] for row in rows]
 
 
 def by_length(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
@@ -216,11 +218,14 @@ def judge(tokenizer: TextTokenizer, sample: Sample, likely: Sequence[int]) -> bo
         return bool(expected)
     if given[wrong] in stops:
         return _same(tokenizer, wanted, wanted[:wrong])
-    begun = [*wanted[:wrong], given[wrong]]
+    return None if may_become(tokenizer, wanted, [*wanted[:wrong], given[wrong]]) else False
+
+
+def may_become(tokenizer: TextTokenizer, wanted: list[int], begun: list[int]) -> bool:
+    """Whether an answer that began so may still spell what was asked for."""
     if _specials(tokenizer, wanted)[: len(_specials(tokenizer, begun))] != _specials(tokenizer, begun):
         return False
-    may_be = tokenizer.spell(wanted).strip().startswith(tokenizer.spell(begun).strip().rstrip("\ufffd"))
-    return None if may_be else False
+    return tokenizer.spell(wanted).strip().startswith(tokenizer.spell(begun).strip().rstrip("\ufffd"))
 
 
 @torch.no_grad()
@@ -236,31 +241,40 @@ def evaluate(
     group_tokens: int = EVAL_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
-    """Metrics over all of `samples`, in groups of similar length."""
-    total, right, done = 0.0, 0, 0
-    has_prompt = samples[0].has_prompt
-    open_ones: list[Sample] = []
+    """Metrics over all of `samples`, in groups of similar length; each row's own are kept with them."""
+    losses: dict[int, float] = {}
+    judged: dict[int, bool | None] = {}
     for group in by_length(samples, group_tokens):
-        loss, likely = score_group(model, parts, group, device, compute, chunk_tokens)
-        total += loss
-        if has_prompt:
-            judged = [judge(tokenizer, *pair) for pair in zip(group, likely, strict=True)]
-            right += judged.count(True)
-            open_ones += [sample for sample, exact in zip(group, judged, strict=True) if exact is None]
-        done += len(group)
-        progress(done, len(samples))
-    for group in by_answer(open_ones, group_tokens):
+        nats, likely = score_group(model, parts, group, device, compute, chunk_tokens)
+        losses |= zip(map(id, group), nats, strict=True)
+        judged |= {
+            id(sample): judge(tokenizer, sample, best) if samples[0].has_prompt else False
+            for sample, best in zip(group, likely, strict=True)
+        }
+        progress(len(losses), len(samples))
+    answer_open(model, samples, tokenizer, judged, device, compute, group_tokens)
+    order = [id(sample) for sample in samples]
+    return metrics(samples, tokenizer, [losses[row] for row in order], [bool(judged[row]) for row in order])
+
+
+def answer_open(
+    model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer, judged: dict[int, bool | None],
+    device: torch.device, compute: torch.dtype, group_tokens: int,
+) -> None:  # fmt: skip
+    """Generate the answers that are judged None, by the sample's identity, and judge them."""
+    for group in by_answer([sample for sample in samples if judged.get(id(sample), False) is None], group_tokens):
         with autocast(device, compute):
             prompts = [sample.prompt for sample in group]
             answers = greedy(model, prompts, tokenizer.stop_ids, answer_tokens(group), device)
-        right += sum(is_exact(tokenizer, sample, answer) for sample, answer in zip(group, answers, strict=True))
-    tokens = sum(sample.trained_tokens for sample in samples)
-    return metrics(samples, tokenizer, total / max(1, tokens), right)
+        judged |= {id(s): is_exact(tokenizer, s, answer) for s, answer in zip(group, answers, strict=True)}
 
 
-def metrics(samples: Sequence[Sample], tokenizer: TextTokenizer, loss: float, right: int) -> Metrics:
-    """Metrics of a mean loss in nats per token and a number of exact answers; the perplexity is exp(loss), capped."""
-    rows = len(samples)
+def metrics(
+    samples: Sequence[Sample], tokenizer: TextTokenizer, losses: Sequence[float], exact: Sequence[bool]
+) -> Metrics:
+    """Metrics of each row's summed loss in nats and whether its answer is exact; the perplexity is capped."""
+    rows, tokens = len(samples), tuple(sample.trained_tokens for sample in samples)
+    loss = math.fsum(losses) / max(1, sum(tokens))
     asked = samples[0].has_prompt
     long = sum(
         len(sample) - sample.prompt_tokens > MAX_ANSWER_TOKENS and not asked_for(sample, tokenizer.stop_ids)[1]
@@ -269,5 +283,12 @@ def metrics(samples: Sequence[Sample], tokenizer: TextTokenizer, loss: float, ri
     )
     perplexity = math.exp(min(loss, 700.0))  # where a float ends
     return Metrics(
-        rows=rows, loss=loss, perplexity=perplexity, exact_match=right / rows if asked else None, long_answers=long
+        rows=rows,
+        loss=loss,
+        perplexity=perplexity,
+        exact_match=sum(exact) / rows if asked else None,
+        long_answers=long,
+        row_losses=tuple(round(each, 6) for each in losses),
+        row_tokens=tokens,
+        row_exact="".join("01"[right] for right in exact) if asked else "",
     )

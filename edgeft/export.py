@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,24 @@ from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle, need_runtime
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
-from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder
+from edgeft.checkpoint import Checkpoint, TensorFile, local_folder
 from edgeft.costs import Question
-from edgeft.data import Row, TextTokenizer, read_rows, read_samples
+from edgeft.data import Row, Sample, TextTokenizer, read_rows, read_samples
 from edgeft.errors import BadInput, ParityFailed
+from edgeft.forms import Form, load_tuned, observe_artifact, observe_model
 from edgeft.host import PARITY_PROMPTS
 from edgeft.identity import DATA
 from edgeft.memory import Phase, Workload
-from edgeft.merge import check_trained, verify_merged
-from edgeft.parity import (
-    HINTS,
-    climb,
-    compare,
-    load_tuned,
-    observe_artifact,
-    observe_model,
-    score_artifact,
-    score_model,
-)
+from edgeft.merge import MergedCheckpoint, check_trained, verify_merged
+from edgeft.parity import HINTS, Gain, Ladder, compare, exact_match_problem, first
 from edgeft.peft_folder import lora_scale, read_adapter_config
+from edgeft.planner import Plan
 from edgeft.sbom import BASE, Component, model_licence
-from edgeft.scores import Metrics, Promotion, Proof, Rung
+from edgeft.scores import Metrics, Promotion, Proof, pair
 from edgeft.settings import Job
 from edgeft.stages import target_device
 from edgeft.target import Target, promoted
+from edgeft.tensors import merged_rung
 from edgeft.train import Data, TrainResult
 
 GOLDEN_PROMPTS = 4
@@ -69,27 +65,15 @@ def export(
     for phase, more in zip(phases, (waiting, 0), strict=True):
         host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase) + more)
     disk.require(disk.export_disk(plan.spec, target), out)
-    data = Data.read(merged.train.plan)
+    data = Data.read(plan, train=False)
     tokenizer = TextTokenizer(merged_folder)
-    prompts = data.valid[:PARITY_PROMPTS]
-    # without test data: the validation rows that training scored
-    eval_rows = merged.train.plan.training.eval_rows
-    source, rows = ("test", data.test) if data.test else ("validation", data.valid[:eval_rows])
+    rows = ProofRows.of(data, plan)
+    kept: dict[str, Metrics] = {}
 
     def prove(artifact: ArtifactModel) -> Proof:
-        rungs = climb(trained, merged_folder, artifact, prompts, tokenizer, target.parity, progress)
-        scores = _scores_of_training(merged.train, bool(data.test))
-        scores["merged"] = score_model(
-            load_plain(merged_folder),
-            rows,
-            tokenizer,
-            lambda done, total: progress("score merged", done, total, {}),
-        )
-        scores[target.name] = score_artifact(
-            artifact, rows, tokenizer, lambda done, total: progress("score bundle", done, total, {})
-        )
-        positions = sum(sample.trained_tokens for sample in prompts)
-        return Proof(prompts=len(prompts), positions=positions, rungs=rungs, scored_on=source, scores=scores)
+        proof, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress)
+        kept.update(scores)
+        return proof
 
     progress("build", 0, 1, {})
     golden, chat = golden_inputs(merged.train.plan.job, tokenizer)
@@ -115,6 +99,63 @@ def export(
         sources=made_from(merged.train, merged_folder),
         promotion=promotion,
         size_budget_bytes=size_budget_bytes,
+        rows=kept,
+    )
+
+
+def prove_bundle(
+    trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
+    artifact: ArtifactModel, progress: Progress,
+) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
+    """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
+    tokenizer = TextTokenizer(merged_folder)
+    ladder = Ladder(target, tokenizer, progress)
+    plan = merged.train.plan
+    ladder.climb_training(trained, merged.train, rows.trained)
+    ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
+    made = ladder.climb_artifact(
+        merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
+        answers=rows.scored, gate=len(rows.trained),
+    )  # fmt: skip
+    scores = _scores_of_training(merged.train, rows.source == "test")
+    for name, form in zip(("merged", target.name), made, strict=True):
+        scores[name] = form.metrics(rows.every, tokenizer, rows.scored)
+    if problem := exact_match_problem(*made, target.parity, rows.scored):
+        raise ParityFailed("parity ladder, exact match of the artifact", problem, HINTS["artifact"])
+    return make_proof(ladder, scores, rows.source, made[0]), scores
+
+
+@dataclass(frozen=True)
+class ProofRows:
+    """The rows a proof takes: those that training scored, and those whose scores are shown, each read once."""
+
+    trained: list[Sample]
+    every: list[Sample]
+    scored: slice
+    source: str
+
+    @classmethod
+    def of(cls, data: Data, plan: Plan) -> ProofRows:
+        """The validation rows that training scored, and the test rows after them where there are any."""
+        trained = data.valid[: plan.training.eval_rows]
+        if data.test:
+            return cls(trained, [*trained, *data.test], slice(len(trained), None), "test")
+        return cls(trained, trained, slice(None), "validation")
+
+
+def make_proof(ladder: Ladder, scores: Mapping[str, Metrics], source: str, form: Form) -> Proof:
+    """What a bundle keeps of a ladder: each row's own results lie beside it."""
+    names = list(scores)
+    steps = [*itertools.pairwise(names), (names[0], names[-1])] if len(names) > 2 else list(itertools.pairwise(names))
+    pairs = (pair(before, scores[before], after, scores[after]) for before, after in steps)
+    return Proof(
+        prompts=min(PARITY_PROMPTS, len(form.losses)),
+        positions=len(form.log_probabilities),
+        rungs=tuple(ladder.rungs),
+        scored_on=source,
+        scores={name: found.bare for name, found in scores.items()},
+        pairs=tuple(found for found in pairs if found is not None),
+        gain_nats=ladder.gain.nats if ladder.gain.shown else None,
     )
 
 
@@ -146,13 +187,13 @@ def export_promoted(
         samples = [sample for sample in samples if sample.trained_tokens]
     described = f"{len(samples)} rows of {calibration or 'the training data'}"
     measured = measure(merged_folder, target, samples, described, progress)
-    gate = data.valid[:PARITY_PROMPTS]
+    gate, gain = ProofRows.of(data, merged.train.plan).trained, Gain.of(merged.train.base_valid, merged.train.valid)
     del data
     failed: ParityFailed | None = None
     before: Promotion | None = None
     for used in USED:
         chosen = choose(
-            measured, gate, tokenizer, size_budget_bytes=size_budget_bytes, used=used, progress=progress
+            measured, gate, gain, size_budget_bytes=size_budget_bytes, used=used, progress=progress
         ).model_copy(update={"request_sha256": request_sha256})
         if before is not None and chosen.promoted == before.promoted:
             break  # nothing more can be promoted
@@ -236,15 +277,14 @@ def export_adapters(
         check_trained(folder, results[name])
     profile = target_device(device)
     sources = [adapter_source(name, trained[name], results[name], base, target, progress) for name in trained]
-    rows = Data.read(result.plan).valid[:PARITY_PROMPTS]
+    rows = Data.read(result.plan, train=False).valid[:PARITY_PROMPTS]
     tokenizer = TextTokenizer(base)
 
     def prove(artifact: ArtifactModel) -> Proof:
-        progress("parity: base", 0, 1, {})
-        form = observe_model("base", load_plain(base), rows, tokenizer)
-        rung = _proven(compare(form, observe_artifact("artifact", artifact, rows, tokenizer), target.parity))
-        positions = sum(sample.trained_tokens for sample in rows)
-        return Proof(prompts=len(rows), positions=positions, rungs=(rung,), scored_on="validation", scores={})
+        ladder = Ladder(target, tokenizer, progress)
+        tied = result.plan.spec.tie_word_embeddings
+        form, _ = ladder.climb_artifact(base, artifact.folder, artifact, rows, tied=tied)
+        return make_proof(ladder, {}, "validation", form)
 
     progress("build", 0, 1, {})
     digests = {name: source.train_sha256 for name, source in zip(trained, sources, strict=True)}
@@ -294,28 +334,22 @@ def adapter_source(
             changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
     tokenizer = TextTokenizer(local_folder(result.plan.job.model))
     prompts, chat = golden_inputs(result.plan.job, tokenizer)
-    data = Data.read(result.plan)
-    rows = data.valid[:PARITY_PROMPTS]
-    source, scored = ("test", data.test) if data.test else ("validation", data.valid[: result.plan.training.eval_rows])
+    data = Data.read(result.plan, train=False)
+    rows = ProofRows.of(data, result.plan)
 
     def prove(artifact: ArtifactModel) -> Proof:
+        ladder = Ladder(target, tokenizer, progress)
+        ladder.climb_training(folder, result, rows.trained)
+        count = len(rows.trained)
         progress(f"parity: {name}", 0, 1, {})
-        form = observe_model(f"{name} as trained", load_tuned(folder, result), rows, tokenizer)
-        made = observe_artifact(name, artifact, rows, tokenizer)
-        rung = _proven(compare(form, made, target.parity))
+        form = observe_model(f"{name} as trained", load_tuned(folder, result), rows.trained)
+        made = observe_artifact(name, artifact, rows.every, tokenizer, answers=rows.scored)
+        ladder.add(compare(form, first(made, count), target.parity, ladder.gain))
         scores = _scores_of_training(result, bool(data.test))
-        scores[target.name] = score_artifact(artifact, scored, tokenizer, lambda done, total: None)
-        positions = sum(sample.trained_tokens for sample in rows)
-        return Proof(prompts=len(rows), positions=positions, rungs=(rung,), scored_on=source, scores=scores)
+        scores[target.name] = made.metrics(rows.every, tokenizer, rows.scored)
+        return make_proof(ladder, scores, rows.source, form)
 
     digest = sha256_file(folder / "train.json")
     form: PromptFormat = "chat" if chat else "plain"
     system = shared_system(result.plan.job, prompts, tokenizer)
     return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system)
-
-
-def _proven(rung: Rung) -> Rung:
-    if rung.problems:
-        where = f"parity ladder, rung {rung.name!r} against {rung.against!r}"
-        raise ParityFailed(where, "\n".join(rung.problems), HINTS["artifact"])
-    return rung

@@ -72,6 +72,11 @@ def _cpuinfo(*fields: str) -> str:
     return ""
 
 
+def cpu_identity() -> tuple[str, list[str]]:
+    """(the processor's name, its features), as the system gives them."""
+    return _cpuinfo("model name") or platform.machine(), _cpuinfo("flags", "Features").split()
+
+
 def _probe_versions() -> dict[str, str]:
     names = {"edgeft", "python", "torch", "transformers", "peft", "bitsandbytes"}
     return {name: version for name, version in versions().items() if name in names}

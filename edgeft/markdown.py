@@ -10,7 +10,7 @@ from edgeft.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.profile import Profile
 from edgeft.summary import Summary
 from edgeft.units import show_bytes, show_count, show_seconds
-from edgeft.wording import SYMBOLS, amount, cell_text, grouped, signed, symbol
+from edgeft.wording import SYMBOLS, amount, cell_text, difference_text, grouped, signed, symbol
 
 
 def to_markdown(report: Summary | Matrix) -> str:
@@ -73,6 +73,13 @@ def _summary(report: Summary) -> list[str]:
     if report.scores:
         head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", "loss", "perplexity", "exact match")
         blocks += ["## How good it is", _table(head, _scores(report), (1, 2, 3))]
+    if report.pairs:
+        changes = [
+            (each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
+            for each in report.pairs
+        ]
+        head = ("from", "to", "loss, 95% interval", "exact match, points, 95% interval")
+        blocks.append(_table(head, changes, (2, 3)))
     if report.devices:
         cells = [(cell.machine, f"{symbol(cell)} {cell_text(cell)}") for cell in report.devices]
         blocks += ["## Where the result can run", _table(("device", f"as a bundle of {report.target}"), cells)]

@@ -13,7 +13,7 @@ from edgeft.settings import Job
 from edgeft.summary import Summary
 from edgeft.timing import DATASHEET_SHARES, MEASURED_SHARES
 from edgeft.units import show_bytes, show_count, show_seconds
-from edgeft.wording import SYMBOLS, amount, grouped, of_gib, show_pace, show_rate, signed
+from edgeft.wording import SYMBOLS, amount, difference_text, grouped, of_gib, rung_cells, show_pace, show_rate, signed
 
 if TYPE_CHECKING:
     import jinja2
@@ -78,6 +78,8 @@ def _environment() -> jinja2.Environment:
         "grouped": grouped,
         "answer": lambda value: {"True": "yes", "False": "no"}.get(value, value),
         "signed_bytes": lambda value: ("+" if value > 0 else "") + show_bytes(value),
+        "rung_cells": rung_cells,
+        "difference": difference_text,
         "words": lambda value: value.replace("_", " "),
     }  # fmt: skip
     return environment

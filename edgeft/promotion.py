@@ -22,13 +22,14 @@ import torch
 from edgeft.artifacts import shipped_folder
 from edgeft.change import find_tensor
 from edgeft.checkpoint import Checkpoint, load_plain
-from edgeft.data import IGNORED, Sample, TextTokenizer
+from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.footprint import bundle_weights
+from edgeft.forms import Form, observe_model
 from edgeft.host import LOGIT_BYTES
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.ort import TOKENIZER_FILES
-from edgeft.parity import Form, compare, observe_model
+from edgeft.parity import UNKNOWN, Gain, compare
 from edgeft.rounding import Rule, round_, rule_of
 from edgeft.runner import RUNNER
 from edgeft.scores import Promoted, Promotion
@@ -204,7 +205,7 @@ def _facts(tensor: Tensor, kl: float, arrives: TensorSurvival | None, parameters
 
 
 def choose(
-    measured: Measured, gate: Sequence[Sample], tokenizer: TextTokenizer, *, size_budget_bytes: int | None = None,
+    measured: Measured, gate: Sequence[Sample], gain: Gain = UNKNOWN, *, size_budget_bytes: int | None = None,
     used: float = USED[0], progress: Progress = lambda *_: None,
 ) -> Promotion:  # fmt: skip
     """As few promotions as make the simulated bundle pass the parity gate, or all that the size allows.
@@ -225,7 +226,7 @@ def choose(
         if size_budget_bytes is None or size(count) <= size_budget_bytes
     )
     model = Rounding(merged, target, spec)
-    exact = observe_model("reloaded", model.model, gate, tokenizer)
+    exact = observe_model("merged", model.model, gate)
     tolerance = tightened(target.parity, used)
     seen: dict[int, Form] = {}
 
@@ -233,8 +234,8 @@ def choose(
         if count not in seen:
             progress("promotion", len(seen), most.bit_length() + 2, {})
             model.as_bundle({each.module for each in measured.order[:count]})
-            seen[count] = observe_model("simulated", model.model, gate, tokenizer)
-        return not compare(exact, seen[count], tolerance).problems
+            seen[count] = observe_model("simulated", model.model, gate)
+        return not compare(exact, seen[count], tolerance, gain).problems
 
     low, high = 0, most
     if passes(0):
@@ -244,7 +245,7 @@ def choose(
         while passed and high - low > 1:  # low fails, high passes
             middle = (low + high) // 2
             low, high = (low, middle) if passes(middle) else (middle, high)
-    before, after = (compare(exact, seen[count], tolerance) for count in (0, high))
+    before, after = (compare(exact, seen[count], tolerance, gain) for count in (0, high))
     ended = "the simulated bundle passes" if not after.problems else "the size budget ends"
     if after.problems and most == len(measured.order):
         ended = "every tensor has 8 bits"
@@ -266,6 +267,7 @@ def tightened(tolerance: Tolerance, share: float) -> Tolerance:
     return Tolerance(
         min_top1_agreement=1 - share * (1 - tolerance.min_top1_agreement),
         max_mean_kl_nats=share * tolerance.max_mean_kl_nats,
+        max_gain_lost=share * tolerance.max_gain_lost,
         max_loss_increase_nats=share * tolerance.max_loss_increase_nats,
         max_exact_match_drop_points=share * tolerance.max_exact_match_drop_points,
     )

@@ -206,28 +206,21 @@ def prove_excerpt(
     tokenizer: TextTokenizer, target: Target, rungs: list[Rung],
 ) -> Proof:  # fmt: skip
     """The ladder of an excerpt, its rungs into `rungs` too. Raises ParityFailed naming the first that fails."""
-    from edgeft.checkpoint import load_plain
-    from edgeft.parity import HINTS, climb_from, compare, load_changed, observe_artifact, observe_model
-    from edgeft.rounding import round_model
+    from edgeft.model_spec import read_model_spec
+    from edgeft.parity import Ladder
     from edgeft.scores import Proof
+    from edgeft.shares import Shares
+    from edgeft.tensors import merged_rung
 
     exact = target.weight_bits >= 16
-    rungs += climb_from(
-        lambda: load_changed(base, tuned, training), merged, artifact, prompts, tokenizer,
-        target.parity if exact else NO_NONSENSE, lambda *_: None,
+    ladder = Ladder(target, tokenizer, lambda *_: None, rungs)
+    ladder.add(merged_rung(base, tuned, merged, training, Shares()))
+    tied = read_model_spec(str(merged)).tie_word_embeddings
+    form, _ = ladder.climb_artifact(
+        merged, artifact.folder, artifact, prompts, tied=tied, alike=ROUNDED_ALIKE,
+        quality=target.parity if exact else NO_NONSENSE,
     )  # fmt: skip
-    model = load_plain(merged)
-    try:
-        rounded = 0 if exact else round_model(model, target)
-    except BadInput:  # a target whose rounding is its runtime's alone
-        rounded = 0
-    if rounded:
-        form = observe_model("rounded", model, prompts, tokenizer)
-        rungs.append(compare(form, observe_artifact("artifact", artifact, prompts, tokenizer), ROUNDED_ALIKE))
-        if rungs[-1].problems:
-            problem = "the bundle computes something else than its weights say\n" + "\n".join(rungs[-1].problems)
-            raise ParityFailed("parity ladder, rung 'artifact' against 'rounded'", problem, HINTS["artifact"])
-    positions = sum(sample.trained_tokens for sample in prompts)
+    positions = len(form.log_probabilities)
     return Proof(prompts=len(prompts), positions=positions, rungs=tuple(rungs), scored_on="", scores={})
 
 

@@ -13,11 +13,12 @@ from edgeft.disk import total
 from edgeft.memory import Phase
 from edgeft.planner import Plan
 from edgeft.profile import Profile
-from edgeft.scores import Importance, Metrics, Promotion, Proof, Sweep
+from edgeft.scores import Importance, Metrics, Pair, Promotion, Proof, Sweep, pair
 from edgeft.shares import Shares
 from edgeft.simulation import Simulation
 from edgeft.stages import Stages
 from edgeft.units import show_bytes, show_count, show_seconds
+from edgeft.wording import difference_text, rung_cells
 
 if TYPE_CHECKING:
     from edgeft.bundle import Bundle, Measurement
@@ -265,10 +266,17 @@ def train_text(result: TrainResult) -> RenderableType:
     ):
         if metrics is not None:
             table.add_row(name, str(metrics.rows), *metrics_cells(metrics))
+    changes = [
+        Text(f"{name}, base to fine-tuned: loss {difference_text(found.loss)}" + exact_text(found))
+        for name, base, tuned in (
+            ("validation", result.base_valid, result.valid), ("test", result.base_test, result.test)
+        )
+        if base is not None and tuned is not None and (found := pair("base", base, "fine-tuned", tuned)) is not None
+    ]  # fmt: skip
     speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
     memory += show_bytes(result.measured_peak_bytes)
-    lines = [Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
+    lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
     if result.skipped_steps:
@@ -276,6 +284,11 @@ def train_text(result: TrainResult) -> RenderableType:
     lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
     return Group(table, *lines)
+
+
+def exact_text(found: Pair) -> str:
+    """The paired change of exact match behind that of the loss, where rows have answers."""
+    return f", exact match {difference_text(found.exact_match, 100, 1)} points" if found.exact_match else ""
 
 
 def rehearsal_line(rehearsal: Rehearsal) -> str:
@@ -305,20 +318,22 @@ def merge_text(merged: Merged) -> RenderableType:
 
 
 def ladder_text(proof: Proof) -> RenderableType:
-    """The parity ladder, a line per rung."""
-    title = f"parity on {proof.prompts} validation prompts"
-    table = _table("rung", "against", "top-1", "mean KL", "loss", "before", "greedy prefix", "", title=title)
+    """The parity ladder, a line per rung: what was compared, and how far apart it was."""
+    gain = f", {proof.gain_nats:.4f} nats gained over the base" if proof.gain_nats is not None else ""
+    title = f"parity, by validation rows{gain}"
+    columns = ("rung", "against", "compared", "top-1", "or a tie", "mean KL", "loss", "before", "")
+    table = _table(*columns, title=title)
     for rung in proof.rungs:
-        table.add_row(
-            rung.name,
-            rung.against,
-            f"{100 * rung.top1_agreement:.1f}%",
-            f"{max(0.0, rung.mean_kl_nats):.1e}",
-            f"{rung.loss:.4f}",
-            f"{rung.loss_before:.4f}",
-            f"{100 * rung.greedy_prefix:.1f}%",
-            "failed" if rung.problems else "ok",
-        )
+        table.add_row(rung.name, rung.against, rung.compared, *rung_cells(rung), "failed" if rung.problems else "ok")
+    return table
+
+
+def pairs_text(proof: Proof) -> RenderableType:
+    """What each form changed of the one before it on the same rows, with 95% intervals."""
+    title = f"the same {proof.scored_on} rows before and after, 95% intervals"
+    table = _table("from", "to", "loss, nats", "exact match, points", title=title)
+    for each in proof.pairs:
+        table.add_row(each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
     return table
 
 
@@ -332,6 +347,7 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | No
         for name, metrics in bundle.proof.scores.items():
             table.add_row(name, *metrics_cells(metrics))
         parts.append(table)
+        parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
     table = _table("", "predicted", "measured")
     train = merged.train
     table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
@@ -349,7 +365,7 @@ def promotion_text(promotion: Promotion) -> RenderableType:
     for each in promotion.promoted:
         cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
         table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
-    kl = f"mean KL by torch {before.mean_kl_nats:.4f} nats without, {after.mean_kl_nats:.4f} with them"
+    kl = f"mean KL by torch {before.mean_kl_nats or 0:.4f} nats without, {after.mean_kl_nats or 0:.4f} with them"
     return Group(*([table] if promotion.promoted else [Text(title)]), Text(f"{kl}: {promotion.ended}"))
 
 

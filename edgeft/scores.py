@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
 from edgeft.artifacts import Strict
+from edgeft.intervals import Interval, paired_losses, paired_rates
 from edgeft.settings import LayerScore
 from edgeft.shares import Group, Shares
 
@@ -21,6 +23,8 @@ class Metrics(Strict):
 
     It compares token ids up to a stop id; other ids count where they spell the same text, white space around it left
     out. Of an answer longer than MAX_ANSWER_TOKENS only so many are compared, of one that was cut what is left of it.
+
+    The last three are each row's own, in the order of the data, where they were kept: pairs are formed of them.
     """
 
     rows: int
@@ -28,35 +32,86 @@ class Metrics(Strict):
     perplexity: float
     exact_match: float | None
     long_answers: int = Field(0, description=f"rows whose answer has more than {MAX_ANSWER_TOKENS} tokens")
+    row_losses: tuple[float, ...] = Field(default=(), description="nats, summed over a row's trained tokens")
+    row_tokens: tuple[int, ...] = Field(default=(), description="trained tokens of each row")
+    row_exact: str = Field(default="", description="1 for each row whose answer is exact, 0 for each other")
+
+    @property
+    def bare(self) -> Metrics:
+        """The same scores without the rows."""
+        return self.model_copy(update={"row_losses": (), "row_tokens": (), "row_exact": ""})
+
+
+class Difference(Strict):
+    """A paired difference on the same rows, second form less first, and its 95% interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, interval: Interval) -> Difference | None:
+        """An interval as data; None: one row says nothing."""
+        return cls(**interval._asdict()) if math.isfinite(interval.low) else None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the rows show any difference at all."""
+        return self.low > 0 or self.high < 0
+
+
+class Pair(Strict):
+    """Two forms of the model on the same scored rows."""
+
+    before: str
+    after: str
+    loss: Difference | None = Field(description="nats per token")
+    exact_match: Difference | None = Field(description="a share of 1")
+
+
+def pair(before: str, first: Metrics, after: str, second: Metrics) -> Pair | None:
+    """The pair of two forms' scores, None where the rows of one of them were not kept."""
+    if not first.row_losses or first.row_tokens != second.row_tokens:
+        return None
+    exact = None
+    if first.row_exact and second.row_exact:
+        exact = paired_rates(*([bit == "1" for bit in each.row_exact] for each in (first, second)))
+    loss = paired_losses(first.row_losses, second.row_losses, first.row_tokens)
+    match = Difference.of(exact) if exact else None
+    return Pair(before=before, after=after, loss=Difference.of(loss), exact_match=match)
 
 
 class Rung(Strict):
-    """One step of the parity ladder: how far a form of the model is from the form before it, on the same prompts.
+    """One step of the parity ladder: how far a form of the model is from what it must equal, or come near to.
 
-    `top1_agreement` and `mean_kl_nats` (KL(before || this)) are over the positions of the answers; `greedy_prefix` is
-    the mean share of the greedy answer that both give, counted in tokens from its start.
+    What was not compared is None: forms of a model are compared by their answers on the same rows, weights tensor by
+    tensor. `mean_kl_nats` is KL(before || this) over the positions of the answers.
     """
 
     name: str
     against: str
-    top1_agreement: float
-    mean_kl_nats: float
-    loss: float
-    loss_before: float
-    exact_match: float | None
-    exact_match_before: float | None
-    greedy_prefix: float
+    compared: str = Field(description="what was laid side by side")
+    tolerance: str = Field(description="what had to hold")
+    tensors: int = Field(default=0, description="compared one by one")
+    top1_agreement: float | None = Field(default=None, description="share of positions with the same likeliest token")
+    top1_or_tie: float | None = Field(default=None, description="the same, or one within 0.1 nats of it")
+    mean_kl_nats: float | None = None
+    loss: float | None = None
+    loss_before: float | None = None
+    loss_change: Difference | None = None
     problems: tuple[str, ...]
 
 
 class Proof(Strict):
-    """The ladder from what was trained to what is shipped, and the scores of every form on the test rows."""
+    """The ladder from what was trained to what is shipped, the scores of every form, and what each step changed."""
 
     prompts: int
     positions: int
     rungs: tuple[Rung, ...]
     scored_on: str
     scores: dict[str, Metrics]
+    pairs: tuple[Pair, ...] = ()
+    gain_nats: float | None = Field(default=None, description="loss of the base less that of the fine-tune, validation")
 
 
 class Promoted(Strict):

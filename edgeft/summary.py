@@ -18,7 +18,7 @@ from edgeft.memory import Phase, Term
 from edgeft.planner import Plan
 from edgeft.profile import Profile
 from edgeft.records import MergeRecord, Run, TrainRecord
-from edgeft.scores import Metrics, Proof
+from edgeft.scores import Metrics, Pair, Proof, pair
 from edgeft.simulation import Moment
 from edgeft.units import show_bytes, show_count, show_seconds
 
@@ -120,6 +120,7 @@ class Summary(Artifact):
     compared: tuple[Compared, ...] = ()
     scores: tuple[Scored, ...] = ()
     scored_on: str = ""
+    pairs: tuple[Pair, ...] = Field(default=(), description="of forms on the same scored rows, with 95% intervals")
     proof: Proof | None = None
     loss_curve: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...]
@@ -168,6 +169,7 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         compared=() if train is None or elsewhere else compared(plan, train, merged, run.here),
         scores=scores,
         scored_on=scored_on,
+        pairs=_pairs(train, bundle),
         proof=bundle.proof if bundle else None,
         loss_curve=_thinned(train.loss_curve) if train else (),
         notes=tuple(said),
@@ -203,7 +205,19 @@ def _scores(train: TrainRecord | None, bundle: Bundle | None) -> tuple[tuple[Sco
     base, tuned, rows = train.base_valid, train.valid, "validation"
     if train.base_test is not None and train.test is not None:
         base, tuned, rows = train.base_test, train.test, "test"
-    return (Scored(name="base", metrics=base), Scored(name="fine-tuned", metrics=tuned)), rows
+    return (Scored(name="base", metrics=base.bare), Scored(name="fine-tuned", metrics=tuned.bare)), rows
+
+
+def _pairs(train: TrainRecord | None, bundle: Bundle | None) -> tuple[Pair, ...]:
+    """What each form changed of the one before it on the same rows."""
+    if bundle is not None and bundle.proof is not None:
+        return bundle.proof.pairs
+    if train is None:
+        return ()
+    tested = train.base_test is not None and train.test is not None
+    base, tuned = (train.base_test, train.test) if tested else (train.base_valid, train.valid)
+    found = pair("base", base, "fine-tuned", tuned) if base is not None and tuned is not None else None
+    return (found,) if found is not None else ()
 
 
 def headline(plan: Plan) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sa
 def _score(model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer) -> Metrics | None:
     if not samples:
         return None
-    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu"))
+    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu")).bare
 
 
 def general_increase(point: SweepPoint, base: SweepPoint) -> float:

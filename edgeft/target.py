@@ -18,9 +18,14 @@ Bits = Literal[4, 5, 6, 8, 16, 32]
 class Tolerance(Strict):
     """How far an artifact may be from the merged model in fp32 before the export counts as failed."""
 
-    min_top1_agreement: float = Field(ge=0, le=1, description="share of positions with the same likeliest token")
+    min_top1_agreement: float = Field(
+        ge=0, le=1, description="share of positions with the same likeliest token, or one within 0.1 nats of it"
+    )
     max_mean_kl_nats: float = Field(ge=0, description="mean KL(merged || artifact) per position")
-    max_loss_increase_nats: float = Field(ge=0, description="per token, on held-out data")
+    max_gain_lost: float = Field(
+        default=0.1, ge=0, description="share of what the fine-tune gained in loss over its base, on held-out data"
+    )
+    max_loss_increase_nats: float = Field(ge=0, description="per token, where the fine-tune has gained nothing")
     max_exact_match_drop_points: float = Field(ge=0, le=100, description="in points of 100")
 
 

@@ -119,7 +119,8 @@ class Data:
     tokenizer: TextTokenizer
 
     @classmethod
-    def read(cls, plan: Plan) -> Data:
+    def read(cls, plan: Plan, *, train: bool = True) -> Data:
+        """The samples of a plan's files. Without `train` no training rows: a proof needs the others."""
         if plan.job.data is None:
             raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
         check_inputs(plan.inputs, plan.job, "plan", PLAN_AGAIN)
@@ -128,17 +129,19 @@ class Data:
         def samples(source: str) -> list[Sample]:
             return read_samples(source, tokenizer, plan.training.max_length)
 
-        train = samples(plan.job.data)
         valid = samples(plan.job.valid) if plan.job.valid else []
+        found = samples(plan.job.data) if train or not valid else []
         if not valid:
-            train, valid = hold_out(train, HELD_OUT_SHARE, plan.training.seed)
-        train = [sample for sample in train if sample.trained_tokens]
+            found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
+        test = samples(plan.job.test) if plan.job.test else []
         if not train:
+            return cls([], valid, test, tokenizer)
+        found = [sample for sample in found if sample.trained_tokens]
+        if not found:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
-        test = samples(plan.job.test) if plan.job.test else []
         ledger.give_back()  # what encoding took and left between the samples: half of their size again
-        return cls(train, valid, test, tokenizer)
+        return cls(found, valid, test, tokenizer)
 
 
 def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:

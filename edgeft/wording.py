@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from edgeft.matrix import DeviceCell, Grade, TrainingCell
+from edgeft.scores import Difference, Rung
 from edgeft.units import GIB, show_bytes, show_seconds
 
 SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
@@ -76,3 +77,22 @@ def amount(value: float, unit: str) -> str:
     if unit == "bytes":
         return show_bytes(value)
     return show_seconds(value) if unit == "seconds" else f"{value:,.0f} {unit}"
+
+
+def rung_cells(rung: Rung) -> tuple[str, ...]:
+    """(top-1 agreement, the same or a tie, mean KL, loss, loss before) as shown; - where a rung has none."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}%"
+
+    kl = "-" if rung.mean_kl_nats is None else f"{max(0.0, rung.mean_kl_nats):.1e}"
+    losses = ("-" if loss is None else f"{loss:.4f}" for loss in (rung.loss, rung.loss_before))
+    return (percent(rung.top1_agreement), percent(rung.top1_or_tie), kl, *losses)
+
+
+def difference_text(found: Difference | None, scale: float = 1.0, digits: int = 4) -> str:
+    """+0.0123 (+0.0100 to +0.0146), and that no difference is shown where the interval covers zero."""
+    if found is None:
+        return "-"
+    middle, low, high = (f"{scale * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
+    return f"{middle} ({low} to {high})" + ("" if found.shown else ": no difference shown")

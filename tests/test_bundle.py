@@ -311,12 +311,12 @@ def test_another_tokenizer_or_template_than_in_training_stops_the_export(tmp_pat
     shutil.copytree(checkpoint(), tmp_path / "other")
     save_tokenizer(tmp_path / "other", words=400)
     with pytest.raises(ParityFailed, match=r"^tokenizer: the runtime encodes .*training used \[") as caught:
-        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1], 0.1)
+        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1])
     assert caught.value.exit_code == 4
     shutil.copyfile(checkpoint() / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
     (tmp_path / "other" / "chat_template.jinja").write_text(TEMPLATE.replace("\n", "\n\n"), encoding="utf-8")
     with pytest.raises(ParityFailed, match=r"^chat template: the runtime renders '<\|im_start\|>system"):
-        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:], 0.1)
+        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:])
 
 
 def test_building_twice_gives_the_same_bytes_and_replaces_the_old_folder(tmp_path: Path) -> None:

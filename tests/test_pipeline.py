@@ -54,12 +54,16 @@ def line(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_line_ends_with_a_proven_bundle(line: Path) -> None:
     bundle = json.loads((line / "bundle" / "bundle.json").read_text())
     proof = bundle["proof"]
-    assert [rung["name"] for rung in proof["rungs"]] == ["merged", "reloaded", "artifact"]
+    assert [rung["name"] for rung in proof["rungs"]] == ["trained", "merged", "stored", "artifact"]
     assert all(rung["problems"] == [] for rung in proof["rungs"])
-    assert proof["rungs"][2]["mean_kl_nats"] < 1e-6 and proof["rungs"][2]["greedy_prefix"] == 1.0
+    assert proof["rungs"][3]["mean_kl_nats"] < 1e-6 and proof["rungs"][3]["top1_agreement"] == 1.0
+    assert proof["rungs"][0]["loss"] == pytest.approx(proof["rungs"][0]["loss_before"], abs=1e-5)
     assert list(proof["scores"]) == ["base", "fine-tuned", "merged", "ort-fp32"]
     assert proof["scores"]["ort-fp32"]["loss"] == pytest.approx(proof["scores"]["merged"]["loss"], abs=1e-4)
     assert proof["scores"]["fine-tuned"]["loss"] < proof["scores"]["base"]["loss"]
+    pairs = {(pair["before"], pair["after"]): pair["loss"] for pair in proof["pairs"]}
+    assert pairs["base", "fine-tuned"]["high"] < 0 < proof["gain_nats"]
+    assert pairs["merged", "ort-fp32"]["low"] <= 1e-5 and pairs["merged", "ort-fp32"]["high"] >= -1e-5
     assert bundle["prompt_format"] == "chat"
     here = json.loads((line / "bundle.measured.json").read_text())
     assert here["measured_peak_bytes"] == pytest.approx(here["predicted_peak_bytes"], rel=0.15)
@@ -143,7 +147,7 @@ def test_parity_failure_writes_nothing_and_names_the_rung(line: Path, tmp_path: 
     text = (ROOT / "export" / "ort-int4.toml").read_text()
     strict.write_text(re.sub(r"max_mean_kl_nats = [0-9.e-]+", "max_mean_kl_nats = 1e-9", text))
     done = edgeft("export", line / "merged", "--target", strict, "--out", tmp_path / "bundle", code=4)
-    assert "edgeft: parity ladder, rung 'artifact' against 'reloaded': " in done.stderr
+    assert "edgeft: parity ladder, rung 'artifact' against 'merged': " in done.stderr
     assert "hint: quantisation loses too much" in done.stderr
     assert not (tmp_path / "bundle").exists()
 
@@ -156,7 +160,7 @@ def test_a_gguf_target_climbs_the_same_ladder(line: Path, tmp_path: Path) -> Non
         return
     edgeft(*export)
     proof = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["proof"]
-    assert [rung["name"] for rung in proof["rungs"]] == ["merged", "reloaded", "artifact"]
+    assert [rung["name"] for rung in proof["rungs"]] == ["trained", "merged", "artifact"]
     assert all(rung["problems"] == [] for rung in proof["rungs"])
     assert proof["scores"]["gguf-q8_0"]["loss"] == pytest.approx(proof["scores"]["merged"]["loss"], abs=0.01)
     edgeft("verify", tmp_path / "bundle")

@@ -20,8 +20,9 @@ from edgeft.cli import app
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
 from edgeft.export import export, export_promoted
+from edgeft.forms import observe_artifact, observe_model
 from edgeft.merge import merge
-from edgeft.parity import compare, observe_artifact, observe_model
+from edgeft.parity import compare
 from edgeft.planner import make_plan
 from edgeft.promotion import Rounding, answers, choose, file_bytes, mean_kl, measure, most_precise, tightened
 from edgeft.rounding import round_model
@@ -58,11 +59,13 @@ def strict(target: Target, kl: float) -> Target:
 
 def kl_of(merged: Path, modules: set[str]) -> float:
     """The gate's mean KL of the simulated bundle."""
-    data, tokenizer = samples(merged), TextTokenizer(merged)
+    data = samples(merged)
     model = Rounding(merged, INT4, TrainResult.read(merged.parent / "train" / "train.json").plan.spec)
-    exact = observe_model("exact", model.model, data.valid, tokenizer)
+    exact = observe_model("exact", model.model, data.valid)
     model.as_bundle(modules)
-    return compare(exact, observe_model("simulated", model.model, data.valid, tokenizer), INT4.parity).mean_kl_nats
+    kl = compare(exact, observe_model("simulated", model.model, data.valid), INT4.parity).mean_kl_nats
+    assert kl is not None
+    return kl
 
 
 def test_without_promotions_the_simulation_is_the_targets_rounding(merged: Path) -> None:
@@ -109,10 +112,10 @@ def test_what_would_be_lost_goes_first(merged: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_more_is_promoted_than_the_gate_needs(merged: Path) -> None:
     none, every = kl_of(merged, set()), kl_of(merged, {f"layers.{i}.{n}" for i in range(2) for n in MODULES})
-    data, tokenizer = samples(merged), TextTokenizer(merged)
+    data = samples(merged)
     wanted = strict(INT4, (none + every) / 2)
     found = measure(merged, wanted, data.train[:8], "")
-    chosen = choose(found, data.valid, tokenizer, used=1.0)
+    chosen = choose(found, data.valid, used=1.0)
     count = len(chosen.promoted)
     assert 0 < count < 14 and chosen.ended == "the simulated bundle passes" and not chosen.simulated.problems
     assert chosen.simulated.mean_kl_nats == pytest.approx(kl_of(merged, {e.module for e in chosen.promoted}), rel=1e-6)
@@ -120,22 +123,22 @@ def test_no_more_is_promoted_than_the_gate_needs(merged: Path) -> None:
     fewer = {each.module for each in chosen.promoted[:-1]}
     assert kl_of(merged, fewer) > wanted.parity.max_mean_kl_nats  # one less would not do
     loose = measure(merged, strict(INT4, 2 * none), data.train[:2], "")
-    assert choose(loose, data.valid, tokenizer).promoted == ()
-    impossible = choose(measure(merged, strict(INT4, 1e-12), data.train[:2], ""), data.valid, tokenizer)
+    assert choose(loose, data.valid).promoted == ()
+    impossible = choose(measure(merged, strict(INT4, 1e-12), data.train[:2], ""), data.valid)
     assert impossible.ended == "every tensor has 8 bits" and len(impossible.promoted) == 14
 
 
 def test_a_size_ends_it_and_too_little_is_refused(merged: Path) -> None:
-    data, tokenizer = samples(merged), TextTokenizer(merged)
+    data = samples(merged)
     found = measure(merged, strict(INT4, 1e-12), data.train[:2], "")
     smallest = file_bytes(found.spec, INT4, merged)
-    some = choose(found, data.valid, tokenizer, size_budget_bytes=smallest + 9000)
+    some = choose(found, data.valid, size_budget_bytes=smallest + 9000)
     assert 0 < len(some.promoted) < 14 and some.ended == "the size budget ends"
     assert some.predicted_bytes <= smallest + 9000
     following = [each.module for each in found.order[: len(some.promoted) + 1]]
     assert file_bytes(found.spec, promoted(INT4, following), merged) > smallest + 9000
     with pytest.raises(DoesNotFit, match=r"^--size-budget: a bundle for ort-int4 takes .*, the budget is 10.0 KiB"):
-        choose(found, data.valid, tokenizer, size_budget_bytes=10240)
+        choose(found, data.valid, size_budget_bytes=10240)
 
 
 def test_the_bundle_is_what_was_simulated_and_says_why(merged: Path, tmp_path: Path) -> None:

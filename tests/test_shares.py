@@ -12,12 +12,14 @@ from test_train import silent
 
 from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.errors import BadInput
+from edgeft.forms import load_tuned, observe_model
 from edgeft.merge import MergedCheckpoint, merge
-from edgeft.parity import SAME, compare, fold, load_trained, observe_model
+from edgeft.parity import SAME, compare
 from edgeft.plots import plot_sweep
 from edgeft.shares import Group, Shares, equal_groups, layer_of, parse_shares
 from edgeft.sweep import Line, group_moves, sweep
 from edgeft.target import load_target
+from edgeft.tensors import merged_rung
 from edgeft.train import Data
 
 
@@ -89,14 +91,14 @@ def test_each_tensor_gets_its_groups_share_and_the_ladder_holds(
         changed += not torch.equal(groups.read(name), base.read(name))
     assert changed == 7  # the projections of layer 1
     data = Data.read(made.train.plan)
-    live = observe_model("trained", load_trained(train, made), data.valid, data.tokenizer)
-    folded = observe_model("merged", fold(load_trained(train, made)), data.valid, data.tokenizer)
-    stored = observe_model("reloaded", load_plain(tmp_path / "groups"), data.valid, data.tokenizer)
-    assert not compare(live, folded, SAME).problems and not compare(live, stored, SAME).problems
-    whole = observe_model(
-        "whole", load_trained(train, made.model_copy(update={"groups": ()})), data.valid, data.tokenizer
-    )
+    live = observe_model("tuned", load_tuned(train, made.train, made.shares), data.valid)
+    stored = observe_model("merged", load_plain(tmp_path / "groups"), data.valid)
+    assert not compare(live, stored, SAME).problems
+    whole = observe_model("whole", load_tuned(train, made.train), data.valid)
     assert compare(live, whole, SAME).problems  # the shares did something
+    training = made.train.plan.training
+    assert not merged_rung(base.folder, train, tmp_path / "groups", training, made.shares).problems
+    assert merged_rung(base.folder, train, tmp_path / "groups", training, parse_shares("0.5")).problems
     with pytest.raises(BadInput, match="there is no layer 2\n\nhint: the model's are 0 to 1"):
         merge(train, tmp_path / "none", wise_alpha=parse_shares("1-2=0.5"), progress=silent)
 

@@ -1,0 +1,258 @@
+"""Each rung of the ladder by itself: what it compares, what passes, and nothing is compared with itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_bundle import PROMPTS, bundle, checkpoint, reference, some_ids
+from test_train import ROWS, run, silent
+from transformers import AutoModelForCausalLM
+
+from edgeft.build import ArtifactModel
+from edgeft.bundle import Bundle
+from edgeft.data import IGNORED, Sample, TextTokenizer
+from edgeft.forms import (
+    Form,
+    cannot_match,
+    is_original,
+    load_as_trained,
+    observe_artifact,
+    observe_model,
+    trained_settings,
+)
+from edgeft.merge import merge
+from edgeft.parity import ALIKE, UNKNOWN, Gain, allowed_loss, compare, trained_rung
+from edgeft.planner import make_plan
+from edgeft.scores import Metrics, pair
+from edgeft.settings import make_job
+from edgeft.shares import Shares
+from edgeft.stored import stored_rung
+from edgeft.target import load_target
+from edgeft.tensors import merged_rung
+from edgeft.train import Data, TrainResult
+
+
+def sample(ids: list[int], answer: int) -> Sample:
+    labels = [IGNORED] * (len(ids) - answer) + ids[len(ids) - answer :]
+    return Sample(ids, labels, len(ids) - answer)
+
+
+def rows(count: int = 6) -> list[Sample]:
+    ids = some_ids(400)
+    return [sample(ids[20 * i : 20 * i + 12 + i], 3 + i % 2) for i in range(count)]
+
+
+def test_one_pass_gives_the_losses_of_torch() -> None:
+    """Against transformers' own loss, a row at a time."""
+    model, given = reference(), rows()
+    form = observe_model("form", model, given, group_tokens=64)
+    for number, each in enumerate(given):
+        with torch.no_grad():
+            labels = torch.tensor([each.labels])
+            own = float(model(input_ids=torch.tensor([each.ids]), labels=labels).loss) * form.tokens[number]
+        assert form.losses[number] == pytest.approx(own, rel=1e-4)
+    assert form.log_probabilities.shape == (sum(form.tokens), model.config.vocab_size)
+    assert form.loss == pytest.approx(sum(form.losses) / sum(form.tokens))
+
+
+def test_an_artifact_is_followed_as_it_is_decoded() -> None:
+    """Row's own answers: the model's greedy one, a wrong one, and one that goes wrong at its end."""
+    model, tokenizer = ArtifactModel(bundle("ort-fp32")), TextTokenizer(checkpoint())
+    prompt = some_ids(14)
+    right = model._runner.greedy(prompt, 5, [])
+    given = [sample([*prompt, *right, 0], 6), sample([*prompt, 7, 8, 9, 0], 4), sample([*prompt, *right[:3], 9, 0], 5)]
+    for each in given:
+        first = each.prompt_tokens - 1
+        logits, answer = model.follow(each.ids, first, each.prompt_tokens, 8, [0])
+        expected = model._runner.logits(each.ids)[first:-1]
+        assert logits.shape == expected.shape
+        assert abs(logits - expected).max() < 1e-3
+        assert answer == model._runner.greedy(prompt, 8, [0])
+    seen = observe_artifact("artifact", model, given, tokenizer)
+    torch_form = observe_model("torch", AutoModelForCausalLM.from_pretrained(checkpoint()).eval(), given)
+    assert seen.losses == pytest.approx(torch_form.losses, abs=1e-3) and seen.exact == ()
+
+
+def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = ArtifactModel(bundle("ort-fp32")), some_ids(14)
+    right = model._runner.greedy(prompt, 4, [])
+    session = type(model._runner.engine.start(4))
+    append, asked = session.append, list[int]()
+
+    def counted(self: Any, ids: list[int], every: bool = False) -> Any:
+        asked.append(len(ids))
+        return append(self, ids, every)
+
+    monkeypatch.setattr(session, "append", counted)
+    model.follow([*prompt, *right, 0], 13, 14, 5, [0])
+    assert asked == [14, 1, 1, 1, 1]  # the prompt, and each token of the answer
+    asked.clear()
+    model.follow([*prompt, 7, 8, 0], 13, 14, 8, [0], lambda made: True)
+    assert asked == [14, 14, 2]  # decoding ends at once where it cannot match; the row's own answer is read by itself
+
+
+def test_exactness_of_a_torch_form_is_that_of_decoding(checkpoint_folder: Path, write_rows: Any) -> None:
+    from edgeft.architectures import find_parts
+    from edgeft.evaluate import evaluate
+
+    tokenizer = TextTokenizer(checkpoint())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint()).eval()
+    prompt = some_ids(14)
+    made = list(prompt)
+    for _ in range(4):
+        with torch.no_grad():
+            made.append(int(model(torch.tensor([made])).logits[0, -1].argmax()))
+    given = [sample(made, 4), sample([*prompt, 7, 8, 9], 3), sample([*made[:-1], 9], 4)]
+    form = observe_model("form", model, given, tokenizer, answers=slice(None))
+    own = evaluate(model, find_parts(model), given, tokenizer, device=torch.device("cpu"))
+    mine = form.metrics(given, tokenizer)
+    assert mine.exact_match == own.exact_match and mine.row_exact == own.row_exact
+    assert own.row_tokens == mine.row_tokens and own.row_losses == pytest.approx(form.losses, rel=1e-5)
+
+
+def test_when_an_answer_can_no_longer_match() -> None:
+    tokenizer = TextTokenizer(checkpoint())
+    ids = tokenizer.encode(["Section: libs and more"])[0]
+    row = Sample(ids, list(ids), 2)
+    assert not cannot_match(tokenizer, row, [])
+    assert not cannot_match(tokenizer, row, ids[2:4])
+    assert not cannot_match(tokenizer, row, ids[2:])
+    assert cannot_match(tokenizer, row, [*ids[2:], *ids[2:4]])
+    assert cannot_match(tokenizer, row, ids[3:5])
+
+
+def scored(form: Form) -> Metrics:
+    count = len(form.losses)
+    return Metrics(
+        rows=count, loss=form.loss, perplexity=1.0, exact_match=None, row_losses=form.losses, row_tokens=form.tokens
+    )
+
+
+def form(loss: float, spread: float, rows: int = 20) -> Form:
+    table = torch.log_softmax(torch.eye(8) * 5, dim=-1)
+    return Form("form", table, tuple(loss + spread * (i % 2) for i in range(rows)), (1,) * rows)
+
+
+def test_the_quality_gate_is_a_share_of_what_was_gained() -> None:
+    int4 = load_target("ort-int4").parity
+    gain = Gain(4.0, shown=True)
+    assert allowed_loss(int4, gain)[0] == pytest.approx(4.0 * int4.max_gain_lost)
+    assert allowed_loss(int4, UNKNOWN)[0] == int4.max_loss_increase_nats
+    before = form(1.0, 0.1)
+    assert not compare(before, form(1.1, 0.1), int4, gain).problems
+    lost = compare(before, form(1.3, 0.1), int4, gain)
+    assert "of the 4 nats that the fine-tune gained" in lost.problems[0] and lost.loss_change is not None
+    assert lost.loss_change.shown and lost.loss_change.difference == pytest.approx(0.3)
+    assert compare(before, form(1.1, 0.1), int4, Gain(1.0, shown=True)).problems
+
+
+def test_a_gain_is_shown_by_the_rows_or_not_at_all() -> None:
+    def metrics(*losses: float) -> Metrics:
+        count = len(losses)
+        return Metrics(
+            rows=count, loss=sum(losses) / count, perplexity=1.0, exact_match=None, row_losses=losses,
+            row_tokens=(1,) * count,
+        )  # fmt: skip
+
+    assert Gain.of(metrics(3.0, 3.1, 2.9), metrics(1.0, 1.2, 1.1)).shown
+    assert not Gain.of(metrics(3.0, 1.0, 2.0), metrics(1.0, 2.9, 2.0)).shown
+    assert Gain.of(metrics(3.0, 3.0).bare, metrics(1.0, 1.0).bare) == Gain(2.0, shown=True)
+    found = pair("a", metrics(3.0, 3.1, 2.9), "b", metrics(1.0, 1.2, 1.1))
+    assert found is not None and found.loss is not None and found.loss.high < 0 and found.exact_match is None
+    assert pair("a", metrics(3.0, 3.1).bare, "b", metrics(1.0, 1.2)) is None
+
+
+def test_ties_are_told_apart_from_agreement() -> None:
+    near = torch.tensor([[1.0, 0.95, -5.0], [2.0, 0.0, -5.0]])
+    other = torch.tensor([[0.95, 1.0, -5.0], [2.0, 0.0, -5.0]])
+    forms = [Form("f", torch.log_softmax(t, dim=-1), (1.0, 1.0), (1, 1)) for t in (near, other)]
+    rung = compare(*forms, ALIKE)
+    assert (rung.top1_agreement, rung.top1_or_tie) == (0.5, 1.0)
+
+
+def test_a_score_that_is_not_reproduced_names_rows() -> None:
+    recorded = scored(form(1.0, 0.1))
+    assert not trained_rung(form(1.0, 0.1), recorded, torch.float32, "cpu").problems
+    apart = form(1.0, 0.1)
+    moved = Form("f", apart.log_probabilities, (1.4, *apart.losses[1:-1], apart.losses[-1] - 0.4), apart.tokens)
+    assert moved.loss == pytest.approx(apart.loss)  # the mean says nothing
+    problems = trained_rung(moved, recorded, torch.float32, "cpu").problems
+    assert problems == ("2 of 20 rows differ, by up to 0.4 nats a token",)
+    on_gpu = trained_rung(form(1.01, 0.1), recorded, torch.float32, "cuda")
+    assert not on_gpu.problems and "trained on cuda, compared on the CPU" in on_gpu.tolerance
+    assert "is computed" not in on_gpu.tolerance
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {}, "lora on nf4": {"base_precision": "nf4"},
+    "sparse on nf4": {"tuner": "full", "layers": "sparse", "active_layers": 1, "base_precision": "nf4"},
+    "lisa on nf4": {"tuner": "full", "layers": "lisa", "active_layers": 1, "base_precision": "nf4"},
+    "full, all ends": {"tuner": "full", "embedding": "on", "norm": "on"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_model_as_trained_gives_train_jsons_score(name: str, checkpoint_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    values = {"batch_size": 4, "epochs": 3.0, "rank": 4, "learning_rate": 1e-2, "eval_rows": 4} | SETTINGS[name]
+    make_plan(make_job(model=str(checkpoint_folder), data=str(data), profile="cpu-8gb", **values)).write(
+        tmp_path / "plan.json"
+    )
+    result = run(tmp_path / "plan.json", tmp_path / "train")
+    valid = Data.read(result.plan, train=False).valid[:4]
+    model, compute = load_as_trained(tmp_path / "train", result)
+    given = observe_model("trained", model, valid, compute=compute, group_tokens=result.plan.training.group_tokens)
+    assert trained_rung(given, result.valid, compute, "cpu").problems == ()
+    assert given.loss == pytest.approx(result.valid.loss, abs=1e-5)
+    training, dtype, _ = trained_settings(result)
+    assert is_original(training, dtype) == ("nf4" not in name)
+    for shares in (Shares(), Shares(rest=0.3)):
+        merge(tmp_path / "train", tmp_path / "merged", wise_alpha=shares, progress=silent)
+        rung = merged_rung(checkpoint_folder, tmp_path / "train", tmp_path / "merged", training, shares)
+        assert rung.problems == () and rung.tensors == 21
+        other = Shares(rest=shares.rest - 0.001)
+        assert merged_rung(checkpoint_folder, tmp_path / "train", tmp_path / "merged", training, other).problems
+
+
+def test_rows_of_a_proof_need_no_training_row(checkpoint_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    job = make_job(model=str(checkpoint_folder), data=str(tmp_path / "rows.jsonl"), profile="cpu-8gb", eval_rows=4)
+    plan = make_plan(job)
+    every, some = Data.read(plan), Data.read(plan, train=False)
+    assert some.valid == every.valid and some.train == [] and some.test == every.test
+
+
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int4-mixed", "ort-int8", "ort-fp16", "ort-fp32"])
+def test_every_matrix_of_a_bundle_is_the_rounded_one(name: str) -> None:
+    rung = stored_rung(bundle(name), checkpoint(), load_target(name), tied=True)
+    assert rung is not None and rung.problems == () and rung.tensors == 2 * 7 + 1
+    other = load_target("ort-int8" if name != "ort-int8" else "ort-int4")
+    wrong = stored_rung(bundle(name), checkpoint(), other, tied=True)
+    assert wrong is not None and wrong.problems
+    assert stored_rung(bundle(name), checkpoint(), load_target("gguf-q4_0"), tied=True) is None
+
+
+def test_golden_vectors_say_by_how_much_each_token_led_and_where() -> None:
+    made = Bundle.read(bundle("ort-int4") / "bundle.json")
+    model = ArtifactModel(bundle("ort-int4"))
+    assert len(made.golden) == len(PROMPTS) and any(golden.margins for golden in made.golden)
+    for golden in made.golden:
+        assert len(golden.margins) == len(golden.greedy_ids)
+        ids = list(golden.ids)
+        for token, margin in zip(golden.greedy_ids, golden.margins, strict=True):
+            second, best = sorted(model.logits(ids)[-1])[-2:]
+            assert margin == pytest.approx(best - second, abs=1e-3)
+            ids.append(token)
+    assert made.environment is not None and made.environment.cpu
+    assert made.environment.runtime.startswith("onnxruntime-genai 0.") and "onnxruntime 1." in made.environment.runtime
+    assert made.stop_ids == TextTokenizer(checkpoint()).stop_ids == model.stop_ids
+
+
+def test_an_older_result_without_rows_is_still_read() -> None:
+    plain = Metrics.model_validate({"rows": 2, "loss": 1.0, "perplexity": 2.7, "exact_match": None})
+    assert plain == plain.bare and TrainResult.model_fields["valid"].annotation is Metrics
