@@ -28,6 +28,7 @@ from edgeft.merge import MergedCheckpoint, check_trained, verify_merged
 from edgeft.parity import HINTS, Gain, Ladder, compare, exact_match_problem, first
 from edgeft.peft_folder import lora_scale, read_adapter_config
 from edgeft.planner import Plan
+from edgeft.rows import each_row
 from edgeft.sbom import BASE, Component, model_licence
 from edgeft.scores import Metrics, Promotion, Proof, pair
 from edgeft.settings import Job
@@ -252,13 +253,14 @@ def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextToken
     """The system message of every training row, which the device gives too; None where they have not one in common."""
     found = {_system(prompt.messages) for prompt in prompts}
     if len(found) == 1 and None not in found and job.data is not None:
-        found |= {_system(row.messages) for row in read_rows(job.data, tokenizer)}
+        found |= {_system(row.messages) for row in each_row(job.data, tokenizer)}
     return found.pop() if len(found) == 1 else None
 
 
 def _system(messages: Sequence[Mapping[str, Any]] | None) -> str | None:
     first = messages[0] if messages else {}
-    return str(first["content"]) if first.get("role") == "system" and first.get("content") else None
+    content = first.get("content") if first.get("role") == "system" else None
+    return content if isinstance(content, str) and content else None
 
 
 def export_adapters(
