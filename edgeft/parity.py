@@ -175,6 +175,7 @@ def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE) -> An
 
 def load_changed(base: Path, trained: Path, training: Training, shares: Shares = WHOLE) -> Any:
     """A base and what training left in `trained`, nothing merged, the change scaled by its shares; fp32, on the CPU."""
+    ledger.import_all()
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file
 
