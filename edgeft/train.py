@@ -203,6 +203,8 @@ def train(
         session = Session.open(plan, out, plan_sha256, progress, wanted_device)
     session.loop()
     result = session.finish(out, plan_sha256, rehearsal)
+    del session
+    ledger.give_back()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
 
