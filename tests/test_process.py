@@ -48,9 +48,9 @@ def test_the_command_line_does_not_import_it_either(hostile: Path) -> None:
 
 
 def test_random_weights_are_made_in_such_a_folder(hostile: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
-    from edgeft.trial import _random_checkpoint
+    from edgeft.trial import random_checkpoint
 
-    _random_checkpoint(checkpoint_folder, tmp_path / "random weights")
+    random_checkpoint(checkpoint_folder, tmp_path / "random weights")
     assert (tmp_path / "random weights" / "model.safetensors").is_file()
 
 
