@@ -1065,14 +1065,14 @@ def replayed_elsewhere(recorded: dict[str, Any]) -> list[str]:
     told = {}
     with contextlib.suppress(OSError):
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        told = {name.strip(): value.strip() for name, _, value in lines}
+        told = {name.strip(): value.strip() for name, _, value in reversed(lines)}  # of the first processor
     flags = (told.get("flags") or told.get("Features") or "").split()
     held = []
     for package in str(recorded.get("runtime", "")).split()[::2]:  # name version name version
         with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
             held.append(f"{package} {importlib.metadata.version(package)}")
     here = {
-        "cpu": told.get("model name", platform.machine()),
+        "cpu": told.get("model name") or platform.processor() or platform.machine(),
         "features": sorted(flag for flag in flags if flag.startswith(FEATURES)),
         "runtime": " ".join(held),
     }
