@@ -583,6 +583,7 @@ def test_lengths_of_a_file(tokenizer: TextTokenizer, write_rows: WriteRows) -> N
         "untrained_rows": 0,
         "answers": 4,
         "remarks": {},
+        "highest_id": max(own("Q:").input_ids + own(" a b c d e f g h i j k l m n o").input_ids),
         "trained_tokens": sum(answers),
         "quantiles": {"0.5": lengths[1], "0.75": lengths[2], **dict.fromkeys(("0.9", "0.95", "0.99"), lengths[3])},
     }
