@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from edgeft import ledger
 from edgeft.architectures import Parts, find_parts
 from edgeft.batches import make_batch
 from edgeft.checkpoint import DTYPES, Checkpoint, TensorFile, load_base, load_plain, local_folder
@@ -270,6 +271,7 @@ def load_changed(base: Path, trained: Path, training: Training, shares: Shares =
 
 def put_adapters(model: Any, parts: Parts, trained: Path, training: Training, shares: Shares) -> None:
     """Hang trained adapters on a model, each scaled by its layer's share."""
+    ledger.import_all()
     from peft.tuners.lora import LoraLayer
 
     chosen = apply_tuner(model, parts, training)
