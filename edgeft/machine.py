@@ -39,8 +39,8 @@ class Probe(Artifact):
 def probe_cpu() -> Probe:
     """This CPU's measured rates and a training process's baseline, from the cache where it has them.
 
-    The cache is one JSON file per CPU, core count, package versions and code that measures. A corrupt one is measured again, an
-    unwritable one done without. Raises BadInput if the packages of a training run are not installed.
+    The cache is one JSON file per CPU, core count, package versions and code that measures. A corrupt one is measured
+    again, an unwritable one done without. Raises BadInput if the packages of a training run are not installed.
     """
     # Virtual machines hide the CPU's model: only the flags (on ARM, Features) tell one with AMX from another.
     cpu = [cpuinfo("model name"), cpuinfo("flags", "Features") or platform.node(), platform.machine()]
