@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 MAPPED_BYTES, NEVER, LARGEST_THRESHOLD = 65536, -1, 32 * 2**20
-POOL_PIECE = 8 * 2**20
+POOL_PIECE = 2**20
 
 
 def import_all() -> None:

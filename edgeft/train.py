@@ -300,6 +300,8 @@ def train(
             session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
         session.loop()
         result = session.finish(out, plan_sha256, rehearsal)
+        del session
+    ledger.give_back()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
 
