@@ -272,6 +272,7 @@ def load_changed(base: Path, trained: Path, training: Training, shares: Shares =
 
 def put_adapters(model: Any, parts: Parts, trained: Path, training: Training, shares: Shares) -> None:
     """Hang trained adapters on a model, each scaled by its layer's share."""
+    ledger.import_all()
     from peft.tuners.lora import LoraLayer
 
     chosen = apply_tuner(model, parts, training)

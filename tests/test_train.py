@@ -84,6 +84,17 @@ def test_micro_batches_and_checkpointing_change_no_result(plan_file: Any, tmp_pa
         torch.testing.assert_close(curve, curves[0], rtol=1e-4, atol=1e-5)
 
 
+def test_how_freed_memory_is_kept_changes_no_bit(plan_file: Any, tmp_path: Path) -> None:
+    results = {}
+    for malloc in ("fast", "tight"):
+        out = tmp_path / malloc
+        result = run(plan_file(malloc=malloc), out)
+        results[malloc] = (out / "adapter_model.safetensors").read_bytes(), result.loss_curve, result.valid
+        assert result.plan.training.malloc == malloc
+        assert any(term.name == "pool" for phase in result.plan.phases for term in phase.terms) == (malloc == "fast")
+    assert results["fast"] == results["tight"]
+
+
 def test_only_layers_below_the_kept_ones_run_again(plan_file: Any, checkpoint_folder: Path) -> None:
     from edgeft.architectures import find_parts
     from edgeft.loop import recompute_layers
