@@ -26,7 +26,7 @@ from edgeft.candidates import default_learning_rate
 from edgeft.model_spec import read_model_spec
 from edgeft.settings import Tuner
 
-FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 TUNERS: dict[Tuner, dict[str, Any]] = {"full": {"tuner": "full"}, "lora": {"tuner": "lora", "rank": 64}}
 
 

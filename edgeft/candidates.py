@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from edgeft.errors import BadInput
 from edgeft.memory import Workload
@@ -20,6 +20,9 @@ SMALL_MODEL = 50_000_000
 RANKS = (64, 32, 16, 8)
 CHUNKS = (1024, 256, 64)
 LORA_ALPHA = 16.0
+SMALL_PRECISIONS = ("nf4", "bf16", "fp16")  # of weights that do not train: updates of a few 1e-4 would be rounded away
+# Models of bf16 whose activations pass fp16's 65,504: they give NaN or one token for ever.
+OVERFLOW_FP16 = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/importance.py measures them
 LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
 
@@ -31,17 +34,31 @@ def needs_importance(job: Job) -> bool:
     return (weighted or chooses) and job.layer_score in DATA_SCORES
 
 
+def untrainable(precision: str) -> BadInput:
+    """What to say of full fine-tuning in a precision that takes no small updates."""
+    what = "4-bit" if precision == "nf4" else precision
+    hint = "use tuner=lora, layers=lisa or layers=sparse (those that train are dense then), or base_precision=fp32"
+    return BadInput("base_precision", f"{what} weights cannot be trained themselves", hint)
+
+
+def _pages_pile_up() -> BadInput:
+    problem = "paged_adamw8bit never frees the paged states of layers that leave, and lisa's layers come and go"
+    return BadInput("optimizer", problem, "use optimizer=adamw8bit or adamw with layers=lisa")
+
+
 def check_job(job: Job, spec: ModelSpec) -> None:
     """Raise BadInput for settings that contradict one another or the model."""
     count = spec.num_hidden_layers
-    if job.tuner == "full" and job.base_precision == "nf4" and job.layers not in ("lisa", "sparse"):
-        hint = (
-            "use tuner=lora, layers=lisa or layers=sparse (the layers that train are dense then), or another precision"
-        )
-        raise BadInput("base_precision", "4-bit weights cannot be trained themselves", hint)
+    if job.tuner == "full" and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
+        raise untrainable(job.base_precision)
+    if job.optimizer == "paged_adamw8bit" and job.layers == "lisa":
+        raise _pages_pile_up()
     for name, most in (("active_layers", job.active_layers), ("trained_layers", max(job.trained_layers or (0,)) + 1)):
         if getattr(job, name) is not None and most is not None and most > count:
             raise BadInput(name, f"{most} is more than the model's {count} layers", f"at most {count}")
+    if spec.stacked and job.tuner == "full":
+        problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
+        raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
     if job.trained_layers == ():
         raise BadInput("trained_layers", "names no layer", f"name some of 0 to {count - 1}, as in 0,5,12-15")
     for name in ("active_layers", "trained_layers"):
@@ -141,30 +158,81 @@ def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
         return [job.tuner]
     if any(getattr(job, end) not in (None, "off") for end in ENDS):
         return ["full"]
-    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision == "nf4"
-    return ["full", "lora"] if spec.total_parameters <= SMALL_MODEL and not pinned_lora else ["lora"]
+    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision in SMALL_PRECISIONS
+    small = spec.total_parameters <= SMALL_MODEL and not spec.stacked
+    return ["full", "lora"] if small and not pinned_lora else ["lora"]
 
 
-def _precisions(job: Job, profile: Profile, tuner: Tuner, some_layers: bool) -> list[Precision]:
+def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layers: dict[str, Any]) -> list[Precision]:
     """Ways to keep the base, best first. A GPU computes in half precision, a CPU in fp32.
 
-    Half-precision weights cannot take small updates: full fine-tuning of all layers is fp32. Of some layers, those
-    that train are fp32 beside a base of any precision.
+    What trains is fp32: full fine-tuning of all layers, and of the ends, wants the base so. Of some layers, those that
+    train are fp32 beside a base of any precision.
     """
     if job.base_precision is not None:
         return [job.base_precision]
-    half: Precision = "bf16" if profile.supports("bf16") else "fp16"
-    if tuner == "full" and (not some_layers or profile.device == "cpu"):
-        return ["fp32", "nf4"] if some_layers else ["fp32"]
-    if profile.device == "cpu":
+    half, on_cpu = _half(profile, spec), profile.device == "cpu"
+    some_layers = layers["layers"] != "all"
+    if tuner == "full" and (not some_layers or on_cpu or _trained_end(layers)):
+        return ["fp32", "nf4"] if some_layers and on_cpu else ["fp32"]
+    if on_cpu:
         return ["fp32", "bf16", "nf4"] if profile.supports("bf16") else ["fp32", "nf4"]
     return [half] if profile.device == "mps" else [half, "nf4"]  # bitsandbytes has no 4-bit kernels for Apple GPUs
+
+
+def _half(profile: Profile, spec: ModelSpec) -> Literal["fp32", "bf16", "fp16"]:
+    """The half precision that a GPU computes this model in; fp32 where it would have to be fp16 and that overflows."""
+    return "bf16" if profile.supports("bf16") else "fp32" if spec.model_type in OVERFLOW_FP16 else "fp16"
+
+
+def _trained_end(layers: dict[str, Any]) -> str | None:
+    """The first end that trains, if any does."""
+    return next((end for end in ENDS if layers.get(end, "off") != "off"), None)
+
+
+def refusal(
+    profile: Profile, tuner: Tuner, precision: Precision, compute: str, layers: dict[str, Any]
+) -> BadInput | None:  # fmt: skip
+    """Why a combination does not run, to be raised where nothing else is left; None where it runs."""
+    end, some_layers = _trained_end(layers), layers["layers"] != "all"
+    if precision == "nf4" and profile.device == "mps":
+        return BadInput("base_precision", "bitsandbytes has no 4-bit kernels for Apple GPUs", "use bf16, fp16 or fp32")
+    if tuner == "full" and not some_layers and precision != "fp32":
+        return untrainable(precision)
+    if tuner == "full" and end is not None and compute != "fp32":
+        # an fp32 embedding or norm would make every activation fp32
+        problem = f"trains in fp32, but this plan computes in {compute}"
+        return BadInput(end, problem, f"leave {end} off, or base_precision to the planner")
+    return None
+
+
+def training_notes(spec: ModelSpec, training: Training) -> list[str]:
+    """What the chosen way amounts to where its name promises more."""
+    lines = []
+    if training.layers == "lisa":
+        rotating = sum(getattr(training, end) == "rotate" for end in ENDS)
+        if training.active_layers >= len(training.trained_layers) + rotating:
+            lines.append("lisa: only one draw is possible, every layer trains all the time")
+        elif training.lisa_interval >= training.steps:
+            lines.append(
+                f"lisa never switches: the run has {training.steps} steps, an interval {training.lisa_interval}; "
+                f"the first {training.active_layers} layers that are drawn train alone"
+            )
+    if training.compute_dtype == "fp16" and spec.model_type in OVERFLOW_FP16:
+        lines.append(f"{spec.model_type} overflows in fp16: drop --set base_precision=fp16, and it computes in fp32")
+    return lines
 
 
 def candidates(
     job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None
 ) -> Iterator[Training]:
-    """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data."""
+    """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data.
+
+    Raises BadInput, with its reason, for a combination that was set and does not run on the profile.
+    """
+    if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
+        hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
+        raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
     ranks = [job.rank] if job.rank else RANKS
     smallest = min(RANKS[-1], spec.hidden_size)
     batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
@@ -179,7 +247,7 @@ def candidates(
         (tuner, precision, rank, layers)
         for tuner in _tuners(job, spec)
         for layers in _layer_ways(job, spec, tuner, steps, scores)
-        for precision in _precisions(job, profile, tuner, layers["layers"] != "all")
+        for precision in _precisions(job, profile, spec, tuner, layers)
         for rank in (ranks if tuner == "lora" else [0])
     ]
     modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
@@ -193,16 +261,15 @@ def candidates(
             [job.optimizer] if job.optimizer else optimizers,
         )
     ]  # fmt: skip
+    refused: BadInput | None = None
+    left = False
     for tuner, precision, rank, layers in ways:
         if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
             continue  # more than half the hidden size is no low rank
-        compute = precision if precision != "nf4" else _compute_of_nf4(profile)
-        trains_end = next((end for end in ENDS if layers["layers"] == "lisa" and layers[end] != "off"), None)
-        if compute != "fp32" and trains_end is not None:
-            if job.base_precision is None:
-                continue  # an fp32 embedding or norm would make every activation fp32
-            problem = f"trains in fp32, but this plan computes in {compute}"
-            raise BadInput(trains_end, problem, f"leave {trains_end} off, or base_precision to the planner")
+        compute = precision if precision != "nf4" else _compute_of_nf4(profile, spec)
+        if (reason := refusal(profile, tuner, precision, compute, layers)) is not None:
+            refused = refused or reason
+            continue
         lora = tuner == "lora"
         first = Training(
             device=profile.device,
@@ -226,7 +293,12 @@ def candidates(
             checkpoint_steps=job.checkpoint_steps,
             eval_rows=job.eval_rows,
         )
-        yield from (first.model_copy(update=choices) for choices in open_still)
+        pages = layers["layers"] != "lisa"  # see _pages_pile_up
+        yield from (first.model_copy(update=choices) for choices in open_still
+                    if pages or choices["optimizer"] != "paged_adamw8bit")  # fmt: skip
+        left = True
+    if refused is not None and not left:
+        raise refused
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:
@@ -247,9 +319,9 @@ def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:
     return [(False, 0), (True, 0), *([(True, 1)] if spec.num_hidden_layers > 1 else [])]
 
 
-def _compute_of_nf4(profile: Profile) -> str:
+def _compute_of_nf4(profile: Profile, spec: ModelSpec) -> str:
     """What 4-bit weights are multiplied in: half precision on a GPU, fp32 on a CPU."""
-    return "fp32" if profile.device == "cpu" else "bf16" if profile.supports("bf16") else "fp16"
+    return "fp32" if profile.device == "cpu" else _half(profile, spec)
 
 
 def default_learning_rate(spec: ModelSpec, tuner: Tuner) -> float:

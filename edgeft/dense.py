@@ -2,12 +2,13 @@
 
 The layer that trains is made dense from the *original* weights plus what it learnt before. When it leaves, what it
 learnt is kept as it is, in fp32, in a file of its own, and the layer re-enters the base in the base's precision. The
-change is never rounded: only the copy that other layers train beside is.
+change is never rounded: only the copy that other layers train beside is. Embedding, norm and head are fp32 already
+where they train (a plan that computes in half precision trains none): they are only kept in files like the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from edgeft.lisa import Named
 
 
 class DenseTurns:
-    """`edgeft.lisa.Turns` over the decoder layers of a model whose base is NF4, bf16 or fp16.
+    """`edgeft.lisa.Turns` over the decoder layers, and the `ends`, of a model whose base is NF4, bf16 or fp16.
 
     Only matrices turn fp32 and train where the compute dtype is half: an fp32 norm would make the whole residual
     stream fp32. In fp32 compute every parameter of the layer trains.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, base: Checkpoint, folder: Path, compute: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Parts, base: Checkpoint, folder: Path, compute: torch.dtype,
+        ends: Mapping[str, Named] | None = None,
+    ) -> None:  # fmt: skip
+        self.ends = ends or {}
         self.layers, self.path, self.device = parts.layers, parts.layers_path, next(model.parameters()).device
         self.base, self.folder, self.compute = base, folder, compute
 
@@ -50,6 +55,8 @@ class DenseTurns:
 
     def enter(self, unit: str) -> Named:
         """Make the layer's parameters dense fp32 ones that train; (name, parameter) of each."""
+        if unit in self.ends:
+            return self._let(unit, True)
         prefix, layer = self._layer(unit)
 
         def value(place: str, key: str, old: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -58,17 +65,28 @@ class DenseTurns:
 
         return [(prefix + name, parameter) for name, parameter in make_dense(layer, self.compute, value)]
 
-    def keep(self, unit: str) -> Path:
-        """Write what the layer learnt, in fp32 under the base's names, to its file."""
-        from safetensors.torch import save_file
+    def _let(self, unit: str, train: bool) -> Named:
+        for _, parameter in self.ends[unit]:
+            parameter.requires_grad_(train)
+        return list(self.ends[unit])
 
+    def _learnt(self, unit: str) -> dict[str, torch.Tensor]:
+        """What a unit learnt, in fp32 under the base's names."""
+        if unit in self.ends:
+            return {name: p.detach().cpu() for name, p in self.ends[unit]}
         prefix, layer = self._layer(unit)
         transposed = {f"{place}.weight" for place, m in layer.named_modules() if getattr(m, "transposed", False)}
-        trained = {
+        return {
             prefix + key: (p.detach().T if key in transposed else p.detach()).cpu().contiguous()
             for key, p in layer.named_parameters()
             if p.dtype == torch.float32
         }
+
+    def keep(self, unit: str) -> Path:
+        """Write what the unit learnt, in fp32 under the base's names, to its file."""
+        from safetensors.torch import save_file
+
+        trained = self._learnt(unit)
         with saving(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{unit}.tmp"
@@ -79,10 +97,15 @@ class DenseTurns:
     def leave(self, unit: str) -> Named:
         """Keep what the layer learnt in its file and put the layer back in the base's precision."""
         self.keep(unit)
-        return self._requantise(unit)
+        return self._let(unit, False) if unit in self.ends else self._requantise(unit)
 
     def restore(self, unit: str) -> Named:
-        """Put a layer whose file exists back in the base's precision, as `leave` once did."""
+        """Put a unit whose file exists back as `leave` once did: a layer in the base's precision."""
+        if unit in self.ends:
+            with torch.no_grad():
+                for name, parameter in self.ends[unit]:
+                    parameter.copy_(self._read(unit, name))
+            return self._let(unit, False)
         self.enter(unit)
         return self._requantise(unit)
 

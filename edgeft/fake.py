@@ -52,7 +52,7 @@ def build_meta(config: Any, training: Training, compute: torch.dtype) -> tuple[A
             for index in training.trained_layers:
                 make_dense(find_parts(model).layers[index], compute, _dense_shape)
     model.config.use_cache = False
-    if training.device == "cuda" and training.compute_dtype != "bf16":
+    if training.repeats_groups:
         repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -158,10 +158,10 @@ def _is_half(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def _eight_bit_optimizer(training: Training, device: torch.device, parameters: list[nn.Parameter]) -> Any:
+def _eight_bit_optimizer(training: Training, device: torch.device, groups: Sequence[list[nn.Parameter]]) -> Any:
     """bitsandbytes' 8-bit AdamW making its states as on CUDA; its update, which holds nothing of its own, left out."""
     with _disable_current_modes():
-        optimizer: Any = CUDA_OPTIMIZER(training, torch.device("cuda"), parameters)
+        optimizer: Any = CUDA_OPTIMIZER(training, torch.device("cuda"), groups)
     optimizer.name2qmap = {"dynamic": torch.empty(256), "udynamic": torch.empty(256)}
 
     def state_buffer(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -192,7 +192,7 @@ def as_planned(training: Training, fake: FakeTensorMode, started: Callable[[], N
             functional, on_cpu = nn.functional, torch.is_autocast_cpu_enabled
             for place, name, replacement in (
                 (torch, "is_autocast_enabled", lambda device="cuda": on_cpu()),  # asked by PEFT's 4-bit layer
-                (functional, "scaled_dot_product_attention", cuda_attention(training.compute_dtype == "bf16")),
+                (functional, "scaled_dot_product_attention", cuda_attention(not training.repeats_groups)),
                 *((place, name, _in_fp32(getattr(place, name))) for place, name in (
                     (functional, "layer_norm"), (functional, "softmax"), (torch, "pow"))),
             ):  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Literal
 from edgeft import memory
 from edgeft.budget import memory_limit
 from edgeft.costs import Question
-from edgeft.disk import checkpoint_bytes, learnt_parameters
+from edgeft.disk import learnt_parameters
 from edgeft.errors import DoesNotFit
 from edgeft.footprint import (
     GGUF_ROWS_BYTES,
@@ -160,13 +160,16 @@ def host_train(spec: ModelSpec, training: Training, has: Processes, data_bytes: 
 
 
 def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
-    """Going on from a training checkpoint: its state is read whole. Writing one copies nothing (at most a tensor)."""
+    """Going on from a training checkpoint: parameters are read one at a time into place, what becomes the optimizer's
+    states is read whole. Writing one copies nothing (at most a tensor)."""
     trained = memory.trained_parameters(spec, training)
-    state = checkpoint_bytes(spec, training)
+    state = max(memory.optimizer_bytes(spec, one) for one in memory.worst_sets(spec, training))
+    largest = 4 * max(memory.trained_tensors(spec, memory.worst_sets(spec, training)[0]), default=0)
     terms = [
         _process(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
         Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
-        Term(name="state file", bytes=state, formula=f"trained parameters and their {training.optimizer} states"),
+        Term(name="optimizer states", bytes=state, formula=f"{training.optimizer}, read whole"),
+        Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
     ]
     if training.device == "cpu":
         adapters = trained * 4 if training.tuner == "lora" else 0

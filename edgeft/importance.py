@@ -34,7 +34,7 @@ from edgeft.loop import Run, recompute_layers, remaining_steps
 from edgeft.planner import Plan
 from edgeft.scores import Importance
 from edgeft.settings import LayerScore, Training
-from edgeft.train import Data, Progress, check_budget, check_head, choose_device, prepare
+from edgeft.train import Data, Progress, carried_out, check_budget, check_head, choose_device, prepare
 from edgeft.tuners import apply_tuner, trained_units
 
 CALIBRATION_ROWS = 64  # training rows that gradient and hidden read, drawn by the seed
@@ -270,7 +270,8 @@ def score(plan: Plan, method: LayerScore, progress: Progress) -> Importance:
     ledger.control_malloc()
     started = time.monotonic()
     device, compute, deviations = choose_device(plan, None)
-    training = plan.training.model_copy(update={deviation.what: deviation.done for deviation in deviations})
+    plan = carried_out(plan, deviations)
+    training = plan.training
     check_budget(plan, device)
     data = Data.read(plan)
     stage = f"score layers by {method}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,9 +63,10 @@ class Turns(Protocol):
 class Lisa:
     """Lets `count` units of `pool` train at a time, and those of `always` all the time.
 
-    Call `start`, make an optimizer over `parameters()` with one parameter group, then call `begin_step` before the
-    first forward pass of every optimizer step. `state` "park" keeps the optimizer state of a unit that leaves in
-    `folder` and gives it back when the unit returns; "drop" forgets it.
+    Call `start`, make an optimizer over `parameters()`, then call `begin_step` once for every optimizer step, before
+    its first forward pass. An optimizer of several groups has each parameter in the one that `group_of` says. `state`
+    "park" keeps the optimizer state of a unit that leaves in `folder` and gives it back when the unit returns; "drop"
+    forgets it.
     """
 
     units: dict[str, Named]
@@ -79,6 +80,7 @@ class Lisa:
     state: str = "drop"
     folder: Path | None = None
     turns: Turns | None = None
+    group_of: Callable[[str, nn.Parameter], int] = lambda name, parameter: 0
     active: tuple[str, ...] = ()
     steps: dict[str, int] = field(default_factory=dict)
     optimizer_bytes: list[int] = field(default_factory=list)
@@ -157,7 +159,8 @@ class Lisa:
         for unit in entered:
             self._enter(unit)
         self.active = wanted
-        optimizer.param_groups[0]["params"] = [parameter for _, parameter in self.parameters()]
+        for number, group in enumerate(optimizer.param_groups):
+            group["params"] = [p for name, p in self.parameters() if self.group_of(name, p) == number]
         for unit in entered:
             self._unpark(unit, optimizer)
 
@@ -184,7 +187,8 @@ class Lisa:
                 temporary.replace(self.folder / f"{unit}.state")
         # the optimizer still lists the parameters that leave: let go of them before the next unit needs their room
         gone = {id(p) for _, p in self.units[unit]}
-        optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if id(p) not in gone]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
         del states
         if self.turns is not None:
             self.units[unit] = self.turns.leave(unit)
@@ -194,12 +198,14 @@ class Lisa:
         if path is None or not path.is_file():
             return
         states = torch.load(path, map_location="cpu", weights_only=True)
+        # a fused update reads its count of steps on the device, as load_state_dict of torch's optimizers has it
+        fused = any(group.get("fused") for group in optimizer.param_groups)
         for name, parameter in self.units[unit]:
             if name in states:
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if isinstance(value, torch.Tensor) and value.ndim else value
-                    for key, value in states[name].items()
-                }
+                for key, value in states[name].items():
+                    if isinstance(value, torch.Tensor) and (value.ndim or fused):
+                        states[name][key] = value.to(parameter.device)
+                optimizer.state[parameter] = states[name]
 
     def visited(self) -> tuple[str, ...]:
         """Units that have trained, the always-on ones first."""

@@ -37,7 +37,7 @@ class Way:
         return cls(
             training.tuner, training.rank, training.target_modules, 4 if training.compute_dtype == "fp32" else 2,
             training.base_precision == "nf4", training.densely, cuda,
-            not cuda or training.compute_dtype == "bf16", longest if squares else 0,
+            not training.repeats_groups, longest if squares else 0,
         )  # fmt: skip
 
 

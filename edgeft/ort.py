@@ -224,6 +224,8 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
         command += ["--builder_config_version", "2", "--target_options", json.dumps(options)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(scratch.resolve()),
+        # the builder stamps the commit of whatever repository its environment stands in, a user's own, on the graph
+        "GIT_DIR": os.devnull,
         "PYTHONDONTWRITEBYTECODE": "1", "EDGEFT_BUILDER_STATUS": str(status.resolve()), **MALLOC_ENVIRONMENT,
     }  # fmt: skip
     with open(log, "wb") as noise:

@@ -276,11 +276,11 @@ def train_text(result: TrainResult) -> RenderableType:
     speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
     memory += show_bytes(result.measured_peak_bytes)
-    if any(deviation.what == "device" for deviation in result.deviations):
-        memory += f" (predicted for {result.plan.training.device}, measured on the CPU: not comparable)"
     lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
+    if result.skipped_steps:
+        lines.append(Text(f"{result.skipped_steps} updates overflowed in fp16 and were made again at a smaller scale"))
     lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
     return Group(table, *lines)
@@ -301,7 +301,7 @@ def rehearsal_line(rehearsal: Rehearsal) -> str:
 
 def predicted_expected(result: TrainResult) -> int:
     """The highest phase's expected bytes, which the measured peak is compared with."""
-    return max(phase.expected_bytes for phase in result.plan.phases)
+    return result.predicted_expected_bytes or max(phase.expected_bytes for phase in result.plan.phases)
 
 
 def merge_text(merged: Merged) -> RenderableType:
@@ -313,6 +313,7 @@ def merge_text(merged: Merged) -> RenderableType:
     lines = [Text(f"wise_alpha {merged.shares}: {share}, stored in {merged.dtype}"), Text(memory)]
     if merged.untied_head:
         lines.append(Text("head and embedding changed apart: they are two tensors now (tie_word_embeddings false)"))
+    lines += [Text(f"note: {note}") for note in merged.notes]
     return Group(*lines)
 
 

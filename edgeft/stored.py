@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from edgeft.change import EMBEDDINGS, HEADS
 from edgeft.checkpoint import Checkpoint
 from edgeft.errors import BadInput
+from edgeft.headers import EMBEDDINGS, HEADS
 from edgeft.ort import HEAD, MODEL
 from edgeft.rounding import Rule, promoted_modules, rounded, rule_of
 from edgeft.scores import Rung

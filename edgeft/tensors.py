@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from edgeft.change import EMBEDDINGS, HEADS, blocks
+from edgeft.change import blocks
 from edgeft.checkpoint import Checkpoint, TensorFile
 from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput
+from edgeft.headers import EMBEDDINGS, HEADS
 from edgeft.scores import Rung
 from edgeft.settings import Training
 from edgeft.shares import Shares, layer_of

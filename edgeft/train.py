@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,24 +18,38 @@ from typing import Any
 
 import torch
 
-from edgeft import disk, ledger
+from edgeft import disk, host, ledger
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
-from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
+from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder
+from edgeft.costs import Question
 from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_samples
 from edgeft.dense import DenseTurns
-from edgeft.errors import BadInput, DoesNotFit
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.evaluate import autocast, evaluate, token_losses
+from edgeft.identity import (
+    WEIGHTS,
+    Inputs,
+    changed,
+    check_inputs,
+    differences,
+    weights_sha256,
+    written_files,
+)
 from edgeft.lisa import state_bytes
 from edgeft.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.planner import HELD_OUT_SHARE, Plan
+from edgeft.profile import detect, load_profile
 from edgeft.rehearsal import NOT_REHEARSED, Rehearsal
 from edgeft.scores import Metrics, UnitRecord
 from edgeft.settings import Training
+from edgeft.shortage import capped, explained
 from edgeft.tuners import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
+PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -47,7 +65,8 @@ class TrainResult(Artifact):
     """train.json: what was trained, on what, how well, and how much memory it took."""
 
     plan: Plan
-    base_sha256: str
+    inputs: Inputs
+    files: Inputs
     deviations: tuple[Deviation, ...]
     steps: int
     trained_parameters: int
@@ -56,7 +75,8 @@ class TrainResult(Artifact):
     padding: float  # share of the computed tokens that is padding
     seconds: float
     tokens_per_second: float
-    predicted_peak_bytes: int
+    predicted_peak_bytes: int  # at most, of what was carried out: not the plan's where a GPU's ran on the CPU
+    predicted_expected_bytes: int = 0  # the highest phase's expected bytes
     measured_peak_bytes: int
     phase_peak_bytes: dict[str, int]
     loss_curve: tuple[tuple[int, float], ...]
@@ -68,8 +88,25 @@ class TrainResult(Artifact):
     units: tuple[UnitRecord, ...]
     interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
     interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
+    skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
     resumed_at: tuple[int, ...] = ()
     rehearsal: Rehearsal = NOT_REHEARSED
+
+    @property
+    def training(self) -> Training:
+        """How it was really trained: the plan's choices, but for the deviations."""
+        return deviating(self.plan.training, self.deviations)
+
+    @property
+    def base_sha256(self) -> str:
+        """Of the base's weights."""
+        return self.inputs[WEIGHTS]
+
+
+def deviating(training: Training, deviations: Sequence[Deviation]) -> Training:
+    """A plan's choices with what was done instead of some."""
+    done = {d.what: d.done for d in deviations if d.what in Training.model_fields}
+    return training.model_copy(update=done)
 
 
 @dataclass
@@ -86,6 +123,7 @@ class Data:
         """The samples of a plan's files. Without `train` no training rows: a proof needs the others."""
         if plan.job.data is None:
             raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
+        check_inputs(plan.inputs, plan.job, "plan", PLAN_AGAIN)
         tokenizer = TextTokenizer(local_folder(plan.job.model))
 
         def samples(source: str) -> list[Sample]:
@@ -102,6 +140,7 @@ class Data:
         if not found:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
+        ledger.give_back()  # what encoding took and left between the samples: half of their size again
         return cls(found, valid, test, tokenizer)
 
 
@@ -127,34 +166,74 @@ def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, c
         )
 
 
-def choose_device(plan: Plan, wanted: str | None) -> tuple[torch.device, torch.dtype, list[Deviation]]:
+def choose_device(
+    plan: Plan, wanted: str | None, *, emulate: bool = False
+) -> tuple[torch.device, torch.dtype, list[Deviation]]:
     """(device, compute dtype, deviations): the plan's own, or the CPU in a dtype it computes at full rate.
 
-    Raises BadInput when `wanted` names a device that is not there.
+    `emulate`: on the CPU in the plan's dtypes, slowly: what a GPU's plan computes, seen without one. Raises BadInput
+    when `wanted` names a device that is not there.
     """
-    training, here = (
-        plan.training,
-        {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()},
-    )
+    training = plan.training
+    here = {"cpu": True, "cuda": cuda_computes(training.compute_dtype), "mps": torch.backends.mps.is_available()}
     if wanted is not None and not here.get(wanted, False):
         raise BadInput("--device", f"{wanted} is not available here", "leave --device out to train on the CPU")
     if wanted is not None and wanted != training.device:
         raise BadInput("--device", f"the plan is for {training.device}, not {wanted}", "plan with another --profile")
     compute = DTYPES[training.compute_dtype]
-    if here[training.device]:
+    if here[training.device] and not emulate:
         return torch.device(training.device), compute, []
-    deviations = [Deviation(what="device", planned=training.device, done="cpu")]
-    if compute != torch.float32:
-        deviations.append(Deviation(what="compute_dtype", planned=training.compute_dtype, done="fp32"))
-    if training.optimizer != "adamw":
-        deviations.append(Deviation(what="optimizer", planned=training.optimizer, done="adamw"))
-    return torch.device("cpu"), torch.float32, deviations
+    instead = {"device": "cpu", "optimizer": "adamw"}
+    if not emulate:
+        kept = "nf4" if training.base_precision == "nf4" else "fp32"
+        instead |= {"compute_dtype": "fp32", "base_precision": kept}
+    deviations = [Deviation(what=what, planned=planned, done=done)
+                  for what, done in instead.items() if (planned := getattr(training, what)) != done]  # fmt: skip
+    return torch.device("cpu"), compute if emulate else torch.float32, deviations
+
+
+def cuda_computes(dtype: str) -> bool:
+    """Whether there is a CUDA device that computes in a dtype at hardware rate."""
+    return torch.cuda.is_available() and (dtype != "bf16" or torch.cuda.get_device_capability() >= (8, 0))
+
+
+def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
+    """The plan as it is carried out: itself, or on the CPU in place of a GPU, with what that takes there."""
+    training = deviating(plan.training, deviations)
+    if training.device == plan.training.device:
+        return plan
+    machine, data_bytes = detect(load_profile("cpu")), plan.stages.data_bytes
+    budget = machine.budget_bytes
+    question = Question(plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget)
+    phases = question.phases(training)
+    resume = host.resume(plan.spec, training, host.processes(machine), data_bytes)
+    around = tuple(resume if phase.name == "resume" else phase for phase in plan.stages.phases)
+    return plan.model_copy(update={
+        "training": training, "phases": phases, "peak_bytes": max(phase.high_bytes for phase in phases),
+        "budget_bytes": budget, "stages": plan.stages.model_copy(update={"phases": around}),
+    })  # fmt: skip
+
+
+@contextlib.contextmanager
+def tf32(training: Training, device: torch.device) -> Iterator[None]:
+    """Let fp32 products run on tensor cores, which round their inputs to 10 bits (bf16 has 7): CUDA from 8.0 on."""
+    before = torch.get_float32_matmul_precision()
+    if (
+        training.compute_dtype == "fp32"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    ):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def prepare(plan: Plan, device: torch.device, compute: torch.dtype, folder: Path) -> tuple[Any, Parts]:
     """The base model on its device, frozen, with the attention the plan counts on."""
     model = load_base(folder, plan.training, device, compute)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if plan.training.repeats_groups:
         repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -162,13 +241,17 @@ def prepare(plan: Plan, device: torch.device, compute: torch.dtype, folder: Path
 
 
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after this step; a second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after this step; a second one stops at once.
+
+    Signals are the main thread's alone: training in another one leaves them as they are.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> Stop:
-        self.old = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.old = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -188,27 +271,49 @@ def work_folder(out: Path) -> Path:
 
 def train(
     plan: Plan, out: Path, *, plan_sha256: str, progress: Progress, wanted_device: str | None = None,
-    rehearsal: Rehearsal = NOT_REHEARSED,
+    rehearsal: Rehearsal = NOT_REHEARSED, emulate: bool = False,
 ) -> TrainResult:  # fmt: skip
     """Run a plan and write `out`/train.json beside what was trained; `rehearsal` is what came of one, to be recorded.
 
+    `emulate` runs a GPU's plan on the CPU in the plan's own dtypes (autocast, scaled gradients): slow, for tests.
     Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory or disk than
-    the plan needs, EdgeftError when the loss is not finite, KeyboardInterrupt after saving when asked to stop.
+    the plan needs or memory runs out, EdgeftError when loss, gradients or scores are not finite, KeyboardInterrupt
+    after saving when asked to stop.
     """
     disk.require(disk.train_disk(plan.spec, plan.training), out, there=disk.size_of(work_folder(out)))
     ledger.import_all()
     ledger.control_malloc()
     started = time.monotonic()
     refuse_several_processes()
-    session = Session.open(plan, out, plan_sha256, progress, wanted_device)
-    if not session.scores:  # every checkpoint there was had become unreadable
-        shutil.rmtree(session.work)
-        del session
-        session = Session.open(plan, out, plan_sha256, progress, wanted_device)
-    session.loop()
-    result = session.finish(out, plan_sha256, rehearsal)
+    device, compute, deviations = choose_device(plan, wanted_device, emulate=emulate)
+    here, phase = carried_out(plan, deviations), ["start"]
+
+    def report(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        phase[0] = stage
+        progress(stage, done, total, numbers)
+
+    with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device):
+        session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
+        if not session.scores:  # every checkpoint there was had become unreadable
+            shutil.rmtree(session.work)
+            del session
+            session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
+        session.loop()
+        result = session.finish(out, plan_sha256, rehearsal)
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
+
+
+def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:
+    """`inputs`, kept in a run's work folder. Raises BadInput when the checkpoints there were made from others."""
+    kept = work / "inputs.json"
+    if any(work.glob("step-*")):
+        held = json.loads(kept.read_text()) if kept.is_file() else {}
+        if lines := differences(held, inputs, {WEIGHTS: base}):
+            hint = f"put the files back to go on, or start over: remove {work} and run the same command again"
+            raise changed(f"the checkpoint in {work}", lines, hint)
+    kept.write_text(json.dumps(inputs))
+    return inputs
 
 
 def refuse_several_processes() -> None:
@@ -223,7 +328,7 @@ class Session:
     """One call of `train`: what was read, what runs, and what is said about it at the end."""
 
     plan: Plan
-    training: Training
+    here: Plan  # as it is carried out
     device: torch.device
     compute: torch.dtype
     deviations: list[Deviation]
@@ -231,19 +336,26 @@ class Session:
     work: Path
     progress: Progress
     run: Run
-    base_sha256: str
+    inputs: Inputs
     scores: dict[str, Any]
     phases: dict[str, int]
     resumed: list[int]
     seconds: float
     interval_peaks: list[int]
 
+    @property
+    def training(self) -> Training:
+        return self.here.training
+
     @classmethod
-    def open(cls, plan: Plan, out: Path, plan_sha256: str, progress: Progress, wanted: str | None) -> Session:
+    def open(
+        cls, plan: Plan, here: Plan, out: Path, plan_sha256: str, progress: Progress, device: torch.device,
+        compute: torch.dtype, deviations: list[Deviation],
+    ) -> Session:  # fmt: skip
         """Data, model and the newest checkpoint; the base is scored when there is none."""
-        device, compute, deviations = choose_device(plan, wanted)
-        training = plan.training.model_copy(update={d.what: d.done for d in deviations})
-        check_budget(plan, device)
+        training = here.training
+        going_on = any(work_folder(out).glob("step-*"))
+        check_budget(here, device, going_on=going_on)
         folder = local_folder(plan.job.model)
         data = Data.read(plan)
         work = work_folder(out)
@@ -253,8 +365,9 @@ class Session:
                 for old in work.glob("step-*"):  # checkpoints of another plan
                     shutil.rmtree(old)
             (work / "plan.sha256").write_text(plan_sha256)
+            inputs = settle_inputs(work, plan.inputs | {WEIGHTS: weights_sha256(folder)}, folder)
         progress("load", 0, 1, {})
-        model, parts = prepare(plan, device, compute, folder)
+        model, parts = prepare(here, device, compute, folder)
         check_head(model, parts, data.train[0], device, compute)
         phases = {"load": ledger.peak_bytes(device)}
         fresh: dict[str, Any] = {}
@@ -264,19 +377,22 @@ class Session:
             fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
             fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
             phases["evaluate"] = ledger.peak_bytes(device)
+        ledger.reset_peak(device)
         run = make_run(training, device, compute, model, parts, folder, work)
         resumed = [run.step] if run.step else []
+        if resumed:
+            phases["resume"] = ledger.peak_bytes(device)
+            ledger.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         return cls(
-            plan, training, device, compute, deviations, data, work, progress, run, weights_sha256(folder),
-            before["scores"], {**phases, **before["phases"]}, [*before["resumed_at"], *resumed],
+            plan, here, device, compute, deviations, data, work, progress, run, inputs,
+            before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
             before["seconds"], before["peaks"],
         )  # fmt: skip
 
     def loop(self) -> None:
         """Every step that is left, with checkpoints; raises KeyboardInterrupt after saving when asked to stop."""
         run, training, device = self.run, self.training, self.device
-        ledger.reset_peak(device)
         before, started = self.seconds, time.monotonic()
 
         def note() -> dict[str, Any]:
@@ -324,7 +440,7 @@ class Session:
         ledger.reset_peak(device)
         with staging(out) as temporary:
             if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
-                for unit in run.lisa.active:
+                for unit in (*run.lisa.always, *run.lisa.active):
                     run.lisa.turns.keep(unit)
                 join_files(map(run.lisa.turns.file, run.lisa.visited()), temporary / CHANGED)
             else:
@@ -340,8 +456,9 @@ class Session:
                 input_sha256=plan_sha256,
                 versions=versions(),
                 plan=self.plan,
-                base_sha256=self.base_sha256,
-                deviations=tuple(self.deviations),
+                inputs=self.inputs,
+                files=written_files(temporary, "train.json"),
+                deviations=(*self.deviations, *above(self.here, self.phases)),
                 steps=run.step,
                 trained_parameters=sum(p.numel() for _, p in run.chosen),
                 trained_tokens=run.tokens,
@@ -349,7 +466,8 @@ class Session:
                 padding=round(1 - run.tokens / run.padded_tokens, 4),
                 seconds=round(self.seconds, 2),
                 tokens_per_second=round(run.tokens / self.seconds, 1),
-                predicted_peak_bytes=self.plan.peak_bytes,
+                predicted_peak_bytes=self.here.peak_bytes,
+                predicted_expected_bytes=max(phase.expected_bytes for phase in self.here.phases),
                 measured_peak_bytes=max(self.phases.values()),
                 phase_peak_bytes=self.phases,
                 loss_curve=tuple(run.curve),
@@ -368,6 +486,7 @@ class Session:
                 ),
                 interval_peak_bytes=tuple(self.interval_peaks),
                 interval_optimizer_bytes=() if run.lisa is None else tuple(run.lisa.optimizer_bytes),
+                skipped_steps=run.skipped_steps,
                 resumed_at=tuple(self.resumed),
                 rehearsal=rehearsal,
             )
@@ -383,22 +502,44 @@ def scorer(
     """A function (name, samples) -> Metrics that scores no more at once than a training step holds."""
 
     def score(name: str, samples: list[Sample]) -> Metrics:
-        return evaluate(
+        found = evaluate(
             model, parts, samples, data.tokenizer, device=device, compute=compute,
             chunk_tokens=training.loss_chunk_tokens, group_tokens=training.group_tokens,
             progress=lambda done, total: progress(name, done, total, {}),
         )  # fmt: skip
+        if not math.isfinite(found.loss):
+            hint = "plan again in another precision (--set base_precision=fp32) or with a lower learning rate"
+            raise EdgeftError("training", f"the loss of {name} is {found.loss}: nothing is written as a result", hint)
+        return found
 
     return score
 
 
-def check_budget(plan: Plan, device: torch.device) -> None:
-    """Raise DoesNotFit when this process can really have less than the plan's high estimate."""
+def highest(*measured: dict[str, int]) -> dict[str, int]:
+    """Of each phase the highest bytes."""
+    return {name: max(some.get(name, 0) for some in measured) for name in dict.fromkeys(n for m in measured for n in m)}
+
+
+def above(plan: Plan, measured: dict[str, int]) -> list[Deviation]:
+    """A deviation where more memory was taken than the plan promised."""
+    phase, peak = max(measured.items(), key=lambda entry: entry[1])
+    if peak <= plan.peak_bytes:
+        return []
+    planned, done = f"at most {show_bytes(plan.peak_bytes)}", f"{show_bytes(peak)} in phase {phase}"
+    return [Deviation(what=MORE_MEMORY, planned=planned, done=done)]
+
+
+def check_budget(plan: Plan, device: torch.device, *, going_on: bool = False) -> None:
+    """Raise DoesNotFit when this process can really have less than the plan's high estimate.
+
+    `going_on`: from a checkpoint, whose reading on a CPU is held to the same limit.
+    """
     from edgeft.budget import Limit, memory_limit
 
     on_gpu = device.type == "cuda"  # of a MIG slice, mem_get_info gives the slice's
     have = Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if on_gpu else memory_limit()
-    need = plan.peak_bytes
+    resuming = [phase.high_bytes for phase in plan.stages.phases if phase.name == "resume" and going_on and not on_gpu]
+    need = max([plan.peak_bytes, *resuming])
     if need > have.bytes:
         hint = f"plan for what is there: edgeft plan --max-memory {have.bytes // 2**20}MiB ..."
         problem = f"needs {show_bytes(need)}, this process can have {show_bytes(have.bytes)} ({have.reason})"

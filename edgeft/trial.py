@@ -16,7 +16,8 @@ from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.loop import make_run
 from edgeft.planner import Plan
-from edgeft.train import check_budget, choose_device, prepare
+from edgeft.shortage import capped, explained
+from edgeft.train import check_budget, choose_device, prepare, tf32
 from edgeft.units import show_bytes
 
 STEPS = 3  # the first has no optimizer states yet, the second is the highest, the third is timed
@@ -47,7 +48,10 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         problem = f"needs {plan.training.device}, which is not here"
         raise BadInput("--verify", problem, "plan with the profile of this machine, or leave --verify out")
     check_budget(plan, device)
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        explained(plan, device, ["train"]), capped(plan.budget_bytes, device), tf32(plan.training, device),
+        tempfile.TemporaryDirectory() as scratch,
+    ):  # fmt: skip
         folder = Path(scratch) / "model"
         need = 2 * 4 * plan.spec.total_parameters
         if shutil.disk_usage(scratch).free < need:

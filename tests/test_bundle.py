@@ -275,6 +275,28 @@ def test_golden_vectors_are_what_training_would_feed_and_the_artifact_answers() 
     assert any(golden.greedy_ids for golden in made.golden)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
+def test_the_runtime_gets_the_template_as_training_read_it(name: str, tmp_path: Path) -> None:
+    """Wherever the checkpoint keeps it, with other line ends or comments: not every runtime trims around them."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    (folder / "chat_template.jinja").unlink()
+    text = "{# a note\n of two lines #}\n" + TEMPLATE
+    text = json.dumps({"chat_template": text}) if name.endswith(".json") else text.replace("\n", "\r\n")
+    (folder / name).write_bytes(text.encode())
+    messages = [{"role": "user", "content": "one?"}]
+    made = build_bundle(
+        folder, load_target("ort-fp32"), tmp_path / "bundle", prompts=[GoldenInput(messages=messages)],
+        prompt_format="chat", measure=False,
+    )  # fmt: skip
+    assert (
+        made.golden[0].text
+        == TextTokenizer(folder).render(messages, True)
+        == TextTokenizer(checkpoint()).render(messages, True)
+    )
+    assert runner_module().verify(tmp_path / "bundle") == []
+
+
 def test_answers_end_where_the_chat_template_ends_them() -> None:
     tokenizer = TextTokenizer(checkpoint())
     assert tokenizer.eos_ids == [0]

@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
+    "headers", "identity",
     "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
     "candidates", "timing", "costs", "explain", "planner", "stages", "host", "footprint", "disk", "budget",
     "simulation", "depth", "tape", "operations", "dataflow",

@@ -99,3 +99,14 @@ def test_rearranged_weights_are_left_out_only_where_llama_cpp_would_use_amx(
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
         monkeypatch.setattr(runner, "Path", lambda path: tmp_path / "cpuinfo")
         assert runner._uses_amx(with_amx) is expected and runner._uses_amx(without) is False
+
+
+def test_the_graph_bears_the_builders_version_and_no_commit_of_the_users_repository() -> None:
+    """The builder asks git in the folder that its environment stands in, which is a user's project."""
+    import onnx
+    import onnxruntime_genai
+
+    commit = getattr(onnxruntime_genai, "__commit__", "") or ""
+    expected = onnxruntime_genai.__version__ + (f"+{commit[:7]}" if commit else "")
+    graph = onnx.load(str(bundle("ort-int4") / "model.onnx"), load_external_data=False)
+    assert (graph.producer_name, graph.producer_version) == ("onnxruntime-genai", expected)

@@ -17,6 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+SYSTEM = "Answer with one word."
+
+
 def edgeft(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgeft", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -32,6 +35,7 @@ def line(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     rows = [
         {
             "messages": [
+                {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": f"Section of lib{i}?"},
                 {"role": "assistant", "content": ("libs", "doc")[i % 2]},
             ]
@@ -110,6 +114,42 @@ def test_bundle_runs_and_verifies_by_its_own_file(line: Path, tmp_path: Path) ->
     (moved / "model.onnx.data").write_bytes(data)
     broken = subprocess.run([sys.executable, moved / "run.py", "--verify"], capture_output=True, text=True)
     assert broken.returncode == 4 and "model.onnx.data" in broken.stdout + broken.stderr
+
+
+def test_the_device_gives_the_system_message_that_was_trained(line: Path) -> None:
+    """What run.py encodes for a bare question is what the golden vector of that very row was recorded from."""
+    bundle = json.loads((line / "bundle" / "bundle.json").read_text())
+    assert bundle["system"] == SYSTEM and SYSTEM in (line / "bundle" / "README.md").read_text()
+    golden = bundle["golden"][0]
+    system, user = golden["messages"]
+    assert system == {"role": "system", "content": SYSTEM}
+    asked = ("run", line / "bundle", user["content"], "--max-tokens", 1, "--json")
+    assert json.loads(edgeft(*asked).stdout)["prompt_ids"] == golden["ids"]
+    assert json.loads(edgeft(*asked, "--system", "").stdout)["prompt_ids"] != golden["ids"]
+
+
+def test_only_a_system_message_that_every_row_has_is_the_bundles(checkpoint_folder: Path, tmp_path: Path) -> None:
+    from edgeft.bundle import GoldenInput
+    from edgeft.data import TextTokenizer
+    from edgeft.export import shared_system
+    from edgeft.settings import make_job
+
+    tokenizer, path = TextTokenizer(checkpoint_folder), tmp_path / "rows.jsonl"
+
+    def found(*systems: str | None, seen: str | None = "A") -> str | None:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        rows = [[*([{"role": "system", "content": text}] if text else []), *turns] for text in systems]
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        first = [{"role": "system", "content": seen}] if seen else []
+        prompts = [GoldenInput(messages=[*first, turns[0]])]
+        job = make_job(model=str(checkpoint_folder), profile="cpu-8gb", data=str(path))
+        return shared_system(job, prompts, tokenizer)
+
+    assert found("A", "A") == "A"
+    assert found("A", "B") is None
+    assert found("A", None) is None
+    assert found("B", "B") is None  # the validation rows have another
+    assert found("A", "A", seen=None) is None
 
 
 def test_an_adapter_of_another_tool_is_merged_but_has_nothing_to_prove_with(

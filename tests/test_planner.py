@@ -23,6 +23,7 @@ from edgeft.units import GIB
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 PINNED = ("tuner", "rank", "base_precision", "micro_batch_size", "loss_chunk_tokens", "optimizer")
 LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
+QWEN_SMALL = str(CONFIGS / "qwen2.5-0.5b")
 
 
 def plan(model: str = LLAMA, profile: str = "t4", **settings: object) -> Plan:
@@ -186,7 +187,17 @@ def test_a_pin_that_does_not_fit_is_named() -> None:
         (
             {"tuner": "full", "base_precision": "nf4"},
             "base_precision: 4-bit weights cannot be trained themselves\n\nhint: use tuner=lora, layers=lisa or "
-            "layers=sparse (the layers that train are dense then), or another precision",
+            "layers=sparse (those that train are dense then), or base_precision=fp32",
+        ),
+        (
+            {"tuner": "full", "base_precision": "fp16"},
+            "base_precision: fp16 weights cannot be trained themselves\n\nhint: use tuner=lora, layers=lisa or "
+            "layers=sparse (those that train are dense then), or base_precision=fp32",
+        ),
+        (
+            {"tuner": "full", "layers": "lisa", "optimizer": "paged_adamw8bit"},
+            "optimizer: paged_adamw8bit never frees the paged states of layers that leave, and lisa's layers come and "
+            "go\n\nhint: use optimizer=adamw8bit or adamw with layers=lisa",
         ),
     ],
 )
@@ -194,6 +205,41 @@ def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> N
     with pytest.raises(BadInput) as caught:
         plan(**settings)
     assert str(caught.value) == message
+
+
+def test_ends_that_train_beside_a_few_layers_make_a_gpu_compute_in_fp32() -> None:
+    for layers in ("sparse", "lisa"):
+        job = make_job(model=QWEN_SMALL, profile="t4", tuner="full", layers=layers, norm="on", max_length=64)
+        made = make_plan(job).training
+        assert (made.base_precision, made.compute_dtype) == ("fp32", "fp32")
+
+
+def test_lisa_says_where_it_amounts_to_less() -> None:
+    def notes(**settings: object) -> str:
+        job = make_job(model=QWEN_SMALL, profile="t4", tuner="full", layers="lisa", max_length=64, **settings)
+        return "\n".join(make_plan(job).notes)
+
+    assert "lisa never switches: the run has 5 steps, an interval 9" in notes(max_steps=5, lisa_interval=9)
+    assert "only one draw is possible, every layer trains all the time" in notes(active_layers=24)
+    assert "lisa" not in notes(active_layers=2)
+
+
+def test_a_model_that_overflows_in_fp16_computes_in_fp32_where_there_is_no_bf16() -> None:
+    gemma = str(CONFIGS / "gemma-3-1b")
+    assert make_plan(make_job(model=gemma, profile="t4")).training.compute_dtype == "fp32"
+    assert make_plan(make_job(model=gemma, profile="l4-24gb")).training.compute_dtype == "bf16"
+    pinned = make_plan(make_job(model=gemma, profile="t4", base_precision="fp16", max_length=512))
+    assert pinned.training.compute_dtype == "fp16" and any("overflows in fp16" in note for note in pinned.notes)
+
+
+def test_heads_are_repeated_where_no_kernel_knows_grouped_queries() -> None:
+    """One answer for the planner and the trainer: flash attention is bf16's (a profile has that from 8.0 on)."""
+    for profile, precision, repeats in (
+        ("rtx4090-24gb", "fp32", True), ("rtx4090-24gb", "bf16", False), ("t4", "fp16", True), ("t4", "fp32", True),
+        ("cpu-8gb", "fp32", False),
+    ):  # fmt: skip
+        job = make_job(model=QWEN_SMALL, profile=profile, tuner="lora", base_precision=precision, max_length=256)
+        assert make_plan(job).training.repeats_groups is repeats, (profile, precision)
 
 
 def test_a_target_device_is_no_training_host() -> None:

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
 
 from edgeft import budget, host, stages
@@ -240,18 +241,27 @@ def test_an_export_takes_target_and_device_from_the_plan(
     assert sha256_file(tmp_path / "merged" / "merged.json")
 
 
-def test_resuming_reads_the_whole_checkpoint(plan_file: Any, tmp_path: Path) -> None:  # noqa: F811
-    """The state file that a run leaves is as large as the term of its plan says."""
+def test_resuming_reads_the_optimizers_states_whole_and_parameters_one_at_a_time(
+    plan_file: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The files that a run leaves are as large as the terms of its plan and disk say."""
     path = plan_file(max_steps=4, checkpoint_steps=2, tuner="full")
-    written: list[int] = []
+    written: list[tuple[int, int]] = []
 
     def note(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        written.extend(file.stat().st_size for file in tmp_path.glob(".train.work/step-*/state.pt"))
+        for folder in tmp_path.glob(".train.work/step-*"):
+            sizes = ((folder / name).stat().st_size for name in ("state.pt", "parameters.safetensors"))
+            written.append((next(sizes), next(sizes)))
 
     run(path, tmp_path / "train", progress=note)
-    planned = term(phase(Plan.read(path), "resume"), "state file")
-    assert written and max(written) <= planned <= max(written) + 128 * 1024
-    assert planned == pytest.approx(12 * Plan.read(path).spec.total_parameters, rel=0.1)
+    made = Plan.read(path)
+    resume, (states, parameters) = phase(made, "resume"), max(written)
+    assert 0 <= states - term(resume, "optimizer states") <= 128 * 1024
+    assert parameters == pytest.approx(4 * made.spec.total_parameters, rel=0.05)
+    largest = max(tensor.nbytes for tensor in load_file(tmp_path / "train" / "changed.safetensors").values())
+    assert term(resume, "one tensor") == largest
+    assert resume.expected_bytes < sum(term.bytes for term in next(p for p in made.phases if p.name == "train").terms)
 
 
 def test_a_cast_of_the_base_counts_on_a_gpus_host() -> None:

@@ -1,0 +1,269 @@
+"""What only a CUDA device shows: scaled gradients, 8-bit and paged states, 4-bit kernels, attention, the memory cap."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edgeft.architectures import find_parts
+from edgeft.artifacts import sha256_file
+from edgeft.checkpoint import DTYPES, load_base, load_plain
+from edgeft.data import Sample
+from edgeft.errors import DoesNotFit, EdgeftError
+from edgeft.evaluate import token_losses
+from edgeft.loop import Run, make_run
+from edgeft.merge import merge
+from edgeft.planner import Plan, make_plan
+from edgeft.settings import Training, make_job
+from edgeft.shortage import capped
+from edgeft.train import TrainResult, prepare, tf32, train
+from edgeft.tuners import apply_tuner
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "debian-tiny"
+CUDA = torch.device("cuda")
+ROWS = [
+    {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
+]
+LISA = {"tuner": "full", "layers": "lisa", "active_layers": 1, "lisa_interval": 2}
+
+
+def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+    """A progress report that nobody reads."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four layers with grouped queries, matrices large enough for paged states, the example's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    out = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(EXAMPLE / name, out / name)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of its own for quantised bases, and nothing left on the card by the test before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def planned(folder: Path, tmp_path: Path) -> Any:
+    """Writes the plan of a job on ROWS and gives its path."""
+
+    def write(**settings: Any) -> Path:
+        data, path = tmp_path / "rows.jsonl", tmp_path / "plan.json"
+        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        values = {
+            "model": str(folder), "data": str(data), "profile": "rtx4090-24gb", "batch_size": 4, "max_steps": 8,
+            "epochs": 3.0, "eval_rows": 4, "learning_rate": 1e-3, **settings,
+        }  # fmt: skip
+        make_plan(make_job(**values)).write(path)
+        return path
+
+    return write
+
+
+def run(path: Path, out: Path, progress: Any = silent) -> TrainResult:
+    return train(Plan.read(path), out, plan_sha256=sha256_file(path), progress=progress)
+
+
+def started(plan: Plan, work: Path) -> Run:
+    compute = DTYPES[plan.training.compute_dtype]
+    base = Path(plan.job.model)
+    model, parts = prepare(plan, CUDA, compute, base)
+    work.mkdir(exist_ok=True)
+    return make_run(plan.training, CUDA, compute, model, parts, base, work)
+
+
+def samples(seed: int, count: int = 4, length: int = 48) -> list[Sample]:
+    draw = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(5, 4000, (length,), generator=draw).tolist() for _ in range(count)]
+    return [Sample(ids, ids, 1) for ids in rows]
+
+
+def test_fp16_overflow_is_skipped_counted_and_recovered_from(planned: Any, tmp_path: Path) -> None:
+    plan = Plan.read(planned(profile="t4", tuner="lora", rank=8, base_precision="fp16", layers="all"))
+    made = started(plan, tmp_path / "work")
+    first = made.scaler.get_scale()
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if made.scaler.get_scale() <= first / 8 else torch.full_like(gradient, float("inf"))
+
+    made.chosen[0][1].register_hook(overflow)
+    losses = [made.train_step(samples(step)) for step in range(4)]
+    assert made.skipped_steps == 3 and made.step == 4 and made.micro_batches >= 4
+    assert made.scaler.get_scale() <= first / 8 and all(loss > 0 for loss in losses)
+    assert all(float(p.detach().abs().sum()) > 0 for name, p in made.chosen if "lora_B" in name)
+
+
+def test_fp16_that_never_recovers_is_an_error(planned: Any, tmp_path: Path) -> None:
+    plan = Plan.read(planned(profile="t4", tuner="lora", rank=8, base_precision="fp16", layers="all"))
+    made = started(plan, tmp_path / "work")
+    made.chosen[0][1].register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    with pytest.raises(EdgeftError, match="gradients are not finite at step 1 of 8, 20 times in a row"):
+        made.train_step(samples(0))
+    assert (made.step, made.tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
+def test_optimizers_train_and_go_on_as_they_were(optimizer: str, planned: Any, tmp_path: Path) -> None:
+    plan = Plan.read(planned(tuner="full", layers="all", optimizer=optimizer, micro_batch_size=4))
+    made, work = started(plan, tmp_path / "work"), tmp_path / "work"
+    before = [made.train_step(samples(0)) for _ in range(4)]
+    assert before[-1] < before[0]
+    made.save(work, {})
+    after = [made.train_step(samples(0)) for _ in range(3)]
+    again = started(plan, work)
+    assert again.step == 4
+    assert [again.train_step(samples(0)) for _ in range(3)] == pytest.approx(after, rel=1e-4)
+    states = [value for state in again.optimizer.state.values() for value in state.values()]
+    paged = [value for value in states if getattr(value, "is_paged", False)]
+    assert bool(paged) == (optimizer == "paged_adamw8bit")
+    large = [s["state1"] for p, s in again.optimizer.state.items() if "state1" in s and p.numel() >= 100_000]
+    assert not paged or all(getattr(value, "is_paged", False) for value in large)
+
+
+@pytest.mark.parametrize("compute, rtol", [("fp32", 1e-3), ("bf16", 5e-2)])
+def test_nf4_gradients_are_those_of_the_dequantised_weights(
+    compute: str, rtol: float, folder: Path, planned: Any
+) -> None:
+    import bitsandbytes.functional as bnb
+
+    training: Training = Plan.read(planned(tuner="lora", rank=8, base_precision="nf4", layers="all")).training
+    training = training.model_copy(update={"compute_dtype": compute})
+    dtype = DTYPES[compute]
+    quantised, dense = load_base(folder, training, CUDA, dtype), load_plain(folder).to(CUDA)
+    for name, module in quantised.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            exact = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dense.get_submodule(name).weight.data = exact.float()
+    gradients = []
+    for model in (quantised, dense):
+        parts = find_parts(model)
+        chosen = apply_tuner(model, parts, training)
+        with torch.no_grad():
+            for i, (_, parameter) in enumerate(chosen):
+                values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 10
+                parameter.copy_(values)
+        own = dtype if model is quantised else torch.float32
+        for _, parameter in chosen:
+            parameter.data = parameter.data.to(CUDA)
+        token_losses(model, parts, samples(0, 1), CUDA, own, 16).backward()
+        gradients.append({name: p.grad for name, p in chosen})
+    for name, gradient in gradients[1].items():
+        found = gradients[0][name]
+        assert gradient is not None and found is not None
+        assert float(torch.dist(found.float(), gradient) / gradient.norm()) < rtol, name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tuner": "full", "layers": "all"},
+        {"tuner": "lora", "rank": 8, "base_precision": "bf16", "layers": "all"},
+        {"tuner": "lora", "rank": 8, "base_precision": "fp16", "layers": "all", "profile": "t4"},
+        {"tuner": "lora", "rank": 8, "base_precision": "nf4", "layers": "all"},
+    ],
+)
+def test_no_plan_attends_with_the_math_kernel(settings: dict[str, Any], planned: Any, tmp_path: Path) -> None:
+    """Its scores of S x S are in no plan: with only the two kernels that make none, every step runs."""
+    made = started(Plan.read(planned(**settings)), tmp_path / "work")
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        made.train_step(samples(0))
+
+
+def test_grouped_queries_in_fp32_have_no_other_kernel(folder: Path) -> None:
+    """The fault that repeating heads avoids is still there in PyTorch: without it nothing but the math kernel does."""
+    model = load_plain(folder).to(CUDA)
+    ids = torch.arange(5, 40, device=CUDA)[None]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]), pytest.raises(RuntimeError):
+        model(input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LISA,
+        {**LISA, "lisa_state": "park"},
+        {**LISA, "lisa_state": "park", "optimizer": "adamw8bit"},
+        {**LISA, "base_precision": "fp32", "embedding": "rotate", "norm": "on"},
+        {**LISA, "base_precision": "nf4", "lisa_state": "park", "active_layers": 2},
+        {**LISA, "base_precision": "bf16"},
+    ],
+)
+def test_layers_in_turn_stopped_and_gone_on_with(settings: dict[str, Any], planned: Any, tmp_path: Path) -> None:
+    path = planned(**settings, max_steps=12)
+    whole = run(path, tmp_path / "whole")
+    assert whole.valid.loss < whole.base_valid.loss
+
+    def interrupt(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(path, tmp_path / "stopped", interrupt)
+    resumed = run(path, tmp_path / "stopped")
+    assert resumed.resumed_at and resumed.phase_peak_bytes["resume"] > 0
+    assert [loss for _, loss in resumed.loss_curve] == pytest.approx([loss for _, loss in whole.loss_curve], rel=5e-3)
+    assert resumed.units and {u.unit for u in resumed.units if u.steps} == {u.unit for u in whole.units if u.steps}
+    made = merge(tmp_path / "stopped", tmp_path / "merged", wise_alpha=1.0, progress=silent)
+    assert made.changed_tensors > 0
+
+
+def test_adapters_train_on_the_card_and_the_record_says_so(planned: Any, tmp_path: Path) -> None:
+    result = run(planned(tuner="lora", rank=8, epochs=4.0, max_steps=30, layers="all"), tmp_path / "train")
+    assert result.valid.loss < 0.95 * result.base_valid.loss and not result.skipped_steps
+    assert result.plan.training.compute_dtype == "bf16"
+    assert [d.what for d in result.deviations if d.what != "peak memory"] == []
+    assert result.measured_peak_bytes > 0
+
+
+def test_the_process_is_held_to_the_budget() -> None:
+    budget = 64 * 2**20
+    with capped(budget, CUDA):
+        torch.empty(budget // 4, dtype=torch.uint8, device=CUDA)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(4 * budget, dtype=torch.uint8, device=CUDA)
+    torch.empty(4 * budget, dtype=torch.uint8, device=CUDA)
+
+
+def test_running_out_of_memory_is_exit_3_with_the_next_smaller_way(planned: Any, tmp_path: Path) -> None:
+    path = planned(tuner="full", layers="all")
+    small = Plan.read(path).model_copy(update={"budget_bytes": 96 * 2**20})
+    with pytest.raises(DoesNotFit, match="train: memory ran out in phase") as caught:
+        train(small, tmp_path / "train", plan_sha256=sha256_file(path), progress=silent)
+    text = str(caught.value)
+    assert caught.value.exit_code == 3 and "the budget is 96.0 MiB" in text and "other processes and CUDA" in text
+    assert "edgeft plan --model" in text
+    torch.empty(256 * 2**20, dtype=torch.uint8, device=CUDA)  # the cap is gone
+
+
+def test_fp32_products_run_on_tensor_cores(planned: Any) -> None:
+    training = Plan.read(planned(tuner="full", layers="all")).training
+    before = torch.get_float32_matmul_precision()
+    with tf32(training, CUDA):
+        wanted = "high" if torch.cuda.get_device_capability() >= (8, 0) else before
+        assert torch.get_float32_matmul_precision() == wanted
+    assert torch.get_float32_matmul_precision() == before
