@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -106,7 +106,7 @@ test-mutants: .venv/installed-dev  ## plant every fault into what was trained, m
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-bench: bench-closed-form bench-planner bench-time bench-lisa bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
 	$(py) bench/planner.py
@@ -116,6 +116,9 @@ bench-closed-form: .venv/installed  ## the planner's closed form against the sim
 
 bench-time: .venv/installed  ## estimated against measured seconds of a step, on a quiet machine
 	$(py) bench/time.py
+
+bench-trainer: .venv/installed  ## time and memory beside PEFT + Trainer, the same job by both, on a quiet machine
+	$(py) bench/trainer.py
 
 bench-lisa: .venv/installed  ## memory of layers in turn at every interval, on a 135M shape
 	$(py) bench/lisa.py

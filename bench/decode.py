@@ -220,7 +220,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     import llama_cpp
-    from run import record, usable_cores
+    from run import record
+
+    from edgeft.budget import usable_cores
 
     rows, samples, bandwidth = [], [], read_bandwidth()
     with tempfile.TemporaryDirectory() as scratch:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgeft import memory
-from edgeft.artifacts import versions
-from edgeft.budget import usable_cores
+from edgeft.environment import environment
 from edgeft.lisa import draw
 from edgeft.planner import Plan
 from edgeft.report import NOT_TENSORS
@@ -25,10 +21,7 @@ BASE = ROOT / "examples" / "debian-tiny"
 CONFIGS = ROOT / "examples" / "configs"
 
 
-def environment() -> dict[str, Any]:
-    """What a number depends on besides the code."""
-    return {"cpu": platform.processor() or platform.machine(), "cores": usable_cores(), "versions": versions(),
-            "torch_threads": torch.get_num_threads()}  # fmt: skip
+AT_START = environment(ROOT)  # a bench is its own load: what else ran is seen before it begins
 
 
 def verb(*arguments: str, as_json: bool = True) -> dict[str, Any]:
@@ -97,6 +90,18 @@ def random_model(folder: Path, shape: dict[str, Any]) -> Path:
     return with_tokenizer(folder, shape["vocab_size"])
 
 
+def random_135m(folder: Path) -> Path:
+    """SmolLM2-135M's shape with random weights in fp32, and a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(CONFIGS / "smollm2-135m")
+    config.eos_token_id = config.bos_token_id = 0
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return with_tokenizer(folder, config.vocab_size)
+
+
 def with_tokenizer(folder: Path, words: int) -> Path:
     """Give a model the example's tokenizer, its ids spread over the vocabulary as those of a larger one would be.
 
@@ -117,5 +122,5 @@ def record(name: str, result: dict[str, Any]) -> None:
     """Write bench/results/<name>.json and say so."""
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": AT_START, **result}, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")

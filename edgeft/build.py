@@ -33,9 +33,9 @@ from edgeft.bundle import (
     readme,
 )
 from edgeft.data import TextTokenizer
+from edgeft.environment import cpu_model, cpuinfo
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.footprint import Weights, choose_context, predict
-from edgeft.machine import cpu_identity
 from edgeft.model_spec import read_model_spec
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import Component, bill_of_materials
@@ -306,12 +306,13 @@ def build_bundle(
 
 def environment(runtime: Runtime) -> Environment:
     """Where golden vectors are recorded: another processor or runtime may round otherwise."""
-    cpu, flags = cpu_identity()
+    flags = cpuinfo("flags", "Features").split()
     features = sorted(flag for flag in flags if flag.startswith(runner_module().FEATURES))
     package = RUNTIMES[runtime][1]
     names = [package] + (["onnxruntime"] if runtime == "ort-genai" else [])
     held = {name: versions().get(name, "") for name in names}
-    return Environment(cpu=cpu, features=features, runtime=" ".join(f"{name} {held[name]}".strip() for name in names))
+    runtimes = " ".join(f"{name} {held[name]}".strip() for name in names)
+    return Environment(cpu=cpu_model(), features=features, runtime=runtimes)
 
 
 def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:

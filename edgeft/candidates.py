@@ -11,7 +11,7 @@ from edgeft.errors import BadInput
 from edgeft.memory import Workload
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
-from edgeft.settings import ENDS, Job, Optimizer, Precision, Training, Tuner
+from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
 
 # Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
 # memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
@@ -253,12 +253,13 @@ def candidates(
     modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
     open_still: list[dict[str, Any]] = [
         {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
-         "optimizer": optimizer}
-        for batch, (checkpointing, kept), chunk, optimizer in itertools.product(
+         "optimizer": optimizer, "malloc": malloc}
+        for batch, (checkpointing, kept), chunk, optimizer, malloc in itertools.product(
             [job.micro_batch_size] if job.micro_batch_size else batches,
             _recomputing(job, spec),
             [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
             [job.optimizer] if job.optimizer else optimizers,
+            _mallocs(job, profile),
         )
     ]  # fmt: skip
     refused: BadInput | None = None
@@ -317,6 +318,13 @@ def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:
     if job.checkpointing is not None:
         return [(job.checkpointing, 0)]
     return [(False, 0), (True, 0), *([(True, 1)] if spec.num_hidden_layers > 1 else [])]
+
+
+def _mallocs(job: Job, profile: Profile) -> list[Malloc]:
+    """Ways to keep freed memory, faster first. Tensors of a GPU are its own allocator's."""
+    if job.malloc is not None:
+        return [job.malloc]
+    return ["fast", "tight"] if profile.device == "cpu" else ["tight"]
 
 
 def _compute_of_nf4(profile: Profile, spec: ModelSpec) -> str:

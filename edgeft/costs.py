@@ -17,7 +17,7 @@ from edgeft.artifacts import Strict
 from edgeft.data import Lengths
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
-from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
+from edgeft.settings import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
 from edgeft.timing import COUNTED, Counted, count, mean_work, seconds_per_step
 
 # expected quality points given up, by the evidence above; only their order decides
@@ -41,6 +41,7 @@ class Candidate(Strict):
     kept_layers: int
     loss_chunk_tokens: int
     optimizer: Optimizer
+    malloc: Malloc = "tight"
     quality_cost: float
     seconds_per_step: float
     high_bytes: int

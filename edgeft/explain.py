@@ -33,7 +33,7 @@ class Saving(Strict):
 
 
 CHOICES = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "loss_chunk_tokens",
-           "optimizer")  # fmt: skip
+           "optimizer", "malloc")  # fmt: skip
 
 
 def describe(training: Training, name: str) -> str:
@@ -97,8 +97,10 @@ def frontier(question: Question, chosen: Training, looked_at: list[Training]) ->
     return tuple(sorted({*rows, mine}, key=lambda row: (row.quality_cost, -row.high_bytes)))
 
 
-def _frugal(training: Training) -> tuple[int, int, int]:
-    return training.micro_batch_size, -int(training.checkpointing), training.loss_chunk_tokens
+def _frugal(training: Training) -> tuple[int, int, int, bool]:
+    return (
+        training.micro_batch_size, -int(training.checkpointing), training.loss_chunk_tokens, training.malloc == "fast"
+    )  # fmt: skip
 
 
 def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
@@ -115,6 +117,8 @@ def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
         ways.append(("activations recomputed", "activations kept", {"checkpointing": False, "kept_layers": 0}))
     if chosen.base_precision == "nf4":
         ways.append(("base weights in nf4", f"base weights in {half}", {"base_precision": half}))
+    if chosen.malloc == "tight" and chosen.device == "cpu":
+        ways.append(("freed memory returned at once", "kept for reuse (malloc=fast)", {"malloc": "fast"}))
     if chosen.optimizer != "adamw":
         ways.append((chosen.optimizer, "adamw with 32-bit states", {"optimizer": "adamw"}))
     if chosen.layers == "lisa" or len(chosen.trained_layers) < count:
@@ -193,6 +197,9 @@ def gave_up(question: Question, best: Training, chosen: Training) -> list[str]:
         lines.append(
             f"loss in chunks of {chosen.loss_chunk_tokens} tokens instead of {best.loss_chunk_tokens}: same result"
         )
+    if chosen.malloc != best.malloc:
+        more = question.seconds(chosen) / question.seconds(chosen.model_copy(update={"malloc": best.malloc})) - 1
+        lines.append(f"freed memory is returned at once (malloc=tight): {more:.0%} more time, same result")
     return [*lines, f"the best candidate needs {show_bytes(question.high_bytes(best))}"] if lines else []
 
 

@@ -36,7 +36,7 @@ COLOURS = {
     "activations": "#1b7a4b",
     "forward": "#59a878", "fused QKV": "#59a878",
     "key-value cache": "#8fcf9f", "fp32 graph": "#8fcf9f",
-    "height": "#7b5ea7", "quantiser": "#7b5ea7",
+    "height": "#7b5ea7", "quantiser": "#7b5ea7", "pool": "#b0a08c",
     "logits": "#c9b8e0", "probabilities": "#c9b8e0",
     "inputs": "#e4e8ed", "rotary tables": "#e4e8ed",
 }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from edgeft import ledger
 from edgeft.architectures import Parts, find_parts
 from edgeft.batches import make_batch
 from edgeft.checkpoint import DTYPES, Checkpoint, TensorFile, load_base, load_plain, local_folder
@@ -258,6 +259,7 @@ def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE) -> An
 
 def load_changed(base: Path, trained: Path, training: Training, shares: Shares = WHOLE) -> Any:
     """The original weights and what training left in `trained`, nothing merged; fp32, on the CPU."""
+    ledger.import_all()
     model = load_plain(base)
     training = training.model_copy(update={"compute_dtype": "fp32"})
     if training.tuner == "lora":

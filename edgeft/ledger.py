@@ -17,12 +17,38 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+MAPPED_BYTES, NEVER, LARGEST_THRESHOLD = 65536, -1, 32 * 2**20
+POOL_PIECE = 2**20
 
 
 def import_all() -> None:
-    """Import at once what any training run may import, so that every process has the same baseline."""
-    for name in ("peft", "bitsandbytes", "transformers", "tokenizers", "safetensors.torch"):
+    """Import at once what any training run may import, so that every process has the same baseline.
+
+    bitsandbytes asks for compiled functions as it is imported, which loads PyTorch's compiler (42 MiB, a second)
+    though nothing here compiles: it gets the functions as they are.
+    """
+    compiled = torch.compile
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        torch.compile = compiled
+    for name in ("peft", "transformers", "tokenizers", "safetensors.torch"):
         importlib.import_module(name)
+
+
+def _uncompiled(function: Any = None, **options: Any) -> Any:
+    return function if function is not None else lambda other: other
+
+
+def _glibc() -> Any:
+    """glibc, None where the system has another C library (musl has neither the file nor the threshold)."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+        return library if library.mallopt and library.malloc_trim else None
+    return None
 
 
 def control_malloc() -> bool:
@@ -31,26 +57,39 @@ def control_malloc() -> bool:
     glibc's own threshold grows to 32 MiB as tensors are freed; from then on activations fragment the heap, and peak
     RSS is 10 to 73% above the tensors' bytes and never the same twice. Must run before the model is built.
     """
-    mallopt = _glibc("mallopt")
-    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 65536) and mallopt(M_TRIM_THRESHOLD, 65536))
+    library = _glibc()
+    if library is None:
+        return False
+    return all(bool(library.mallopt(what, MAPPED_BYTES)) for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+
+
+def keep_pool(size: int) -> bool:
+    """True when glibc keeps `size` bytes for tensors to come; what finds no place there is mapped, and returned.
+
+    For `control_malloc`'s processes. A page that is mapped anew is cleared by the system, which takes a small model as
+    long as its arithmetic. glibc looks for a place in its heap before it maps a block, so a heap that is grown once and
+    never trimmed is a pool: its pages are there once they were used, never more than `size`. `give_back` ends it.
+    """
+    library = _glibc()
+    if library is None or size < POOL_PIECE:
+        return False
+    library.mallopt(M_TRIM_THRESHOLD, NEVER)
+    library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+    pieces = [library.malloc(POOL_PIECE) for _ in range(size // POOL_PIECE)]  # not touched: no page of it is there yet
+    for piece in reversed(pieces):  # the last one first: each joins the free end of the heap
+        library.free(piece)
+    library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    return True
 
 
 def give_back() -> None:
-    """Let glibc return what was freed to the system, where `control_malloc` does not (it slows small tensors down).
+    """Let glibc return all that was freed to the system, a pool's pages too.
 
     It keeps a dropped model's pages for tensors to come: 530 MiB of a 135M model in fp32 after its second loading.
     """
     gc.collect()
-    if malloc_trim := _glibc("malloc_trim"):
-        malloc_trim(0)
-
-
-def _glibc(function: str) -> Any:
-    """That function of glibc; None elsewhere: musl has neither the file nor the function."""
-    try:
-        return getattr(ctypes.CDLL("libc.so.6"), function)
-    except (OSError, AttributeError):
-        return None
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
 
 
 def _status(field: str) -> int:

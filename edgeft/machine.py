@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edgeft import process
-from edgeft.artifacts import Artifact, sha256_json, versions
-from edgeft.budget import PROC, resident_bytes, usable_cores, usable_memory
+from edgeft.artifacts import Artifact, sha256_file, sha256_json, versions
+from edgeft.budget import resident_bytes, usable_cores, usable_memory
+from edgeft.environment import cpu_model, cpuinfo
 from edgeft.errors import BadInput, EdgeftError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -38,12 +39,13 @@ class Probe(Artifact):
 def probe_cpu() -> Probe:
     """This CPU's measured rates and a training process's baseline, from the cache where it has them.
 
-    The cache is one JSON file per CPU, core count and package versions. A corrupt one is measured again, an
-    unwritable one done without. Raises BadInput if the packages of a training run are not installed.
+    The cache is one JSON file per CPU, core count, package versions and code that measures. A corrupt one is measured
+    again, an unwritable one done without. Raises BadInput if the packages of a training run are not installed.
     """
     # Virtual machines hide the CPU's model: only the flags (on ARM, Features) tell one with AMX from another.
-    cpu = [_cpuinfo("model name"), _cpuinfo("flags", "Features") or platform.node(), platform.machine()]
-    key = {"cpu": cpu, "cores": usable_cores(), "versions": _probe_versions(), "fields": sorted(Probe.model_fields)}
+    cpu = [cpuinfo("model name"), cpuinfo("flags", "Features") or platform.node(), platform.machine()]
+    measured_by = [sha256_file(Path(__file__).with_name(name)) for name in ("machine.py", "ledger.py")]
+    key = {"cpu": cpu, "cores": usable_cores(), "versions": _probe_versions(), "code": measured_by}
     base = os.environ.get("XDG_CACHE_HOME", "")
     path = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "edgeft")
     path /= f"probe-{sha256_json(key)[:16]}.json"
@@ -63,20 +65,6 @@ def probe_cpu() -> Probe:
     return probe
 
 
-def _cpuinfo(*fields: str) -> str:
-    with contextlib.suppress(OSError):
-        for line in (PROC / "cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in fields:
-                return value.strip()
-    return ""
-
-
-def cpu_identity() -> tuple[str, list[str]]:
-    """(the processor's name, its features), as the system gives them."""
-    return _cpuinfo("model name") or platform.machine(), _cpuinfo("flags", "Features").split()
-
-
 def _probe_versions() -> dict[str, str]:
     names = {"edgeft", "python", "torch", "transformers", "peft", "bitsandbytes"}
     return {name: version for name, version in versions().items() if name in names}
@@ -92,7 +80,7 @@ def measure() -> str:
 
     torch.set_num_threads(usable_cores())
     probe = Probe(
-        cpu=_cpuinfo("model name") or platform.machine(),
+        cpu=cpu_model(),
         cores=usable_cores(),
         matmul_tflops={dtype: _matmul_tflops(dtype) for dtype in get_args(Dtype)},
         bandwidth_gb_per_second=_copy_gb_per_second(),

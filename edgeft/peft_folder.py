@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from edgeft import ledger
 from edgeft.checkpoint import TensorFile, load_plain
 from edgeft.errors import BadInput
 
@@ -124,6 +125,7 @@ def token_indices(config: dict[str, Any], module: str) -> list[int]:
 
 def folded_by_peft(folder: Path, base: Path) -> dict[str, torch.Tensor]:
     """The tensors that an adapter changes, as PEFT folds them into the base loaded whole, in fp32. Raises BadInput."""
+    ledger.import_all()
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 

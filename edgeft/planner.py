@@ -45,7 +45,7 @@ DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # on five files of 1,500 to 6,000 rows, 52k to 716k tokens.
 DATA_BYTES = 3_000_000
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
-        "loss_chunk_tokens", "optimizer")  # fmt: skip
+        "loss_chunk_tokens", "optimizer", "malloc")  # fmt: skip
 
 
 class Plan(Artifact):

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
 
-NOT_TENSORS = ("process", "data", "buffers", "cuBLAS workspace")  # terms of a step that no tensor of it accounts for
+NOT_TENSORS = (
+    "process",
+    "data",
+    "buffers",
+    "pool",
+    "cuBLAS workspace",
+)  # terms of a step that no tensor of it accounts for
 
 
 def _table(*columns: str, title: str = "") -> Table:

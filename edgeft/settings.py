@@ -21,6 +21,7 @@ Layers = Literal["all", "sparse", "lisa"]
 LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progressive"]
 Schedule = Literal["uniform", "cycle", "weighted"]
 EndMode = Literal["off", "on", "rotate"]
+Malloc = Literal["fast", "tight"]
 ENDS = ("embedding", "norm", "head")
 
 
@@ -80,6 +81,9 @@ class Job(Strict):
     )
     loss_chunk_tokens: int | None = Field(None, ge=16, description="tokens whose logits exist at the same time")
     optimizer: Optimizer | None = Field(None, description="AdamW in 32 bit, 8 bit, or 8 bit paged to the host (CUDA)")
+    malloc: Malloc | None = Field(
+        None, description="freed memory of a CPU run: fast keeps small blocks for reuse, tight returns all at once"
+    )
 
     epochs: float = Field(3.0, gt=0, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
@@ -151,6 +155,7 @@ class Training(Strict):
     kept_layers: int = 0  # topmost layers whose activations are kept under checkpointing: freed first on the way back
     loss_chunk_tokens: int
     optimizer: Optimizer
+    malloc: Malloc = "tight"
     learning_rate: float
     steps: int
     warmup_steps: int

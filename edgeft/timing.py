@@ -1,8 +1,7 @@
 """How long does a training step take? Multiplications at a share of the matrix rate, bytes at a share of the bandwidth.
 
 What is multiplied follows from the shapes. What is moved are the tensors that a step makes: each is written once and
-read once or twice, and on a CPU its pages are fetched from the system first (training returns freed memory at once,
-which is what makes its peak predictable).
+read once or twice, and on a CPU its pages are fetched from the system first, unless freed memory is kept (malloc=fast).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from edgeft.settings import Training
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
 # half of the shapes of bench/time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
 MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
+FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
 
 # Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
 # alone, then with the backward pass: counted on the tape of `edgeft.dataflow` for a Llama (tests/test_timing.py).
@@ -50,6 +50,8 @@ def seconds_per_step(profile: Profile, training: Training, work: memory.Workload
     """Seconds per optimizer step of samples of `work` that computes and moves what was counted."""
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
     of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    if training.malloc == "fast":
+        of_bandwidth *= FAST_BANDWIDTH / MEASURED_SHARES[1]
     moved = counted.bytes / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)
     slower = 1 + PER_MICRO_BATCH * (micro_batches(training, work) - 1) + 1e-4 * 1024 / training.loss_chunk_tokens
     slower *= 1.1 if training.optimizer == "paged_adamw8bit" else 1.0

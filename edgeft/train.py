@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from edgeft import disk, host, ledger
+from edgeft import disk, host, ledger, memory
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
 from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder
@@ -300,6 +300,8 @@ def train(
             session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
         session.loop()
         result = session.finish(out, plan_sha256, rehearsal)
+        del session
+    ledger.give_back()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
 
@@ -370,6 +372,7 @@ class Session:
         model, parts = prepare(here, device, compute, folder)
         check_head(model, parts, data.train[0], device, compute)
         phases = {"load": ledger.peak_bytes(device)}
+        ledger.keep_pool(memory.pool_bytes(here.spec, training, here.work))
         fresh: dict[str, Any] = {}
         if not any(work.glob("step-*")):
             ledger.reset_peak(device)
@@ -428,6 +431,8 @@ class Session:
             self.interval_peaks.append(ledger.peak_bytes(device))
             run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
         run.optimizer.state.clear()  # scoring needs no optimizer states
+        ledger.give_back()  # the pool is as full of pages as training made it
+        ledger.keep_pool(memory.pool_bytes(self.plan.spec, training, self.plan.work))
 
     def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""

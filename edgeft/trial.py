@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from edgeft import ledger, process
+from edgeft import ledger, memory, process
 from edgeft.artifacts import Artifact, sha256_file, versions
 from edgeft.checkpoint import local_folder
 from edgeft.data import IGNORED, Sample
@@ -61,6 +61,7 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         model, parts = prepare(plan, device, compute, folder)
         run = make_run(plan.training, device, compute, model, parts, folder, Path(scratch))
         sample = filled_sample(plan)
+        ledger.keep_pool(memory.pool_bytes(plan.spec, plan.training, plan.work))
         ledger.reset_peak(device)
         for _ in range(STEPS):
             started = time.monotonic()

@@ -1,0 +1,135 @@
+"""Freed memory is kept or returned as the plan says: what a pool saves, what it takes, and when it is chosen."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeft import memory, timing
+from edgeft.memory import Workload
+from edgeft.model_spec import read_model_spec
+from edgeft.planner import Plan, make_plan
+from edgeft.profile import load_profile
+from edgeft.settings import Training, make_job
+from edgeft.units import MIB
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+SMOL = str(CONFIGS / "smollm2-135m")
+glibc_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="glibc's malloc"
+)
+STEPS = """if True:
+    import gc, json, resource, sys
+    import torch
+    from edgeft import ledger
+    torch.set_num_threads(1)
+    assert ledger.control_malloc()
+    assert ledger.keep_pool(int(sys.argv[1])) == bool(int(sys.argv[1]))
+    before = ledger.rss_bytes()
+    def step(count):
+        kept = [torch.ones(2**18) for _ in range(count)]  # a MiB each
+        return sum(float(value[0]) for value in kept)
+    step(int(sys.argv[2]))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(int(sys.argv[2]))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    held = ledger.rss_bytes() - before
+    ledger.give_back()
+    print(json.dumps([faults, held, ledger.rss_bytes() - before]))
+"""
+
+
+def of(pool: int, count: int) -> list[int]:
+    """(page faults of a second step over so many tensors of a MiB, bytes held after it, and after giving back)."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, str(pool), str(count)], capture_output=True, text=True, check=True
+    )
+    return [int(value) for value in json.loads(done.stdout.splitlines()[-1])]
+
+
+@glibc_only
+def test_a_pool_keeps_what_tight_returns() -> None:
+    faults, held, after = of(64 * MIB, 40)
+    assert faults < 40 * 256 / 4 and 32 * MIB < held < 64 * MIB and after < 4 * MIB
+    faults, held, after = of(0, 40)
+    assert faults > 40 * 200 and held < 4 * MIB and after < 4 * MIB
+
+
+@glibc_only
+def test_a_pool_holds_no_more_than_its_size() -> None:
+    faults, held, _ = of(32 * MIB, 100)
+    assert faults > 60 * 200 and held < 38 * MIB
+
+
+def test_the_compiler_is_not_loaded_and_still_there() -> None:
+    code = (
+        "import torch; before = torch.compile; from edgeft import ledger; ledger.import_all(); import sys;"
+        "assert torch.compile is before and 'bitsandbytes' in sys.modules;"
+        "assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def plan(**settings: Any) -> Plan:
+    """A plan on a CPU that nobody need measure."""
+    return make_plan(make_job(model=SMOL, profile="cpu-16gb", max_length=256, **settings))
+
+
+def test_fast_where_it_fits_tight_where_it_must() -> None:
+    free = plan(tuner="lora")
+    assert free.training.malloc == "fast"
+    pinned = {
+        name: getattr(free.training, name)
+        for name in ("tuner", "rank", "base_precision", "micro_batch_size", "checkpointing", "loss_chunk_tokens")
+    }
+    tight = plan(**pinned, layers="all", malloc="tight")
+    assert tight.peak_bytes < free.peak_bytes and tight.seconds_per_step > free.seconds_per_step
+    between = (tight.peak_bytes + free.peak_bytes) // 2
+    forced = plan(**pinned, layers="all", max_memory_bytes=between)
+    assert forced.training == tight.training
+    assert any("malloc=tight" in line for line in forced.gave_up)
+    assert any("malloc=fast" in saving.instead_of for saving in forced.savings)
+    assert make_job(model=SMOL, malloc="tight").malloc == "tight"
+
+
+def test_a_pool_is_priced_in_the_phases_that_use_it() -> None:
+    made = plan(tuner="lora")
+    training, work = made.training, made.work
+    size = memory.pool_bytes(made.spec, training, work)
+    assert 0 < size <= memory.POOL_MOST
+    for phase in made.phases:
+        found = [term.bytes for term in phase.terms if term.name == "pool"]
+        assert bool(found) == (phase.name != "load")
+        if found:
+            assert found[0] <= memory.POOL_WASTE * size
+            others = phase.expected_bytes - found[0]
+            assert phase.high_bytes >= others + found[0] * memory.POOL_WORST / memory.POOL_WASTE
+
+
+@pytest.mark.parametrize("changes", [{"malloc": "tight"}, {"device": "cuda"}, {"device": "mps"}])
+def test_no_pool_is_kept_by_other_plans(changes: dict[str, Any]) -> None:
+    made = plan(tuner="lora")
+    training: Training = made.training.model_copy(update=changes)
+    assert memory.pool_bytes(made.spec, training, made.work) == 0
+
+
+def test_only_what_is_moved_is_faster() -> None:
+    spec, profile = read_model_spec(SMOL), load_profile("cpu-16gb")
+    training = plan(tuner="lora").training
+    tight = training.model_copy(update={"malloc": "tight"})
+    work = Workload(256, 256)
+    counted = timing.count(spec, training, work, 0)
+    assert timing.count(spec, tight, work, 0) == counted
+    arithmetic = timing.Counted(counted.operations, 0.0)
+
+    def seconds(way: Training, what: timing.Counted) -> float:
+        return timing.seconds_per_step(profile, way, work, what)
+
+    assert seconds(training, counted) < seconds(tight, counted)
+    assert seconds(training, arithmetic) == seconds(tight, arithmetic)
