@@ -616,7 +616,10 @@ def faults() -> list[Fault]:
 
 FAULTS = faults()
 # What is missed, by name: a fault that is caught from now on, or one that slips through, fails the test.
-MISSED: dict[tuple[str, str, str], str] = {}
+MISSED: dict[tuple[str, str, str], str] = {
+    ("runtime: another rotary base", "lora", "ort-int4"): "this small model hardly reads positions: below 8-bit noise",
+    ("runtime: a norm left out", "lora", "ort-int4"): "a norm 20% smaller moves this small model less than 8-bit noise",
+}
 SAMPLED = (
     "a layer's change dropped", "all changes at 0.9", "merged: a layer's change halved",
     "merged: a square matrix transposed", "merged: another norm epsilon", "merged: begin token in the tokenizer",
