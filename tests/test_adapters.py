@@ -350,10 +350,11 @@ def test_two_trainings_become_one_bundle_that_is_proven_for_each(
 ) -> None:
     made = export_adapters(trained, load_target("ort-fp32"), tmp_path / "b", device=None, progress=silent)
     assert RUNNER.verify(tmp_path / "b") == []
-    assert made.proof is not None and made.proof.rungs[0].mean_kl_nats < 1e-6
+    assert made.proof is not None and made.proof.rungs[-1].mean_kl_nats < 1e-6
     for name, adapter in made.adapters.items():
         assert adapter.proof is not None
-        (rung,) = adapter.proof.rungs
+        assert [rung.name for rung in adapter.proof.rungs] == ["trained", name]
+        rung = adapter.proof.rungs[-1]
         assert rung.mean_kl_nats < 1e-6 and rung.problems == ()
         scores = adapter.proof.scores
         assert scores["ort-fp32"].loss == pytest.approx(scores["fine-tuned"].loss, abs=1e-4)

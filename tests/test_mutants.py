@@ -616,7 +616,10 @@ def faults() -> list[Fault]:
 
 FAULTS = faults()
 # What is missed, by name: a fault that is caught from now on, or one that slips through, fails the test.
-MISSED: dict[tuple[str, str, str], str] = {}
+MISSED: dict[tuple[str, str, str], str] = {
+    ("runtime: another rotary base", "lora", "ort-int4"): "this small model hardly reads positions: below 8-bit noise",
+    ("runtime: a norm left out", "lora", "ort-int4"): "a norm 20% smaller moves this small model less than 8-bit noise",
+}
 SAMPLED = (
     "a layer's change dropped", "all changes at 0.9", "merged: a layer's change halved",
     "merged: a square matrix transposed", "merged: another norm epsilon", "merged: begin token in the tokenizer",
@@ -649,6 +652,7 @@ def tried(lines: Lines, wanted: list[Fault], scratch: Path) -> list[tuple[Fault,
         fault.plant(place)
         sealed(place / "bundle")
         found.append((fault, stopped_by(place, fault.target)))
+        show(*found[-1])
         shutil.rmtree(place)
     return found
 
@@ -659,18 +663,15 @@ def sealed(folder: Path) -> None:
     manifest.model_copy(update={"files": hash_files(folder)}).write(folder / "bundle.json")
 
 
-def report(found: list[tuple[Fault, str]]) -> None:
-    print()
-    for fault, by in found:
-        right = "" if by == fault.stopped_by else f"  (expected: {fault.stopped_by})"
-        print(f"{fault.name:46} {fault.tuner:12} {fault.target:9} {by or 'MISSED'}{right}")
-    caught = sum(bool(by) for _, by in found)
-    print(f"{caught} of {len(found)} planted faults are stopped")
+def show(fault: Fault, by: str) -> None:
+    """A line of the table."""
+    right = "" if by == fault.stopped_by else f"  (expected: {fault.stopped_by})"
+    print(f"\n{fault.name:46} {fault.tuner:12} {fault.target:9} {by or 'MISSED'}{right}", end="", flush=True)
 
 
 def judge(found: list[tuple[Fault, str]]) -> None:
     """Nothing slips through but what is listed, and each fault is stopped by its owner."""
-    report(found)
+    print(f"\n{sum(bool(by) for _, by in found)} of {len(found)} planted faults are stopped")
     missed = {(fault.name, fault.tuner, fault.target) for fault, by in found if not by}
     asked = {(fault.name, fault.tuner, fault.target) for fault, _ in found}
     assert missed == MISSED.keys() & asked

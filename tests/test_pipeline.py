@@ -65,9 +65,9 @@ def test_the_line_ends_with_a_proven_bundle(line: Path) -> None:
     assert list(proof["scores"]) == ["base", "fine-tuned", "merged", "ort-fp32"]
     assert proof["scores"]["ort-fp32"]["loss"] == pytest.approx(proof["scores"]["merged"]["loss"], abs=1e-4)
     assert proof["scores"]["fine-tuned"]["loss"] < proof["scores"]["base"]["loss"]
-    pairs = {(pair["before"], pair["after"]): pair["loss"] for pair in proof["pairs"]}
-    assert pairs["base", "fine-tuned"]["high"] < 0 < proof["gain_nats"]
-    assert pairs["merged", "ort-fp32"]["low"] <= 1e-5 and pairs["merged", "ort-fp32"]["high"] >= -1e-5
+    names = [(pair["before"], pair["after"]) for pair in proof["pairs"]]
+    assert names == [("base", "fine-tuned"), ("fine-tuned", "merged"), ("merged", "ort-fp32"), ("base", "ort-fp32")]
+    assert proof["gain_nats"] > 0 and proof["pairs"][0]["loss"] is None  # one row held out says nothing of others
     assert bundle["prompt_format"] == "chat"
     here = json.loads((line / "bundle.measured.json").read_text())
     assert here["measured_peak_bytes"] == pytest.approx(here["predicted_peak_bytes"], rel=0.15)
