@@ -12,6 +12,7 @@ import torch
 
 from edgeft.checkpoint import Checkpoint, TensorFile
 from edgeft.errors import BadInput
+from edgeft.headers import CONV1D_TYPES, EMBEDDINGS, HEADS
 from edgeft.host import BLOCK_BYTES
 from edgeft.peft_folder import (
     BY_PEFT,
@@ -27,11 +28,6 @@ from edgeft.peft_folder import (
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
 Rows = Callable[[slice], torch.Tensor]
 Step = Callable[[Rows, int], Rows]
-
-# families of transformers.pytorch_utils.Conv1D, whose weight is in x out
-CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 Source = AdapterFile | Checkpoint
 
@@ -239,10 +235,19 @@ class Change:
         else:
             self._problems.append(f"{module}: tensors that make no known adapter: {', '.join(sorted(parts))}")
 
+    def _is_base(self, name: str) -> bool:
+        """Whether what replaces a tensor is what the base holds there."""
+        stored = name if name in self.base else str(self.embedding)
+        return _equal(self._whole[name], (self.base, stored))
+
     def _tie(self, together: bool) -> None:
         """Give the head and embedding of a tied base one change, or name the head as no longer tied."""
         embedding, head = self.embedding, self._head
         assert embedding is not None
+        for name in (embedding, head):
+            if name in self._whole and len(self.steps[name]) == 1 and self._is_base(name):
+                del self.steps[name]  # stored whole, but not trained
+                together = False  # where the other one trained
         changed = [name for name in (embedding, head) if name in self.steps and name is not None]
         if not changed:
             return
@@ -282,7 +287,7 @@ def _equal(one: tuple[Source, str], other: tuple[Source, str]) -> bool:
     (first, a), (second, b) = one, other
     shape = first.shape(a)
     return shape == second.shape(b) and all(
-        torch.equal(first.read(a, part), second.read(b, part)) for part in blocks(shape)
+        torch.equal(first.read(a, part).double(), second.read(b, part).double()) for part in blocks(shape)
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,53 +20,24 @@ from edgeft import disk, process
 from edgeft.artifacts import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.budget import MALLOC_ENVIRONMENT
 from edgeft.errors import BadInput
+from edgeft.headers import BUFFER, OTHER_TOWER, Header, check_tied, read_headers, refused
+from edgeft.headers import DTYPES as TORCH_NAMES
+from edgeft.headers import local_folder as local_folder  # those who load weights import both from here
+from edgeft.identity import weights_sha256
 from edgeft.model_spec import read_model_spec
 from edgeft.settings import Training
 
+FORM = 2  # of what `quantise` writes: another number where the same weights would give other codes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-SHARD_BYTES = 4 * 2**30
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
 # What libraries say where a package with faster kernels is missing: no result depends on it.
 KERNEL_ADVICE = re.compile(
     "falling back to its reference PyTorch implementation|fast path is not available|Failed to load CPU gemm_4bit"
 )
 
 
-class TensorFile:
+class TensorFile(Header):
     """One safetensors file read without mapping it into memory: mapped pages would count as this process's RSS."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > os.path.getsize(path):
-                    raise ValueError("header is longer than the file")
-                header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("its header is no object")
-        except FileNotFoundError:
-            raise BadInput(
-                path.parent, f"{path.name} is missing", "copy or download the whole checkpoint again"
-            ) from None
-        except (ValueError, struct.error) as problem:
-            raise BadInput(path, f"is not a whole safetensors file: {problem}", "copy or download it again") from None
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.entries: dict[str, dict[str, Any]] = header
-        self.start = 8 + length
-        end = self.start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if os.path.getsize(path) != end:
-            raise BadInput(path, f"is {os.path.getsize(path)} bytes long, its header says {end}", "copy it again")
-        unknown = sorted({entry["dtype"] for entry in header.values()} - set(SAFETENSORS_DTYPES))
-        if unknown:
-            hint = "load it with transformers and save it in bfloat16"
-            raise BadInput(path, f"holds tensors of a type that is not read here: {', '.join(unknown)}", hint)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.entries[name]["shape"])
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """One tensor, or a range of its rows, in memory of its own."""
@@ -94,7 +64,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = [TensorFile(path) for path in weight_files(folder)]
+        self.files = read_headers(folder, TensorFile)
         self.owner = {name: file for file in self.files for name in file.entries}
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
@@ -120,44 +90,6 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self.owner
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder in order. Raises BadInput with what to do when there are none."""
-    if (folder / "model.safetensors").is_file():  # before the index, as transformers does
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise BadInput(index, f"is not a shard index: {problem!r}") from None
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            raise BadInput(folder, "shards are missing: " + ", ".join(missing), "copy or download the whole checkpoint")
-        return [folder / name for name in shards]
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        raise BadInput(folder, f"is an adapter of {base!r}, not a model", "give the base as --model, or merge it first")
-    if list(folder.glob("pytorch_model*.bin")):
-        hint = "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        raise BadInput(folder, "holds pickled weights (pytorch_model.bin), only safetensors are read", hint)
-    raise BadInput(folder, "holds no weights (model.safetensors)", "give a folder written by save_pretrained")
-
-
-def local_folder(model: str) -> Path:
-    """The folder of a model: itself, or the hub's snapshot when online. Raises BadInput."""
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
-        raise BadInput(model, "no such model folder", "give a folder with config.json, or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
-    except Exception as problem:  # huggingface_hub raises many kinds: offline, gated, unknown
-        hint = "check the name and the network, or download it once and give the folder"
-        raise BadInput(model, f"is no folder and could not be fetched as a hub model: {problem}", hint) from None
 
 
 def write_checkpoint(
@@ -243,18 +175,53 @@ def quiet_transformers() -> Iterator[None]:
         transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal LM of a folder by plain transformers, on the CPU, in eval mode. Raises BadInput."""
+def load_whole(folder: Path, **how: Any) -> Any:
+    """A causal LM of a folder by plain transformers, every weight from its files. Raises BadInput.
+
+    transformers gives random values to what it does not find, and leaves out what it does not know, with a warning at
+    most: here both are refused, by name.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
+            )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
             raise BadInput(folder, f"cannot be loaded by transformers: {problem}") from None
+    model, report = loaded
+    check_loaded(folder, report)
     model.config.use_cache = False
     return model.eval()
+
+
+def check_loaded(folder: Path, report: dict[str, Any]) -> None:
+    """Raise BadInput naming every tensor that transformers' loading report says was not loaded."""
+    problems = [f"{name}: missing" for name in sorted(report["missing_keys"])]
+    problems += [
+        f"{name}: {tuple(stored)} in the files, {tuple(wanted)} in the model"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    problems += [
+        f"{name}: no weight of this model"
+        for name in sorted(report["unexpected_keys"])
+        if not BUFFER.search(name) and not OTHER_TOWER.search(name)
+    ]
+    problems += map(str, report.get("error_msgs") or ())
+    if problems:
+        hint = "copy or download the whole checkpoint again, config.json and weights of one model"
+        raise refused(folder, "does not hold the model of its config.json", problems, hint)
+
+
+def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM of a folder, on the CPU, in eval mode. Raises BadInput for what `load_whole` refuses."""
+    headers = read_headers(folder, Header)
+    model = load_whole(folder, dtype=dtype)
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        check_tied(folder, headers)
+    return model
 
 
 def load_base(folder: Path, training: Training, device: torch.device, compute: torch.dtype) -> Any:
@@ -277,14 +244,7 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         if done.returncode:
             reason = process.reason(done.returncode, done.stderr)
             raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            cached, dtype=compute, device_map={"": device}, local_files_only=True
-        )
-    model.config.use_cache = False
-    model.eval()
+    model = load_whole(cached, dtype=compute, device_map={"": device})
     compute_in(model, compute)
     return model
 
@@ -379,20 +339,15 @@ def write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
     writer.write(text)
 
 
-def weights_sha256(folder: Path) -> str:
-    """One digest of all weight files of a checkpoint; changes with any byte of them."""
-    return sha256_json([sha256_file(path) for path in weight_files(folder)])
-
-
 def quantised_folder(folder: Path) -> Path:
     """Where the NF4 form of these very weights and this config is kept."""
-    key = hashlib.sha256((weights_sha256(folder) + sha256_file(folder / "config.json")).encode()).hexdigest()
+    key = sha256_json([FORM, weights_sha256(folder), sha256_file(folder / "config.json")])
     return cache_folder() / "nf4" / key[:24]
 
 
 def quantise(folder: Path, out: Path) -> None:
     """Write the NF4 form of a checkpoint to `out`, whole or not at all."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     bits_and_bytes: Any = BitsAndBytesConfig
     config = bits_and_bytes(
@@ -401,8 +356,6 @@ def quantise(folder: Path, out: Path) -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
+    stored = getattr(torch, read_model_spec(str(folder)).dtype)  # whatever config.json says: rounded once, to 4 bits
     with quiet_transformers(), saving(out), staging(out) as temporary:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=config, device_map={"": "cpu"}, dtype="auto", local_files_only=True
-        )
-        model.save_pretrained(temporary)
+        load_whole(folder, quantization_config=config, device_map={"": "cpu"}, dtype=stored).save_pretrained(temporary)

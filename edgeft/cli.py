@@ -22,7 +22,9 @@ from rich.progress import Progress as Bar
 
 from edgeft.artifacts import Artifact, cache_folder, sha256_file, sha256_json
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.settings import make_job, parse_settings
+from edgeft.headers import local_folder
+from edgeft.identity import cached_folder, changed_files, changed_inputs, differences, model_inputs, sha256_of
+from edgeft.settings import Job, make_job, parse_settings
 from edgeft.units import parse_bytes, show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -165,7 +167,7 @@ def plan(
             old = Plan.read(path)
         except EdgeftError:
             old = None
-        digest = request_digest(job, Path(model) if Path(model).is_dir() else None)
+        digest = request_digest(job, cached_folder(model))
         if old is not None and old.request_sha256 == digest and (old.simulation or not simulate):
             say(f"{path} is up to date")
             done(old)
@@ -248,7 +250,9 @@ def train(
     settle_allocator(made.training.device)  # before anything imports torch
     folder = out or plan_file.parent / "train"
     digest = sha256_file(plan_file)
-    if _current(folder / "train.json", digest):
+    if _current(folder / "train.json", digest) and _same_inputs(
+        folder, json.loads((folder / "train.json").read_text())
+    ):
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "train.json")
@@ -291,6 +295,19 @@ def _current(path: Path, input_sha256: str) -> bool:
         return bool(json.loads(path.read_text())["input_sha256"] == input_sha256)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _same_inputs(folder: Path, train: dict[str, Any], files: dict[str, str] | None = None) -> bool:
+    """Whether a folder's files, and what was trained on, are still as recorded; else says what is not.
+
+    `train` is what train.json says; `files` are those of the folder where it is a later stage's.
+    """
+    job = Job.model_validate(train["plan"]["job"])
+    lines = changed_inputs(train.get("inputs", {}), job)
+    lines += changed_files(train.get("files", {}) if files is None else files, folder)
+    for line in lines:
+        say(f"not up to date: {folder}: {line}")
+    return not lines
 
 
 @app.command()
@@ -340,7 +357,7 @@ def merge(
     held = json.loads((folder / "merged.json").read_text()) if _current(folder / "merged.json", digest) else {}
     swept = (held.get("sweep") or {}).get("request_sha256")
     taken = Shares(rest=held.get("wise_alpha", -1.0), groups=tuple(held.get("groups", ())))
-    if swept == request if sweep else taken == shares:
+    if (swept == request if sweep else taken == shares) and _same_merge(folder, held):
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "merged.json")
@@ -352,6 +369,17 @@ def merge(
         alpha = Shares(rest=found.wise_alpha, groups=found.groups) if found else shares
         made = run(trained, folder, wise_alpha=alpha, progress=progress, base=base, input_sha256=digest, sweep=found)
     show(as_json, made, merge_text(made))
+
+
+def _same_merge(folder: Path, merged: dict[str, Any]) -> bool:
+    """Whether a merged folder, and the base in it, are still as recorded; else says what is not."""
+    if "train" in merged:
+        return _same_inputs(folder, merged["train"], merged.get("files", {}))
+    lines = changed_files(merged.get("files", {}), folder)
+    lines += differences(merged.get("inputs", {}), model_inputs(local_folder(merged["base"]), weights=True), {})
+    for line in lines:
+        say(f"not up to date: {folder}: {line}")
+    return not lines
 
 
 def _sweep(trained: Path, options: dict[str, Any], request: str, plot: Path | None, progress: Reporter) -> Any:
@@ -430,6 +458,9 @@ def export(
     texts: Annotated[
         Path | None, typer.Option(help="an encoder's: texts to prove it with, a line each or .jsonl")
     ] = None,
+    trained: Annotated[
+        Path | None, typer.Option("--train", help="the folder that was merged, where MERGED does not say where it lies")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -457,7 +488,7 @@ def export(
         if auto_promote or size_budget is not None:
             hint = "name one target, or leave --auto-promote and --size-budget out"
             raise BadInput("--target all-that-fit", "builds every target as it is", hint)
-        _export_all(merged, out or merged.parent / "bundles", device, as_json)
+        _export_all(merged, out or merged.parent / "bundles", device, trained, as_json)
         return
     wanted = load_target(target or planned.get("target", "ort-int4"))
     limit = parse_bytes(size_budget) if size_budget is not None else None
@@ -476,7 +507,7 @@ def export(
         asked = (held.get("promotion") or {}).get("request_sha256")
         same = asked == request if auto_promote else held["target"] == json.loads(wanted.model_dump_json())
         small = limit is None or held["size_bytes"] + (folder / "bundle.json").stat().st_size <= limit
-        if same and small and held["provenance"]["device"] == device_name:
+        if same and small and held["provenance"]["device"] == device_name and _same_bundle(folder, held, merged, train):
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
@@ -490,12 +521,28 @@ def export(
         if request is not None:
             bundle = export_promoted(
                 merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit,
-                calibration=calibration, request_sha256=request,
+                calibration=calibration, request_sha256=request, train=trained,
             )  # fmt: skip
         else:
-            bundle = run(merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit)
+            bundle = run(
+                merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit, train=trained
+            )
     here = Measurement.read(measurement_path(folder.resolve()))
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
+
+
+def _same_bundle(folder: Path, bundle: dict[str, Any], merged: Path, train: dict[str, Any] | None) -> bool:
+    """Whether a bundle's files, the merged folder and what was trained on are still as recorded."""
+    files = {name: entry["sha256"] for name, entry in bundle["files"].items()}
+    lines = [line for name in files for line in _changed_file(folder / name, files[name])]
+    for line in lines:
+        say(f"not up to date: {folder}: {line}")
+    held = json.loads((merged / "merged.json").read_text())
+    return not lines and train is not None and _same_inputs(merged, train, held.get("files", {}))
+
+
+def _changed_file(path: Path, digest: str) -> list[str]:
+    return [] if path.is_file() and sha256_of(path) == digest else [f"{path.name}: is not as it was written"]
 
 
 def _export_encoder(
@@ -541,7 +588,9 @@ def adapters(
     digest = adapters_digest({name: sha256_file(place / "train.json") for name, place in folders.items()})
     if _current(folder / "bundle.json", digest):
         held = json.loads((folder / "bundle.json").read_text())
-        if held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name:
+        same = held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name
+        recorded = {place: json.loads((place / "train.json").read_text()) for place in folders.values()}
+        if same and all(_same_inputs(place, train) for place, train in recorded.items()):
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
@@ -553,22 +602,22 @@ def adapters(
     show(as_json, bundle, adapters_text(bundle, Measurement.read(measurement_path(folder.resolve()))))
 
 
-def _export_all(merged: Path, out: Path, device: str | None, as_json: bool) -> None:
+def _export_all(merged: Path, out: Path, device: str | None, trained: Path | None, as_json: bool) -> None:
     from edgeft.compare import COMPARISON, compare_targets
     from edgeft.export import export as run
-    from edgeft.merge import MergedCheckpoint
+    from edgeft.merge import verify_merged
     from edgeft.report import comparison_text
     from edgeft.stages import target_device
 
     target_device(device)  # what is wrong for every target is said once
-    MergedCheckpoint.read(merged / "merged.json")
+    verify_merged(merged, trained)
     _replaceable(out, COMPARISON)
     with Reporter() as progress:
         made = compare_targets(
             merged,
             out,
             device=device,
-            build=lambda target, folder: run(merged, target, folder, device=device, progress=progress),
+            build=lambda target, folder: run(merged, target, folder, device=device, progress=progress, train=trained),
         )
     show(as_json, made, comparison_text(made))
 

@@ -42,6 +42,7 @@ class Lengths(Strict):
     remarks: dict[str, int] = Field(
         default_factory=dict, description="what of a row is not used, does not train or was added, and in how many rows"
     )
+    highest_id: int = Field(0, description="the highest token id in it: the embedding must have a row for it")
     quantiles: dict[str, int] = Field(default_factory=dict)  # share of the samples: tokens that it has at most
 
     @property
@@ -88,9 +89,10 @@ def _measured_once(source: str, folder: str, max_length: int | None, *stamps: tu
 
 def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> Lengths:
     remarks: Counter[str] = Counter()
-    lengths, trained, cut, answers = [], [], 0, 0
+    lengths, trained, cut, answers, highest = [], [], 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):
         lengths.append(len(sample))
+        highest = max(highest, *sample.ids)
         trained.append(sample.trained_tokens)
         cut += sample.cut_tokens > 0
         answers += len(row.trained) if row.has_prompt else 0
@@ -108,6 +110,7 @@ def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> 
         untrained_rows=trained.count(0),
         answers=answers,
         remarks=dict(remarks.most_common()),
+        highest_id=highest,
         quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )
 

@@ -12,10 +12,11 @@ import numpy
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.build import hash_files, need_runtime
 from edgeft.bundle import MANIFEST, README, SBOM, Bundle, Golden, Task, readme
-from edgeft.checkpoint import quiet_transformers, weights_sha256
+from edgeft.checkpoint import quiet_transformers
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.families import ENCODERS
 from edgeft.footprint import RUNTIME_BYTES, SCORES_AT_ONCE, LimitedBy, Predicted
+from edgeft.identity import weights_sha256
 from edgeft.portable import read_weights, write_graph, write_tokenizer
 from edgeft.runner import RUNNER, runner_module
 from edgeft.sbom import BASE, Component, bill_of_materials, model_licence

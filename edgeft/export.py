@@ -14,13 +14,14 @@ from edgeft.adapters import AdapterSource
 from edgeft.artifacts import sha256_file
 from edgeft.build import ArtifactModel, build_bundle, need_runtime
 from edgeft.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
-from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder, weights_sha256
+from edgeft.checkpoint import Checkpoint, TensorFile, load_plain, local_folder
 from edgeft.costs import Question
 from edgeft.data import Row, TextTokenizer, read_rows, read_samples
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.host import PARITY_PROMPTS
+from edgeft.identity import DATA
 from edgeft.memory import Phase, Workload
-from edgeft.merge import MergedCheckpoint
+from edgeft.merge import check_trained, verify_merged
 from edgeft.parity import (
     HINTS,
     climb,
@@ -46,15 +47,16 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 
 def export(
     merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
-    promotion: Promotion | None = None, size_budget_bytes: int | None = None,
+    promotion: Promotion | None = None, size_budget_bytes: int | None = None, train: Path | None = None,
 ) -> Bundle:  # fmt: skip
     """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
+
+    `train` is the folder that was merged, where merged.json does not find it.
 
     Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
     DoesNotFit when the device, this machine or its disk has no room; BadInput for an unknown device or a missing merge.
     """
-    merged = MergedCheckpoint.read(merged_folder / "merged.json")
-    trained = trained_folder(merged_folder, merged)
+    merged, trained = verify_merged(merged_folder, train)
     profile = target_device(device)
     plan = merged.train.plan
     longest = plan.training.max_length
@@ -105,8 +107,7 @@ def export(
             "merged.json": sha256_file(merged_folder / "merged.json"),
             "train.json": merged.input_sha256,
             "plan.json": merged.train.input_sha256,
-            "base weights": merged.train.base_sha256,
-            "training data": merged.train.plan.lengths.sha256 if merged.train.plan.lengths else "",
+            **merged.train.inputs,
             "device": profile.name if profile else "",
         },
         prove=prove,
@@ -125,6 +126,7 @@ def process_bytes(phase: Phase) -> int:
 def export_promoted(
     merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
     size_budget_bytes: int | None = None, calibration: str | None = None, request_sha256: str = "",
+    train: Path | None = None,
 ) -> Bundle:  # fmt: skip
     """`export` with 8 bits where they are worth most, until the parity gate passes or `size_budget_bytes` ends.
 
@@ -134,7 +136,7 @@ def export_promoted(
     """
     from edgeft.promotion import CALIBRATION_ROWS, USED, choose, measure
 
-    merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    merged, _ = verify_merged(merged_folder, train)
     need_runtime(target)
     data, tokenizer = Data.read(merged.train.plan), TextTokenizer(merged_folder)
     samples = data.train[:CALIBRATION_ROWS]
@@ -158,7 +160,7 @@ def export_promoted(
         try:
             return export(
                 merged_folder, wanted, out, device=device, progress=progress, promotion=chosen,
-                size_budget_bytes=size_budget_bytes,
+                size_budget_bytes=size_budget_bytes, train=train,
             )  # fmt: skip
         except ParityFailed as problem:
             failed, before = problem, chosen
@@ -174,23 +176,11 @@ def made_from(result: TrainResult, folder: Path) -> list[Component]:
     licence = model_licence(Path(job.model)) or model_licence(folder)
     name = Path(job.model).resolve().name if Path(job.model).is_dir() else job.model
     found = [Component("machine-learning-model", name, BASE, weights_sha256=result.base_sha256, licence=licence)]
-    lengths = result.plan.lengths
-    for role, source in (("training data", job.data), ("validation data", job.valid), ("test data", job.test)):
-        if source is None:
-            continue
-        path = Path(source)
-        digest = lengths.sha256 if lengths and source == job.data else sha256_file(path) if path.is_file() else ""
-        found.append(Component("data", path.name if path.is_file() else source, role, sha256=digest))
+    for role, source in zip(DATA, (job.data, job.valid, job.test), strict=True):
+        if source is not None:
+            digest = result.inputs.get(role, "")  # none of a hub dataset
+            found.append(Component("data", Path(source).name if digest else source, role, sha256=digest))
     return found
-
-
-def trained_folder(merged_folder: Path, merged: MergedCheckpoint) -> Path:
-    """The training result a merge was made from, beside it. Raises BadInput when it is gone or another one."""
-    folder = merged_folder.parent / "train"
-    if not (folder / "train.json").is_file() or sha256_file(folder / "train.json") != merged.input_sha256:
-        hint = "keep train/ and merged/ in one folder, or run edgeft merge again"
-        raise BadInput(folder, "does not hold the training result this merge was made from", hint)
-    return folder
 
 
 def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
@@ -241,7 +231,9 @@ def export_adapters(
     results = {name: TrainResult.read(folder / "train.json") for name, folder in trained.items()}
     first, result = next(iter(results.items()))
     base = local_folder(result.plan.job.model)
-    _same_base(trained, results, base)
+    _same_base(trained, results)
+    for name, folder in trained.items():
+        check_trained(folder, results[name])
     profile = target_device(device)
     sources = [adapter_source(name, trained[name], results[name], base, target, progress) for name in trained]
     rows = Data.read(result.plan).valid[:PARITY_PROMPTS]
@@ -275,16 +267,12 @@ def export_adapters(
     )
 
 
-def _same_base(trained: Mapping[str, Path], results: Mapping[str, TrainResult], base: Path) -> None:
-    held = weights_sha256(base)
-    wrong = [
-        f"{name} ({trained[name]}): trained on {result.base_sha256}"
-        for name, result in results.items()
-        if result.base_sha256 != held
-    ]
-    if wrong:
-        problem = f"holds the base weights {held}, other than\n" + "\n".join(wrong)
-        raise BadInput(base, problem, "give adapters of one base, and keep that base as it was")
+def _same_base(trained: Mapping[str, Path], results: Mapping[str, TrainResult]) -> None:
+    if len({result.base_sha256 for result in results.values()}) > 1:
+        lines = [f"{name} ({trained[name]}): trained on {result.base_sha256}" for name, result in results.items()]
+        raise BadInput(
+            "adapters", "were trained on different base weights\n" + "\n".join(lines), "give those of one base"
+        )
 
 
 def adapter_source(

@@ -6,6 +6,8 @@ Wise-FT (arXiv 2109.01903): one code path for every adapter that a weight can ho
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import Any, Self
 import torch
 
 from edgeft import disk, host, ledger
-from edgeft.artifacts import Artifact, sha256_file, staging, versions
+from edgeft.artifacts import Artifact, Strict, sha256_file, staging, versions
 from edgeft.change import Change, Rows, blocks
 from edgeft.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
 from edgeft.errors import BadInput
+from edgeft.identity import Inputs, check_files, check_inputs, model_inputs, weights_sha256, written_files
 from edgeft.model_spec import read_model_spec
 from edgeft.peft_folder import read_adapter_config
 from edgeft.scores import Sweep
@@ -25,6 +28,18 @@ from edgeft.shares import Group, Shares, check_shares, layer_of
 from edgeft.train import TrainResult
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
+# what a fine-tune's own folder says about text and its end, where it has the file, goes before the base's
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")  # fmt: skip
+TRAIN_AGAIN = "put the files back, or train again on these: run edgeft plan and edgeft train once more"
+END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Trained(Strict):
+    """Where the folder lies that was merged: seen from the merged one, and on this machine."""
+
+    relative: str
+    absolute: str
 
 
 class Merged(Artifact):
@@ -41,6 +56,9 @@ class Merged(Artifact):
     predicted_peak_bytes: int
     measured_peak_bytes: int
     seconds: float
+    inputs: Inputs  # of the base
+    files: Inputs  # as they were written beside this document
+    notes: tuple[str, ...] = ()
 
     @property
     def shares(self) -> Shares:
@@ -59,6 +77,7 @@ class MergedCheckpoint(Merged):
     """merged.json of what `edgeft train` made, and the sweep that chose the share, where one did."""
 
     train: TrainResult
+    trained: Trained
     sweep: Sweep | None = None
 
     @classmethod
@@ -109,6 +128,8 @@ def merge(
     result = TrainResult.read(trained / "train.json") if (trained / "train.json").is_file() and base is None else None
     model = result.plan.job.model if result else base or base_of(trained)
     folder = local_folder(model)
+    if result is not None:
+        check_trained(trained, result)
     source = Checkpoint(folder)
     spec = result.plan.spec if result else read_model_spec(str(folder))
     check_shares(shares, spec.num_hidden_layers)
@@ -130,8 +151,10 @@ def merge(
             moved, total = moved + more[0], total + more[1]
         return tensor
 
+    notes = [] if result else foreign_notes(trained, model)
     with staging(out) as temporary:
         copy_side_files(folder, temporary)
+        notes += bring_text_files(trained, temporary)
         if untied is not None:
             untie_config(temporary)
         for _, done, count in write_checkpoint(source, temporary, changed):
@@ -150,14 +173,88 @@ def merge(
             "predicted_peak_bytes": predicted,
             "measured_peak_bytes": ledger.peak_rss_bytes(),
             "seconds": round(time.monotonic() - started, 2),
+            "inputs": model_inputs(folder, weights=True),
+            "files": written_files(temporary, "merged.json"),
         }
+        if not moved and not shares.nothing:
+            notes.append("nothing was changed: the fine-tune is the base, bit for bit")
+        facts["notes"] = tuple(notes)
         merged: Merged
         if result is not None:
-            merged = MergedCheckpoint(**facts, train=result, sweep=sweep)
+            place = Trained(relative=os.path.relpath(trained.resolve(), out.resolve()), absolute=str(trained.resolve()))
+            merged = MergedCheckpoint(**facts, train=result, trained=place, sweep=sweep)
         else:
             merged = MergedForeign(**facts, base=model, tuned=str(trained))
         merged.write(temporary / "merged.json")
     return merged
+
+
+def check_trained(trained: Path, result: TrainResult) -> None:
+    """Raise BadInput where a training result, or the base it began with, is no longer what it was."""
+    check_files(result.files, trained, f"edgeft train PLAN --out {trained}")
+    check_inputs(result.inputs, result.plan.job, f"{trained}", TRAIN_AGAIN, data=False)
+
+
+def verify_merged(merged_folder: Path, told: Path | None = None) -> tuple[MergedCheckpoint, Path]:
+    """(what merged.json says, the folder that was merged) once both, and the base, are what they were.
+
+    The trained folder lies where merged.json says, beside the merged one, or where the user has `told`. Raises BadInput
+    naming what has changed since.
+    """
+    merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    trained = find_trained(merged_folder, merged, told)
+    check_files(merged.files, merged_folder, f"edgeft merge {trained} --out {merged_folder}")
+    check_trained(trained, merged.train)
+    return merged, trained
+
+
+def find_trained(merged_folder: Path, merged: MergedCheckpoint, told: Path | None = None) -> Path:
+    """The training result that a merge was made from. Raises BadInput when it is gone or another one."""
+    named = [merged_folder / merged.trained.relative, Path(merged.trained.absolute), merged_folder.parent / "train"]
+    places = [told] if told else named
+    for folder in places:
+        if (folder / "train.json").is_file() and sha256_file(folder / "train.json") == merged.input_sha256:
+            return folder
+    hint = "say where it lies with --train FOLDER, or run edgeft merge again"
+    raise BadInput(places[0], "does not hold the training result this merge was made from", hint)
+
+
+def bring_text_files(tuned: Path, out: Path) -> list[str]:
+    """Let a fine-tune's own tokenizer, template and end tokens take the place of the base's in `out`; what differed."""
+    found = [name for name in TEXT_FILES if (tuned / name).is_file()]
+    other = [name for name in found if not _same(tuned / name, out / name)]
+    for name in found:
+        shutil.copyfile(tuned / name, out / name)
+    if "chat_template" in _object(tuned / "tokenizer_config.json") and "chat_template.jinja" not in found:
+        (out / "chat_template.jinja").unlink(missing_ok=True)  # the base's: it would be read first
+    told = {key: value for key, value in _object(tuned / "config.json").items() if key in END_TOKENS}
+    config = _object(out / "config.json")
+    if any(config.get(key) != value for key, value in told.items()):
+        (out / "config.json").write_text(json.dumps(config | told, indent=2) + "\n")
+        other.append("config.json's " + ", ".join(told))
+    return [f"from the fine-tune's own folder, other than the base's: {', '.join(other)}"] if other else []
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def foreign_notes(tuned: Path, model: str) -> list[str]:
+    """What to say of an adapter that names another base than the one it is merged into."""
+    named = str(_object(tuned / "adapter_config.json").get("base_model_name_or_path") or "")
+    if not named or named == model or "--".join(("models", *named.split("/"))) in Path(model).resolve().parts:
+        return []
+    if Path(named).is_dir() and weights_sha256(Path(named)) == weights_sha256(local_folder(model)):
+        return []
+    return [f"the adapter names another base: {named}; it was merged into {model}"]
 
 
 def base_of(tuned: Path) -> str:

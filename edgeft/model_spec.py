@@ -16,6 +16,7 @@ import pydantic
 from edgeft.artifacts import Strict, invalid
 from edgeft.errors import BadInput
 from edgeft.families import COMPOSITE, COPY_AGAIN, ENCODERS, ESSENTIAL, FAMILIES, SHAPE, SIZES, Family, Role
+from edgeft.headers import check_weights, has_weights
 
 
 class Linear(Strict):
@@ -67,7 +68,10 @@ class ModelSpec(Strict):
 
 
 def read_model_spec(model: str) -> ModelSpec:
-    """The spec of a checkpoint folder, or of a hub id while the hub or its cache has it. Raises BadInput."""
+    """The spec of a checkpoint folder, or of a hub id while the hub or its cache has it. Raises BadInput.
+
+    Where the folder has weights, their names and shapes must be those of the config, and their dtype is the spec's.
+    """
     path = config_path(model)
     config = _read_object(path)
     _refuse(path, config)
@@ -77,19 +81,23 @@ def read_model_spec(model: str) -> ModelSpec:
         if not isinstance(text, dict):
             raise BadInput(path, f"text_config: expected a JSON object, got {type(text).__name__}", COPY_AGAIN)
         own = COMPOSITE[config["model_type"]] | text
-    dtypes = [place[key] for place in (config, own) for key in ("dtype", "torch_dtype") if place.get(key)]
+    dtypes = [place.get(key) for place in (config, own) for key in ("dtype", "torch_dtype")]
+    told = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in (None, "auto")]
     family = FAMILIES.get(own["model_type"])
     if family is None or any(own.get(key, value) != value for key, value in family.assumes.items()):
         values = _from_meta_model(path)
     else:
         values = _from_family(path, family, own)
     values |= {"model": model, "model_type": own["model_type"]}
-    values["dtype"] = str((dtypes or ["float32"])[0]).removeprefix("torch.")
+    values["dtype"] = (told or ["float32"])[0]
     parts = (values["embedding_parameters"], values["head_parameters"], values["other_parameters"])
     try:
-        return ModelSpec(**values, total_parameters=sum(parts) + sum(values["layer_parameters"]))
+        spec = ModelSpec(**values, total_parameters=sum(parts) + sum(values["layer_parameters"]))
     except pydantic.ValidationError as problem:
         raise invalid(path, problem, ModelSpec) from None
+    if not has_weights(path.parent):
+        return spec
+    return spec.model_copy(update={"dtype": check_weights(path.parent, spec) or spec.dtype})
 
 
 def config_path(model: str) -> Path:

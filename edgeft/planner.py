@@ -30,6 +30,8 @@ from edgeft.explain import (
     savings,
     unused_budget,
 )  # fmt: skip
+from edgeft.headers import has_weights
+from edgeft.identity import Inputs, cached_folder, data_inputs, model_inputs
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.profile import Profile, detect, load_profile
 from edgeft.scores import Importance
@@ -50,6 +52,7 @@ class Plan(Artifact):
     """plan.json: how a job runs on a profile, what that takes, and what else was considered."""
 
     request_sha256: str
+    inputs: Inputs
     job: Job
     profile: Profile
     spec: ModelSpec
@@ -72,20 +75,20 @@ class Plan(Artifact):
     importance: Importance | None = None
 
 
+def plan_inputs(job: Job, model_folder: Path | None) -> Inputs:
+    """The hashes of what a plan is made from; of weights only where they say which layers train."""
+    return data_inputs(job) | (_of_model(job, model_folder) if model_folder else {})
+
+
+def _of_model(job: Job, folder: Path) -> Inputs:
+    return model_inputs(folder, weights=needs_importance(job) and has_weights(folder))
+
+
 def request_digest(job: Job, model_folder: Path | None) -> str:
     """One digest of what a plan is made from: settings, profile, model config, data. Equal: the plan is current."""
     profile = shipped_path("profile", "profiles", job.profile)
-    files = [profile, *((model_folder / name) for name in ("config.json", "tokenizer.json") if model_folder)]
-    files += [Path(source) for source in (job.data, job.valid, job.test) if source]
-    if needs_importance(job) and model_folder:  # then the weights themselves say which layers train
-        files += sorted(model_folder.glob("*.safetensors"))
-    return sha256_json(
-        [
-            job.model_dump(),
-            versions().get("edgeft", ""),
-            [sha256_file(f) if f.is_file() else None for f in files],
-        ]
-    )
+    read = [sha256_file(profile) if profile.is_file() else None, plan_inputs(job, model_folder)]
+    return sha256_json([job.model_dump(), versions().get("edgeft", ""), read])
 
 
 @contextlib.contextmanager
@@ -116,6 +119,8 @@ def make_plan(
     spec = spec or read_model_spec(job.model)
     folder = Path(job.model) if Path(job.model).is_dir() else None
     lengths, others, notes = _read_lengths(job, folder)
+    for entry in others:
+        check_vocabulary(entry, spec)
     length, length_note = _max_length(job, spec, lengths)
     notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
@@ -139,7 +144,8 @@ def make_plan(
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
     stages, stage_notes = plan_stages(question, training)
     return Plan(
-        request_sha256=request_digest(job, folder),
+        request_sha256=request_digest(job, cached_folder(job.model)),
+        inputs=plan_inputs(job, cached_folder(job.model)),
         versions=versions(),
         job=job,
         profile=profile,
@@ -231,6 +237,14 @@ def _read_lengths(job: Job, folder: Path | None) -> tuple[Lengths | None, list[L
              for entry in every if entry.cut_rows]  # fmt: skip
     notes += [sentence for entry in every for sentence in entry.said]
     return every[0], every, notes
+
+
+def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:
+    """Raise BadInput for data with a token that the model's embedding has no row for."""
+    if lengths.highest_id >= spec.vocab_size:
+        problem = f"token {lengths.highest_id} is in it, the model's embedding has {spec.vocab_size} rows"
+        hint = "the tokenizer has more tokens than the model: give it rows with model.resize_token_embeddings"
+        raise BadInput(lengths.path, problem, hint)
 
 
 def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int, list[str]]:

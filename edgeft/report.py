@@ -300,6 +300,7 @@ def merge_text(merged: Merged) -> RenderableType:
     lines = [Text(f"wise_alpha {merged.shares}: {share}, stored in {merged.dtype}"), Text(memory)]
     if merged.untied_head:
         lines.append(Text("head and embedding changed apart: they are two tensors now (tie_word_embeddings false)"))
+    lines += [Text(f"note: {note}") for note in merged.notes]
     return Group(*lines)
 
 

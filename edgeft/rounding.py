@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from edgeft.change import EMBEDDINGS, HEADS, blocks
+from edgeft.change import blocks
 from edgeft.errors import BadInput
+from edgeft.headers import EMBEDDINGS, HEADS
 from edgeft.target import Target, eight_bit_modules
 
 POSITIONS = ("wpe.weight", "embed_positions.weight")  # tables of positions are added, not multiplied

@@ -15,9 +15,11 @@ from pathlib import Path
 import pydantic
 
 from edgeft import errors, process
-from edgeft.artifacts import cache_folder, saving, sha256_file, sha256_json, versions
+from edgeft.artifacts import cache_folder, saving, sha256_json, versions
 from edgeft.candidates import check_job, needs_importance
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.headers import local_folder
+from edgeft.identity import data_inputs, model_inputs
 from edgeft.model_spec import read_model_spec
 from edgeft.planner import Plan, make_plan
 from edgeft.scores import Importance
@@ -80,17 +82,12 @@ def score_layers(job: Job, progress: Progress = lambda stage, done, total, numbe
 
 def _digest(plan: Plan, job: Job) -> str:
     """One digest of all that scores follow: weights, tokenizer, rows, method, seed, precision, how adapters train."""
-    folder = Path(job.model)
-    if not folder.is_dir():
-        from edgeft.checkpoint import local_folder  # a hub model: its files must be fetched
-
-        folder = local_folder(job.model)
+    folder = local_folder(job.model)
     names = MATTERS + (MATTERS_WHERE_ADAPTERS_TRAIN if job.layer_score in ("ablation", "progressive") else ())
-    model = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
-    rows = [Path(source) for source in (plan.job.data, plan.job.valid) if source]
     how = {name: value for name, value in plan.training.model_dump(mode="json").items() if name in names}
-    files = [sha256_file(path) if path.is_file() else str(path) for path in model + rows]
-    return sha256_json([job.layer_score, files, how, len(rows), versions().get("edgeft", "")])
+    read = model_inputs(folder, weights=True) | data_inputs(plan.job)
+    elsewhere = [source for source in (plan.job.data, plan.job.valid) if source and not Path(source).is_file()]
+    return sha256_json([job.layer_score, read, elsewhere, how, versions().get("edgeft", "")])
 
 
 def _measure(plan: Plan, job: Job, progress: Progress) -> Importance:

@@ -16,9 +16,12 @@ import torch
 from pydantic import Field
 
 from edgeft.artifacts import Artifact, Strict, sha256_file, versions
-from edgeft.change import EMBEDDINGS, blocks
+from edgeft.change import blocks
 from edgeft.checkpoint import Checkpoint, local_folder
 from edgeft.errors import BadInput
+from edgeft.headers import EMBEDDINGS
+from edgeft.identity import changed as other_files
+from edgeft.identity import check_files, differences, model_inputs
 from edgeft.model_spec import read_model_spec
 from edgeft.rounding import Rule, promoted_modules, rounded, rule_of
 from edgeft.shares import layer_of
@@ -104,6 +107,8 @@ def survival(
     document = merged / "merged.json"
     model = base or base_model(document)
     folder = local_folder(model)
+    if base is None:
+        check_merge(document, folder)
     before, after = Checkpoint(folder), Checkpoint(merged)
     was_tied, tied = (read_model_spec(str(path)).tie_word_embeddings for path in (folder, merged))
     embedding = next((name for name in before.owner if name.endswith(EMBEDDINGS)), None)
@@ -145,6 +150,14 @@ def survival(
         promote=promotion_order(tensors),
         seconds=round(time.monotonic() - started, 2),
     )  # fmt: skip
+
+
+def check_merge(document: Path, folder: Path) -> None:
+    """Raise BadInput where a merged folder, or the base that its document names, is no longer what it was."""
+    held, again = json.loads(document.read_text(encoding="utf-8")), "edgeft merge once more"
+    check_files(held["files"], document.parent, again)
+    if lines := differences(held["inputs"], model_inputs(folder, weights=True), {"base weights": folder}):
+        raise other_files(str(document.parent), lines, f"put the files back, or name the base it was: --base; {again}")
 
 
 def promotion_order(tensors: Sequence[TensorSurvival]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from edgeft.checkpoint import Checkpoint, load_plain, local_folder
 from edgeft.data import Sample, TextTokenizer, read_samples
 from edgeft.errors import BadInput
 from edgeft.evaluate import evaluate
-from edgeft.merge import blend
+from edgeft.merge import blend, check_trained
 from edgeft.rounding import round_model
 from edgeft.scores import Metrics, Select, Sweep, SweepPoint
 from edgeft.shares import Shares, check_shares, equal_groups, layer_of
@@ -72,6 +72,7 @@ def sweep(
         raise BadInput("--groups", f"must be from 1 to the model's {layers} layers, got {groups}")
     if groups > 1 and select == "fixed":
         raise BadInput("--groups", "is a search, under --select fixed nothing is searched", "give --wise-alpha 0-3=0.5")
+    check_trained(trained, result)
     data = Data.read(result.plan)
     rows = data.valid[:ROWS]
     texts = general_samples(general, data.tokenizer, ROWS) if general else []
@@ -148,8 +149,11 @@ class Line:
         self.tensors: list[tuple[Any, str, str]] = []  # parameter, its name in the change, where the base keeps it
         for name, parameter in self.model.named_parameters():
             own = find_tensor(self.base, name)
-            stored = own or self.change.embedding
-            assert stored is not None  # only an untied head has no tensor of its own
+            is_head = parameter is self.model.get_output_embeddings().weight
+            stored = own or (self.change.embedding if is_head else None)
+            if stored is None:
+                hint = "merge with --wise-alpha instead: a merge reads the files as they are"
+                raise BadInput(base, f"{name} is not in the files under this name: a sweep cannot move it", hint)
             self.tensors.append((parameter, own or str(self.change.untied), stored))
 
     @torch.no_grad()

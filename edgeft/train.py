@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -20,12 +21,21 @@ import torch
 from edgeft import disk, host, ledger
 from edgeft.architectures import Parts, find_parts, repeat_groups, units
 from edgeft.artifacts import Artifact, Strict, saving, staging, versions
-from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder, weights_sha256
+from edgeft.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder
 from edgeft.costs import Question
 from edgeft.data import IGNORED, Sample, TextTokenizer, hold_out, read_samples
 from edgeft.dense import DenseTurns
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.evaluate import autocast, evaluate, token_losses
+from edgeft.identity import (
+    WEIGHTS,
+    Inputs,
+    changed,
+    check_inputs,
+    differences,
+    weights_sha256,
+    written_files,
+)
 from edgeft.lisa import state_bytes
 from edgeft.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.planner import HELD_OUT_SHARE, Plan
@@ -39,6 +49,7 @@ from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
+PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -54,7 +65,8 @@ class TrainResult(Artifact):
     """train.json: what was trained, on what, how well, and how much memory it took."""
 
     plan: Plan
-    base_sha256: str
+    inputs: Inputs
+    files: Inputs
     deviations: tuple[Deviation, ...]
     steps: int
     trained_parameters: int
@@ -81,6 +93,11 @@ class TrainResult(Artifact):
     rehearsal: Rehearsal = NOT_REHEARSED
 
     @property
+    def base_sha256(self) -> str:
+        """Of the base's weights."""
+        return self.inputs[WEIGHTS]
+
+    @property
     def training(self) -> Training:
         """How it was really trained: the plan's choices, but for the deviations."""
         return deviating(self.plan.training, self.deviations)
@@ -105,6 +122,7 @@ class Data:
     def read(cls, plan: Plan) -> Data:
         if plan.job.data is None:
             raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
+        check_inputs(plan.inputs, plan.job, "plan", PLAN_AGAIN)
         tokenizer = TextTokenizer(local_folder(plan.job.model))
 
         def samples(source: str) -> list[Sample]:
@@ -283,6 +301,18 @@ def train(
     return result
 
 
+def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:
+    """`inputs`, kept in a run's work folder. Raises BadInput when the checkpoints there were made from others."""
+    kept = work / "inputs.json"
+    if any(work.glob("step-*")):
+        held = json.loads(kept.read_text()) if kept.is_file() else {}
+        if lines := differences(held, inputs, {WEIGHTS: base}):
+            hint = f"put the files back to go on, or start over: remove {work} and run the same command again"
+            raise changed(f"the checkpoint in {work}", lines, hint)
+    kept.write_text(json.dumps(inputs))
+    return inputs
+
+
 def refuse_several_processes() -> None:
     """Raise BadInput under torchrun and its like: each process would train, and write, the same run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -303,7 +333,7 @@ class Session:
     work: Path
     progress: Progress
     run: Run
-    base_sha256: str
+    inputs: Inputs
     scores: dict[str, Any]
     phases: dict[str, int]
     resumed: list[int]
@@ -332,6 +362,7 @@ class Session:
                 for old in work.glob("step-*"):  # checkpoints of another plan
                     shutil.rmtree(old)
             (work / "plan.sha256").write_text(plan_sha256)
+            inputs = settle_inputs(work, plan.inputs | {WEIGHTS: weights_sha256(folder)}, folder)
         progress("load", 0, 1, {})
         model, parts = prepare(here, device, compute, folder)
         check_head(model, parts, data.train[0], device, compute)
@@ -351,7 +382,7 @@ class Session:
             ledger.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         return cls(
-            plan, here, device, compute, deviations, data, work, progress, run, weights_sha256(folder),
+            plan, here, device, compute, deviations, data, work, progress, run, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
             before["seconds"], before["peaks"],
         )  # fmt: skip
@@ -422,7 +453,8 @@ class Session:
                 input_sha256=plan_sha256,
                 versions=versions(),
                 plan=self.plan,
-                base_sha256=self.base_sha256,
+                inputs=self.inputs,
+                files=written_files(temporary, "train.json"),
                 deviations=(*self.deviations, *above(self.here, self.phases)),
                 steps=run.step,
                 trained_parameters=sum(p.numel() for _, p in run.chosen),
