@@ -56,6 +56,9 @@ def check_job(job: Job, spec: ModelSpec) -> None:
     for name, most in (("active_layers", job.active_layers), ("trained_layers", max(job.trained_layers or (0,)) + 1)):
         if getattr(job, name) is not None and most is not None and most > count:
             raise BadInput(name, f"{most} is more than the model's {count} layers", f"at most {count}")
+    if spec.stacked and job.tuner == "full":
+        problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
+        raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
     if job.trained_layers == ():
         raise BadInput("trained_layers", "names no layer", f"name some of 0 to {count - 1}, as in 0,5,12-15")
     for name in ("active_layers", "trained_layers"):
@@ -156,7 +159,8 @@ def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
     if any(getattr(job, end) not in (None, "off") for end in ENDS):
         return ["full"]
     pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision in SMALL_PRECISIONS
-    return ["full", "lora"] if spec.total_parameters <= SMALL_MODEL and not pinned_lora else ["lora"]
+    small = spec.total_parameters <= SMALL_MODEL and not spec.stacked
+    return ["full", "lora"] if small and not pinned_lora else ["lora"]
 
 
 def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layers: dict[str, Any]) -> list[Precision]:

@@ -244,7 +244,10 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         if done.returncode:
             reason = process.reason(done.returncode, done.stderr)
             raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
-    model = load_whole(cached, dtype=compute, device_map={"": device})
+    try:
+        model = load_whole(cached, dtype=compute, device_map={"": device})
+    except BadInput as problem:
+        raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None
     compute_in(model, compute)
     return model
 

@@ -245,8 +245,9 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> Iterator[
     for name in shapes:
         if match := LAYER.fullmatch(name):
             parts.setdefault(match[2], {})[int(match[1])] = name
-    for names in parts.values():
-        usual = sum(layer < spec.num_hidden_layers for layer in names) * 2 > spec.num_hidden_layers
+    known = tuple(f".{linear.name}.weight" for linear in spec.linears)
+    for part, names in parts.items():
+        usual = f".{part}".endswith(known) or 2 * len(names) >= spec.num_hidden_layers + part.endswith(".bias")
         for layer, name in names.items():
             if layer >= spec.num_hidden_layers:
                 yield f"{name}: the config has {spec.num_hidden_layers} layers"

@@ -5,6 +5,7 @@ A record's `inputs` give the sha256 of each input by its role: the base's weight
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -55,7 +56,8 @@ def _keep(path: Path, text: str) -> None:
         temporary.write_text(text)
         temporary.replace(path)
     except OSError:  # no cache, then: it is hashed again next time
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -100,7 +102,7 @@ def differences(recorded: Mapping[str, str], now: Mapping[str, str], places: Map
         was, found = recorded.get(role), now.get(role)
         if was != found:
             what = f"is {found[:SHOWN]}" if found else "is gone"
-            how = f"was {was[:SHOWN]} (sha256), {what}" if was else "was not there"
+            how = f"was {was[:SHOWN]} (sha256), {what}" if was else "was not there, now is"
             place = places.get(role)
             lines.append(f"{role}{f' ({place})' if place and place.name != role else ''}: {how}")
     return lines

@@ -65,6 +65,7 @@ class ModelSpec(Strict):
     head_parameters: int  # 0 when tied
     other_parameters: int  # final norm, learned positions, projections around the embedding
     total_parameters: int
+    stacked: tuple[str, ...] = ()  # parameters that transformers puts together from several tensors of the files
 
 
 def read_model_spec(model: str) -> ModelSpec:
@@ -306,7 +307,19 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
         "layer_parameters": tuple(layers),
         "head_parameters": head,
         "other_parameters": count(net) - embedding - head - count(found.layers),
+        "stacked": _stacked(net),
     }
+
+
+def _stacked(net: Any) -> tuple[str, ...]:
+    """The parameters of a model that its files do not hold under a name of their own, such as a layer's experts."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5, names in memory were those of the files
+        return ()
+    stored = revert_weight_conversion(net, dict(net.state_dict()))
+    ends = {name.rpartition(".layers.")[2] for name in stored}
+    return tuple(name for name, _ in net.named_parameters() if name.rpartition(".layers.")[2] not in ends)
 
 
 def _guess_roles(modules: dict[str, Any], hidden: int, query: int) -> tuple[Linear, ...]:
