@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 
 from edgeft.checkpoint import load_plain
+from edgeft.data import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.merge import MergedCheckpoint, base_of, merge
+from edgeft.merge import MergedCheckpoint, MergedForeign, base_of, merge
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -181,3 +182,122 @@ def test_a_merge_holds_at_most_three_of_the_largest_tensors(rows: int, shards: i
         assert largest == rows * 4096
         assert largest <= measured <= min(3 * largest, 1.1 * predicted)
         shutil.rmtree(tmp_path / "out")
+
+
+# what the fine-tune's own folder says
+
+
+def adapter(base: Path, out: Path, **config: Any) -> Path:
+    """A PEFT adapter folder with a random LoRA change of every q_proj."""
+    import peft
+
+    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **config}
+    peft.get_peft_model(load_plain(base), peft.LoraConfig(**settings)).save_pretrained(str(out))
+    return out
+
+
+def merged_with(tuned: Path, base: Path, out: Path) -> MergedForeign:
+    made = merge(tuned, out, wise_alpha=1.0, progress=silent, base=str(base))
+    assert isinstance(made, MergedForeign)
+    return made
+
+
+def test_a_fine_tunes_own_template_and_end_tokens_are_kept(checkpoint_folder: Path, tmp_path: Path) -> None:
+    tuned = adapter(checkpoint_folder, tmp_path / "adapter")
+    (tuned / "chat_template.jinja").write_text("NEW {{ messages }}")
+    (tuned / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    shutil.copyfile(checkpoint_folder / "tokenizer.json", tuned / "tokenizer.json")
+    made = merged_with(tuned, checkpoint_folder, tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "NEW {{ messages }}"
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
+    told = "from the fine-tune's own folder, other than the base's: chat_template.jinja, generation_config.json"
+    assert made.notes == (told,)
+
+
+def test_a_template_inside_the_fine_tunes_tokenizer_is_not_hidden_by_the_bases_file(
+    checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    tuned = adapter(checkpoint_folder, tmp_path / "adapter")
+    config = json.loads((checkpoint_folder / "tokenizer_config.json").read_text())
+    (tuned / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "NEW {{ messages }}"}))
+    merged_with(tuned, checkpoint_folder, tmp_path / "merged")
+    assert TextTokenizer(tmp_path / "merged").template_text == "NEW {{ messages }}"
+
+
+def test_end_tokens_of_a_fine_tuned_checkpoint_are_kept(checkpoint_folder: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(checkpoint_folder, tuned)
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    (tuned / "generation_config.json").unlink(missing_ok=True)
+    made = merged_with(tuned, checkpoint_folder, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["eos_token_id"] == 2
+    assert any("config.json's" in note for note in made.notes)
+
+
+def test_an_adapter_of_another_base_is_said(checkpoint_folder: Path, tmp_path: Path) -> None:
+    tuned = adapter(checkpoint_folder, tmp_path / "adapter")
+    assert merged_with(tuned, checkpoint_folder, tmp_path / "same").notes == ()
+    shutil.copytree(checkpoint_folder, tmp_path / "copy")
+    assert merged_with(tuned, tmp_path / "copy", tmp_path / "copied").notes == ()  # the same weights elsewhere
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": "someone/stage1-merged"}
+    (tuned / "adapter_config.json").write_text(json.dumps(named))
+    note = f"the adapter names another base: someone/stage1-merged; it was merged into {checkpoint_folder}"
+    assert merged_with(tuned, checkpoint_folder, tmp_path / "other").notes == (note,)
+    snapshot = tmp_path / "models--someone--stage1-merged" / "snapshots" / "abc"
+    shutil.copytree(checkpoint_folder, snapshot)
+    assert merged_with(tuned, snapshot, tmp_path / "hub").notes == ()
+
+
+def test_a_change_of_nothing_is_said(checkpoint_folder: Path, tmp_path: Path) -> None:
+    tuned = adapter(checkpoint_folder, tmp_path / "adapter", init_lora_weights=True)
+    made = merged_with(tuned, checkpoint_folder, tmp_path / "merged")
+    assert made.notes == ("nothing was changed: the fine-tune is the base, bit for bit",)
+    assert all(torch.equal(weights(checkpoint_folder)[n], t) for n, t in weights(tmp_path / "merged").items())
+
+
+@pytest.fixture
+def tied(checkpoint_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "tied"
+    shutil.copytree(checkpoint_folder, folder)
+    tensors = weights(folder)
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return folder
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_embedding_stored_unchanged_stays_tied(moved: bool, tied: Path, tmp_path: Path) -> None:
+    tuned = adapter(tied, tmp_path / "adapter")
+    tensors = load_file(tuned / "adapter_model.safetensors")
+    embedding = weights(tied)["model.embed_tokens.weight"] + float(moved)
+    tensors["base_model.model.model.embed_tokens.weight"] = embedding
+    save_file(tensors, tuned / "adapter_model.safetensors", {"format": "pt"})
+    made = merged_with(tuned, tied, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is not moved and made.untied_head is moved
+    assert ("lm_head.weight" in weights(tmp_path / "merged")) is moved
+
+
+def test_a_tied_fine_tune_whose_head_alone_moved_is_untied(tied: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tied, tuned)
+    tensors = weights(tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    merged_with(tuned, tied, tmp_path / "merged")
+    merged = weights(tmp_path / "merged")
+    assert torch.equal(merged["lm_head.weight"], tensors["lm_head.weight"])
+    assert torch.equal(merged["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_an_adapter_for_layers_that_the_base_has_not_is_refused(checkpoint_folder: Path, tmp_path: Path) -> None:
+    tuned = adapter(checkpoint_folder, tmp_path / "adapter")
+    tensors = load_file(tuned / "adapter_model.safetensors")
+    more = {name.replace("layers.1", "layers.7"): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | more, tuned / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=r"model\.layers\.7\.self_attn\.q_proj\.weight: not in the base"):
+        merged_with(tuned, checkpoint_folder, tmp_path / "merged")
