@@ -92,7 +92,7 @@ def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> 
     lengths, trained, cut, answers, highest = [], [], 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):
         lengths.append(len(sample))
-        highest = max(highest, *sample.ids)
+        highest = max(highest, max(sample.packed_ids))
         trained.append(sample.trained_tokens)
         cut += sample.cut_tokens > 0
         answers += len(row.trained) if row.has_prompt else 0

@@ -210,7 +210,11 @@ def verify_merged(merged_folder: Path, told: Path | None = None) -> tuple[Merged
 
 def find_trained(merged_folder: Path, merged: MergedCheckpoint, told: Path | None = None) -> Path:
     """The training result that a merge was made from. Raises BadInput when it is gone or another one."""
-    named = [(merged_folder / merged.trained.relative).resolve(), Path(merged.trained.absolute), merged_folder.parent / "train"]
+    named = [
+        (merged_folder / merged.trained.relative).resolve(),
+        Path(merged.trained.absolute),
+        merged_folder.parent / "train",
+    ]
     places = [told] if told else named
     for folder in places:
         if (folder / "train.json").is_file() and sha256_file(folder / "train.json") == merged.input_sha256:

@@ -58,7 +58,10 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no matrix in any layer": (without(UP, UP.replace("1", "0")), "up_proj.weight: missing"),
     "no norm": (without("model.norm.weight"), ""),
     "no embedding": (without("model.embed_tokens.weight"), "embed_tokens.weight: missing"),
-    "a bias": (lambda t: {**t, "model.layers.0.mlp.up_proj.bias": torch.ones(128)}, "layers.0.mlp.up_proj.bias: no weight"),
+    "a bias": (
+        lambda t: {**t, "model.layers.0.mlp.up_proj.bias": torch.ones(128)},
+        "layers.0.mlp.up_proj.bias: no weight",
+    ),
     "a layer": (lambda t: {**t, UP.replace("1", "2"): t[UP]}, "model.layers.2.mlp.up_proj.weight: "),
     "another shape": (lambda t: {**t, UP: t[UP][:100]}, f"{UP}: (100, 64) in the files, (128, 64)"),
     "transposed": (lambda t: {**t, UP: t[UP].T}, f"{UP}: (64, 128) in the files, (128, 64)"),
@@ -180,7 +183,9 @@ def test_an_index_that_lies_is_refused(shards: Path) -> None:
     names = sorted(path.name for path in shards.glob("*.safetensors"))
     Checkpoint(shards)
     index_of(shards, lambda told: told | {"model.gone.weight": names[0]})
-    with pytest.raises(BadInput, match=f"names tensors that are not where it says\nmodel.gone.weight: not in {names[0]}"):
+    with pytest.raises(
+        BadInput, match=f"names tensors that are not where it says\nmodel.gone.weight: not in {names[0]}"
+    ):
         Checkpoint(shards)
     index_of(shards, lambda told: told | {"model.gone.weight": "../other.safetensors"})
     with pytest.raises(BadInput, match=r"names files outside of its folder: \.\./other\.safetensors"):
@@ -238,7 +243,7 @@ def test_stacked_experts_are_known_before_training(family: str, tmp_path: Path) 
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     spec = read_model_spec(str(tmp_path))
     assert any(name.endswith("experts.gate_up_proj") for name in spec.stacked)
-    with pytest.raises(BadInput, match="put together from several tensors .*\n\nhint: use tuner=lora"):
+    with pytest.raises(BadInput, match=r"put together from several tensors .*\n\nhint: use tuner=lora"):
         check_job(Job(model=str(tmp_path), tuner="full"), spec)
     open_job, work = Job(model=str(tmp_path)), Workload(16, 16)
     ways = list(candidates(open_job, load_profile("cpu-8gb"), spec, work, 4, None))

@@ -63,7 +63,9 @@ def line(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def job_of(folder: Path, **settings: Any) -> Job:
     values = {"profile": "cpu-8gb", "batch_size": 4, "max_steps": 2, "rank": 4, "eval_rows": 4, "tuner": "lora"}
-    data = {key: str(folder / f"{name}.jsonl") for key, name in (("data", "train"), ("valid", "valid"), ("test", "test"))}
+    data = {
+        key: str(folder / f"{name}.jsonl") for key, name in (("data", "train"), ("valid", "valid"), ("test", "test"))
+    }
     return make_job(model=str(folder / "base"), **data, **values, **settings)
 
 
@@ -150,7 +152,9 @@ def test_a_plan_is_made_anew_when_what_it_reads_has_changed(role: str, line: Pat
     plant(role)
     after = make_plan(job_of(line))
     assert before.request_sha256 != after.request_sha256
-    assert {key for key in {**before.inputs, **after.inputs} if before.inputs.get(key) != after.inputs.get(key)} == {role}
+    assert {key for key in {**before.inputs, **after.inputs} if before.inputs.get(key) != after.inputs.get(key)} == {
+        role
+    }
 
 
 def test_weights_are_not_hashed_by_a_plan(line: Path, plant: Any) -> None:
@@ -209,11 +213,11 @@ def test_a_merge_elsewhere_finds_what_was_merged(line: Path, tmp_path: Path) -> 
     merged.model_copy(update={"trained": nowhere}).write(document)
     assert verify_merged(document.parent)[1] == tmp_path / "copy" / "train"  # beside it
     (tmp_path / "copy" / "train").rename(tmp_path / "elsewhere")
-    with pytest.raises(BadInput, match="does not hold the training result .*\n\nhint: say where it lies with --train"):
+    with pytest.raises(BadInput, match=r"does not hold the training result .*\n\nhint: say where it lies with --train"):
         verify_merged(document.parent)
     assert verify_merged(document.parent, tmp_path / "elsewhere")[1] == tmp_path / "elsewhere"
     (tmp_path / "elsewhere" / "train.json").write_text("{}")
-    with pytest.raises(BadInput, match="elsewhere: does not hold the training result"):
+    with pytest.raises(BadInput, match=r"elsewhere: does not hold the training result"):
         verify_merged(document.parent, tmp_path / "elsewhere")
 
 

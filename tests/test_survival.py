@@ -80,8 +80,9 @@ def test_against_onnxruntime_on_whole_tensors(
     assert all(t.bits == 4 for t in worst) and [t.cosine for t in worst] == sorted(t.cosine for t in worst)
 
 
-def test_the_noise_of_independent_rounding(tmp_path: Path) -> None:
+def test_the_noise_of_independent_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two uniform errors of variance step^2 / 12: noise = step / (sqrt(6) |d|), cosine = 1 / sqrt(1 + noise^2)."""
+    monkeypatch.setattr("edgeft.model_spec.check_weights", lambda folder, spec: None)  # one tensor stands for a model's
     generator = torch.Generator().manual_seed(0)
     (tmp_path / "base").mkdir()
     (tmp_path / "merged").mkdir()
