@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 import edgeft.identity
+from edgeft import cli
 from edgeft.artifacts import cache_folder, sha256_file
 from edgeft.errors import BadInput
 from edgeft.export import export, export_adapters, export_promoted, made_from
-from edgeft.identity import DATA, SMALL_FILES, WEIGHTS, sha256_of, weights_sha256
+from edgeft.identity import DATA, SMALL_FILES, WEIGHTS, cached_folder, sha256_of, weights_sha256
 from edgeft.merge import MergedCheckpoint, merge, verify_merged
-from edgeft.planner import Plan, make_plan
+from edgeft.planner import Plan, make_plan, request_digest
 from edgeft.scoring import _digest
 from edgeft.settings import Job, make_job
 from edgeft.survival import survival
@@ -281,3 +282,85 @@ def test_no_cache_is_needed(large: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert sha256_of(large) == sha256_file(large)
+
+
+# what is up to date
+
+
+def held(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize("role", [WEIGHTS, "tokenizer.json", "training data", "adapter"])
+def test_a_training_on_changed_files_is_not_up_to_date(
+    role: str, line: Path, plant: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._same_inputs(line / "train", held(line / "train" / "train.json")) and not capsys.readouterr().err
+    name = plant(role).name
+    assert not cli._same_inputs(line / "train", held(line / "train" / "train.json"))
+    said = capsys.readouterr().err
+    assert said.startswith("not up to date: ") and (role in said or name in said)
+
+
+@pytest.mark.parametrize("role", [WEIGHTS, "chat_template.jinja", *MERGED])
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+def test_a_merge_of_changed_files_is_not_up_to_date(
+    kind: str, role: str, line: Path, plant: Any, tmp_path: Path
+) -> None:
+    folder = line / "merged"
+    if kind == "foreign":
+        folder = tmp_path / "merged"
+        merge(line / "train", folder, wise_alpha=1.0, progress=silent, base=str(line / "base"))
+    document = held(folder / "merged.json")
+    assert cli._same_merge(folder, document)
+    if kind == "foreign" and role in MERGED:
+        with open(folder / file_of(line, role).name, "ab") as file:
+            file.write(b"\n")
+    else:
+        plant(role)
+    assert not cli._same_merge(folder, document)
+
+
+@pytest.mark.parametrize("role", [WEIGHTS, "training data", *MERGED, "its own"])
+def test_a_bundle_of_changed_files_is_not_up_to_date(role: str, line: Path, plant: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("graph")
+    bundle = {"files": {"model.onnx": {"sha256": sha256_file(tmp_path / "model.onnx")}}}
+    train_json = held(line / "train" / "train.json")
+    assert cli._same_bundle(tmp_path, bundle, line / "merged", train_json)
+    if role == "its own":
+        (tmp_path / "model.onnx").write_text("other")
+    else:
+        plant(role)
+    assert not cli._same_bundle(tmp_path, bundle, line / "merged", train_json)
+
+
+def test_a_hub_model_is_known_by_its_snapshot(line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    snapshot = tmp_path / "snapshots" / "abc"
+    shutil.copytree(line / "base", snapshot)
+    found = {"config.json": str(snapshot / "config.json")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda model, name: found.get(name))
+    job = job_of(line).model_copy(update={"model": "org/tiny"})
+    assert cached_folder("org/tiny") == snapshot
+    before = request_digest(job, cached_folder("org/tiny"))
+    (snapshot / "tokenizer.json").write_text("{}")  # another revision was fetched
+    assert request_digest(job, cached_folder("org/tiny")) != before
+    found.clear()
+    assert cached_folder("org/tiny") is None and cached_folder("no such: model") is None
+
+
+def test_a_token_that_the_embedding_has_no_row_for_is_refused_by_the_plan(line: Path, tmp_path: Path) -> None:
+    shutil.copytree(line / "base", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    tokenizer = held(path)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": 4500, "content": "<extra>", "special": True, **flags})
+    path.write_text(json.dumps(tokenizer))
+    job = job_of(line).model_copy(update={"model": str(tmp_path / "base")})
+    make_plan(job)  # no row has it
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"prompt": "a <extra>", "completion": " b"}]))
+    with pytest.raises(BadInput, match=r"rows\.jsonl: token \d+ is in it, the model's embedding has 400 rows"):
+        make_plan(job.model_copy(update={"data": str(rows)}))
