@@ -12,7 +12,7 @@ import numpy
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.build import hash_files, need_runtime
 from edgeft.bundle import MANIFEST, README, SBOM, Bundle, Golden, Task, readme
-from edgeft.checkpoint import quiet_transformers
+from edgeft.checkpoint import check_loaded, quiet_transformers
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.families import ENCODERS
 from edgeft.footprint import RUNTIME_BYTES, SCORES_AT_ONCE, LimitedBy, Predicted
@@ -174,7 +174,12 @@ def _by_torch(folder: Path, encoder: Encoder, rows: list[list[int]]) -> list[Any
 
     kind = AutoModelForSequenceClassification if encoder.task == "text-classification" else AutoModel
     with quiet_transformers():
-        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    unread = () if encoder.labels else ("pooler.",)  # an embedding is the mean of hidden states
+    missing = [name for name in report["missing_keys"] if not name.startswith(unread)]
+    check_loaded(folder, report | {"missing_keys": missing, "unexpected_keys": ()})  # heads of other tasks
+    model.eval()
     found = []
     with torch.no_grad():
         for ids in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,25 @@ def folded_by_peft(folder: Path, base: Path) -> dict[str, torch.Tensor]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:
-        model: Any = PeftModel.from_pretrained(load_plain(base), folder)
+        with warnings.catch_warnings():  # what it does not find it leaves at its first values
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model: Any = PeftModel.from_pretrained(load_plain(base), folder)
         adapted = tuple(
             name.removeprefix("base_model.model.") + "."
             for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer)
         )
         folded = model.merge_and_unload()
-    except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError, AttributeError, OSError) as problem:
+    except (
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+        Warning,
+    ) as problem:
         reason = (str(problem) or type(problem).__name__).splitlines()[0]
         raise BadInput(
             folder, f"cannot be folded by PEFT: {reason:.200}", "was it trained on this very base?"

@@ -215,6 +215,20 @@ def test_rarer_kinds_are_folded_by_peft_itself(kind: str, bases: dict[str, Path]
     torch.testing.assert_close(logits(load_plain(tmp_path / "1")), live, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rarer_adapter_that_lost_a_tensor_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT would leave what it does not find at its first values, with a warning."""
+    import peft
+
+    model = peft.get_peft_model(load_plain(bases["llama"]), peft.LoHaConfig(target_modules=["q_proj"], r=2))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if "hada_w1_a" in name)]
+    save_file(tensors, path)
+    with pytest.raises(BadInput, match=r"cannot be folded by PEFT: Found missing adapter keys .*hada_w1_a"):
+        merge(tmp_path / "adapter", tmp_path / "1", wise_alpha=1.0, progress=silent, base=str(bases["llama"]))
+
+
 def test_blocks_change_no_result(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors computed a few rows at a time are those computed whole, norms over columns included."""
     for case in ("gpt2: dora", "dora of embedding", "tokens", "gpt2: ia3", "modules saved"):
