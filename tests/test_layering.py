@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 PLANNING = (
-    "errors", "families", "units", "settings", "artifacts", "headers", "identity", "profile", "machine", "target", "model_spec", "memory",
+    "headers", "identity",
+    "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
     "candidates", "timing", "costs", "explain", "planner", "stages", "host", "footprint", "disk", "budget",
     "simulation", "depth", "tape", "operations", "dataflow",
     "report", "data", "rows", "conversation", "samples", "tokenizer", "scores", "scoring", "importance_plot", "runner",
