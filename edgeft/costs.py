@@ -15,7 +15,7 @@ from typing import Any
 from edgeft import memory
 from edgeft.artifacts import Strict
 from edgeft.data import Lengths
-from edgeft.groups import Scoring, Size, scoring
+from edgeft.groups import Scoring, Shape, Size, scoring
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
@@ -64,6 +64,7 @@ class Question:
     keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
     heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
     counts: dict[tuple[Any, ...], Counted] = field(default_factory=dict, repr=False)  # by what `count` reads
+    simulated: dict[Training, memory.Simulated] = field(default_factory=dict, repr=False)
     scorings: dict[tuple[int, int], Scoring] = field(default_factory=dict, repr=False)  # by a group's, a row's tokens
 
     @cached_property
@@ -96,6 +97,7 @@ class Question:
         return memory.phases(
             self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
             data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training), capability=self.profile.compute_capability,
+            more=self._simulated(training),
         )  # fmt: skip
 
     def scoring(self, training: Training) -> Scoring:
@@ -120,6 +122,33 @@ class Question:
         if key not in self.counts:
             self.counts[key] = count(self.spec, training, self.mean_work, key[0])
         return seconds_per_step(self.profile, training, self.mean_work, self.counts[key])
+
+    def simulate(self, training: Training) -> None:
+        """Find what this way takes by running its step without memory, for a family that the closed form does not hold.
+
+        Raises BadInput where that cannot run.
+        """
+        from edgeft.simulate import forward_bytes, simulate  # imports torch: for such families alone
+
+        found = simulate(self.spec, training, self.work).live_peak_bytes
+        sets = memory.worst_sets(self.spec, training)
+        closed = max(sum(term.bytes for term in memory.step_terms(self.spec, one, self.work)) for one in sets)
+        scored = self.scoring(training)
+        shape = scored.shapes[0] if scored.shapes else Shape(1, training.max_length, training.max_length)
+        forward = forward_bytes(self.spec, training, shape)
+        forward -= sum(term.bytes for term in memory.loss_terms(self.spec, training, shape))
+        self.simulated[training] = memory.Simulated(found - closed, max(0, forward), True)
+        self.heights.clear()
+
+    def _simulated(self, training: Training) -> memory.Simulated | None:
+        """What simulation found for this way; for another, the most that it found for one like it."""
+        if not self.simulated or training in self.simulated:
+            return self.simulated.get(training)
+        alike = [found for other, found in self.simulated.items()
+                 if (other.tuner, other.checkpointing) == (training.tuner, training.checkpointing)]  # fmt: skip
+        if not alike:
+            return None
+        return memory.Simulated(max(one.step for one in alike), max(one.forward for one in alike), False)
 
     def scoring_seconds(self, training: Training) -> float:
         """Seconds of all scoring, before training and after it."""

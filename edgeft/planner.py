@@ -46,6 +46,7 @@ DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
 # back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
 DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
+SIMULATIONS = 8  # of a family that is planned by simulation, at most
 Scored = tuple[tuple[Size, ...], ...]
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
         "loss_chunk_tokens", "optimizer")  # fmt: skip
@@ -142,7 +143,8 @@ def make_plan(
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
-    training = best_that_fits(question, looked_at)
+    training, said = (best_that_fits(question, looked_at), []) if memory.known(spec) else settle(question, looked_at)
+    notes += said
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(question, steps, scores))
     key = question.key(training)
@@ -177,6 +179,26 @@ def make_plan(
         work=work,
         importance=_with_choice(importance, training, spec) if importance else None,
     )
+
+
+def settle(question: Question, looked_at: Sequence[Training]) -> tuple[Training | None, list[str]]:
+    """The best way that fits by simulation, which corrects the closed form of the ways like it; and notes.
+
+    Raises BadInput for a job with data where the model cannot be simulated: its memory would be a guess.
+    """
+    try:
+        for _ in range(SIMULATIONS):
+            training = best_that_fits(question, looked_at)
+            if training is None or training in question.simulated:
+                return training, [f"{question.spec.model_type}: planned by simulation"]
+            question.simulate(training)
+    except BadInput as problem:
+        if question.job.data is not None:
+            raise
+        note = f"{question.spec.model_type}: not simulated, memory is that of a Llama of these widths: {problem.problem}"
+        return best_that_fits(question, looked_at), [note]
+    fitting = [one for one in question.simulated if question.high_bytes(one) <= question.budget_bytes]
+    return min(fitting, key=question.key, default=None), [f"{question.spec.model_type}: planned by simulation"]
 
 
 def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Training | None:

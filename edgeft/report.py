@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
 
-NOT_TENSORS = ("process", "data", "buffers", "cuBLAS workspace", "reserved")  # terms of a step that no tensor of it accounts for
+# terms of a step that no tensor of it accounts for
+NOT_TENSORS = ("process", "data", "buffers", "cuBLAS workspace", "reserved")
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -64,7 +65,7 @@ def plan_text(plan: Plan) -> RenderableType:
         ),
         (
             "time",
-            f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} for all steps (estimate)",
+            f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
         ),
         ("scoring", scoring_text(plan)),
     ]
