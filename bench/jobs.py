@@ -83,7 +83,8 @@ def config_of(family: str, draw: random.Random) -> dict[str, Any]:
                "word_embed_proj_dim": hidden, "max_position_embeddings": 1024}  # fmt: skip
     else:
         own = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-               "num_attention_heads": heads, "max_position_embeddings": 1024, "tie_word_embeddings": draw.random() < 0.5}  # fmt: skip
+               "num_attention_heads": heads, "max_position_embeddings": 1024,
+               "tie_word_embeddings": draw.random() < 0.5}  # fmt: skip
         own |= {} if family in ("gpt_neox",) else {"num_key_value_heads": groups}
         own |= {"head_dim": size} if family in ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text") else {}
         own |= {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
@@ -133,12 +134,19 @@ def rows_of(draw: random.Random, most: int) -> dict[str, Any]:
 def settings_of(draw: random.Random, layers: int) -> dict[str, Any]:
     """How one job trains."""
     batch = draw.choice([1, 2, 4, 8])
-    found: dict[str, Any] = {"batch_size": batch, "micro_batch_size": draw.choice([b for b in (1, 2, 4, 8) if b <= batch])}
+    found: dict[str, Any] = {
+        "batch_size": batch,
+        "micro_batch_size": draw.choice([b for b in (1, 2, 4, 8) if b <= batch]),
+    }
     found |= {"checkpointing": draw.random() < 0.6, "loss_chunk_tokens": draw.choice([64, 256, 1024])}
     found |= {"eval_rows": draw.choice([8, 50, 200]), "max_steps": 3, "seed": draw.randrange(100)}
     way = draw.choice(["LoRA", "LoRA", "LoRA", "NF4", "full", "sparse", "LISA", "LISA on NF4"])
     if way in ("LoRA", "NF4"):
-        found |= {"tuner": "lora", "rank": draw.choice([4, 16, 64]), "base_precision": "nf4" if way == "NF4" else "fp32"}
+        found |= {
+            "tuner": "lora",
+            "rank": draw.choice([4, 16, 64]),
+            "base_precision": "nf4" if way == "NF4" else "fp32",
+        }
         if draw.random() < 0.4:
             found |= {"layers": "sparse", "active_layers": draw.randint(1, layers)}
     elif way == "full":
@@ -149,7 +157,8 @@ def settings_of(draw: random.Random, layers: int) -> dict[str, Any]:
     else:
         active = draw.randint(1, min(3, layers))
         found |= {"tuner": "full", "layers": "lisa", "active_layers": active, "lisa_interval": 1,
-                  "base_precision": "nf4" if way.endswith("NF4") else "fp32", "max_steps": max(3, -(-layers // active)) + 1}  # fmt: skip
+                  "base_precision": "nf4" if way.endswith("NF4") else "fp32",
+                  "max_steps": max(3, -(-layers // active)) + 1}  # fmt: skip
     if found["checkpointing"] and draw.random() < 0.3:
         found["kept_layers"] = draw.randint(0, layers - 1)
     return found

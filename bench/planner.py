@@ -135,7 +135,7 @@ def predict(plan: Plan) -> dict[str, Any]:
 
 
 def measure(plan: Plan, folder: Path, resumed: bool) -> dict[str, Any]:
-    """What one run took: train.json's phases, and the highest RSS seen from outside; `resumed`: killed once half way."""
+    """What one run took: train.json's phases, and the highest RSS seen from outside; `resumed`: killed half way."""
     plan.write(folder / "plan.json")
     first = watch(plan, folder, kill_at=plan.training.steps // 2) if resumed else 0
     seen = watch(plan, folder)

@@ -15,7 +15,7 @@ from typing import Any
 from edgeft import memory
 from edgeft.artifacts import Strict
 from edgeft.data import Lengths
-from edgeft.groups import Scoring, Shape, Size, scoring
+from edgeft.groups import Scoring, Size, scoring
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Job, Layers, Optimizer, Precision, Training, Tuner
@@ -96,7 +96,8 @@ class Question:
         """Every phase of a run, for the longest sample unless another workload is given."""
         return memory.phases(
             self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
-            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training), capability=self.profile.compute_capability,
+            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training),
+            capability=self.profile.compute_capability,
             more=self._simulated(training),
         )  # fmt: skip
 
@@ -128,16 +129,12 @@ class Question:
 
         Raises BadInput where that cannot run.
         """
-        from edgeft.simulate import forward_bytes, simulate  # imports torch: for such families alone
+        from edgeft.simulate import simulate  # imports torch: for such families alone
 
         found = simulate(self.spec, training, self.work).live_peak_bytes
         sets = memory.worst_sets(self.spec, training)
         closed = max(sum(term.bytes for term in memory.step_terms(self.spec, one, self.work)) for one in sets)
-        scored = self.scoring(training)
-        shape = scored.shapes[0] if scored.shapes else Shape(1, training.max_length, training.max_length)
-        forward = forward_bytes(self.spec, training, shape)
-        forward -= sum(term.bytes for term in memory.loss_terms(self.spec, training, shape))
-        self.simulated[training] = memory.Simulated(found - closed, max(0, forward), True)
+        self.simulated[training] = memory.Simulated(found - closed, True)
         self.heights.clear()
 
     def _simulated(self, training: Training) -> memory.Simulated | None:
@@ -148,7 +145,7 @@ class Question:
                  if (other.tuner, other.checkpointing) == (training.tuner, training.checkpointing)]  # fmt: skip
         if not alike:
             return None
-        return memory.Simulated(max(one.step for one in alike), max(one.forward for one in alike), False)
+        return memory.Simulated(max(one.bytes for one in alike), False)
 
     def scoring_seconds(self, training: Training) -> float:
         """Seconds of all scoring, before training and after it."""

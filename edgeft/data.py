@@ -91,13 +91,13 @@ def _stamps(path: Path, folder: Path) -> tuple[tuple[int, int, int], ...]:
 
 
 @functools.lru_cache(maxsize=8)  # a plan that is made twice, to score its layers first, reads its data once
-def _measured_once(source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]) -> tuple[Lengths, tuple[Size, ...]]:
+def _measured_once(
+    source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]
+) -> tuple[Lengths, tuple[Size, ...]]:
     return _measured(source, TextTokenizer(Path(folder)), max_length)
 
 
-def _measured(
-    source: str, tokenizer: TextTokenizer, max_length: int | None
-) -> tuple[Lengths, tuple[Size, ...]]:
+def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> tuple[Lengths, tuple[Size, ...]]:
     remarks: Counter[str] = Counter()
     sizes, cut, answers, highest = list[Size](), 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):

@@ -307,13 +307,13 @@ def _name(number: int, layers: int) -> str:
 
 
 def scoring_terms(spec: ModelSpec, training: Training, scored: Scoring | None) -> tuple[list[Term], list[Term]]:
-    """(what losses, what answers hold beyond the model at the highest moment); `scored`: None where no data is known."""
+    """(what losses, what answers hold beyond the model at the highest moment); `scored`: None without data."""
     if scored is None or not scored.rows:
         longest = training.max_length
         rows = max(1, training.group_tokens // longest)
         size = Size(longest, max(1, longest - MAX_ANSWER_TOKENS), training.max_trained)
         scored = scoring([[size] * rows], training.group_tokens)
-    losses = max((loss_terms(spec, training, shape) for shape in scored.shapes), key=_total)
+    losses = max((_loss_terms(spec, training, shape) for shape in scored.shapes), key=_total)
     return losses, _answer_terms(spec, training, scored.answers) if scored.answers else []
 
 
@@ -321,7 +321,7 @@ def _total(terms: Sequence[Term]) -> int:
     return sum(term.bytes for term in terms)
 
 
-def loss_terms(spec: ModelSpec, training: Training, shape: Shape) -> list[Term]:
+def _loss_terms(spec: ModelSpec, training: Training, shape: Shape) -> list[Term]:
     """A group's losses: the layers one after the other, or the logits of a chunk of its trained tokens."""
     e, tokens = DTYPE_BYTES[training.compute_dtype], shape.rows * shape.tokens
     way, chunk = Way.of(spec, training, shape.tokens), min(training.loss_chunk_tokens, shape.trained)
@@ -363,7 +363,7 @@ def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list
 
 
 def _forward_bytes(spec: ModelSpec, training: Training, way: Way, tokens: int, masked: bool) -> float:
-    """Highest bytes of a forward pass without autograd through the layers, autocast's copies of what trains included."""
+    """Highest bytes of a forward pass through the layers without autograd, autocast's copies of weights included."""
     trained = set(training.trained_layers)
     places = Counter((n in trained, masked or is_masked(spec, n, way.longest)) for n in range(spec.num_hidden_layers))
     parts = {
@@ -453,10 +453,14 @@ def phases(
         most = phase("evaluate", [*held, *answered], spec, training).high_bytes
         evaluate = evaluate.model_copy(update={"high_bytes": max(evaluate.high_bytes, most)})
     if more is not None:
-        evaluate = phase("evaluate", [*evaluate.terms, *more.terms(more.forward)], spec, training, more.exact)
+        # a group has no more tokens than a micro-batch, and keeps less of each
+        high = evaluate.high_bytes + max(0, more.bytes)
+        evaluate = evaluate.model_copy(update={"high_bytes": high})
     steps = (step_terms(spec, one, work) for one in sets)
     step = [*fixed, *max(steps, key=lambda terms: sum(term.bytes for term in terms))]
-    step += more.terms(more.step) if more is not None else []
+    if more is not None:
+        formula = "what this model's code holds beyond a Llama's, or less than it"
+        step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
     return (
         phase("load", load, spec, training),
         evaluate,
@@ -465,18 +469,13 @@ def phases(
 
 
 class Simulated(NamedTuple):
-    """What a model's own code was found to hold beyond the closed form, in a step and in a forward pass that scores.
+    """Bytes that a model's own code was found to hold beyond the closed form in a step, or fewer than it.
 
     `exact`: found for this very way of training, not for one like it.
     """
 
-    step: int
-    forward: int
+    bytes: int
     exact: bool
-
-    def terms(self, count: int) -> list[Term]:
-        """One term, which may be less than nothing."""
-        return [Term(name="simulated", bytes=count, formula="what this model's code holds beyond a Llama's")]
 
 
 def known(spec: ModelSpec) -> bool:
@@ -487,7 +486,8 @@ def known(spec: ModelSpec) -> bool:
 def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training, simulated: bool = False) -> Phase:
     """A phase with its low and high estimate: 2% for families known operation by operation on a CPU, 5% on CUDA.
 
-    CUDA's 5%, at least 32 MiB, is what the allocator reserves in pieces that do not fit. Families like a Llama get 15%, as do ways that were not simulated of families that must be.
+    CUDA's 5%, at least 32 MiB, is what the allocator reserves in pieces that do not fit. Families
+    like a Llama get 15%, as do ways that were not simulated of families that must be.
     """
     expected = sum(term.bytes for term in terms)
     exact = simulated or (spec.model_type in EXACT_FAMILIES and spec.counted_from == "config")

@@ -195,7 +195,9 @@ def settle(question: Question, looked_at: Sequence[Training]) -> tuple[Training 
     except BadInput as problem:
         if question.job.data is not None:
             raise
-        note = f"{question.spec.model_type}: not simulated, memory is that of a Llama of these widths: {problem.problem}"
+        note = (
+            f"{question.spec.model_type}: not simulated, memory is that of a Llama of these widths: {problem.problem}"
+        )
         return best_that_fits(question, looked_at), [note]
     fitting = [one for one in question.simulated if question.high_bytes(one) <= question.budget_bytes]
     return min(fitting, key=question.key, default=None), [f"{question.spec.model_type}: planned by simulation"]

@@ -17,13 +17,11 @@ from typing import Any, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeft import depth, evaluate, loop
+from edgeft import depth, loop
 from edgeft.checkpoint import DTYPES, quiet_transformers
 from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput
 from edgeft.fake import as_planned, build_meta, make_fake, quantisation_states
-from edgeft.groups import Shape
-from edgeft.ledger import LiveBytes
 from edgeft.memory import Workload, worst_sets
 from edgeft.model_spec import ModelSpec
 from edgeft.settings import Training
@@ -84,25 +82,6 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
         with trace:
             run.train_step([Sample([0] * work.longest, labels, work.longest - trained)] * samples)
     return _Step(trace, *sizes)
-
-
-def forward_bytes(spec: ModelSpec, training: Training, shape: Shape) -> int:
-    """Highest bytes above the weights of a forward pass that scores one group, no autograd; full depth."""
-    from transformers import AutoConfig
-
-    compute = DTYPES[training.compute_dtype]
-    with _refused(spec), quiet_transformers():
-        model, parts = build_meta(AutoConfig.from_pretrained(spec.model), training, compute)
-        fake, live = FakeTensorMode(), LiveBytes()
-        with fake:
-            make_fake(model)
-        with as_planned(training, fake, lambda: None), torch.no_grad():
-            live.count([list(model.parameters()), list(model.buffers()), quantisation_states(model)])
-            weights = live.live_bytes
-            ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
-            with live, evaluate.autocast(CPU, compute):
-                parts.body(input_ids=ids, use_cache=False)
-    return live.peak_bytes - weights
 
 
 @contextlib.contextmanager

@@ -225,5 +225,7 @@ def test_a_gpu_run_is_planned_as_it_was_measured(run: dict[str, Any]) -> None:
 def test_a_plan_of_another_card_takes_its_own_workspaces() -> None:
     spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "smollm2-135m"))
     training = plan_of(range(30), 64, device="cuda", **HALF)
-    found = [memory.phases(spec, training, memory.Workload(64, 63), baseline_bytes=0, capability=c)[2] for c in (8.9, 9.0)]
+    found = [
+        memory.phases(spec, training, memory.Workload(64, 63), baseline_bytes=0, capability=c)[2] for c in (8.9, 9.0)
+    ]
     assert found[1].expected_bytes - found[0].expected_bytes == 64 * MIB - 2 * 8_519_680
