@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from edgeft import memory
 from edgeft.artifacts import versions
 from edgeft.budget import usable_cores
 from edgeft.lisa import draw
+from edgeft.machine import probe_cpu
 from edgeft.planner import Plan
 from edgeft.report import NOT_TENSORS
 
@@ -27,7 +27,7 @@ CONFIGS = ROOT / "examples" / "configs"
 
 def environment() -> dict[str, Any]:
     """What a number depends on besides the code."""
-    return {"cpu": platform.processor() or platform.machine(), "cores": usable_cores(), "versions": versions(),
+    return {"cpu": probe_cpu().cpu, "cores": usable_cores(), "versions": versions(),
             "torch_threads": torch.get_num_threads()}  # fmt: skip
 
 
