@@ -108,7 +108,7 @@ test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 
 bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
-bench-planner: .venv/installed  ## predicted against measured peak memory of 56 training runs
+bench-planner: .venv/installed  ## predicted against measured peak memory of real training runs, 72 of them random
 	$(py) bench/planner.py
 
 bench-closed-form: .venv/installed  ## the planner's closed form against the simulated step, 340 random plans

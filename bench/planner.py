@@ -1,30 +1,41 @@
-"""How far is a training process's predicted peak memory from its measured one? 56 real runs on this CPU.
+"""How far is a training process's predicted peak memory from its measured one? Real runs on this CPU, three parts.
 
-    make bench-planner
+    make bench-planner      # or: python bench/planner.py --seed 7 --count 60 --only "random bloom"
 
-Four shapes (tied and untied, vocabularies of 4,096 to 49,152, grouped and full attention) x seven ways to train
-(LoRA in all layers, in the top quarter, full fine-tuning, LISA; fp32 and NF4 bases) x activations kept and recomputed,
-with three lengths and two batch sizes in turn. Weights are random. Predicted is the highest phase's expected bytes in
-the plan, of LISA for the layers that were drawn; measured the process's highest RSS. What was measured is kept in
-build/bench-planner.jsonl as soon as a run ends: an interrupted bench goes on, and a changed planner is compared with
-the same runs (remove it to measure again).
+Shapes: four (tied and untied, vocabularies of 4,096 to 49,152, grouped and full attention) x seven ways to train (LoRA
+in all layers, in the top quarter, full fine-tuning, LISA; fp32 and NF4 bases) x activations kept and recomputed, rows
+of text that fill three lengths. Broken once: jobs for which an earlier planner promised too little. Random: jobs drawn
+by a seed, of 23 families, rows of prompts, chats and texts, settings and validation data (bench/jobs.py).
+
+Weights are random. Predicted is the highest phase's expected bytes in the plan, of LISA for the layers that were drawn;
+measured the process's highest RSS, as it records it and as it is seen from outside. High is the plan's promise.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import gzip
 import itertools
 import json
+import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from run import ROOT, Kept, interval_plans, random_model, record, train
+from jobs import Case, broken_once, random_case
+from run import ROOT, interval_plans, random_model, record
 
-from edgeft.planner import make_plan
-from edgeft.settings import Job, make_job
+from edgeft.budget import resident_bytes
+from edgeft.errors import BadInput
+from edgeft.planner import Plan, make_plan
+from edgeft.settings import make_job
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wide, tied": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 4096,
@@ -46,10 +57,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LISA on NF4": {**LISA, "base_precision": "nf4"},
 }
 LENGTHS, BATCHES = (128, 256, 512), (1, 4)
-FITTED_ON = (
-    "deep",
-    "vocabulary, tied",
-)  # the process's own share (memory.CPU_BUFFERS and so on); nothing else is fitted
+# the process's own share (memory.CPU_BUFFERS and so on) was fitted on two of the shapes, "deep" and "vocabulary, tied"
 
 
 def cases() -> list[tuple[str, str, dict[str, Any]]]:
@@ -75,15 +83,20 @@ def long_texts(path: Path) -> Path:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors of predicted against measured: over all runs, and over the shapes that nothing was fitted on."""
+    """Errors of predicted against measured of one part's runs."""
+    chosen = [row for row in rows if "refused" not in row]
+    errors = [row["error"] for row in chosen] or [0.0]
+    return {"runs": len(chosen), "refused": len(rows) - len(chosen),
+            "mean_absolute_error": round(statistics.fmean(map(abs, errors)), 5),
+            "most_under": min(errors), "most_over": max(errors),
+            "high_below_measured": sum(row["high_bytes"] < row["measured_bytes"] for row in chosen)}  # fmt: skip
 
-    def of(chosen: list[dict[str, Any]]) -> dict[str, Any]:
-        errors = [row["error"] for row in chosen]
-        return {"runs": len(chosen), "mean_absolute_error": round(statistics.fmean(map(abs, errors)), 5),
-                "most_under": min(errors), "most_over": max(errors),
-                "high_below_measured": sum(row["high_bytes"] < row["measured_bytes"] for row in chosen)}  # fmt: skip
 
-    return {"all": of(rows), "not fitted on": of([row for row in rows if row["shape"] not in FITTED_ON])}
+def way_of(row: dict[str, Any]) -> str:
+    """How a run trained, in two or three words."""
+    settings = row["settings"]
+    on = " on NF4" if settings.get("base_precision") == "nf4" else ""
+    return f"{settings['tuner']} {settings.get('layers', 'all')}{on}"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -95,8 +108,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4))
-    for way in WAYS:
-        own = [row for row in rows if row["way"] == way]
+    for way in dict.fromkeys(way_of(row) for row in rows):
+        own = [row for row in rows if way_of(row) == way]
         sizes = [row["measured_bytes"] / 2**20 for row in own]
         left.plot(sizes, [row["predicted_bytes"] / 2**20 for row in own], ".", label=way)
         right.plot(sizes, [100 * row["error"] for row in own], ".")
@@ -111,50 +124,118 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def measure(folder: Path, settings: dict[str, Any], model: Path, text: Path) -> dict[str, Any]:
-    """What one run took, phase by phase."""
-    result = train(folder, settings, data=text, valid=text, model=model)
-    return {"measured_bytes": result["measured_peak_bytes"], "phase_peak_bytes": result["phase_peak_bytes"]}
-
-
-def predict(settings: dict[str, Any], model: Path, text: Path) -> dict[str, Any]:
-    """What today's planner says of that run."""
-    files = {"model": str(model), "data": str(text), "valid": str(text)}
-    plan = make_plan(make_job(profile="cpu", **files, **settings))
+def predict(plan: Plan) -> dict[str, Any]:
+    """What a plan says of its run; of LISA for the layers that were drawn, not for those that need most."""
     phases = {phase.name: phase.expected_bytes for phase in plan.phases}
-    if plan.training.layers == "lisa":  # the plan is for the layers that need most: compare with those that were drawn
+    if plan.training.layers == "lisa":
         phases["train"] = max(expected for _, expected in interval_plans(plan))
     planned = max(phase.expected_bytes for phase in plan.phases)
     return {"predicted_bytes": max(phases.values()), "planned_bytes": planned, "high_bytes": plan.peak_bytes,
             "phases": phases}  # fmt: skip
 
 
-def main() -> None:
-    only = sys.argv[1:]  # words that the name of a run must hold
-    kept, rows = Kept("planner"), []
-    with tempfile.TemporaryDirectory() as scratch:
-        text = long_texts(Path(scratch) / "text.jsonl")
-        models = {shape: random_model(Path(scratch) / shape, values) for shape, values in SHAPES.items()}
-        for number, (shape, way, settings) in enumerate(cases()):
-            name = f"{shape}; {way}; {'recomputed' if settings['checkpointing'] else 'kept'}"
-            if not all(word in name for word in only):
-                continue
-            if name not in kept.rows:
-                kept.add({"run": name, **measure(Path(scratch) / str(number), settings, models[shape], text)})
-            row = {"run": name, "shape": shape, "way": way,
-                   "settings": {key: value for key, value in settings.items() if key in Job.model_fields},
-                   **predict(settings, models[shape], text), **kept.rows[name]}  # fmt: skip
-            row["error"] = round(row["predicted_bytes"] / row["measured_bytes"] - 1, 5)
-            rows.append(row)
-            mib = 2**20
-            print(f"{name:60} {settings['max_length']:4} x {settings['batch_size']}  predicted "
-                  f"{row['predicted_bytes'] / mib:7.1f}  measured {row['measured_bytes'] / mib:7.1f} MiB  "
-                  f"{100 * row['error']:+.2f}%", flush=True)  # fmt: skip
-    if only:
+def measure(plan: Plan, folder: Path, resumed: bool) -> dict[str, Any]:
+    """What one run took: train.json's phases, and the highest RSS seen from outside; `resumed`: killed half way."""
+    plan.write(folder / "plan.json")
+    first = watch(plan, folder, kill_at=plan.training.steps // 2) if resumed else 0
+    seen = watch(plan, folder)
+    result = json.loads((folder / "train" / "train.json").read_text())
+    if resumed and not result["resumed_at"]:
+        raise RuntimeError("the run was not killed before its end")
+    highest = max(first, seen, result["measured_peak_bytes"])
+    return {"measured_bytes": highest, "recorded_bytes": result["measured_peak_bytes"],
+            "phase_peak_bytes": result["phase_peak_bytes"]}  # fmt: skip
+
+
+def watch(plan: Plan, folder: Path, kill_at: int = 0) -> int:
+    """Highest RSS of `edgeft train` in a process of its own, read 50 times a second; killed after `kill_at` steps."""
+    command = [sys.executable, "-m", "edgeft", "train", str(folder / "plan.json"), "--out", str(folder / "train"),
+               "--no-rehearsal", "--json"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(plan.profile.cores), "HF_HUB_OFFLINE": "1"}
+    with open(folder / "log.txt", "ab") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+        highest, status = 0, Path(f"/proc/{process.pid}/status")
+        limit = time.monotonic() + 600
+        while process.poll() is None:
+            if time.monotonic() > limit:
+                process.kill()
+                raise RuntimeError("too slow")
+            with contextlib.suppress(OSError):
+                highest = max(highest, resident_bytes(highest=True, status=status))
+            if kill_at and list(folder.glob(f".train.work/step-*{kill_at}")):
+                process.kill()
+                process.wait()
+                return highest
+            time.sleep(0.02)
+    if process.returncode:
+        raise RuntimeError((folder / "log.txt").read_text()[-2000:])
+    return highest
+
+
+def fixed_cases() -> Iterator[Case]:
+    """The four shapes, seven ways and two kinds of recomputation."""
+    for shape, way, settings in cases():
+        name = f"{shape}; {way}; {'recomputed' if settings['checkpointing'] else 'kept'}"
+        yield Case(name, shape, SHAPES[shape], {}, settings)
+
+
+def run_case(case: Case, scratch: Path, texts: Path) -> dict[str, Any]:
+    """One job planned and run, or what the planner refused."""
+    folder = scratch / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    if case.rows:
+        files = case.write(folder)
+    else:
+        folder.mkdir(parents=True)
+        files = {"model": str(random_model(folder / "model", case.config)), "data": str(texts), "valid": str(texts)}
+    settings = {**case.settings, **({"checkpoint_steps": 1} if case.resumed else {})}
+    row = {"run": case.name, "family": case.family, "settings": settings, "rows": case.rows}
+    try:
+        plan = make_plan(make_job(profile="cpu", **files, **settings))
+    except BadInput as problem:
+        return {**row, "refused": str(problem)}
+    took = measure(plan, folder, case.resumed)
+    row |= {"parameters": plan.spec.total_parameters, "threads": plan.profile.cores, **predict(plan), **took}
+    row["error"] = round(row["predicted_bytes"] / row["measured_bytes"] - 1, 5)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of a run."""
+    if "refused" in row:
+        print(f"{row['run']:60} refused: {row['refused']}", flush=True)
         return
-    print(json.dumps(summary(rows)))
-    record("planner", {"summary": summary(rows), "runs": rows})
-    plot(rows, ROOT / "bench" / "results" / "planner.svg")
+    mib = 2**20
+    warning = "  HIGH IS BELOW" if row["high_bytes"] < row["measured_bytes"] else ""
+    print(f"{row['run'] + ' ' + row['family']:60} predicted {row['predicted_bytes'] / mib:7.1f}  high "
+          f"{row['high_bytes'] / mib:7.1f}  measured {row['measured_bytes'] / mib:7.1f} MiB  "
+          f"{100 * row['error']:+.2f}%{warning}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of the random jobs")
+    parser.add_argument("--count", type=int, default=72, help="random jobs")
+    parser.add_argument("--first", type=int, default=0, help="number of the first random job")
+    parser.add_argument("--only", default="", help="words that the name of a run must hold; nothing is recorded")
+    options = parser.parse_args()
+    print(f"seed {options.seed}, {options.count} random jobs", flush=True)
+    drawn = [random_case(options.seed, options.first + number) for number in range(options.count)]
+    parts = {"shapes": list(fixed_cases()), "broken once": broken_once(), "random": drawn}
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = long_texts(Path(scratch) / "text.jsonl")
+        for part, cases_of in parts.items():
+            for case in cases_of:
+                if all(word in f"{part} {case.name} {case.family}" for word in options.only.split()):
+                    rows[part].append(run_case(case, Path(scratch), texts))
+                    show(rows[part][-1])
+    found = {part: summary(some) for part, some in rows.items() if some}
+    print(json.dumps(found))
+    if not options.only:
+        record("planner", {"seed": options.seed, "summary": found, "runs": rows})
+        plot([row for some in rows.values() for row in some if "refused" not in row],
+             ROOT / "bench" / "results" / "planner.svg")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def peft() -> list[dict[str, Any]]:
     for case, published, settings in cases:
         training = train(spec, micro_batch_size=4, max_length=longest, **settings)
         live, moment = predict(spec, training, longest, replace(HF, loss="kept", padded=True))
-        live += memory.CUDA_WORKSPACE_BYTES
+        live += memory.CUDA_WORKSPACES
         made = row(f"PEFT, Llama-3.2-3B, {case}", PEFT, published, 1e9, live, moment,
                    "longest batch of 642 tokens: not stated, from the notes, which fitted it on the first row; "
                    "reserved bytes also hold what the allocator cannot reuse")  # fmt: skip

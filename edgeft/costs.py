@@ -15,10 +15,11 @@ from typing import Any
 from edgeft import memory
 from edgeft.artifacts import Strict
 from edgeft.data import Lengths
+from edgeft.groups import Scoring, Size, scoring
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
-from edgeft.timing import COUNTED, Counted, count, mean_work, seconds_per_step
+from edgeft.timing import COUNTED, Counted, count, mean_work, scoring_seconds, seconds_per_step
 
 # expected quality points given up, by the evidence above; only their order decides
 NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
@@ -59,10 +60,13 @@ class Question:
     work: memory.Workload
     data_bytes: int
     budget_bytes: int
+    scored: tuple[tuple[Size, ...], ...] = ()  # the rows that are scored, before training and after; a file each
     # what has been counted, by a plan's id; the plan is kept, so that its id stays its own
     keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
     heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
     counts: dict[tuple[Any, ...], Counted] = field(default_factory=dict, repr=False)  # by what `count` reads
+    simulated: dict[Training, memory.Simulated] = field(default_factory=dict, repr=False)
+    scorings: dict[tuple[int, int], Scoring] = field(default_factory=dict, repr=False)  # by a group's, a row's tokens
 
     @cached_property
     def mean_work(self) -> memory.Workload:
@@ -93,8 +97,18 @@ class Question:
         """Every phase of a run, for the longest sample unless another workload is given."""
         return memory.phases(
             self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
-            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers,
+            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training),
+            capability=self.profile.compute_capability,
+            more=self._simulated(training),
         )  # fmt: skip
+
+    def scoring(self, training: Training) -> Scoring:
+        """What scoring this job's rows takes, in groups of as many tokens as this way has at once."""
+        key = training.group_tokens, training.max_length
+        if key not in self.scorings:
+            cut = [[size.cut(training.max_length) for size in sizes] for sizes in self.scored]
+            self.scorings[key] = scoring(cut, training.group_tokens)
+        return self.scorings[key]
 
     def high_bytes(self, training: Training, work: memory.Workload | None = None) -> int:
         """What the budget is held to: the highest phase's high estimate."""
@@ -110,6 +124,33 @@ class Question:
         if key not in self.counts:
             self.counts[key] = count(self.spec, training, self.mean_work, key[0])
         return seconds_per_step(self.profile, training, self.mean_work, self.counts[key])
+
+    def simulate(self, training: Training) -> None:
+        """Find what this way takes by running its step without memory, for a family that the closed form does not hold.
+
+        Raises BadInput where that cannot run.
+        """
+        from edgeft.simulate import simulate  # imports torch: for such families alone
+
+        found = simulate(self.spec, training, self.work).live_peak_bytes
+        sets = memory.worst_sets(self.spec, training)
+        closed = max(sum(term.bytes for term in memory.step_terms(self.spec, one, self.work)) for one in sets)
+        self.simulated[training] = memory.Simulated(found - closed, True)
+        self.heights.clear()
+
+    def _simulated(self, training: Training) -> memory.Simulated | None:
+        """What simulation found for this way; for another, the most that it found for one like it."""
+        if not self.simulated or training in self.simulated:
+            return self.simulated.get(training)
+        alike = [found for other, found in self.simulated.items()
+                 if (other.tuner, other.checkpointing) == (training.tuner, training.checkpointing)]  # fmt: skip
+        if not alike:
+            return None
+        return memory.Simulated(max(one.bytes for one in alike), False)
+
+    def scoring_seconds(self, training: Training) -> float:
+        """Seconds of all scoring, before training and after it."""
+        return scoring_seconds(self.profile, self.spec, training, self.scoring(training))
 
     def candidate(self, training: Training) -> Candidate:
         """The row that reports show."""

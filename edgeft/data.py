@@ -13,6 +13,7 @@ from pydantic import Field
 
 from edgeft.artifacts import Strict, sha256_file
 from edgeft.conversation import COLUMNS, PromptFormat, Row
+from edgeft.groups import Size
 from edgeft.rows import each_row, read_rows
 from edgeft.samples import IGNORED, Sample, each_sample, hold_out, to_samples
 from edgeft.tokenizer import TextTokenizer
@@ -70,6 +71,13 @@ def read_samples(
 
 def measure_lengths(source: str, tokenizer: TextTokenizer, max_length: int | None = None) -> Lengths:
     """Row count and token lengths of a data file; every row is tokenised. Raises what `read_rows` raises."""
+    return measure_rows(source, tokenizer, max_length)[0]
+
+
+def measure_rows(
+    source: str, tokenizer: TextTokenizer, max_length: int | None = None
+) -> tuple[Lengths, tuple[Size, ...]]:
+    """The lengths of a data file and, row for row, what scoring it asks for."""
     path = Path(source)
     if not path.is_file():
         return _measured(source, tokenizer, max_length)
@@ -83,20 +91,22 @@ def _stamps(path: Path, folder: Path) -> tuple[tuple[int, int, int], ...]:
 
 
 @functools.lru_cache(maxsize=8)  # a plan that is made twice, to score its layers first, reads its data once
-def _measured_once(source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]) -> Lengths:
+def _measured_once(
+    source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]
+) -> tuple[Lengths, tuple[Size, ...]]:
     return _measured(source, TextTokenizer(Path(folder)), max_length)
 
 
-def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> Lengths:
+def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> tuple[Lengths, tuple[Size, ...]]:
     remarks: Counter[str] = Counter()
-    lengths, trained, cut, answers, highest = [], [], 0, 0, 0
+    sizes, cut, answers, highest = list[Size](), 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):
-        lengths.append(len(sample))
+        sizes.append(sample.size)
         highest = max(highest, max(sample.packed_ids))
-        trained.append(sample.trained_tokens)
         cut += sample.cut_tokens > 0
         answers += len(row.trained) if row.has_prompt else 0
-    return Lengths(
+    lengths, trained = [size.tokens for size in sizes], [size.trained for size in sizes]
+    found = Lengths(
         path=source,
         sha256=sha256_file(Path(source)) if Path(source).is_file() else "",
         rows=len(lengths),
@@ -113,6 +123,7 @@ def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> 
         highest_id=highest,
         quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )
+    return found, tuple(sizes)
 
 
 class Token(Strict):

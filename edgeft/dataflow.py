@@ -15,7 +15,8 @@ from edgeft.model_spec import Linear, ModelSpec
 from edgeft.operations import Gradients, Kept, Operations, Way
 from edgeft.tape import Frame, Storage, Tape, Value, boundary
 
-Kind = Literal["idle", "through", "trained"]  # no gradient is wanted; gradients pass, nothing trains; it trains
+# no gradient is wanted; gradients pass, nothing trains; it trains; what trained (or will) runs without autograd
+Kind = Literal["idle", "through", "trained", "scored"]
 
 LAYER_NORM = ("gpt2", "gpt_neox", "opt")
 GEMMA_NORM = ("gemma", "gemma2", "gemma3_text")
@@ -297,8 +298,9 @@ def layer_bytes(spec: ModelSpec, way: Way, kind: Kind, wants: bool, masked: bool
     size = stream_bytes(spec, way)
 
     def run(tape: Tape, x: list[Value]) -> Value:
-        layer = _Layer(tape, spec, way, kind == "trained", masked and not spec.attn_logit_softcapping)
-        if recomputed and kind != "idle":
+        layer = _Layer(tape, spec, way, kind in ("trained", "scored"), masked and not spec.attn_logit_softcapping)
+        layer.frozen = kind == "scored"
+        if recomputed and kind in ("through", "trained"):
             tape.frame = Frame(lambda value=x[0]: layer(value))  # type: ignore[misc]
         result = layer(x[0])
         tape.frame = None

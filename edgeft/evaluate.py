@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from edgeft import groups
 from edgeft.architectures import Parts
 from edgeft.batches import Batch, make_batch
 from edgeft.loss import chunked_cross_entropy, head_transform
@@ -97,13 +98,8 @@ def score_group(
 
 def by_length(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
     """Samples in groups of similar length, at most `tokens` padded tokens each (one sample at least)."""
-    group: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: len(sample)):
-        if group and len(sample) * (len(group) + 1) > tokens:
-            yield group
-            group = []
-        group.append(sample)
-    yield group
+    for group in groups.by_length([sample.size for sample in samples], tokens):
+        yield [samples[i] for i in group]
 
 
 def answer_tokens(samples: Sequence[Sample]) -> int:
@@ -112,20 +108,9 @@ def answer_tokens(samples: Sequence[Sample]) -> int:
 
 
 def by_answer(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[list[Sample]]:
-    """Samples to be answered together: rows x (longest prompt + new tokens + 1) of a group is at most `tokens`.
-
-    The new tokens are those of the group's own longest answer; one sample at least, however long.
-    """
-    group: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: (answer_tokens([sample]), sample.prompt_tokens)):
-        wider = [*group, sample]
-        width = max(each.prompt_tokens for each in wider) + answer_tokens(wider) + 1
-        if group and width * len(wider) > tokens:
-            yield group
-            wider = [sample]
-        group = wider
-    if group:
-        yield group
+    """Samples to be answered together: see `edgeft.groups`, by which a plan prices them."""
+    for group in groups.by_answer([sample.size for sample in samples], tokens):
+        yield [samples[i] for i in group]
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def host_train(spec: ModelSpec, training: Training, has: Processes, data_bytes: 
     paged = int(trained * memory.ADAM8_BYTES) if training.optimizer == "paged_adamw8bit" else 0
     return stage("train", "host", [
         _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
-        Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
+        Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="paged states", bytes=paged, formula=f"{trained} parameters, {training.optimizer}"),
     ], spec)  # fmt: skip
 
@@ -167,7 +167,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
     largest = 4 * max(memory.trained_tensors(spec, memory.worst_sets(spec, training)[0]), default=0)
     terms = [
         _process(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
-        Term(name="data", bytes=data_bytes, formula="samples as lists of ids"),
+        Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="optimizer states", bytes=state, formula=f"{training.optimizer}, read whole"),
         Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
     ]
@@ -341,7 +341,7 @@ def prove(question: Question, training: Training, target: Target) -> Phase:
     ]
     return stage("export: prove", "host", [
         _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
-        Term(name="data", bytes=question.data_bytes, formula="samples as lists of ids"),
+        Term(name="data", bytes=question.data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
         Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
         Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),

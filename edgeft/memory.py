@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
@@ -17,8 +18,10 @@ from pydantic.dataclasses import dataclass
 from edgeft.artifacts import Strict
 from edgeft.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.families import FAMILIES
+from edgeft.groups import Answers, Scoring, Shape, Size, scoring
 from edgeft.model_spec import Linear, ModelSpec
 from edgeft.operations import Way
+from edgeft.scores import MAX_ANSWER_TOKENS
 from edgeft.settings import ENDS, Training
 from edgeft.units import MIB
 
@@ -29,7 +32,11 @@ NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quant
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
 # bitsandbytes keeps the states of smaller tensors in fp32, and pages those of larger ones alone
 EIGHT_BIT_ELEMENTS, PAGED_ELEMENTS = 4096, 100_000
-CUDA_WORKSPACE_BYTES = 8_519_680  # cuBLAS, one handle and stream, inside PyTorch's allocator
+# cuBLAS's workspaces inside PyTorch's allocator, one for the caller's thread and one for autograd's: 32 MiB each on
+# capability 9.0, 8.1 elsewhere. What the allocator reserves beyond what is alive: 15 to 50 MiB in runs of 0.2 to 10
+# GiB; at most 171 with 4-bit weights and in fp32, which the share in the high estimate covers (bench/gpu_runs.json).
+CUDA_WORKSPACES, CUDA_WORKSPACE_90 = 2 * 8_519_680, 2 * 32 * MIB
+CUDA_RESERVED, CUDA_FLOOR = 36 * MIB, 32 * MIB
 
 # What a training process holds on a CPU beyond the tiny run's and its tensors: the matrix library's buffers, Python's
 # objects. Fitted on half of the runs of bench/planner.py; live tensor bytes and the head's buffer are not fitted.
@@ -43,6 +50,8 @@ CPU_BYTES_PER_ADAPTER, CPU_BYTES_PER_NF4, CPU_RECOMPUTING = 100_000, 36_000, 4_6
 POOL_SHARE, POOL_MOST, POOL_WASTE, POOL_WORST = 0.75, 256 * MIB, 0.42, 0.6
 
 EXACT_FAMILIES = tuple(FAMILIES)  # whose operations are written down in `edgeft.dataflow`; others get a wider margin
+# Others whose steps are within 5% of those of a Llama of their widths (tests/test_families.py). The rest is simulated.
+LIKE_LLAMA = ("olmo", "olmo2", "cohere", "phi", "starcoder2", "stablelm")
 
 
 class Term(Strict):
@@ -303,30 +312,76 @@ def _name(number: int, layers: int) -> str:
     return "loss" if number == layers else f"layer {number}"
 
 
-def forward_bytes(spec: ModelSpec, training: Training, tokens: int) -> int:
-    """Highest temporary bytes of a forward pass without autograd: the MLP's three products, or attention's inputs."""
-    e = DTYPE_BYTES[training.compute_dtype]
-    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    mlp = 3 * e * spec.intermediate_size + 2 * e * spec.hidden_size
-    attention = 3 * e * query + 4 * e * key + 2 * e * spec.hidden_size
-    return int(tokens * max(mlp, attention, 4 * spec.hidden_size * 3))
+def scoring_terms(spec: ModelSpec, training: Training, scored: Scoring | None) -> tuple[list[Term], list[Term]]:
+    """(what losses, what answers hold beyond the model at the highest moment); `scored`: None without data."""
+    if scored is None or not scored.rows:
+        longest = training.max_length
+        rows = max(1, training.group_tokens // longest)
+        size = Size(longest, max(1, longest - MAX_ANSWER_TOKENS), training.max_trained)
+        scored = scoring([[size] * rows], training.group_tokens)
+    losses = max((_loss_terms(spec, training, shape) for shape in scored.shapes), key=_total)
+    return losses, _answer_terms(spec, training, scored.answers) if scored.answers else []
 
 
-def scoring_terms(spec: ModelSpec, training: Training) -> list[Term]:
-    """What scoring one group of samples holds beyond the model: logits of its loss, or the cache of its answers."""
-    e, tokens = DTYPE_BYTES[training.compute_dtype], training.group_tokens
-    chunk = min(training.loss_chunk_tokens, tokens)
+def _total(terms: Sequence[Term]) -> int:
+    return sum(term.bytes for term in terms)
+
+
+def _loss_terms(spec: ModelSpec, training: Training, shape: Shape) -> list[Term]:
+    """A group's losses: the layers one after the other, or the logits of a chunk of its trained tokens."""
+    e, tokens = DTYPE_BYTES[training.compute_dtype], shape.rows * shape.tokens
+    way, chunk = Way.of(spec, training, shape.tokens), min(training.loss_chunk_tokens, shape.trained)
+    forward = _forward_bytes(spec, training, way, tokens, False)
     wide = 4 if e == 4 else 4 + e  # half-precision logits are there beside their fp32 ones
-    logits = wide * spec.vocab_size * chunk + e * spec.hidden_size * tokens
-    cache = 2 * e * spec.num_key_value_heads * spec.head_dim * tokens * (spec.num_hidden_layers + 1)
-    return max(
-        [Term(name="logits", bytes=logits, formula=f"at most {chunk} tokens, V = {spec.vocab_size}")],
-        [
-            Term(name="forward", bytes=forward_bytes(spec, training, tokens), formula=f"{tokens} tokens, no autograd"),
-            Term(name="key-value cache", bytes=cache, formula=f"{tokens} tokens, and a layer's copy while it grows"),
-        ],
-        key=lambda terms: sum(term.bytes for term in terms),
-    )
+    logits = wide * spec.vocab_size * chunk + 2 * e * spec.hidden_size * shape.trained
+    inputs = 16 * tokens + 16 * shape.trained + mask_bytes(spec, way, tokens) + 2 * e * spec.head_dim * shape.tokens
+    formula = f"{shape.rows} x {shape.tokens} tokens, {shape.trained} trained, V = {spec.vocab_size}"
+    name = "logits" if logits > forward else "forward"
+    return [Term(name=name, bytes=int(max(logits, forward) + inputs), formula=formula)]
+
+
+def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list[Term]:
+    """Answers: their prompts under a mask, or the last token, with a full cache and a layer's keys twice.
+
+    Prompts are padded on the left, and transformers' cache grows by a copy.
+    """
+    e = DTYPE_BYTES[training.compute_dtype]
+    key = e * spec.num_key_value_heads * spec.head_dim  # of one layer, for each token
+    tokens, longest = answers.prompt_tokens, answers.longest_prompt
+    way = replace(Way.of(spec, training, longest), longest=longest)
+    cached = 2 * key * spec.num_hidden_layers
+    # a mask of booleans, and what positions and rotary tables are made from
+    inputs = 24 * tokens + longest * tokens + 2 * e * spec.head_dim * tokens
+    inputs += mask_bytes(spec, way, tokens) if spec.attn_logit_softcapping else 0
+    height = _forward_bytes(spec, training, way, tokens, True) + inputs
+    prompts = [
+        Term(name="prompts", bytes=int(height), formula=f"{tokens} tokens of {longest} at most, under a mask"),
+        Term(name="key-value cache", bytes=cached * tokens, formula=f"{tokens} tokens"),
+    ]
+    logits = (4 if e == 4 else 4 + e) * spec.vocab_size * answers.rows
+    formula = f"{answers.tokens} tokens, and a layer's keys while they grow"
+    last = [
+        Term(name="key-value cache", bytes=(cached + key) * answers.tokens, formula=formula),
+        Term(name="masks", bytes=32 * answers.tokens, formula=f"{answers.tokens} tokens"),
+        Term(name="logits", bytes=logits, formula=f"{answers.rows} rows, V = {spec.vocab_size}"),
+    ]
+    return max(prompts, last, key=_total)
+
+
+def _forward_bytes(spec: ModelSpec, training: Training, way: Way, tokens: int, masked: bool) -> float:
+    """Highest bytes of a forward pass through the layers without autograd, autocast's copies of weights included."""
+    trained = set(training.trained_layers)
+    places = Counter((n in trained, masked or is_masked(spec, n, way.longest)) for n in range(spec.num_hidden_layers))
+    parts = {
+        place: layer_bytes(spec, way, "scored" if place[0] else "idle", False, place[1], False) for place in places
+    }
+    embedded = way.itemsize * spec.hidden_size * tokens  # the model's code has a name for what the embedding gave
+    casts = sum(count * parts[place].kept_forward.imag for place, count in places.items())
+    return embedded + casts + max(_highest(part.forward, tokens) for part in parts.values())
+
+
+def _highest(sizes: Sequence[complex], tokens: int) -> float:
+    return max(size.real * tokens + size.imag for size in sizes)
 
 
 def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapping[int, int]) -> Term:
@@ -367,51 +422,77 @@ def phases(
     baseline_bytes: int,
     data_bytes: int = 0,
     head_buffers: Mapping[int, int] | None = None,
+    scored: Scoring | None = None,
+    capability: float | None = None,
+    more: Simulated | None = None,
 ) -> tuple[Phase, ...]:
     """Every phase of `train` with its terms; `baseline_bytes` is what the process holds before any model.
 
     `head_buffers` is what the matrix library keeps per word of the vocabulary after so many rows (`Profile`).
 
-    On a CPU a phase's bytes are the process's RSS: baseline, data, tensors. On CUDA they are the allocator's: tensors
-    and cuBLAS's workspace, fragmentation in the high estimate; the CUDA context is the profile's.
+    On a CPU, and on an Apple GPU that shares its memory, a phase's bytes are the process's RSS: baseline, data,
+    tensors. On CUDA they are the allocator's: tensors, cuBLAS's workspaces by `capability`, what is reserved and not
+    used; the CUDA context is the profile's.
     """
     on_cpu = training.device == "cpu"
-    if on_cpu:
+    if training.device != "cuda":
         first = "Python, torch, transformers, one tiny step"
         start = [Term(name="process", bytes=baseline_bytes, formula=first)]
         if data_bytes:
-            start.append(Term(name="data", bytes=data_bytes, formula="samples as lists of ids"))
+            start.append(Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"))
         tokens = work.longest * training.micro_batch_size
-        fixed = [*start, buffers(spec, training, tokens, head_buffers or {})]
+        fixed = [*start, *([buffers(spec, training, tokens, head_buffers or {})] if on_cpu else [])]
     else:
-        start = [Term(name="cuBLAS workspace", bytes=CUDA_WORKSPACE_BYTES, formula="one handle and stream")]
-        fixed = start
+        workspaces = CUDA_WORKSPACE_90 if capability == 9.0 else CUDA_WORKSPACES
+        start = fixed = [
+            Term(name="cuBLAS workspace", bytes=workspaces, formula="the caller's thread and autograd's"),
+            Term(name="reserved", bytes=CUDA_RESERVED, formula="by the allocator beyond what is alive, as measured"),
+        ]
     weights = weight_bytes(spec, training)
     weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
     stored = spec.total_parameters * STORED_BYTES.get(spec.dtype, 4) if training.base_precision != "nf4" else weights
     if training.base_precision != "nf4" and stored == weights:
         stored = 0  # weights that stay as they are stored stay pages of their file
     load = [*start, weights_term]
+    if training.device == "cuda" and training.base_precision == "nf4":
+        # what stays dense is cast tensor by tensor, each beside its old self
+        table = DTYPE_BYTES[training.compute_dtype] * spec.vocab_size * spec.hidden_size
+        load.append(Term(name="cast", bytes=table, formula=f"{spec.vocab_size} x {spec.hidden_size}, twice"))
     if on_cpu and stored:
         load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
     sets = worst_sets(spec, training)
     adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0
     dense = max(dense_bytes(spec, one) for one in sets)
-    steps = max((step_terms(spec, one, work) for one in sets), key=lambda terms: sum(term.bytes for term in terms))
     pool = pool_bytes(spec, training, work)
-    scored = scoring_terms(spec, training)
-    scoring = [
+    held = [
         *fixed,
         weights_term,
         Term(name="adapters", bytes=adapter, formula="kept while scoring"),
         Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
-        *scored,
-        _pool_term(min(pool, sum(term.bytes for term in scored))),
     ]
+
+    def scored_phase(terms: Sequence[Term]) -> Phase:
+        kept = _pool_term(min(pool, sum(term.bytes for term in terms)))
+        return phase("evaluate", [term for term in (*held, *terms, kept) if term.bytes], spec, training)
+
+    losses, answered = scoring_terms(spec, training, scored)
+    evaluate = scored_phase(losses)
+    if answered:  # for rows that a pass leaves open; there may be none
+        most = scored_phase(answered).high_bytes
+        evaluate = evaluate.model_copy(update={"high_bytes": max(evaluate.high_bytes, most)})
+    if more is not None:
+        # a group has no more tokens than a micro-batch, and keeps less of each
+        high = evaluate.high_bytes + max(0, more.bytes)
+        evaluate = evaluate.model_copy(update={"high_bytes": high})
+    steps = max((step_terms(spec, one, work) for one in sets), key=lambda terms: sum(term.bytes for term in terms))
     step = [*fixed, *steps, _pool_term(min(pool, _passing(steps)))]
-    return tuple(
-        phase(name, [term for term in terms if term.bytes], spec, training)
-        for name, terms in (("load", load), ("evaluate", scoring), ("train", step))
+    if more is not None:
+        formula = "what this model's code holds beyond a Llama's, or less than it"
+        step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
+    return (
+        phase("load", load, spec, training),
+        evaluate,
+        phase("train", [term for term in step if term.bytes], spec, training, more is not None and more.exact),
     )
 
 
@@ -420,17 +501,35 @@ def _pool_term(used: int) -> Term:
     return Term(name="pool", bytes=int(POOL_WASTE * used), formula=formula)
 
 
-def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training) -> Phase:
+class Simulated(NamedTuple):
+    """Bytes that a model's own code was found to hold beyond the closed form in a step, or fewer than it.
+
+    `exact`: found for this very way of training, not for one like it.
+    """
+
+    bytes: int
+    exact: bool
+
+
+def known(spec: ModelSpec) -> bool:
+    """Whether the closed form holds for a model's family."""
+    return (spec.model_type in EXACT_FAMILIES and spec.counted_from == "config") or spec.model_type in LIKE_LLAMA
+
+
+def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training, simulated: bool = False) -> Phase:
     """A phase with its low and high estimate: 2% for families known operation by operation on a CPU, 5% on CUDA.
 
-    CUDA's 5% is the fragmentation of expandable segments. Other families are taken for a Llama of their widths, 15%.
+    CUDA's 5%, at least 32 MiB, is what the allocator reserves in pieces that do not fit. Families
+    like a Llama get 15%, as do ways that were not simulated of families that must be.
     """
     expected = sum(term.bytes for term in terms)
-    known = spec.model_type in EXACT_FAMILIES and spec.counted_from == "config"
-    margin = 0.15 if not known else 0.02 if training.device == "cpu" else 0.05
+    exact = simulated or (spec.model_type in EXACT_FAMILIES and spec.counted_from == "config")
+    margin = 0.15 if not exact else 0.02 if training.device == "cpu" else 0.05
     pool = next((term.bytes for term in terms if term.name == "pool"), 0)
-    high = int(expected * (1 + margin)) + (8 * MIB if training.device == "cpu" else 0)
+    high = int(expected * (1 + margin)) + (8 * MIB if training.device != "cuda" else 0)
     high += int(pool * (POOL_WORST / POOL_WASTE - 1))
+    if training.device == "cuda":
+        high = max(high, expected + CUDA_FLOOR)
     return Phase(
         name=name,
         terms=tuple(terms),

@@ -51,6 +51,7 @@ class Operations:
         # CUDA's autocast computes some functions in fp32 that a CPU's leaves alone
         self.widens = self.half and way.cuda
         self.full = trained and way.tuner == "full"
+        self.frozen = False  # what trains is there, and autograd is off
         # a dense layer of another precision's base trains its matrices alone under half-precision compute
         self.full_vectors = self.full and not (way.densely and self.half)
         self.targets = set(way.targets) if trained and way.tuner == "lora" else set()
@@ -126,7 +127,7 @@ class Operations:
 
     def weight(self, elements: int, *, copied: bool = False) -> Value:
         """A trained weight; under autocast an fp32 one is copied to half precision, and the copy kept until it ends."""
-        own = Value(Storage(self.tape, 0, silently=True), 0, parameter())
+        own = Value(Storage(self.tape, 0, silently=True), 0, None if self.frozen else parameter())
         if not copied or not self.half:
             return own
         copy = self.one(own, 2j * elements, 4j * elements)

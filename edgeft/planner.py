@@ -17,7 +17,7 @@ from edgeft import memory
 from edgeft.artifacts import Artifact, sha256_file, sha256_json, shipped_path, versions
 from edgeft.candidates import candidates, check_job, needs_importance, random_layers, top_layers, training_notes
 from edgeft.costs import Candidate, Question
-from edgeft.data import Lengths, TextTokenizer, measure_lengths
+from edgeft.data import Lengths, TextTokenizer, hold_out, measure_rows
 from edgeft.errors import BadInput
 from edgeft.explain import (
     Alternative,
@@ -30,6 +30,7 @@ from edgeft.explain import (
     savings,
     unused_budget,
 )  # fmt: skip
+from edgeft.groups import Scoring, Size
 from edgeft.headers import has_weights
 from edgeft.identity import Inputs, cached_folder, data_inputs, model_inputs
 from edgeft.model_spec import ModelSpec, read_model_spec
@@ -41,9 +42,12 @@ from edgeft.stages import Stages, plan_stages
 
 HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
-# Samples as Python lists: 44 bytes per token, 1,900 per row with its texts and what the heap loses. Measured
-# on five files of 1,500 to 6,000 rows, 52k to 716k tokens.
-DATA_BYTES = 3_000_000
+# Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
+# takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
+# back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
+DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
+SIMULATIONS = 8  # of a family that is planned by simulation, at most
+Scored = tuple[tuple[Size, ...], ...]
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
         "loss_chunk_tokens", "optimizer", "malloc")  # fmt: skip
 
@@ -64,6 +68,8 @@ class Plan(Artifact):
     stages: Stages
     seconds_per_step: float
     seconds: float
+    scoring: Scoring
+    scoring_seconds: float
     notes: tuple[str, ...]
     gave_up: tuple[str, ...]
     looked_at: int  # candidates
@@ -103,6 +109,12 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+def samples_bytes(files: Sequence[Lengths], vocabulary: int) -> int:
+    """What the rows of all files and a tokenizer of so many entries take in a process that has read them."""
+    rows = sum(BYTES_PER_TOKEN * file.tokens + BYTES_PER_ROW * file.rows for file in files)
+    return DATA_BYTES + BYTES_PER_ENTRY * vocabulary + rows
+
+
 @_without_collections()
 def make_plan(
     job: Job, importance: Importance | None = None, *, spec: ModelSpec | None = None, profile: Profile | None = None
@@ -118,23 +130,21 @@ def make_plan(
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
     folder = Path(job.model) if Path(job.model).is_dir() else None
-    lengths, others, notes = _read_lengths(job, folder)
-    for entry in others:
-        check_vocabulary(entry, spec)
+    lengths, data_bytes, scored, notes = _read_lengths(job, spec, folder)
     length, length_note = _max_length(job, spec, lengths)
     notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
     steps = _steps(job, lengths)
-    data_bytes = DATA_BYTES + sum(44 * entry.tokens + 1900 * entry.rows for entry in others) if others else 0
     work = memory.Workload(length, min(length, lengths.longest_trained if lengths else length))
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
-    question = Question(job, profile, spec, lengths, work, data_bytes, budget)
+    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored)
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
-    training = best_that_fits(question, looked_at)
+    training, said = (best_that_fits(question, looked_at), []) if memory.known(spec) else settle(question, looked_at)
+    notes += said
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(question, steps, scores))
     key = question.key(training)
@@ -158,6 +168,8 @@ def make_plan(
         stages=stages,
         seconds_per_step=round(per_step, 4),
         seconds=round(per_step * training.steps, 1),
+        scoring=question.scoring(training),
+        scoring_seconds=round(question.scoring_seconds(training), 1),
         notes=(*notes, *stage_notes),
         gave_up=tuple(gave_up(question, looked_at[0], training)) if better else (),
         looked_at=len(looked_at),
@@ -167,6 +179,28 @@ def make_plan(
         work=work,
         importance=_with_choice(importance, training, spec) if importance else None,
     )
+
+
+def settle(question: Question, looked_at: Sequence[Training]) -> tuple[Training | None, list[str]]:
+    """The best way that fits by simulation, which corrects the closed form of the ways like it; and notes.
+
+    Raises BadInput for a job with data where the model cannot be simulated: its memory would be a guess.
+    """
+    try:
+        for _ in range(SIMULATIONS):
+            training = best_that_fits(question, looked_at)
+            if training is None or training in question.simulated:
+                return training, [f"{question.spec.model_type}: planned by simulation"]
+            question.simulate(training)
+    except BadInput as problem:
+        if question.job.data is not None:
+            raise
+        note = (
+            f"{question.spec.model_type}: not simulated, memory is that of a Llama of these widths: {problem.problem}"
+        )
+        return best_that_fits(question, looked_at), [note]
+    fitting = [one for one in question.simulated if question.high_bytes(one) <= question.budget_bytes]
+    return min(fitting, key=question.key, default=None), [f"{question.spec.model_type}: planned by simulation"]
 
 
 def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Training | None:
@@ -220,11 +254,11 @@ def _with_choice(importance: Importance, training: Training, spec: ModelSpec) ->
     return importance.model_copy(update=choices)
 
 
-def _read_lengths(job: Job, folder: Path | None) -> tuple[Lengths | None, list[Lengths], list[str]]:
-    """(training data's lengths, those of every file, notes)."""
+def _read_lengths(job: Job, spec: ModelSpec, folder: Path | None) -> tuple[Lengths | None, int, Scored, list[str]]:
+    """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
     if job.data is None:
         note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
-        return None, [], [note]
+        return None, 0, (), [note]
     if folder is None:
         from edgeft.checkpoint import (
             local_folder,
@@ -232,11 +266,21 @@ def _read_lengths(job: Job, folder: Path | None) -> tuple[Lengths | None, list[L
 
         folder = local_folder(job.model)
     tokenizer = TextTokenizer(folder)
-    every = [measure_lengths(source, tokenizer, job.max_length) for source in (job.data, job.valid, job.test) if source]
+    sources = [source for source in (job.data, job.valid, job.test) if source]
+    every, sizes = zip(*(measure_rows(source, tokenizer, job.max_length) for source in sources), strict=True)
     notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
              for entry in every if entry.cut_rows]  # fmt: skip
     notes += [sentence for entry in every for sentence in entry.said]
-    return every[0], every, notes
+    for entry in every:
+        check_vocabulary(entry, spec)
+    data_bytes = samples_bytes(every, tokenizer.backend.get_vocab_size())
+    return every[0], data_bytes, _scored(job, sizes), notes
+
+
+def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
+    """The rows that a run scores before training and after it: of validation data the first, of test data all."""
+    valid = sizes[1] if job.valid else hold_out(sizes[0], HELD_OUT_SHARE, job.seed)[1]
+    return (tuple(valid[: job.eval_rows]), *([tuple(sizes[-1])] if job.test else []))
 
 
 def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:

@@ -30,13 +30,8 @@ if TYPE_CHECKING:
     from edgeft.train import TrainResult
     from edgeft.trial import Trial
 
-NOT_TENSORS = (
-    "process",
-    "data",
-    "buffers",
-    "pool",
-    "cuBLAS workspace",
-)  # terms of a step that no tensor of it accounts for
+# terms of a step that no tensor of it accounts for
+NOT_TENSORS = ("process", "data", "buffers", "pool", "cuBLAS workspace", "reserved")
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -73,6 +68,7 @@ def plan_text(plan: Plan) -> RenderableType:
             "time",
             f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
         ),
+        ("scoring", scoring_text(plan)),
     ]
     if plan.lengths is not None:
         rows.insert(2, ("data", plan.lengths.line))
@@ -104,6 +100,15 @@ def plan_text(plan: Plan) -> RenderableType:
         lines.append(Text("given up to fit the budget:", style="bold"))
         lines += [Text(f"  - {line}") for line in plan.gave_up]
     return Group(facts, table, *lines)
+
+
+def scoring_text(plan: Plan) -> str:
+    """What scoring before and after training takes, in one line."""
+    rows = plan.scoring.rows
+    if not rows:
+        return "not estimated: no data given"
+    more = ", without answers that must be generated" if plan.scoring.answers else ""
+    return f"about {show_seconds(plan.scoring_seconds)} for {rows} rows before and after training{more} (estimate)"
 
 
 def simulation_line(plan: Plan, simulation: Simulation) -> str:

@@ -6,12 +6,14 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from edgeft.conversation import Row
 from edgeft.errors import BadInput
+from edgeft.groups import Size
 from edgeft.tokenizer import ENCODE_TEXTS, TextTokenizer, token_at
 
+Held = TypeVar("Held")
 IGNORED = -100  # the label of a token that is read but not trained on (torch's cross_entropy default)
 SPLIT = "the prompt alone has other tokens than in the whole text: its own are kept, the answer goes on behind them"
 ENDED = "the chat template closes an answer with no end token: one is added behind the last answer"
@@ -52,6 +54,11 @@ class Sample:
     @property
     def labels(self) -> list[int]:
         return self.packed_labels.tolist()
+
+    @property
+    def size(self) -> Size:
+        """What scoring it takes."""
+        return Size(len(self.ids), self.prompt_tokens, self.trained_tokens)
 
     @property
     def has_prompt(self) -> bool:
@@ -144,7 +151,7 @@ def _cut(sample: Sample, max_length: int | None, prefix_ids: list[int]) -> Sampl
     return Sample(ids[:max_length], labels[:max_length], start, excess)
 
 
-def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: Sequence[Held], share: float, seed: int) -> tuple[list[Held], list[Held]]:
     """(training, held-out) samples: every run with the same seed holds out the same ones, at least one, at most 500."""
     import random
 

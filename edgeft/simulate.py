@@ -6,10 +6,11 @@ with fake tensors. Counting their live bytes gives what a real run on a CPU hold
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,6 +82,19 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
         with trace:
             run.train_step([Sample([0] * work.longest, labels, work.longest - trained)] * samples)
     return _Step(trace, *sizes)
+
+
+@contextlib.contextmanager
+def _refused(spec: ModelSpec) -> Iterator[None]:
+    """Any failure inside as BadInput: a model's code may do anything with a tensor that has no values."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as problem:
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        hint = "give a model of a family that is known: edgeft cannot say what memory this one takes"
+        raise BadInput(spec.model, f"{spec.architecture} cannot be simulated: {reason:.200}", hint) from problem
 
 
 def _kinds(config: Any, spec: ModelSpec, training: Training, work: Workload) -> list[Hashable]:
@@ -194,29 +208,22 @@ def simulate(spec: ModelSpec, training: Training, work: Workload, *, full_depth:
     from transformers import AutoConfig
 
     started = time.monotonic()
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(spec.model)
-            regions = depth.find_regions(_kinds(config, spec, training, work))
-            shallow = depth.shallow_models(regions)
-            layers = [depth.kept_layers(regions, units) for units in shallow]
-            steps: list[_Step] = []
-            stretches = None
-            if not full_depth and sum(map(len, layers)) < spec.num_hidden_layers:
-                for kept in layers:
-                    less, plan = _with_layers(config, training, kept)
-                    steps.append(_run(less, spec, plan, work))
-                places, live = [step.trace.places for step in steps], [step.trace.live for step in steps]
-                stretches = depth.deepen(regions, shallow, places, live)
-            weights, simulated = depth.weights_of(regions, shallow), sum(map(len, layers))
-            extrapolated = stretches is not None
-            if stretches is None:
-                weights, simulated, steps = [1], spec.num_hidden_layers, [_run(config, spec, training, work)]
-                stretches = depth.whole(steps[0].trace.places)
-    except BadInput:
-        raise
-    except Exception as problem:  # a model's code may do anything with a tensor that has no values
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        hint = "plan without simulating: the closed form needs the model's shape alone"
-        raise BadInput(spec.model, f"{spec.architecture} cannot be simulated: {reason:.200}", hint) from problem
+    with _refused(spec), quiet_transformers():
+        config = AutoConfig.from_pretrained(spec.model)
+        regions = depth.find_regions(_kinds(config, spec, training, work))
+        shallow = depth.shallow_models(regions)
+        layers = [depth.kept_layers(regions, units) for units in shallow]
+        steps: list[_Step] = []
+        stretches = None
+        if not full_depth and sum(map(len, layers)) < spec.num_hidden_layers:
+            for kept in layers:
+                less, plan = _with_layers(config, training, kept)
+                steps.append(_run(less, spec, plan, work))
+            places, live = [step.trace.places for step in steps], [step.trace.live for step in steps]
+            stretches = depth.deepen(regions, shallow, places, live)
+        weights, simulated = depth.weights_of(regions, shallow), sum(map(len, layers))
+        extrapolated = stretches is not None
+        if stretches is None:
+            weights, simulated, steps = [1], spec.num_hidden_layers, [_run(config, spec, training, work)]
+            stretches = depth.whole(steps[0].trace.places)
     return _summary(stretches, steps, weights, simulated, extrapolated, time.monotonic() - started)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from edgeft import memory
 from edgeft.data import Lengths
+from edgeft.groups import Scoring
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile
 from edgeft.settings import Training
@@ -58,6 +59,25 @@ def seconds_per_step(profile: Profile, training: Training, work: memory.Workload
     return (counted.operations / (of_rate * rate) + moved) * slower
 
 
+def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, scored: Scoring) -> float:
+    """Seconds of scoring the base before training and the tuned model after it, without answers that stay open."""
+    rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
+    of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    weights = spec.num_hidden_layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
+    operations = 2 * weights * scored.tokens + 2 * spec.vocab_size * spec.hidden_size * scored.trained_tokens
+    moved = float(memory.DTYPE_BYTES[training.compute_dtype] * spec.num_hidden_layers * scored.tokens)
+    moved *= _widths_made(spec, training, "idle")
+    moved += LOSS_BYTES / 2 * spec.vocab_size * scored.trained_tokens
+    return 2 * (operations / (of_rate * rate) + moved / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9))
+
+
+def _widths_made(spec: ModelSpec, training: Training, kind: str) -> float:
+    """Elements for each token of the tensors that a layer makes."""
+    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    widths = (spec.hidden_size, spec.intermediate_size, query, key, training.rank)
+    return sum(share * width for share, width in zip(MADE[kind], widths, strict=True))
+
+
 def micro_batches(training: Training, work: memory.Workload) -> float:
     """How many a step takes: short samples fill one up to the tokens of the longest."""
     at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)
@@ -93,11 +113,9 @@ def count(spec: ModelSpec, training: Training, work: memory.Workload, kept_layer
     operations += 6 * spec.vocab_size * spec.hidden_size * loss_tokens
 
     itemsize = memory.DTYPE_BYTES[training.compute_dtype]
-    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    widths = (spec.hidden_size, spec.intermediate_size, query, key, training.rank)
 
     def made(kind: str) -> float:
-        return sum(share * width for share, width in zip(MADE[kind], widths, strict=True))
+        return _widths_made(spec, training, kind)
 
     per_token = (layers - crossed + again) * made("idle") + (crossed - trained) * made("through")
     per_token += trained * made(training.tuner)

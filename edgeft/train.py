@@ -93,11 +93,6 @@ class TrainResult(Artifact):
     rehearsal: Rehearsal = NOT_REHEARSED
 
     @property
-    def base_sha256(self) -> str:
-        """Of the base's weights."""
-        return self.inputs[WEIGHTS]
-
-    @property
     def training(self) -> Training:
         """How it was really trained: the plan's choices, but for the deviations."""
         return deviating(self.plan.training, self.deviations)

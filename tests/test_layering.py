@@ -14,7 +14,7 @@ PLANNING = (
     "headers", "identity",
     "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
     "candidates", "timing", "costs", "explain", "planner", "stages", "host", "footprint", "disk", "budget",
-    "simulation", "depth", "tape", "operations", "dataflow",
+    "simulation", "depth", "tape", "operations", "dataflow", "groups",
     "report", "data", "rows", "conversation", "samples", "tokenizer", "scores", "scoring", "importance_plot", "runner",
     "bundle", "sbom", "sign", "matrix", "records",
     "summary", "wording", "figures", "pages", "markdown", "schema", "cli",
