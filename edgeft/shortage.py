@@ -26,12 +26,13 @@ def capped(budget_bytes: int, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" alone is refused
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

@@ -94,8 +94,14 @@ def test_a_card_is_capped_at_the_budget_and_freed_again(monkeypatch: pytest.Monk
         total_memory = 1000
 
     set_to: list[float] = []
+
+    def fraction(share: float, device: int) -> None:
+        assert device == 0  # as PyTorch does: a device without a number is refused
+        set_to.append(share)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: set_to.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fraction)
     with pytest.raises(KeyError), capped(250, torch.device("cuda")):
         raise KeyError
     with capped(4000, torch.device("cuda")):
