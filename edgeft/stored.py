@@ -16,9 +16,10 @@ import torch
 
 from edgeft.checkpoint import Checkpoint
 from edgeft.errors import BadInput
+from edgeft.grid import Grid
 from edgeft.headers import EMBEDDINGS, HEADS
 from edgeft.ort import HEAD, MODEL
-from edgeft.rounding import Rule, promoted_modules, rounded, rule_of
+from edgeft.rounding import grid_of, promoted_modules
 from edgeft.scores import Rung
 from edgeft.target import Target
 
@@ -158,23 +159,23 @@ def _problem(
             return f"shape {tuple(values.shape)}, merged {tuple(expected.shape)}"
         wrong = int((values != expected).sum())
         return f"{wrong} of {expected.numel()} values are others" if wrong else ""
-    rule = rule_of(held.names[0], tuple(weights.shape(held.names[0])), target, tied, promoted)
-    if rule is None or rule.bits != held.bits:
-        return f"has {held.bits} bits, the target {rule.bits if rule else 'none'}"
-    return _codes_differ(file, held, matrix, rule)
+    grid = grid_of(held.names[0], tuple(weights.shape(held.names[0])), target, tied, promoted)
+    if grid is None or grid.bits != held.bits:
+        return f"has {held.bits} bits, the target {grid.bits if grid else 'none'}"
+    return _codes_differ(file, held, matrix, grid)
 
 
-def _codes_differ(file: GraphFile, held: Held, matrix: torch.Tensor, rule: Rule) -> str:
+def _codes_differ(file: GraphFile, held: Held, matrix: torch.Tensor, grid: Grid) -> str:
     """Which of codes, scales and zero points are not the rule's."""
-    expected = rounded(matrix, rule)
+    expected = grid.encode(matrix)
     codes, scale = file.read(held.inputs[0]), file.read(held.inputs[1])
     rows, columns = matrix.shape
     given = {
-        "codes": (_unpacked(codes, rule.bits, rows)[:, :columns], expected.codes),
+        "codes": (_unpacked(codes, grid.bits, rows)[:, :columns], expected.codes),
         "scales": (scale.reshape(rows, -1), expected.scale),
     }
     if len(held.inputs) > 2 and held.inputs[2]:
-        zero = _unpacked(file.read(held.inputs[2]), rule.bits, rows)[:, : expected.zero.shape[1]]
+        zero = _unpacked(file.read(held.inputs[2]), grid.bits, rows)[:, : expected.zero.shape[1]]
         given["zero points"] = (zero, expected.zero)
     problems = []
     for what, (found, wanted) in given.items():
