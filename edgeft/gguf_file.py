@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -21,6 +21,9 @@ from edgeft.gguf_vocab import write_vocabulary
 from edgeft.grid import GGML, Encoded
 from edgeft.model_spec import ModelSpec
 from edgeft.target import Target, eight_bit_modules
+
+if TYPE_CHECKING:
+    from edgeft.calibrate import Codes
 
 MODEL = "model.gguf"
 ORT = "export with an ort- target"
@@ -73,8 +76,8 @@ class Placed(NamedTuple):
     type: str
 
 
-def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> int:
-    """model.gguf in `folder`, written tensor by tensor, in this process.
+def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
+    """model.gguf in `folder`, written tensor by tensor, in this process. Calibrated `codes` are written as they are.
 
     Returns the highest resident bytes of llama.cpp's quantiser, 0 where it is not asked or no /proc tells them.
 
@@ -84,7 +87,7 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
     gguf = library()
     path = folder / MODEL
     if target.method != "k_quant":
-        _write(gguf, merged, target, spec, path)
+        _write(gguf, merged, target, spec, path, codes)
         return 0
     plain = folder / ".plain.gguf"
     half = target.model_copy(
@@ -96,7 +99,9 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
     return peak
 
 
-def _write(gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path: Path) -> None:
+def _write(
+    gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path: Path, codes: Codes | None = None
+) -> None:
     family, config, checkpoint = _known(merged, spec), _config(merged), Checkpoint(merged)
     factors = _rope_factors(merged, config, family)
     placed = list(_place(gguf, checkpoint, target, spec, family))
@@ -114,6 +119,10 @@ def _write(gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in placed:
+            if codes is not None and tensor.source in codes:
+                order = _arrange(tensor, torch.arange(tensor.shape[0]), spec, family)
+                writer.write_tensor_data(packed(codes.read(tensor.source).rows(order)))
+                continue
             values = factors if tensor.source == "" else checkpoint.read(tensor.source)
             assert values is not None
             writer.write_tensor_data(_encode(_arrange(tensor, values, spec, family), tensor.type))

@@ -28,6 +28,9 @@ def grid_of(
     them, by their names in the checkpoint. Raises BadInput for a target whose rounding only its runtime knows.
     """
     mixed = (target.mixed_layers or target.eight_bit) and promoted is None
+    if target.calibration != "none":
+        problem = "chooses its codes on training rows: what it makes of a weight is not known from the weight alone"
+        raise BadInput(f"target {target.name}", problem, "choose ort-int4, ort-int8 or ort-fp32")
     if target.runtime == "onnxruntime" or target.method != "rtn" or mixed or target.weight_bits == 16:
         problem = "rounds in a way that is not computed here"
         raise BadInput(f"target {target.name}", problem, "choose ort-int4, ort-int8 or ort-fp32")
