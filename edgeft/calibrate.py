@@ -21,11 +21,11 @@ import torch
 from edgeft.architectures import find_parts, is_linear
 from edgeft.change import find_tensor
 from edgeft.checkpoint import Checkpoint, load_plain
-from edgeft.data import Sample
 from edgeft.errors import BadInput
 from edgeft.grid import Encoded, Fitted, Grid
 from edgeft.host import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATION_TOKENS
 from edgeft.rounding import grids_of, round_
+from edgeft.samples import Sample
 from edgeft.target import Target, to_nearest
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal
@@ -105,7 +105,7 @@ def chosen_rows(samples: Sequence[Sample]) -> list[Sample]:
     found: list[Sample] = []
     left = CALIBRATION_TOKENS
     for sample in samples[:CALIBRATION_ROWS]:
-        left -= len(sample.ids)
+        left -= len(sample)
         if found and left < 0:
             break
         found.append(sample)
@@ -226,15 +226,15 @@ class _Padded:
 
 def _padded(rows: Sequence[Sample]) -> list[_Padded]:
     groups: list[list[Sample]] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if not groups or len(row.ids) * (len(groups[-1]) + 1) > CALIBRATION_BATCH:
+    for row in sorted(rows, key=lambda row: len(row)):
+        if not groups or len(row) * (len(groups[-1]) + 1) > CALIBRATION_BATCH:
             groups.append([])
         groups[-1].append(row)
     found = []
     for group in groups:
-        width = len(group[-1].ids)
-        ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in group])
-        real = torch.tensor([[at < len(row.ids) for at in range(width)] for row in group])
+        width = len(group[-1])
+        ids = torch.tensor([[*row.ids, *[0] * (width - len(row))] for row in group])
+        real = torch.tensor([[at < len(row) for at in range(width)] for row in group])
         found.append(_Padded(ids, real.reshape(-1)))
     return found
 

@@ -20,7 +20,6 @@ from edgeft import calibrate as calibrate_module
 from edgeft.build import ArtifactModel, build_bundle
 from edgeft.calibrate import DAMPING, Codes, calibrate, chosen_rows, gptq, inverse_factor, put_codes
 from edgeft.checkpoint import load_plain
-from edgeft.data import Sample, TextTokenizer
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.export import export
 from edgeft.gguf_file import build_model as build_gguf
@@ -28,7 +27,9 @@ from edgeft.grid import GGML, Encoded, Grid, joined
 from edgeft.model_spec import read_model_spec
 from edgeft.ort import matrices, packed, place_codes
 from edgeft.rounding import grids_of, round_, round_model
+from edgeft.samples import Sample
 from edgeft.target import Target, load_target, to_nearest
+from edgeft.tokenizer import TextTokenizer
 
 INT4 = load_target("ort-int4-calibrated")
 EXACT = INT4.model_copy(update={"accuracy_level": 0})
@@ -47,7 +48,7 @@ def weights(rows: int, columns: int) -> torch.Tensor:
 
 def samples(folder: Path, count: int = 6) -> list[Sample]:
     encoded = TextTokenizer(folder).encode(ROWS[:count])
-    return [Sample(ids[: 20 + at], ids[: 20 + at], 0, "") for at, ids in enumerate(encoded)]
+    return [Sample(ids[: 20 + at], ids[: 20 + at], 0) for at, ids in enumerate(encoded)]
 
 
 @functools.cache
@@ -244,7 +245,7 @@ def test_a_calibrated_target_needs_codes_and_no_other_takes_them(tmp_path: Path)
 
 
 def test_rows_end_where_there_are_enough_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows = [Sample([1] * 10, [1] * 10, 0, "")] * 5
+    rows = [Sample([1] * 10, [1] * 10, 0)] * 5
     for limit, expected in ((25, 2), (50, 5), (5, 1)):
         monkeypatch.setattr(calibrate_module, "CALIBRATION_TOKENS", limit)
         assert len(chosen_rows(rows)) == expected

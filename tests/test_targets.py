@@ -28,11 +28,12 @@ from edgeft.build import build_bundle
 from edgeft.bundle import GoldenInput
 from edgeft.calibrate import Codes, calibrate, put_codes
 from edgeft.checkpoint import load_plain
-from edgeft.data import Sample, TextTokenizer
 from edgeft.errors import MissingExtra
 from edgeft.rounding import round_model
 from edgeft.runner import runner_module
+from edgeft.samples import Sample
 from edgeft.target import Target, load_target
+from edgeft.tokenizer import TextTokenizer
 
 pytestmark = pytest.mark.targets
 
@@ -72,7 +73,7 @@ def built(target: Target) -> Path:
 def calibrated(target: Target) -> Codes:
     folder = workplace() / f"codes of {target.name} level {target.accuracy_level}"
     folder.mkdir()
-    rows = [Sample(ids, ids, 0, "") for ids in TextTokenizer(EXAMPLE).encode([row[:200] for row in ROWS])]
+    rows = [Sample(ids, ids, 0) for ids in TextTokenizer(EXAMPLE).encode([row[:200] for row in ROWS])]
     return calibrate(EXAMPLE, target, rows, folder)
 
 
