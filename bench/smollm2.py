@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from edgeft.checkpoint import load_plain
 from edgeft.conversation import Row
 from edgeft.costs import Question
 from edgeft.errors import EdgeftError, MissingExtra
+from edgeft.intervals import paired_losses, paired_rates
 from edgeft.memory import Workload
 from edgeft.planner import Plan
 from edgeft.rows import read_rows
@@ -184,12 +184,14 @@ def artifact(folder: Path, name: str) -> tuple[ArtifactModel, dict[str, Any]]:
     return ArtifactModel(out), taken
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+def by_rows(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
     """Mean of second less first over the same rows, and its 95% interval."""
-    moves = [b - a for a, b in zip(first, second, strict=True)]
-    mean = statistics.fmean(moves)
-    reach = 1.96 * statistics.stdev(moves) / math.sqrt(len(moves))
-    return {"difference": mean, "low": mean - reach, "high": mean + reach}
+    return paired_losses(first, second, [1] * len(first))._asdict()
+
+
+def in_points(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
+    """Exact match of second less first over the same rows, in points of 100, and its 95% interval."""
+    return {name: 100 * value for name, value in paired_rates(first, second)._asdict().items()}
 
 
 def summary(forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -199,8 +201,8 @@ def summary(forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
         losses, exact = zip(*form["scores"], strict=True)
         found[name] = {
             "exact_match": statistics.fmean(exact), "row_loss": statistics.fmean(losses), **form["taken"],
-            "exact_match_points_to_merged": paired([100 * e for _, e in merged], [100 * e for e in exact]),
-            "row_loss_to_merged": paired([loss for loss, _ in merged], losses),
+            "exact_match_points_to_merged": in_points([right for _, right in merged], exact),
+            "row_loss_to_merged": by_rows([loss for loss, _ in merged], losses),
         }  # fmt: skip
     added = {name: each["row_loss_to_merged"]["difference"] for name, each in found.items()}
     nearest = added["ort-int4"]

@@ -50,11 +50,11 @@ def test_a_row_is_exact_up_to_its_end_token_and_its_loss_counts_every_token(smol
     assert one([5, 0, 2])[0] == pytest.approx(3 * norm - 6)
 
 
-def test_intervals_are_paired(smollm2: ModuleType) -> None:
-    found = smollm2.paired([0.0, 10.0, 20.0, 30.0], [1.0, 11.0, 21.0, 31.0])
+def test_differences_are_paired(smollm2: ModuleType) -> None:
+    found = smollm2.by_rows([0.0, 10.0, 20.0, 30.0], [1.0, 11.0, 21.0, 31.0])
     assert found == {"difference": 1.0, "low": 1.0, "high": 1.0}  # unpaired they would overlap
-    found = smollm2.paired([0.0, 0.0], [1.0, 3.0])
-    assert found["difference"] == 2.0 and found["high"] - 2.0 == pytest.approx(1.96 * 2**0.5 / 2**0.5)
+    found = smollm2.in_points([True, True, False, False], [True, False, False, False])
+    assert found["difference"] == -25.0 and found["low"] < -25.0 < found["high"]
 
 
 def test_what_calibration_recovers_is_of_the_loss_that_nearest_adds(smollm2: ModuleType) -> None:
