@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 import subprocess
@@ -9,10 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from edgeft import ledger
 from edgeft.adapters import AdapterSource, Written, add_adapters
 from edgeft.artifacts import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.budget import reset_resident_peak, resident_bytes
@@ -42,6 +44,9 @@ from edgeft.sbom import Component, bill_of_materials
 from edgeft.scores import Metrics, Promotion, Proof
 from edgeft.target import Runtime, Target
 from edgeft.units import show_bytes
+
+if TYPE_CHECKING:
+    from edgeft.calibrate import Codes
 
 # What a target needs to be built and proven here: module, package, what to install.
 RUNTIMES = {
@@ -210,12 +215,14 @@ def build_bundle(
     promotion: Promotion | None = None,
     size_budget_bytes: int | None = None,
     rows: Mapping[str, Metrics] | None = None,
+    codes: Callable[[Path], Codes] | None = None,
 ) -> Bundle:
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
+    `codes` makes those of a calibrated target in a folder of its own.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
@@ -226,6 +233,11 @@ def build_bundle(
     if adapters and target.runtime != "ort-genai":
         problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
         raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
+    if (codes is None) == (target.calibration != "none"):
+        problem = f"has calibration {target.calibration!r}: it is built with calibrated codes, and no other target is"
+        raise BadInput(
+            f"target {target.name}", problem, "export a merged checkpoint, whose training data it is made with"
+        )
     need_runtime(target)
     backends: dict[Runtime, Any] = {"ort-genai": ort, "llama.cpp": gguf_file, "onnxruntime": portable}
     backend = backends[target.runtime]
@@ -236,7 +248,10 @@ def build_bundle(
     with staging(out) as folder:
         reset_resident_peak()
         waiting = resident_bytes()
-        builder = backend.build_model(merged, target, spec, folder)
+        scratch = folder / ".codes"
+        chosen = () if codes is None else (_made(codes, scratch),)
+        builder = backend.build_model(merged, target, spec, folder, *chosen)
+        shutil.rmtree(scratch, ignore_errors=True)
         inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
         with saving(out):
             shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
@@ -313,6 +328,16 @@ def environment(runtime: Runtime) -> Environment:
     held = {name: versions().get(name, "") for name in names}
     runtimes = " ".join(f"{name} {held[name]}".strip() for name in names)
     return Environment(cpu=cpu_model(), features=features, runtime=runtimes)
+
+
+def _made(codes: Callable[[Path], Codes], scratch: Path) -> Codes:
+    """Calibrated codes in a new folder; the model that they were made with is given back before the builder starts."""
+    with saving(scratch):
+        scratch.mkdir()
+        made = codes(scratch)
+    gc.collect()
+    ledger.give_back()
+    return made
 
 
 def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -37,6 +37,9 @@ from edgeft.target import Target, promoted
 from edgeft.tensors import merged_rung
 from edgeft.train import Data, TrainResult
 
+if TYPE_CHECKING:
+    from edgeft.calibrate import Codes
+
 GOLDEN_PROMPTS = 4
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -63,7 +66,8 @@ def export(
     phases = (host.build(question, target), host.prove(question, plan.training, target))
     # who chose promotions has computed with torch: what that leaves in the process waits beside the builder too
     waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if promotion is not None else 0
-    for phase, more in zip(phases, (waiting, 0), strict=True):
+    calibrating = host.calibrate_phases(question, target)
+    for phase, more in zip((*phases, *calibrating), (waiting, 0, 0), strict=False):
         host.check_host(phase.name, phase.low_bytes - host.file_bytes(phase) + more)
     disk.require(disk.export_disk(plan.spec, target), out)
     data = Data.read(plan, train=False)
@@ -94,13 +98,17 @@ def export(
             "plan.json": merged.train.input_sha256,
             **merged.train.inputs,
             "device": profile.name if profile else "",
-        },
+        }
+        | ({"calibration": f"{target.calibration}, the first training rows"} if calibrating else {}),
         prove=prove,
-        predicted_peak_bytes=max(phases[0].expected_bytes + waiting, phases[1].expected_bytes),
+        predicted_peak_bytes=max(
+            phases[0].expected_bytes + waiting, *(phase.expected_bytes for phase in (phases[1], *calibrating))
+        ),
         sources=made_from(merged.train, merged_folder),
         promotion=promotion,
         size_budget_bytes=size_budget_bytes,
         rows=kept,
+        codes=calibration(merged_folder, target, plan, progress),
     )
 
 
@@ -158,6 +166,19 @@ def make_proof(ladder: Ladder, scores: Mapping[str, Metrics], source: str, form:
         pairs=tuple(found for found in pairs if found is not None),
         gain_nats=ladder.gain.nats if ladder.gain.shown else None,
     )
+
+
+def calibration(merged_folder: Path, target: Target, plan: Plan, progress: Progress) -> Callable[[Path], Codes] | None:
+    """What makes the codes of a calibrated target from the first training rows; None for any other target."""
+    if target.calibration == "none":
+        return None
+
+    def make(folder: Path) -> Codes:
+        from edgeft.calibrate import calibrate
+
+        return calibrate(merged_folder, target, Data.read(plan).train, folder, progress)
+
+    return make
 
 
 def process_bytes(phase: Phase) -> int:

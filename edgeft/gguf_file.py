@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -18,8 +18,12 @@ from edgeft.checkpoint import Checkpoint, quiet_transformers
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.footprint import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
 from edgeft.gguf_vocab import write_vocabulary
+from edgeft.grid import GGML, Encoded
 from edgeft.model_spec import ModelSpec
 from edgeft.target import Target, eight_bit_modules
+
+if TYPE_CHECKING:
+    from edgeft.calibrate import Codes
 
 MODEL = "model.gguf"
 ORT = "export with an ort- target"
@@ -72,8 +76,8 @@ class Placed(NamedTuple):
     type: str
 
 
-def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> int:
-    """model.gguf in `folder`, written tensor by tensor, in this process.
+def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
+    """model.gguf in `folder`, written tensor by tensor, in this process. Calibrated `codes` are written as they are.
 
     Returns the highest resident bytes of llama.cpp's quantiser, 0 where it is not asked or no /proc tells them.
 
@@ -83,7 +87,7 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
     gguf = library()
     path = folder / MODEL
     if target.method != "k_quant":
-        _write(gguf, merged, target, spec, path)
+        _write(gguf, merged, target, spec, path, codes)
         return 0
     plain = folder / ".plain.gguf"
     half = target.model_copy(
@@ -95,7 +99,9 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
     return peak
 
 
-def _write(gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path: Path) -> None:
+def _write(
+    gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path: Path, codes: Codes | None = None
+) -> None:
     family, config, checkpoint = _known(merged, spec), _config(merged), Checkpoint(merged)
     factors = _rope_factors(merged, config, family)
     placed = list(_place(gguf, checkpoint, target, spec, family))
@@ -113,9 +119,13 @@ def _write(gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in placed:
+            if codes is not None and tensor.source in codes:
+                order = _arrange(tensor, torch.arange(tensor.shape[0]), spec, family)
+                writer.write_tensor_data(packed(codes.read(tensor.source).rows(order)))
+                continue
             values = factors if tensor.source == "" else checkpoint.read(tensor.source)
             assert values is not None
-            writer.write_tensor_data(_encode(gguf, _arrange(tensor, values, spec, family), tensor.type))
+            writer.write_tensor_data(_encode(_arrange(tensor, values, spec, family), tensor.type))
         writer.close()
 
 
@@ -197,7 +207,7 @@ def _arrange(tensor: Placed, values: torch.Tensor, spec: ModelSpec, family: Fami
     return values
 
 
-def _encode(gguf: ModuleType, values: torch.Tensor, kind: str) -> Any:
+def _encode(values: torch.Tensor, kind: str) -> Any:
     """The stored bytes of a tensor as a numpy array: a block of rows at a time, so that fp32 is held of one block."""
     if kind in ("F32", "F16"):
         array = values.to(torch.float32 if kind == "F32" else torch.float16).numpy()
@@ -205,8 +215,24 @@ def _encode(gguf: ModuleType, values: torch.Tensor, kind: str) -> Any:
             raise BadInput("checkpoint", f"has values beyond the range of {kind}", "look for a broken training run")
         return numpy.ascontiguousarray(array)
     rows = max(1, GGUF_ROWS_BYTES // 4 // values.shape[-1])
-    raw = gguf.GGMLQuantizationType[kind]
-    return numpy.concatenate([gguf.quants.quantize(block.float().numpy(), raw) for block in torch.split(values, rows)])
+    return numpy.concatenate([packed(GGML[kind].encode(block.float())) for block in torch.split(values, rows)])
+
+
+def packed(encoded: Encoded) -> Any:
+    """The bytes of codes on one of ggml's grids, block by block: scale, least value where it has one, codes.
+
+    Codes of 8 bits follow each other. Of fewer, the lower four bits of two codes share a byte, one of the block's first
+    half below one of its second, and fifth bits come first.
+    """
+    rows, columns = encoded.codes.shape
+    scales = [part for part in (encoded.scale, encoded.least) if part is not None]
+    halves = torch.stack(scales, dim=-1).to(torch.float16).numpy().view(numpy.uint8).reshape(rows, columns // 32, -1)
+    codes = encoded.codes.to(torch.int16).numpy().astype(numpy.uint8).reshape(rows, columns // 32, 32)
+    if encoded.bits == 8:
+        return numpy.concatenate([halves, codes], axis=-1).reshape(rows, -1)
+    fifth = numpy.packbits(codes >> 4, axis=-1, bitorder="little")[:, :, : 4 * (encoded.bits - 4)]
+    pairs = codes[:, :, :16] & 15 | codes[:, :, 16:] << 4
+    return numpy.concatenate([halves, fifth, pairs], axis=-1).reshape(rows, -1)
 
 
 def _describe(gguf: ModuleType, writer: Any, merged: Path, config: Any, spec: ModelSpec, target: Target) -> None:

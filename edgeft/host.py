@@ -59,6 +59,10 @@ BLOCK_BYTES, BLOCKS_AT_ONCE = 8 * MIB, 4
 
 STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PARITY_PROMPTS = 64
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 32_768  # at most, of the training data
+CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
+CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
+CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M
 LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
 
 
@@ -250,6 +254,37 @@ def build(question: Question, target: Target) -> Phase:
         Term(name="quantiser", bytes=temporary, formula=f"the {name}, {elements} weights"),
     ]
     return stage("export: build", "host", terms, spec)
+
+
+def calibrate_phases(question: Question, target: Target) -> tuple[Phase, ...]:
+    """Choosing a target's codes on training rows: the merged model in fp32, layer by layer; none for other targets.
+
+    Highest while weights of another dtype are still read beside their fp32 form, or in the matrices whose codes take
+    most: H with its factors, weights of one input with their transpose, codes and decoded form.
+    """
+    if target.calibration == "none":
+        return ()
+    spec, lengths = question.spec, question.lengths
+    mean = lengths.mean if lengths else question.work.longest
+    tokens = min(CALIBRATION_TOKENS, int(CALIBRATION_ROWS * mean))
+    widest = max(linear.in_features for linear in spec.linears)
+    largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
+    working = CALIBRATION_COPIES * 4 * (widest**2 + largest)
+    rows = 4 * tokens * spec.hidden_size
+    reading = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0
+    loading = [Term(name="weight file", bytes=reading, formula=f"read beside it, {spec.dtype}")]
+    walking = [
+        Term(name="rows", bytes=rows, formula=f"{tokens} tokens x {spec.hidden_size} x 4 B"),
+        Term(name="one layer", bytes=working, formula=f"H of {widest} inputs, a matrix of {largest // 2}, its codes"),
+    ]
+    process = processes(question.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
+    found = stage("export: calibrate", "host", [
+        _process(process, "Python, torch, transformers, the matrix library's buffers"),
+        Term(name="data", bytes=question.data_bytes, formula="samples as ids"),
+        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
+        *max(loading, walking, key=lambda terms: sum(term.bytes for term in terms)),
+    ], spec)  # fmt: skip
+    return (found,)
 
 
 def build_portable(question: Question) -> Phase:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy
 
@@ -18,8 +19,13 @@ from edgeft.budget import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.footprint import Weights
 from edgeft.model_spec import ModelSpec
+from edgeft.shares import layer_of
 from edgeft.target import Target, eight_bit_modules
 from edgeft.tokenizer import find_template, write_template
+
+if TYPE_CHECKING:
+    from edgeft.calibrate import Codes
+    from edgeft.grid import Encoded
 
 MODEL = "model.onnx"
 HEAD = "/lm_head/MatMul"  # how the builder's name of the head's matmul begins
@@ -33,8 +39,10 @@ NODES = {
 }
 
 
-def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> int:
+def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
     """model.onnx, its weights, genai_config.json and the tokenizer in `folder`.
+
+    Calibrated `codes` take the place of those that the builder's rounding to nearest made: same grids, same bytes.
 
     The graph gives logits after the last token of a pass alone: `every_position` undoes that for a proof.
     Returns the builder's highest resident bytes, 0 where no /proc tells them.
@@ -53,6 +61,8 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path) -> 
         # promoted by name; the names come from the first build.
         names = [node.name.removesuffix("_Q8") for node in _graph(folder).node if node.op_type == "MatMulNBits"]
         peak = max(peak, _run_builder(merged, folder, _quantisation(target, True, names)))
+    if codes is not None:
+        place_codes(folder, codes, spec)
     if target.weight_bits == 16:
         _store_half(folder)
     _prune_head(folder)
@@ -87,6 +97,80 @@ def _quantisation(target: Target, tied: bool, promoted: Sequence[str]) -> dict[s
         "op_types": ["MatMul", "Gather"] if separate or shared else ["MatMul"],
         "overrides": overrides,
     }
+
+
+def place_codes(folder: Path, codes: Codes, spec: ModelSpec) -> None:
+    """Write calibrated codes, scales and zero points over those of the graph's matrix products, in its data file.
+
+    Raises EdgeftError where a product of the layers has no codes, or codes of another size.
+    """
+    from edgeft.grid import joined
+
+    nodes = {node.name.rpartition("/MatMul")[0]: node for node in _graph(folder).node if node.op_type == "MatMulNBits"}
+    tensors = {tensor.name: tensor for tensor in _graph(folder).initializer}
+    known = matrices(codes, spec)
+    layers = {name for name in nodes if "/layers." in name}
+    placed = set[str]()
+    with saving(folder), open(folder / f"{MODEL}.data", "r+b") as data:
+        for name in sorted(layers):
+            parts = _elementary(name)
+            if lacking := [part for part in parts if part not in known]:
+                raise EdgeftError(folder, f"there are no codes for {lacking[0]}")
+            whole = joined([known[part]() for part in parts])
+            for stored, made in zip(nodes[name].input[1:], packed(whole), strict=False):
+                _overwrite(data, tensors[stored], made)
+            placed |= set(parts)
+    if placed != set(known):
+        raise EdgeftError(folder, f"the builder's graph has no {sorted(set(known) - placed)[0]}")
+
+
+def matrices(codes: Codes, spec: ModelSpec) -> dict[str, Callable[[], Encoded]]:
+    """The codes of each matrix product by the builder's name of it, read when they are called."""
+    kv = spec.num_key_value_heads * spec.head_dim
+    query = spec.num_attention_heads * spec.head_dim
+    heights = {"qkv_proj": (query, kv, kv), "gate_up_proj": (spec.intermediate_size, spec.intermediate_size)}
+    found: dict[str, Callable[[], Encoded]] = {}
+    for name in codes:
+        projection, first = name.split(".")[-2], 0
+        nodes = NODES[projection]
+        for node, height in zip(nodes, heights.get(projection, (None,)), strict=True):
+            rows = slice(first, None if height is None else first + height)
+            found[f"/model/layers.{layer_of(name)}/{node}"] = functools.partial(_read_rows, codes, name, rows)
+            first += height or 0
+    return found
+
+
+def _read_rows(codes: Codes, name: str, rows: slice) -> Encoded:
+    return codes.read(name).rows(rows)
+
+
+def _elementary(name: str) -> list[str]:
+    """The builder's names of the products that one of its products joins."""
+    if not name.endswith("/qkv_proj"):
+        return [name]
+    return [f"{name.removesuffix('qkv_proj')}{part}_proj" for part in "qkv"]
+
+
+def packed(encoded: Encoded) -> tuple[bytes, bytes, bytes]:
+    """What a MatMulNBits node reads: codes in blocks, fp32 scales, zero points; of 4 bits the first of two is lower."""
+    columns, count = encoded.codes.shape[1], encoded.scale.shape[1]
+    zero: Any = encoded.zero.numpy().astype(numpy.uint8)
+    codes: Any = numpy.repeat(zero, encoded.block_size, axis=1)  # a last block that is not full is filled with zeros
+    codes[:, :columns] = encoded.codes.numpy().astype(numpy.uint8)
+    scale = encoded.scale.numpy().astype("<f4")
+    if encoded.bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+        zero = numpy.pad(zero, ((0, 0), (0, count % 2)))
+        zero = zero[:, ::2] | zero[:, 1::2] << 4
+    return codes.tobytes(), scale.tobytes(), zero.tobytes()
+
+
+def _overwrite(data: BinaryIO, tensor: Any, made: bytes) -> None:
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    if int(external.get("length", -1)) != len(made):
+        raise EdgeftError(tensor.name, f"has {external.get('length')} bytes in the graph, its codes have {len(made)}")
+    data.seek(int(external.get("offset", 0)))
+    data.write(made)
 
 
 def _store_half(folder: Path) -> None:

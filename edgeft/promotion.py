@@ -13,7 +13,7 @@ costs as much and orders worse (0.00060 and 0.00179). What would be lost altoget
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from edgeft.data import IGNORED, Sample
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.footprint import bundle_weights
 from edgeft.forms import Form, observe_model
+from edgeft.grid import Grid
 from edgeft.host import LOGIT_BYTES
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.ort import TOKENIZER_FILES
 from edgeft.parity import UNKNOWN, Gain, compare
-from edgeft.rounding import Rule, round_, rule_of
+from edgeft.rounding import grid_of, round_
 from edgeft.runner import RUNNER
 from edgeft.scores import Promoted, Promotion
 from edgeft.shares import layer_of
@@ -83,7 +84,7 @@ class Tensor:
     name: str  # of the model's parameter
     module: str  # as a target names it: layers.3.down_proj
     stored: str  # its name in the checkpoint's files
-    rule: Rule
+    grid: Grid
 
 
 class Rounding:
@@ -99,14 +100,14 @@ class Rounding:
         self.tensors: list[Tensor] = []
         self.others: list[Tensor] = []  # head and embedding: rounded, never promoted
         for name, parameter in self.parameters.items():
-            rule = rule_of(name, tuple(parameter.shape), plain, spec.tie_word_embeddings)
-            if rule is None:
+            grid = grid_of(name, tuple(parameter.shape), plain, spec.tie_word_embeddings)
+            if grid is None:
                 continue
             layer, stored = layer_of(name), find_tensor(self.checkpoint, name)
             assert stored is not None  # a tied head is no parameter of its own
             module = f"layers.{layer}.{name.split('.')[-2]}"
-            of_layer = layer is not None and rule.bits == 4 and module.rpartition(".")[2] in names
-            (self.tensors if of_layer else self.others).append(Tensor(name, module, stored, rule))
+            of_layer = layer is not None and grid.bits == 4 and module.rpartition(".")[2] in names
+            (self.tensors if of_layer else self.others).append(Tensor(name, module, stored, grid))
 
     @torch.no_grad()
     def exact(self, tensor: Tensor) -> None:
@@ -117,12 +118,12 @@ class Rounding:
     def rounded(self, tensor: Tensor, *, eight: bool) -> None:
         """The tensor as a bundle computes with it."""
         self.exact(tensor)
-        round_(self.parameters[tensor.name].data, replace(tensor.rule, bits=8) if eight else tensor.rule)
+        round_(self.parameters[tensor.name].data, tensor.grid.in_eight_bits() if eight else tensor.grid)
 
     def as_bundle(self, modules: set[str]) -> None:
         """Every weight as in a bundle with 8 bits for these modules and those that the target names."""
         for tensor in self.others:
-            self.rounded(tensor, eight=tensor.rule.bits == 8)
+            self.rounded(tensor, eight=tensor.grid.bits == 8)
         for tensor in self.tensors:
             self.rounded(tensor, eight=tensor.module in modules | self.given)
 

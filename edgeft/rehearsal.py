@@ -21,7 +21,7 @@ from edgeft.budget import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak,
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.planner import DATA_BYTES, Plan
 from edgeft.scores import Rung
-from edgeft.target import Target, Tolerance
+from edgeft.target import Target, Tolerance, to_nearest
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     def skip(reason: str) -> Rehearsal:
         return Rehearsal(target=target.name, skipped=reason)
 
+    target = to_nearest(target)  # the graph, the kernels and the grids are the same
     folder = local_folder(plan.job.model)
     try:
         need_runtime(target)

@@ -10,7 +10,19 @@ from edgeft.costs import Question
 from edgeft.disk import Disk, plan_disk
 from edgeft.errors import BadInput
 from edgeft.footprint import LimitedBy, Weights, bundle_weights, choose_context, kv_cache_bytes_per_token, predict
-from edgeft.host import build, file_bytes, host_load, host_train, merge, processes, prove, quantise, resume, stage
+from edgeft.host import (
+    build,
+    calibrate_phases,
+    file_bytes,
+    host_load,
+    host_train,
+    merge,
+    processes,
+    prove,
+    quantise,
+    resume,
+    stage,
+)
 from edgeft.memory import Phase, Term
 from edgeft.model_spec import ModelSpec
 from edgeft.profile import Profile, detect, load_profile
@@ -66,6 +78,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     phases += [
         resume(spec, training, has, data_bytes),
         merge(spec, training, has),
+        *calibrate_phases(question, target),
         build(question, target),
         prove(question, training, target),
         run_bundle(spec, target, weights, context),

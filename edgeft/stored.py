@@ -16,11 +16,12 @@ import torch
 
 from edgeft.checkpoint import Checkpoint
 from edgeft.errors import BadInput
+from edgeft.grid import Grid
 from edgeft.headers import EMBEDDINGS, HEADS
 from edgeft.ort import HEAD, MODEL
-from edgeft.rounding import Rule, promoted_modules, rounded, rule_of
+from edgeft.rounding import grid_of, promoted_modules
 from edgeft.scores import Rung
-from edgeft.target import Target
+from edgeft.target import Target, to_nearest
 
 PLACE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(?:_Q\d)?")
 BLOCKS = {"attn": "self_attn", "mlp": "mlp"}  # the builder's names: transformers'
@@ -42,15 +43,19 @@ class Held(NamedTuple):
 def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Rung | None:
     """Every matrix of a bundle against its rounding; None where the target's rounding is its runtime's own.
 
+    Calibrated ones are left to the rungs that run the bundle: their codes depend on rows, not on the weight alone.
     Raises BadInput for a bundle that cannot be read.
     """
     if target.runtime != "ort-genai" or target.method != "rtn":
         return None
-    weights = Checkpoint(merged)
+    weights, chosen = Checkpoint(merged), target.calibration != "none"
+    target = to_nearest(target)
     promoted = promoted_modules(list(weights.owner), target) if target.weight_bits == 4 else set()
     file = GraphFile(bundle)
     problems, names = [], set()
     for held in file.matrices(weights, tied):
+        if chosen and PLACE.match(held.place):
+            continue
         names |= set(held.names)
         problem = _problem(file, held, weights, target, tied, promoted)
         problems += [f"{held.place}: {problem}"] if problem else []
@@ -58,11 +63,11 @@ def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Ru
         return None
     wrong = len(problems)
     left = sum(name not in names and len(weights.shape(name)) == 2 for name in weights.owner)
-    rest = f"; {left} matrices go by other names there" if left else ""
+    rest = f"; {left} matrices are calibrated" if chosen else f"; {left} matrices go by other names there"
     return Rung(
         name="stored",
         against="merged",
-        compared=f"{len(names)} matrices of {MODEL}{rest}",
+        compared=f"{len(names)} matrices of {MODEL}{rest if left else ''}",
         tolerance="code for code and scale for scale" if target.weight_bits < 16 else "value for value",
         tensors=len(names),
         problems=tuple(problems[:SHOWN] + ([f"and {wrong - SHOWN} more"] if wrong > SHOWN else [])),
@@ -158,23 +163,23 @@ def _problem(
             return f"shape {tuple(values.shape)}, merged {tuple(expected.shape)}"
         wrong = int((values != expected).sum())
         return f"{wrong} of {expected.numel()} values are others" if wrong else ""
-    rule = rule_of(held.names[0], tuple(weights.shape(held.names[0])), target, tied, promoted)
-    if rule is None or rule.bits != held.bits:
-        return f"has {held.bits} bits, the target {rule.bits if rule else 'none'}"
-    return _codes_differ(file, held, matrix, rule)
+    grid = grid_of(held.names[0], tuple(weights.shape(held.names[0])), target, tied, promoted)
+    if grid is None or grid.bits != held.bits:
+        return f"has {held.bits} bits, the target {grid.bits if grid else 'none'}"
+    return _codes_differ(file, held, matrix, grid)
 
 
-def _codes_differ(file: GraphFile, held: Held, matrix: torch.Tensor, rule: Rule) -> str:
+def _codes_differ(file: GraphFile, held: Held, matrix: torch.Tensor, grid: Grid) -> str:
     """Which of codes, scales and zero points are not the rule's."""
-    expected = rounded(matrix, rule)
+    expected = grid.encode(matrix)
     codes, scale = file.read(held.inputs[0]), file.read(held.inputs[1])
     rows, columns = matrix.shape
     given = {
-        "codes": (_unpacked(codes, rule.bits, rows)[:, :columns], expected.codes),
+        "codes": (_unpacked(codes, grid.bits, rows)[:, :columns], expected.codes),
         "scales": (scale.reshape(rows, -1), expected.scale),
     }
     if len(held.inputs) > 2 and held.inputs[2]:
-        zero = _unpacked(file.read(held.inputs[2]), rule.bits, rows)[:, : expected.zero.shape[1]]
+        zero = _unpacked(file.read(held.inputs[2]), grid.bits, rows)[:, : expected.zero.shape[1]]
         given["zero points"] = (zero, expected.zero)
     problems = []
     for what, (found, wanted) in given.items():

@@ -19,11 +19,12 @@ from edgeft.artifacts import Artifact, Strict, sha256_file, versions
 from edgeft.change import blocks
 from edgeft.checkpoint import Checkpoint, local_folder
 from edgeft.errors import BadInput
+from edgeft.grid import Grid
 from edgeft.headers import EMBEDDINGS
 from edgeft.identity import changed as other_files
 from edgeft.identity import check_files, differences, model_inputs
 from edgeft.model_spec import read_model_spec
-from edgeft.rounding import Rule, promoted_modules, rounded, rule_of
+from edgeft.rounding import grid_of, promoted_modules
 from edgeft.shares import layer_of
 from edgeft.target import Target
 
@@ -120,12 +121,12 @@ def survival(
         if old is None or before.shape(old) != after.shape(name):
             raise BadInput(merged, f"{name} is not in the base {model}, or of another shape", "give its own --base")
         shape = after.shape(name)
-        rules = rule_of(old, shape, target, was_tied, promoted), rule_of(name, shape, target, tied, promoted)
-        sums = _tensor(before, old, after, name, rules)
+        grids = grid_of(old, shape, target, was_tied, promoted), grid_of(name, shape, target, tied, promoted)
+        sums = _tensor(before, old, after, name, grids)
         if sums.dd:
             layer = layer_of(name)
-            tensors.append(_facts(name, layer, rules[1].bits if rules[1] else 32, sums))
-            if rules[1] is not None:
+            tensors.append(_facts(name, layer, grids[1].bits if grids[1] else 32, sums))
+            if grids[1] is not None:
                 layers.setdefault(layer, _Sums()).add(sums)
                 count[layer] = count.get(layer, 0) + 1
                 total.add(sums)
@@ -182,19 +183,19 @@ def base_model(document: Path) -> str:
         raise BadInput(document, "does not say which base was merged into", hint) from None
 
 
-def _tensor(before: Checkpoint, old: str, after: Checkpoint, new: str, rules: tuple[Rule | None, Rule | None]) -> _Sums:
-    """Sums over one tensor. The base is rounded by the first rule, as its own export would."""
+def _tensor(before: Checkpoint, old: str, after: Checkpoint, new: str, grids: tuple[Grid | None, Grid | None]) -> _Sums:
+    """Sums over one tensor. The base is rounded on the first grid, as its own export would."""
     shape, sums = after.shape(new), _Sums()
     for part in blocks(shape):
         pair = before.read(old, part).float(), after.read(new, part).float()
         if torch.equal(*pair):
             continue
         delta = pair[1].double() - pair[0]
-        if rules[0] is None or rules[1] is None:
+        if grids[0] is None or grids[1] is None:
             arrives = delta
             sums.changed += int((delta != 0).sum())
         else:
-            codes = [rounded(weight, rule) for weight, rule in zip(pair, rules, strict=True) if rule is not None]
+            codes = [grid.encode(weight) for weight, grid in zip(pair, grids, strict=True) if grid is not None]
             arrives = codes[1].weight().double() - codes[0].weight()
             sums.changed += int((codes[0].codes != codes[1].codes).sum())
             sums.step2 += float(codes[1].scale.double().square().sum())

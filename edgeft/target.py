@@ -39,6 +39,9 @@ class Target(Strict):
     method: Literal["rtn", "k_quant"] = Field(
         default="rtn", description="how weights are rounded: to nearest, or fitted"
     )
+    calibration: Literal["none", "gptq"] = Field(
+        default="none", description="gptq: codes chosen for what the layers' outputs see on training rows"
+    )
     block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
         description="weights that share one scale; 0: all of an output"
     )
@@ -61,6 +64,9 @@ class Target(Strict):
     def _buildable(self) -> Target:
         if self.weight_bits >= 8 and (self.mixed_layers or self.eight_bit):
             raise ValueError("mixed_layers and eight_bit promote to 8 bits: weight_bits must be less")
+        codes = self.method == "rtn" and self.weight_bits < 16 and self.runtime != "onnxruntime"
+        if self.calibration != "none" and not codes:
+            raise ValueError("calibration needs method rtn, weight_bits below 16, and runtime ort-genai or llama.cpp")
         if self.runtime == "onnxruntime":
             return self._portable()
         if self.block_size == 0 or self.opset:
@@ -111,6 +117,11 @@ def promoted(target: Target, modules: Sequence[str]) -> Target:
         return Target.model_validate(target.model_dump() | {"eight_bit": (*target.eight_bit, *modules)})
     except pydantic.ValidationError as problem:
         raise invalid(f"target {target.name}", problem, Target) from None
+
+
+def to_nearest(target: Target) -> Target:
+    """The target on the same grids, each weight rounded to nearest."""
+    return target.model_copy(update={"calibration": "none"})
 
 
 def eight_bit_modules(target: Target, layers: int, projections: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_change import base_model, bases, shaken  # noqa: F401  (bases is a fixture)
-from test_rounding import by_onnxruntime
+from test_grid import by_onnxruntime
 from typer.testing import CliRunner
 
 from edgeft import change as change_module
@@ -21,7 +21,7 @@ from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.cli import app
 from edgeft.errors import BadInput, MissingExtra
 from edgeft.plots import plot_survival
-from edgeft.rounding import rule_of
+from edgeft.rounding import grid_of
 from edgeft.survival import Survival, layer_of, survival
 from edgeft.target import load_target
 
@@ -36,10 +36,10 @@ def tuned(base: Path, out: Path, by: float, fits: Any = lambda name: True) -> Pa
     return out
 
 
-def dequantised(weight: torch.Tensor, rule: Any) -> Any:
-    codes, scale, zero = by_onnxruntime(weight, rule)
-    wide = np.repeat(zero, rule.block_size, axis=1)[:, : weight.shape[1]].astype(np.float64)
-    return (codes - wide) * np.repeat(scale.astype(np.float32), rule.block_size, axis=1)[:, : weight.shape[1]], codes
+def dequantised(weight: torch.Tensor, grid: Any) -> Any:
+    codes, scale, zero = by_onnxruntime(weight, grid)
+    wide = np.repeat(zero, grid.block_size, axis=1)[:, : weight.shape[1]].astype(np.float64)
+    return (codes - wide) * np.repeat(scale.astype(np.float32), grid.block_size, axis=1)[:, : weight.shape[1]], codes
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
@@ -58,13 +58,13 @@ def test_against_onnxruntime_on_whole_tensors(
     for tensor in found.tensors:
         old, new = before.read(tensor.name), after.read(tensor.name)
         d = (new - old).double().numpy()
-        rule = rule_of(tensor.name, tuple(new.shape), INT4, kind == "tied")
-        if rule is None:
+        grid = grid_of(tensor.name, tuple(new.shape), INT4, kind == "tied")
+        if grid is None:
             assert (tensor.bits, tensor.projection, tensor.cosine, tensor.noise) == pytest.approx((32, 1, 1, 0))
             continue
-        (base_values, base_codes), (new_values, new_codes) = dequantised(old, rule), dequantised(new, rule)
+        (base_values, base_codes), (new_values, new_codes) = dequantised(old, grid), dequantised(new, grid)
         dq = new_values - base_values
-        assert tensor.bits == rule.bits and tensor.parameters == d.size
+        assert tensor.bits == grid.bits and tensor.parameters == d.size
         assert tensor.codes_changed == np.mean(base_codes != new_codes)
         assert tensor.projection == pytest.approx((dq * d).sum() / (d * d).sum(), rel=1e-5)
         assert tensor.cosine == pytest.approx((dq * d).sum() / np.sqrt((d * d).sum() * (dq * dq).sum()), rel=1e-5)

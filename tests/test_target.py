@@ -13,7 +13,15 @@ from edgeft.target import eight_bit_modules, list_targets, load_target, promoted
 def test_shipped_targets_are_those_of_the_readme_and_tighten_with_their_bits() -> None:
     targets = {target.name: target for target in list_targets()}
     gguf = ["gguf-f16", "gguf-q4_0", "gguf-q4_k_m", "gguf-q8_0", "onnx-portable-fp32", "onnx-portable-int8"]
-    assert list(targets) == [*gguf, "ort-fp16", "ort-fp32", "ort-int4", "ort-int4-mixed", "ort-int8"]
+    assert list(targets) == [
+        *gguf,
+        "ort-fp16",
+        "ort-fp32",
+        "ort-int4",
+        "ort-int4-calibrated",
+        "ort-int4-mixed",
+        "ort-int8",
+    ]
     assert {name.partition("-")[0] for name in targets} == {"gguf", "onnx", "ort"}
     assert {target.runtime for name, target in targets.items() if name.startswith("gguf")} == {"llama.cpp"}
     portable = [target for name, target in targets.items() if name.startswith("onnx-portable")]

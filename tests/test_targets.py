@@ -26,12 +26,14 @@ from test_bundle import ROWS, workplace
 from edgeft.artifacts import shipped_folder
 from edgeft.build import build_bundle
 from edgeft.bundle import GoldenInput
+from edgeft.calibrate import Codes, calibrate, put_codes
 from edgeft.checkpoint import load_plain
-from edgeft.data import TextTokenizer
 from edgeft.errors import MissingExtra
 from edgeft.rounding import round_model
 from edgeft.runner import runner_module
+from edgeft.samples import Sample
 from edgeft.target import Target, load_target
+from edgeft.tokenizer import TextTokenizer
 
 pytestmark = pytest.mark.targets
 
@@ -47,7 +49,7 @@ REQUIRED = os.environ.get("EDGEFT_REQUIRED_RUNTIMES", "").split()
 BLOCKS = "activations are rounded to int8 inside every product, a scale for each {} of them"
 CACHE = "; keys and values are kept in fp16"
 REASONS = {
-    **dict.fromkeys(("ort-int4", "ort-int4-mixed", "ort-int8"), BLOCKS.format(32)),
+    **dict.fromkeys(("ort-int4", "ort-int4-calibrated", "ort-int4-mixed", "ort-int8"), BLOCKS.format(32)),
     **dict.fromkeys(("gguf-q8_0", "gguf-q4_0"), BLOCKS.format(32) + CACHE),
     "gguf-q4_k_m": BLOCKS.format(256) + CACHE,
     "gguf-f16": "activations are rounded to fp16 inside every product" + CACHE,
@@ -62,8 +64,17 @@ def prompts() -> list[list[int]]:
 
 def built(target: Target) -> Path:
     out = workplace() / f"{target.name} level {target.accuracy_level}"
-    build_bundle(EXAMPLE, target, out, prompts=[GoldenInput(text=ROWS[0][:200])], measure=False)
+    codes = (lambda folder: calibrated(target)) if target.calibration != "none" else None
+    build_bundle(EXAMPLE, target, out, prompts=[GoldenInput(text=ROWS[0][:200])], measure=False, codes=codes)
     return out
+
+
+@functools.cache
+def calibrated(target: Target) -> Codes:
+    folder = workplace() / f"codes of {target.name} level {target.accuracy_level}"
+    folder.mkdir()
+    rows = [Sample(ids, ids, 0) for ids in TextTokenizer(EXAMPLE).encode([row[:200] for row in ROWS])]
+    return calibrate(EXAMPLE, target, rows, folder)
 
 
 def continuation(folder: Path, ids: list[int]) -> tuple[list[int], torch.Tensor]:
@@ -101,7 +112,9 @@ def torch_greedy(model: Any, ids: list[int]) -> list[int]:
 
 def from_rounding(folder: Path, target: Target) -> Any:
     model = load_plain(EXAMPLE)
-    if target.weight_bits < 16:
+    if target.calibration != "none":
+        assert put_codes(model, target, calibrated(target)) > 0
+    elif target.weight_bits < 16:
         assert round_model(model, target) > 0
     return model
 
@@ -190,4 +203,4 @@ def assert_equal(name: str, folder: Path, model: Any) -> None:
 
 
 def test_every_target_is_either_exact_or_says_why_not() -> None:
-    assert set(REASONS) <= set(TARGETS) and len(TARGETS) == 11
+    assert set(REASONS) <= set(TARGETS) and len(TARGETS) == 12

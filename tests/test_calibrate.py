@@ -1,0 +1,327 @@
+"""Calibrated codes: against an independent solution, the inputs that rounded layers really give, and built bundles."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_bundle import PROMPTS, ROWS, checkpoint, some_ids, workplace
+from test_gguf import EXAMPLE, dequantised, model_folder
+from test_promotion import merged  # noqa: F401
+from test_promotion import samples as training_data
+from test_rounding import graph_weights
+
+from edgeft import calibrate as calibrate_module
+from edgeft import host
+from edgeft.build import ArtifactModel, build_bundle
+from edgeft.calibrate import DAMPING, Codes, calibrate, chosen_rows, gptq, inverse_factor, put_codes
+from edgeft.checkpoint import load_plain
+from edgeft.costs import Question
+from edgeft.errors import BadInput, EdgeftError
+from edgeft.export import export
+from edgeft.gguf_file import build_model as build_gguf
+from edgeft.grid import GGML, Encoded, Grid, joined
+from edgeft.memory import Workload
+from edgeft.model_spec import read_model_spec
+from edgeft.ort import matrices, packed, place_codes
+from edgeft.profile import load_profile
+from edgeft.rounding import grids_of, round_, round_model
+from edgeft.samples import Sample
+from edgeft.settings import make_job
+from edgeft.target import Target, load_target, to_nearest
+from edgeft.tokenizer import TextTokenizer
+
+INT4 = load_target("ort-int4-calibrated")
+EXACT = INT4.model_copy(update={"accuracy_level": 0})
+GRIDS = [Grid(4, 32, False, "rtn"), Grid(4, 32, True, "mlas"), Grid(8, 32, False, "rtn"), *GGML.values()]
+
+
+def correlated(rows: int, columns: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(3)
+    mixed = torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=random)
+    return torch.randn(rows, columns, generator=random) @ mixed
+
+
+def weights(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(4))
+
+
+def samples(folder: Path, count: int = 6) -> list[Sample]:
+    encoded = TextTokenizer(folder).encode(ROWS[:count])
+    return [Sample(ids[: 20 + at], ids[: 20 + at], 0) for at, ids in enumerate(encoded)]
+
+
+@functools.cache
+def tiny_codes() -> Codes:
+    folder = workplace() / "codes"
+    folder.mkdir()
+    return calibrate(checkpoint(), INT4, samples(checkpoint()), folder)
+
+
+def one_by_one(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The code of each weight when, in fp64, all that are left are solved anew after each one is rounded.
+
+    The best w' of the columns left, given that column c moved by e: w' - w = -e inv(H)[c, left] / inv(H)[c, c].
+    """
+    left, damped = weight.double().clone(), hessian.double().clone()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    codes = torch.zeros_like(weight)
+    for column in range(weight.shape[1]):
+        if column % grid.block_size == 0:
+            block = torch.zeros(len(left), grid.block_size)
+            part = left[:, column : column + grid.block_size].float()
+            block[:, : part.shape[1]] = part
+            fitted = grid.stored(grid.fit(block))
+        codes[:, column] = grid.codes(left[:, column].float(), fitted)
+        decoded = fitted.values(codes[:, column].clone()).double()
+        inverse = torch.linalg.inv(damped[column:, column:])
+        error = (left[:, column] - decoded) / inverse[0, 0]
+        left[:, column:] -= error[:, None] * inverse[0][None]
+    return codes
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_are_those_of_solving_what_is_left_column_by_column(grid: Grid) -> None:
+    read, weight = correlated(300, 80), weights(24, 80)  # the last block is half full
+    hessian = read.T @ read
+    made = gptq(weight, inverse_factor(hessian.clone()), grid)
+    # a value between two codes falls to either side, and takes those after it in its row along
+    assert (made.codes != one_by_one(weight, hessian, grid)).float().mean() < 0.01
+    errors = [
+        float((read @ (form - weight).T).square().sum()) for form in (made.weight(), grid.encode(weight).weight())
+    ]
+    assert errors[0] < 0.75 * errors[1]
+
+
+@pytest.mark.parametrize("grid", GRIDS[:1] + list(GGML.values())[:1], ids=str)
+def test_inputs_that_say_nothing_of_each_other_leave_the_nearest_codes(grid: Grid) -> None:
+    weight = weights(16, 64)
+    made = gptq(weight, inverse_factor(torch.eye(64) * 7), grid)
+    assert (made.codes != grid.encode(weight).codes).sum() <= 2  # a scale as stored against one in fp64 or fp32
+
+
+def test_an_input_that_is_always_zero_is_harmless() -> None:
+    read, grid = correlated(100, 64), GRIDS[0]
+    read[:, 5] = 0
+    made = gptq(weights(8, 64), inverse_factor(read.T @ read), grid)
+    assert torch.isfinite(made.weight()).all()
+
+
+def test_every_layer_is_calibrated_on_what_the_rounded_ones_before_it_give() -> None:
+    """The second layer's codes, from its inputs in a whole model that holds the first one's and rounded tables."""
+    source, codes = checkpoint(), tiny_codes()
+    assert len(list(codes)) == 2 * 7
+    model: Any = load_plain(source)
+    grids = grids_of(model, to_nearest(INT4))
+    for name, grid in grids.items():
+        if "layers." not in name:
+            round_(model.get_parameter(name).data, grid)
+
+    def hessian_of(module: str) -> torch.Tensor:
+        total = torch.zeros(64, 64)
+
+        def see(_: Any, arguments: Any) -> None:
+            read = arguments[0].reshape(-1, 64)
+            total.add_(read.T @ read)
+
+        hook = model.get_submodule(module).register_forward_pre_hook(see)
+        with torch.no_grad():
+            for sample in samples(source):
+                model(input_ids=torch.tensor([list(sample.ids)]), use_cache=False)
+        hook.remove()
+        return total
+
+    def expected(module: str) -> torch.Tensor:
+        weight = model.get_submodule(module).weight.data
+        return gptq(weight, inverse_factor(hessian_of(module)), grids[f"{module}.weight"]).codes
+
+    def differing(module: str) -> float:
+        return float((codes.read(f"{module}.weight").codes != expected(module)).float().mean())
+
+    assert differing("model.layers.0.self_attn.k_proj") < 0.005
+    with torch.no_grad():
+        for name in codes:
+            if "layers.0." in name:
+                model.get_parameter(name).copy_(codes.read(name).weight())
+    assert differing("model.layers.1.self_attn.k_proj") < 0.005
+    unrounded = load_plain(source).state_dict()  # planted: inputs of layers that are not rounded
+    model.load_state_dict(unrounded)
+    assert differing("model.layers.1.self_attn.k_proj") > 0.02
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    calibrate(checkpoint(), INT4, samples(checkpoint()), tmp_path)
+    for path in sorted(tiny_codes().folder.iterdir()):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def calibrated_bundle(target: Target, source: Path, codes: Codes) -> Path:
+    out = workplace() / f"{source.name} {target.name} {target.accuracy_level}"
+    if not out.exists():
+        build_bundle(source, target, out, prompts=PROMPTS, measure=False, codes=lambda folder: codes)
+    return out
+
+
+def test_the_bundle_holds_these_codes_bit_for_bit() -> None:
+    codes, stored = tiny_codes(), graph_weights(calibrated_bundle(EXACT, checkpoint(), tiny_codes()))
+    seen = 0
+    for name in codes:
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        parts = [name]
+        if "q_proj" in name:  # the builder joins the three
+            parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        stem = name.replace("self_attn.q_proj", "attn.qkv_proj").replace("self_attn", "attn").removesuffix(".weight")
+        held = [value for key, value in sorted(stored.items()) if key.startswith(f"{stem}.MatMul.weight_")]
+        made = [b"".join(each) for each in zip(*(packed(codes.read(part)) for part in parts), strict=True)]
+        assert sorted(value.tobytes() for value in held) == sorted(made)
+        seen += 1
+    assert seen == 2 * 5
+    assert not list(calibrated_bundle(EXACT, checkpoint(), codes).glob(".codes*"))
+
+
+def test_the_bundle_computes_with_them() -> None:
+    model, ids = load_plain(checkpoint()), some_ids(120)
+    assert put_codes(model, EXACT, tiny_codes()) == 2 * 7 + 1
+    with torch.no_grad():
+        mine = model(torch.tensor([ids])).logits[0]
+    given = torch.tensor(ArtifactModel(calibrated_bundle(EXACT, checkpoint(), tiny_codes())).logits(ids))
+    torch.testing.assert_close(given, mine, rtol=1e-4, atol=1e-3)
+    nearest = load_plain(checkpoint())
+    round_model(nearest, to_nearest(EXACT))
+    with torch.no_grad():
+        other = nearest(torch.tensor([ids])).logits[0]
+    assert (given - other).abs().max() > 0.5
+
+
+def test_a_gguf_file_holds_them_where_llama_cpp_wants_its_rows(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = EXAMPLE
+    target = load_target("gguf-q4_0").model_copy(update={"calibration": "gptq"})
+    (tmp_path / "codes").mkdir()
+    codes = calibrate(source, target, samples(source, 2), tmp_path / "codes")
+    build_gguf(source, target, read_model_spec(str(source)), tmp_path, codes)
+    model = load_plain(source)
+    put_codes(model, target, codes)
+    held, seen = dequantised(tmp_path).state_dict(), 0
+    for name, value in model.state_dict().items():
+        if name in codes:
+            assert torch.equal(held[name], value), name
+            seen += 1
+    assert seen == len(list(codes)) > 0
+
+
+def test_codes_that_do_not_belong_to_the_graph_are_refused(tmp_path: Path) -> None:
+    spec, codes = read_model_spec(str(checkpoint())), tiny_codes()
+    shutil.copytree(calibrated_bundle(EXACT, checkpoint(), codes), tmp_path / "b")
+
+    def changed(file: str, change: Any) -> Codes:
+        shutil.copytree(codes.folder, tmp_path / file)
+        other = Codes(tmp_path / file)
+        first = {name: other.read(name) for name in other if "layers.0." in name}
+        other.write("layer-0000", change(first))
+        return Codes(tmp_path / file)
+
+    def shorter(held: dict[str, Encoded]) -> dict[str, Encoded]:
+        return {name: each.rows(slice(0, -2)) if "down_proj" in name else each for name, each in held.items()}
+
+    with pytest.raises(EdgeftError, match="its codes have"):
+        place_codes(tmp_path / "b", changed("short", shorter), spec)
+    with pytest.raises(EdgeftError, match=r"no codes for /model/layers.0/mlp/down_proj"):
+        lacking = changed("lacking", lambda held: {n: e for n, e in held.items() if "down_proj" not in n})
+        place_codes(tmp_path / "b", lacking, spec)
+
+
+def test_a_calibrated_target_needs_codes_and_no_other_takes_them(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"^target ort-int4-calibrated: has calibration 'gptq'"):
+        build_bundle(checkpoint(), INT4, tmp_path / "b", prompts=[], measure=False)
+    with pytest.raises(BadInput, match=r"^target ort-int4: has calibration 'none'"):
+        build_bundle(
+            checkpoint(), load_target("ort-int4"), tmp_path / "b", prompts=[], measure=False,
+            codes=lambda folder: tiny_codes(),
+        )  # fmt: skip
+    with pytest.raises(BadInput, match="chooses its codes on training rows"):
+        round_model(load_plain(checkpoint()), INT4)
+
+
+def test_rows_end_where_there_are_enough_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [Sample([1] * 10, [1] * 10, 0)] * 5
+    for limit, expected in ((25, 2), (50, 5), (5, 1)):
+        monkeypatch.setattr(calibrate_module, "CALIBRATION_TOKENS", limit)
+        assert len(chosen_rows(rows)) == expected
+    monkeypatch.setattr(calibrate_module, "CALIBRATION_ROWS", 1)
+    assert len(chosen_rows(rows)) == 1
+    with pytest.raises(BadInput, match=r"^calibration: there are no rows to calibrate on"):
+        calibrate(checkpoint(), INT4, [], tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"method": "k_quant"}, {"weight_bits": 16, "head_bits": 16, "embedding_bits": 16}])
+def test_calibration_is_for_grids_that_are_known_here(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="calibration needs method rtn, weight_bits below 16"):
+        Target.model_validate(INT4.model_dump() | change)
+
+
+def test_padding_and_batches_change_nothing_but_the_last_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(calibrate_module, "CALIBRATION_BATCH", 1)  # a row at a time, no padding at all
+    alone = calibrate(checkpoint(), INT4, samples(checkpoint()), tmp_path)
+    for name in tiny_codes():
+        assert (alone.read(name).codes != tiny_codes().read(name).codes).float().mean() < 0.02, name
+    np.testing.assert_allclose(alone.read(name).weight(), tiny_codes().read(name).weight(), atol=0.5)
+
+
+def test_a_fused_checkpoints_codes_are_taken_apart(tmp_path: Path) -> None:
+    """Phi-3 holds query, key and value as one matrix, gate and up as another; the builder keeps them apart."""
+    spec = read_model_spec(str(model_folder("phi3")))
+    kv, query = spec.num_key_value_heads * spec.head_dim, spec.num_attention_heads * spec.head_dim
+    heights = {"qkv_proj": query + 2 * kv, "gate_up_proj": 2 * spec.intermediate_size}
+    prefix, codes = "model.layers.0", Codes(tmp_path)
+    whole = {name: GRIDS[0].encode(weights(rows, spec.hidden_size)) for name, rows in heights.items()}
+    codes.write("layer-0000", {f"{prefix}.a.{name}.weight": each for name, each in whole.items()})
+    found = {name.removeprefix("/model/layers.0/"): read() for name, read in matrices(codes, spec).items()}
+    for name, parts in (("qkv_proj", "attn/q attn/k attn/v"), ("gate_up_proj", "mlp/gate mlp/up")):
+        made = joined([found.pop(f"{part}_proj") for part in parts.split()])
+        assert packed(made) == packed(whole[name])
+    assert found == {}
+
+
+def test_an_export_calibrates_on_the_training_rows_alone(
+    merged: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Sample] = []
+    stages: list[str] = []
+
+    def spy(folder: Path, target: Target, rows: list[Sample], out: Path, progress: Any) -> Codes:
+        seen.extend(rows)
+        return calibrate(folder, target, rows, out, progress)
+
+    monkeypatch.setattr(calibrate_module, "calibrate", spy)
+    loose = INT4.parity.model_copy(update={"min_top1_agreement": 0.0, "max_mean_kl_nats": 9.0})
+    loose = loose.model_copy(update={"max_loss_increase_nats": 9.0, "max_exact_match_drop_points": 100.0})
+    wanted = INT4.model_copy(update={"parity": loose})
+    bundle = export(merged, wanted, tmp_path / "bundle", device=None, progress=lambda stage, *_: stages.append(stage))
+    assert [row.ids for row in seen] == [row.ids for row in training_data(merged).train]
+    assert bundle.target.calibration == "gptq" and bundle.provenance["calibration"].startswith("gptq, ")
+    assert stages.count("calibrate") == 2 + 1  # layers, and the end
+
+
+def test_what_calibrating_holds_is_planned_for_calibrated_targets_alone() -> None:
+    """Measured on SmolLM2-135M in bf16: 1,127 to 1,141 MiB at the highest, while the weights are read."""
+    spec = read_model_spec(str(EXAMPLE.parent / "configs" / "smollm2-135m")).model_copy(update={"dtype": "bfloat16"})
+    profile = load_profile("cpu-8gb")
+    job = make_job(model="smollm2-135m")
+    question = Question(job, profile, spec, None, Workload(90, 8), 8 * 2**20, 8 * 2**30)
+    assert host.calibrate_phases(question, to_nearest(INT4)) == ()
+    (phase,) = host.calibrate_phases(question, INT4)
+    assert phase.expected_bytes / 2**20 == pytest.approx(1134, rel=0.03)
+    names = [term.name for term in phase.terms]
+    assert names == ["process", "data", "model", "weight file"]
+    in_fp32 = replace(question, spec=spec.model_copy(update={"dtype": "float32"}))
+    assert [term.name for term in host.calibrate_phases(in_fp32, INT4)[0].terms][-2:] == ["rows", "one layer"]
