@@ -3,7 +3,8 @@
     make bench-rates
 
 Multiples of one rate for each tuner, several seeds each, all epochs of the default job. `default_learning_rate` of
-edgeft/candidates.py follows what has the lowest mean validation loss; test rows are not read. `--profile NAME` runs it on another machine.
+edgeft/candidates.py follows what has the lowest mean validation loss; test rows are not read. `--profile NAME` runs it
+on another machine.
 """
 
 from __future__ import annotations
