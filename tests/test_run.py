@@ -391,7 +391,7 @@ def test_what_is_exchanged_while_it_is_loaded_is_not_used(copy: Path, monkeypatc
     ("place", "key", "value"),
     [
         (("model", "decoder"), "filename", "../model.onnx"),
-        (("model", "decoder"), "filename", "/tmp/model.onnx"),
+        (("model", "decoder"), "filename", "/elsewhere/model.onnx"),
         (("model", "decoder", "session_options"), "custom_ops_library", "evil.so"),
         (("model",), "extra", [{"provider_options": [{"x": {"plugin_library_path": "evil.so"}}]}]),
     ],
