@@ -319,7 +319,18 @@ def _stacked(net: Any) -> tuple[str, ...]:
         return ()
     stored = revert_weight_conversion(net, dict(net.state_dict()))
     ends = {name.rpartition(".layers.")[2] for name in stored}
-    return tuple(name for name, _ in net.named_parameters() if name.rpartition(".layers.")[2] not in ends)
+    own = dict(net.named_parameters())
+    renamed = Counter(tuple(stored[name].shape) for name in stored if name not in own)
+    found = []
+    for name, parameter in own.items():
+        if name.rpartition(".layers.")[2] in ends:
+            continue
+        shape = tuple(parameter.shape)
+        if renamed[shape]:  # one tensor of the files under another name, such as GPT-NeoX's embed_out
+            renamed[shape] -= 1
+        else:
+            found.append(name)
+    return tuple(found)
 
 
 def _guess_roles(modules: dict[str, Any], hidden: int, query: int) -> tuple[Linear, ...]:

@@ -59,8 +59,10 @@ class TextTokenizer:
 
     def _find_prefix(self) -> list[int]:
         """Ids the tokenizer puts before every text, such as Llama's begin-of-text token."""
-        bare = self.backend.encode("x", add_special_tokens=False).ids
-        full = self.backend.encode("x").ids
+        try:
+            bare, full = (self.backend.encode("x", add_special_tokens=added).ids for added in (False, True))
+        except Exception as problem:  # tokenizers raises bare Exception, as for a vocabulary without an unknown token
+            raise BadInput(self.folder / "tokenizer.json", f"cannot encode a text: {problem}") from None
         starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
         return list(full[: starts[0]]) if starts else []
 

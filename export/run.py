@@ -773,6 +773,7 @@ class Runner:
         if self.task != "text-generation":
             yield self.last_logits(ids)
             return
+        self.fit(ids, 0)
         self.fit([*ids, *tokens], 0)
         session = self.engine.start(len(ids) + len(tokens))
         for start in range(0, len(ids), PREFILL_TOKENS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -166,7 +167,8 @@ def test_the_loss_of_a_scored_group_is_that_of_training(model: Any, tokenizer: T
     with torch.no_grad():
         expected = float(token_losses(model, parts, rows, CPU, torch.float32, 16))
     for chunk in (1, 5, 1000):
-        assert score_group(model, parts, rows, CPU, torch.float32, chunk)[0] == pytest.approx(expected, rel=1e-5)
+        losses, _ = score_group(model, parts, rows, CPU, torch.float32, chunk)
+        assert len(losses) == len(rows) and math.fsum(losses) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_a_long_answer_is_compared_on_its_first_tokens_and_counted(tokenizer: Te
     assert judge(tokenizer, row, [*gold, 0]) is True
     short = asked([40], [*gold[: MAX_ANSWER_TOKENS - 1], 0])
     assert asked_for(short, STOPS) == (gold[: MAX_ANSWER_TOKENS - 1], True)
-    found = module.metrics([row, short, asked([40], [11, 0])], tokenizer, 1.0, 2)
+    found = module.metrics([row, short, asked([40], [11, 0])], tokenizer, [1.0, 2.0, 3.0], [True, True, False])
     assert (found.long_answers, found.exact_match) == (1, 2 / 3)
 
 

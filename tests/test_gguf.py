@@ -395,7 +395,7 @@ def test_sentencepiece_scores_follow_the_merges() -> None:
     ("change", "message"),
     [
         (
-            lambda held: held["model"].update(type="Unigram", vocab=[]),
+            lambda held: held["model"].update(type="Unigram", vocab=[["<unk>", 0.0], ["x", -1.0]], unk_id=0),
             "a Unigram tokenizer is not written to GGUF here",
         ),
         (
@@ -420,7 +420,7 @@ def test_a_tokenizer_llama_cpp_would_not_reproduce_is_refused(tmp_path: Path, ch
     ("change", "message"),
     [
         ({"model_type": "olmo2"}, "the GGUF writer does not know the model type 'olmo2'"),
-        ({"model_type": "qwen2"}, r"4 heads of 32 are not the hidden size, 64, as llama\.cpp assumes for qwen2"),
+        ({"model_type": "qwen2"}, "does not hold the model of its config.json"),  # Qwen3's norms are left over
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling 'dynamic'"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99, llama.cpp computes with 32"),
     ],
@@ -432,6 +432,13 @@ def test_a_model_llama_cpp_would_not_reproduce_is_refused(tmp_path: Path, change
     (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(BadInput, match=message):
         build_model(folder, load_target("gguf-q8_0"), read_model_spec(str(folder)), tmp_path)
+
+
+def test_heads_wider_than_llama_cpp_assumes_are_refused(tmp_path: Path) -> None:
+    given = SHAPE | {"vocab_size": save_tokenizer(tmp_path)} | MODELS["qwen2"] | {"head_dim": 32}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"4 heads of 32 are not the hidden size, 64, as llama\.cpp assumes for qwen2"):
+        build_model(tmp_path, load_target("gguf-q8_0"), read_model_spec(str(tmp_path)), tmp_path)
 
 
 # -- the bundle -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 
 # One session's bundles are shared with test_bundle.
 from test_bundle import bundle, some_ids
+from test_run import reseal
 
 from edgeft.build import ArtifactModel
 from edgeft.ort import LAST, MODEL, _prune_head, every_position
@@ -60,6 +61,7 @@ def test_a_graph_without_a_known_head_stays_as_it_is(tmp_path: Path) -> None:
         node.name = node.name.replace("/lm_head", "/other")
     raw = model.SerializeToString(deterministic=True)
     (tmp_path / "b" / MODEL).write_bytes(raw)
+    reseal(tmp_path / "b", lambda manifest: None)
     _prune_head(tmp_path / "b")
     assert (tmp_path / "b" / MODEL).read_bytes() == raw == every_position(tmp_path / "b")
     ids = some_ids(9)  # and the runner takes the last of its logits

@@ -137,7 +137,9 @@ def failing(case: str, four_layers: Path, tmp_path: Path, tokenizer_folder: Path
     if case == "architecture":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=2, n_positions=64, bos_token_id=None)
+        config = GPT2Config(
+            vocab_size=400, n_embd=32, n_layer=3, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=0
+        )
         GPT2LMHeadModel(config).save_pretrained(model)
         for path in tokenizer_folder.iterdir():
             shutil.copyfile(path, model / path.name)

@@ -229,7 +229,7 @@ def test_an_export_takes_target_and_device_from_the_plan(
     asked: list[tuple[str, str | None]] = []
 
     def stand_in(
-        merged: Path, target: Any, out: Path, *, device: str | None, progress: Any, size_budget_bytes: None
+        merged: Path, target: Any, out: Path, *, device: str | None, progress: Any, size_budget_bytes: None, train: None
     ) -> None:
         asked.append((target.name, device))
         raise BadInput("test", "asked enough")
