@@ -352,7 +352,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 0, f"a library's greeting\n{PROBE.model_dump_json()}\n", "")
 
-    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(machine.process.subprocess, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return commands
 
@@ -386,10 +386,17 @@ def test_other_packages_are_measured_anew(runs: list[list[str]], monkeypatch: py
     assert len(runs) == 2
 
 
+def test_other_code_that_measures_is_measured_anew(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_cpu()
+    monkeypatch.setattr(machine, "sha256_file", lambda path: f"another {path.name}")
+    probe_cpu()
+    assert len(runs) == 2
+
+
 def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'torch'\n"
     failed = subprocess.CompletedProcess([], 1, "", lines)
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(machine.process.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(BadInput) as caught:
         probe_cpu()
     assert str(caught.value) == (
