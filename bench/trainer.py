@@ -48,14 +48,17 @@ def by_edgeft(folder: Path) -> dict[str, Any]:
     from edgeft.train import train
 
     ends: list[float] = []
+    busy: list[float] = []
 
     def note(phase: str, done: int, total: int, values: dict[str, float]) -> None:
         if phase == "train":
             ends.append(time.perf_counter())
+            busy.append(time.process_time())
 
     result = train(Plan.read(folder / "plan.json"), folder / "train", plan_sha256="", progress=note)
     return {
-        "ends": ends, "losses": [loss for _, loss in result.loss_curve], "bytes": result.measured_peak_bytes,
+        "ends": ends, "busy": busy, "losses": [loss for _, loss in result.loss_curve],
+        "bytes": result.measured_peak_bytes,
         "predicted_bytes": result.predicted_peak_bytes,
     }  # fmt: skip
 
@@ -97,10 +100,12 @@ def by_trainer(folder: Path) -> dict[str, Any]:
                     parameter.copy_(first[name.removeprefix("base_model.model.")])
     losses: list[float] = []
     ends: list[float] = []
+    busy: list[float] = []
 
     class Noted(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
+            busy.append(time.process_time())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "loss" in logs:
@@ -139,7 +144,7 @@ def by_trainer(folder: Path) -> dict[str, Any]:
     trainer.train()
     from edgeft.budget import resident_bytes
 
-    return {"ends": ends, "losses": losses, "bytes": resident_bytes(highest=True)}
+    return {"ends": ends, "busy": busy, "losses": losses, "bytes": resident_bytes(highest=True)}
 
 
 SIDES = {"edgeft": by_edgeft, "trainer": by_trainer}
@@ -185,12 +190,12 @@ def in_process(*arguments: str, threads: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def seconds_per_step(runs: list[dict[str, Any]]) -> float:
-    """The median over the steps of all runs, the first ones of each left out."""
+def seconds_per_step(runs: list[dict[str, Any]], clock: str = "ends") -> float:
+    """The median over the steps of all runs, the first ones of each left out; of "busy", seconds of all cores."""
     steps = [
         after - before
         for run in runs
-        for before, after in list(itertools.pairwise(run["ends"]))[min(WARM_UP, len(run["ends"]) - 2) - 1 :]
+        for before, after in list(itertools.pairwise(run[clock]))[min(WARM_UP, len(run["ends"]) - 2) - 1 :]
     ]
     return statistics.median(steps)
 
@@ -199,7 +204,9 @@ def compare(name: str, runs: dict[str, list[dict[str, Any]]], aims: dict[str, fl
     """Both sides' seconds, bytes and losses, their ratios, and whether the aims are met."""
     sides = {
         side: {
-            "seconds_per_step": round(seconds_per_step(own), 4), "peak_bytes": max(run["bytes"] for run in own),
+            "seconds_per_step": round(seconds_per_step(own), 4),
+            "cpu_seconds_per_step": round(seconds_per_step(own, "busy"), 4),
+            "peak_bytes": max(run["bytes"] for run in own),
             "losses": own[0]["losses"],
         }
         for side, own in runs.items()
@@ -218,12 +225,16 @@ def compare(name: str, runs: dict[str, list[dict[str, Any]]], aims: dict[str, fl
 
 
 def show(row: dict[str, Any]) -> None:
-    """One line of the table."""
-    ours, theirs, mib = row["edgeft"], row["trainer"], 2**20
+    """One line of the table; seconds of all cores in brackets."""
+
+    def side(name: str) -> str:
+        own = row[name]
+        seconds = f"{own['seconds_per_step']:7.3f} s ({own['cpu_seconds_per_step']:.3f} of CPU)"
+        return f"{seconds} {own['peak_bytes'] / 2**20:6.0f} MiB"
+
     met = " ".join(f"{what} {row['ratios'][what]:.2f} (aim {aim})" for what, aim in row["aims"].items())
-    print(f"{row['case']:24} edgeft {ours['seconds_per_step']:7.3f} s {ours['peak_bytes'] / mib:6.0f} MiB   "
-          f"PEFT + Trainer {theirs['seconds_per_step']:7.3f} s {theirs['peak_bytes'] / mib:6.0f} MiB   {met}   "
-          f"losses apart {row['largest_loss_difference']:.1e}", flush=True)  # fmt: skip
+    apart = f"losses apart {row['largest_loss_difference']:.1e}"
+    print(f"{row['case']:24} edgeft {side('edgeft')}   PEFT + Trainer {side('trainer')}   {met}   {apart}", flush=True)
 
 
 def main() -> None:

@@ -386,6 +386,13 @@ def test_other_packages_are_measured_anew(runs: list[list[str]], monkeypatch: py
     assert len(runs) == 2
 
 
+def test_other_code_that_measures_is_measured_anew(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_cpu()
+    monkeypatch.setattr(machine, "sha256_file", lambda path: f"another {path.name}")
+    probe_cpu()
+    assert len(runs) == 2
+
+
 def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'torch'\n"
     failed = subprocess.CompletedProcess([], 1, "", lines)

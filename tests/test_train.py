@@ -326,7 +326,7 @@ def test_nf4_base_trains_on_a_cpu_and_is_quantised_once(
     assert first.valid.loss < first.base_valid.loss
     kept = list((tmp_path / "cache" / "edgeft" / "nf4").glob("*/model.safetensors"))
     assert len(kept) == 1
-    monkeypatch.setattr("edgeft.checkpoint.process.run", lambda *_, **__: pytest.fail("quantised twice"))
+    monkeypatch.setattr("edgeft.process.run", lambda *_, **__: pytest.fail("quantised twice"))
     assert run(path, tmp_path / "second").loss_curve == first.loss_curve
 
 

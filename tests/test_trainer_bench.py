@@ -25,14 +25,18 @@ def took(seconds: float, size: int, losses: list[float]) -> dict[str, Any]:
     ends = [0.0, 9.0, 18.0]
     while len(ends) < len(losses):
         ends.append(ends[-1] + seconds)
-    return {"ends": ends, "losses": losses, "bytes": size, "predicted_bytes": size}
+    return {"ends": ends, "busy": [2 * end for end in ends], "losses": losses, "bytes": size, "predicted_bytes": size}
 
 
 def test_first_steps_are_left_out_and_the_worst_memory_counts(trainer: Any) -> None:
     losses = [3.0, 2.5, 2.0, 1.5, 1.2, 1.1]
     runs = {"edgeft": [took(0.8, 700, losses), took(0.8, 780, losses)], "trainer": [took(1.0, 1000, losses)] * 2}
     row = trainer.compare("case", runs, {"seconds": 0.9, "bytes": 0.8})
-    assert row["edgeft"]["seconds_per_step"] == 0.8 and row["edgeft"]["peak_bytes"] == 780
+    assert (
+        row["edgeft"]["seconds_per_step"] == 0.8
+        and row["edgeft"]["cpu_seconds_per_step"] == 1.6
+        and row["edgeft"]["peak_bytes"] == 780
+    )
     assert row["ratios"] == {"seconds": 0.8, "bytes": 0.78} and row["met"] == {"seconds": True, "bytes": True}
     assert row["losses_agree"]
 
