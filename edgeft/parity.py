@@ -97,9 +97,12 @@ UNKNOWN = Gain(0.0, shown=False)
 
 
 def allowed_loss(tolerance: Tolerance, gain: Gain) -> tuple[float, str]:
-    """(nats by which the loss may rise, how that is said): a share of the gain, absolute where none is shown."""
-    if gain.shown:
-        nats = max(NOISE_NATS, tolerance.max_gain_lost * gain.nats)
+    """(nats by which the loss may rise, how that is said): absolute, and no more than a share of a gain that is shown.
+
+    A share alone allows too much: most of a large gain is often the form of the answers, which any rounding keeps.
+    """
+    nats = max(NOISE_NATS, tolerance.max_gain_lost * gain.nats)
+    if gain.shown and nats < tolerance.max_loss_increase_nats:
         return nats, f"{100 * tolerance.max_gain_lost:g}% of the {gain.nats:.4g} nats that the fine-tune gained"
     return tolerance.max_loss_increase_nats, f"{tolerance.max_loss_increase_nats:g} nats"
 
@@ -212,7 +215,7 @@ class Ladder:
             return
         self.progress("parity: original", 0, 1, {})
         base = local_folder(result.plan.job.model)
-        original = observe_model("original", load_changed(base, trained, result.plan.training), rows)
+        original = observe_model("original", load_changed(base, trained, result.training), rows)
         give_back()
         self.add(compare(form, original, ORIGINAL, self.gain))
 

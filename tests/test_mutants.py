@@ -26,8 +26,8 @@ from edgeft.bundle import Bundle
 from edgeft.checkpoint import Checkpoint
 from edgeft.data import TextTokenizer
 from edgeft.errors import EdgeftError
-from edgeft.export import ProofRows, golden_inputs, prove_bundle, trained_folder
-from edgeft.merge import MergedCheckpoint, merge
+from edgeft.export import ProofRows, golden_inputs, prove_bundle
+from edgeft.merge import MergedCheckpoint, find_trained, merge
 from edgeft.model_spec import read_model_spec
 from edgeft.parity import Ladder
 from edgeft.planner import Plan, make_plan
@@ -175,7 +175,7 @@ def prove_line(place: Path, target: str) -> None:
     """What `export` checks of a line, but for building its bundle again."""
     folder = place / "merged"
     merged = MergedCheckpoint.read(folder / "merged.json")
-    trained = trained_folder(folder, merged)
+    trained = find_trained(folder, merged)
     rows = ProofRows.of(Data.read(merged.train.plan, train=False), merged.train.plan)
     wanted = load_target(target)
     prove_bundle(trained, folder, merged, wanted, rows, ArtifactModel(place / "bundle"), silent)
