@@ -100,6 +100,7 @@ def _number(place: str, what: str, given: float, wanted: float) -> str:
 
 
 def _attentions(file: GraphFile, reference: Reference) -> Iterator[str]:
+    turned_inside = not any(node.op_type == "RotaryEmbedding" for node in file.nodes)
     for node in file.nodes:
         match = NODE.match(node.name)
         if node.op_type != ATTENTION or match is None or int(match[1]) >= len(reference.attentions):
@@ -120,6 +121,8 @@ def _attentions(file: GraphFile, reference: Reference) -> Iterator[str]:
                 reference.window(layer),
             ),
         }
+        if turned_inside and reference.turns(1) is not None:
+            wanted["do_rotary"] = (given.get("do_rotary", 0), 1)
         for what, (one, other) in wanted.items():
             yield _number(node.name, what, one, other)
 
