@@ -37,7 +37,7 @@ from edgeft.forms import (
     trained_settings,
 )
 from edgeft.host import PARITY_PROMPTS
-from edgeft.intervals import paired_losses
+from edgeft.intervals import paired_losses, paired_rates
 from edgeft.rounding import round_model
 from edgeft.scores import Difference, Metrics, Rung
 from edgeft.stored import stored_rung
@@ -280,14 +280,19 @@ def give_back() -> None:
 
 
 def exact_match_problem(merged: Form, made: Form, tolerance: Tolerance, rows: slice) -> str:
-    """How much fewer answers are exact than the tolerance allows, or nothing; one row is no evidence on a few."""
+    """How much fewer answers are exact than the tolerance allows, or nothing; one row is no evidence on a few.
+
+    The drop itself is judged, not the end of its interval: on a few rows that would pass anything or nothing.
+    """
     before, after = merged.exact[rows], made.exact[rows]
     if not before or not after:
         return ""
     drop = 100 * (sum(before) - sum(after)) / len(before)
     if drop <= max(tolerance.max_exact_match_drop_points, 100 / len(before)):
         return ""
-    return f"exact match falls by {drop:.1f} points, at most {tolerance.max_exact_match_drop_points}"
+    low, high = (-100 * end for end in paired_rates(before, after)[:0:-1])
+    reach = f"95% interval {low:.1f} to {high:.1f}"
+    return f"exact match falls by {drop:.1f} points ({reach}), at most {tolerance.max_exact_match_drop_points:g}"
 
 
 def score_model(
