@@ -187,8 +187,7 @@ def cannot_match(tokenizer: TextTokenizer, sample: Sample, made: list[int]) -> b
 
 def trained_settings(result: TrainResult) -> tuple[Training, torch.dtype, str]:
     """(settings, compute dtype, where) of the run as it was, not as it was planned."""
-    changed = {d.what: d.done for d in result.deviations if d.what in Training.model_fields}
-    training = result.plan.training.model_copy(update=changed)
+    training = result.training
     return training, DTYPES[training.compute_dtype], training.device
 
 
@@ -254,7 +253,7 @@ def put_dense_layers(
 
 def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE) -> Any:
     """Base and change of a training result, nothing merged, the change scaled by its shares; on the CPU in fp32."""
-    return load_changed(local_folder(result.plan.job.model), trained, result.plan.training, shares)
+    return load_changed(local_folder(result.plan.job.model), trained, result.training, shares)
 
 
 def load_changed(base: Path, trained: Path, training: Training, shares: Shares = WHOLE) -> Any:

@@ -37,7 +37,7 @@ from edgeft.forms import (
     trained_settings,
 )
 from edgeft.host import PARITY_PROMPTS
-from edgeft.intervals import paired_losses
+from edgeft.intervals import paired_losses, paired_rates
 from edgeft.rounding import round_model
 from edgeft.scores import Difference, Metrics, Rung
 from edgeft.stored import stored_rung
@@ -97,9 +97,12 @@ UNKNOWN = Gain(0.0, shown=False)
 
 
 def allowed_loss(tolerance: Tolerance, gain: Gain) -> tuple[float, str]:
-    """(nats by which the loss may rise, how that is said): a share of the gain, absolute where none is shown."""
-    if gain.shown:
-        nats = max(NOISE_NATS, tolerance.max_gain_lost * gain.nats)
+    """(nats by which the loss may rise, how that is said): absolute, and no more than a share of a gain that is shown.
+
+    A share alone allows too much: most of a large gain is often the form of the answers, which any rounding keeps.
+    """
+    nats = max(NOISE_NATS, tolerance.max_gain_lost * gain.nats)
+    if gain.shown and nats < tolerance.max_loss_increase_nats:
         return nats, f"{100 * tolerance.max_gain_lost:g}% of the {gain.nats:.4g} nats that the fine-tune gained"
     return tolerance.max_loss_increase_nats, f"{tolerance.max_loss_increase_nats:g} nats"
 
@@ -212,7 +215,7 @@ class Ladder:
             return
         self.progress("parity: original", 0, 1, {})
         base = local_folder(result.plan.job.model)
-        original = observe_model("original", load_changed(base, trained, result.plan.training), rows)
+        original = observe_model("original", load_changed(base, trained, result.training), rows)
         give_back()
         self.add(compare(form, original, ORIGINAL, self.gain))
 
@@ -277,14 +280,19 @@ def give_back() -> None:
 
 
 def exact_match_problem(merged: Form, made: Form, tolerance: Tolerance, rows: slice) -> str:
-    """How much fewer answers are exact than the tolerance allows, or nothing; one row is no evidence on a few."""
+    """How much fewer answers are exact than the tolerance allows, or nothing; one row is no evidence on a few.
+
+    The drop itself is judged, not the end of its interval: on a few rows that would pass anything or nothing.
+    """
     before, after = merged.exact[rows], made.exact[rows]
     if not before or not after:
         return ""
     drop = 100 * (sum(before) - sum(after)) / len(before)
     if drop <= max(tolerance.max_exact_match_drop_points, 100 / len(before)):
         return ""
-    return f"exact match falls by {drop:.1f} points, at most {tolerance.max_exact_match_drop_points}"
+    low, high = (-100 * end for end in paired_rates(before, after)[:0:-1])
+    reach = f"95% interval {low:.1f} to {high:.1f}"
+    return f"exact match falls by {drop:.1f} points ({reach}), at most {tolerance.max_exact_match_drop_points:g}"
 
 
 def score_model(

@@ -1,6 +1,6 @@
 """Does a bundle hold the weights that were merged, rounded by its target's rule: code for code, scale for scale?
 
-Read out of model.onnx itself. What the builder of ONNX Runtime GenAI names as its matmuls and tables is compared; what
+Read out of model.onnx itself, and with it the numbers that the graph computes with (constants.py). What the builder of ONNX Runtime GenAI names as its matmuls and tables is compared; what
 it computes with them is for the rung that runs it.
 """
 
@@ -15,6 +15,7 @@ import numpy
 import torch
 
 from edgeft.checkpoint import Checkpoint
+from edgeft.constants import constant_problems
 from edgeft.errors import BadInput
 from edgeft.grid import Grid
 from edgeft.headers import EMBEDDINGS, HEADS
@@ -41,13 +42,14 @@ class Held(NamedTuple):
 
 
 def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Rung | None:
-    """Every matrix of a bundle against its rounding; None where the target's rounding is its runtime's own.
+    """Every matrix of a bundle against its rounding, and the graph's numbers; None where the runtime has its own format.
 
     Calibrated ones are left to the rungs that run the bundle: their codes depend on rows, not on the weight alone.
     Raises BadInput for a bundle that cannot be read.
     """
     if target.runtime != "ort-genai" or target.method != "rtn":
         return None
+    numbers, wrong_numbers = constant_problems(GraphFile(bundle), merged)
     weights, chosen = Checkpoint(merged), target.calibration != "none"
     target = to_nearest(target)
     promoted = promoted_modules(list(weights.owner), target) if target.weight_bits == 4 else set()
@@ -59,15 +61,14 @@ def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Ru
         names |= set(held.names)
         problem = _problem(file, held, weights, target, tied, promoted)
         problems += [f"{held.place}: {problem}"] if problem else []
-    if not names:
-        return None
+    problems += wrong_numbers
     wrong = len(problems)
     left = sum(name not in names and len(weights.shape(name)) == 2 for name in weights.owner)
     rest = f"; {left} matrices are calibrated" if chosen else f"; {left} matrices go by other names there"
     return Rung(
         name="stored",
         against="merged",
-        compared=f"{len(names)} matrices of {MODEL}{rest if left else ''}",
+        compared=f"{len(names)} matrices and {numbers} constants of {MODEL}{rest if left else ''}",
         tolerance="code for code and scale for scale" if target.weight_bits < 16 else "value for value",
         tensors=len(names),
         problems=tuple(problems[:SHOWN] + ([f"and {wrong - SHOWN} more"] if wrong > SHOWN else [])),
@@ -155,6 +156,8 @@ def _problem(
 ) -> str:  # fmt: skip
     """What is wrong with one matrix of a bundle, or nothing."""
     matrix = torch.cat([weights.read(name).float() for name in held.names])
+    if not held.bits and held.transposed and target.weight_bits < 16:
+        return f"is not rounded, the target has {target.weight_bits} bits"
     if not held.bits:
         values = torch.from_numpy(file.read(held.inputs[0]).copy())
         expected = matrix.half() if target.weight_bits == 16 else matrix

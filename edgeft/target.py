@@ -23,9 +23,9 @@ class Tolerance(Strict):
     )
     max_mean_kl_nats: float = Field(ge=0, description="mean KL(merged || artifact) per position")
     max_gain_lost: float = Field(
-        default=0.1, ge=0, description="share of what the fine-tune gained in loss over its base, on held-out data"
+        default=0.1, ge=0, description="the loss may rise by this share of what the fine-tune gained over its base"
     )
-    max_loss_increase_nats: float = Field(ge=0, description="per token, where the fine-tune has gained nothing")
+    max_loss_increase_nats: float = Field(ge=0, description="nor may it rise by more than this, per token")
     max_exact_match_drop_points: float = Field(ge=0, le=100, description="in points of 100")
 
 

@@ -25,7 +25,7 @@ from edgeft.forms import (
     trained_settings,
 )
 from edgeft.merge import merge
-from edgeft.parity import ALIKE, UNKNOWN, Gain, allowed_loss, compare, trained_rung
+from edgeft.parity import ALIKE, UNKNOWN, Gain, allowed_loss, compare, exact_match_problem, trained_rung
 from edgeft.planner import make_plan
 from edgeft.scores import Metrics, pair
 from edgeft.settings import make_job
@@ -137,17 +137,35 @@ def form(loss: float, spread: float, rows: int = 20) -> Form:
     return Form("form", table, tuple(loss + spread * (i % 2) for i in range(rows)), (1,) * rows)
 
 
-def test_the_quality_gate_is_a_share_of_what_was_gained() -> None:
+def test_the_quality_gate_is_a_share_of_what_was_gained_and_no_more_than_its_bound() -> None:
     int4 = load_target("ort-int4").parity
-    gain = Gain(4.0, shown=True)
-    assert allowed_loss(int4, gain)[0] == pytest.approx(4.0 * int4.max_gain_lost)
+    assert allowed_loss(int4, Gain(0.5, shown=True))[0] == pytest.approx(0.5 * int4.max_gain_lost)
+    assert allowed_loss(int4, Gain(6.4, shown=True))[0] == int4.max_loss_increase_nats
     assert allowed_loss(int4, UNKNOWN)[0] == int4.max_loss_increase_nats
     before = form(1.0, 0.1)
-    assert not compare(before, form(1.1, 0.1), int4, gain).problems
-    lost = compare(before, form(1.3, 0.1), int4, gain)
-    assert "of the 4 nats that the fine-tune gained" in lost.problems[0] and lost.loss_change is not None
-    assert lost.loss_change.shown and lost.loss_change.difference == pytest.approx(0.3)
-    assert compare(before, form(1.1, 0.1), int4, Gain(1.0, shown=True)).problems
+    lost = compare(before, form(1.04, 0.1), int4, Gain(0.5, shown=True))
+    assert "of the 0.5 nats that the fine-tune gained" in lost.problems[0] and lost.loss_change is not None
+    assert lost.loss_change.shown and lost.loss_change.difference == pytest.approx(0.04)
+    assert not compare(before, form(1.04, 0.1), int4, Gain(1.0, shown=True)).problems
+
+
+def answered(lost: int, won: int, loss: float) -> Form:
+    """A form of 300 rows: of the first 150, which the merged model answers, it loses some, and wins others."""
+    table = torch.log_softmax(torch.eye(8) * 5, dim=-1)
+    exact = tuple(lost <= row < 150 + won for row in range(300))
+    return Form("form", table, tuple(loss + 0.1 * (row % 2) for row in range(300)), (1,) * 300, exact)
+
+
+@pytest.mark.parametrize("target", ["ort-int4", "ort-int4-calibrated", "ort-int4-mixed", "gguf-q4_0", "gguf-q4_k_m"])
+def test_the_gate_of_4_bits_refuses_what_rounding_to_nearest_cost_a_real_model(target: str) -> None:
+    """As measured on a 135M model: 14 points of exact match and 0.258 nats; calibrated 1.0 point and 0.032 nats."""
+    tolerance, gain = load_target(target).parity, Gain(4.0, shown=True)
+    merged, nearest, calibrated = answered(0, 0, 1.0), answered(58, 16, 1.258), answered(12, 9, 1.032)
+    assert compare(merged, nearest, tolerance, gain).problems
+    assert not compare(merged, calibrated, tolerance, gain).problems
+    refused = exact_match_problem(merged, nearest, tolerance, slice(None))
+    assert refused == "exact match falls by 14.0 points (95% interval 8.5 to 19.3), at most 2"
+    assert exact_match_problem(merged, calibrated, tolerance, slice(None)) == ""
 
 
 def test_a_gain_is_shown_by_the_rows_or_not_at_all() -> None:
@@ -191,6 +209,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {}, "lora on nf4": {"base_precision": "nf4"},
     "sparse on nf4": {"tuner": "full", "layers": "sparse", "active_layers": 1, "base_precision": "nf4"},
     "lisa on nf4": {"tuner": "full", "layers": "lisa", "active_layers": 1, "base_precision": "nf4"},
+    "lisa on nf4, ends in turn": {
+        "tuner": "full", "layers": "lisa", "active_layers": 1, "base_precision": "nf4", "embedding": "on",
+        "norm": "rotate",
+    },
     "full, all ends": {"tuner": "full", "embedding": "on", "norm": "on"},
 }  # fmt: skip
 
