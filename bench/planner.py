@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=72, help="random jobs")
     parser.add_argument("--first", type=int, default=0, help="number of the first random job")
     parser.add_argument("--only", default="", help="run again those whose names hold these words, and no other")
+    parser.add_argument("--record", action="store_true", help="run nothing: write the runs that there are")
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.count} random jobs", flush=True)
     drawn = [random_case(options.seed, options.first + number) for number in range(options.count)]
@@ -266,18 +267,19 @@ def main() -> None:
         for part, cases_of in parts.items():
             for case in cases_of:
                 named = all(word in f"{part} {case.name} {case.family}" for word in options.only.split())
-                if named and (options.only or case.name not in kept.rows):
+                if named and not options.record and (options.only or case.name not in kept.rows):
                     kept.add(run_case(case, Path(scratch), texts))
                     show(kept.rows[case.name])
-    write({part: [kept.rows[c.name] for c in some if c.name in kept.rows] for part, some in parts.items()}, options)
+    found = {part: [kept.rows[c.name] for c in some if c.name in kept.rows] for part, some in parts.items()}
+    write(found, {part: len(some) - len(found[part]) for part, some in parts.items()}, options)
 
 
-def write(parts: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
-    """The rows that there are, their summary and their plot."""
+def write(parts: dict[str, list[dict[str, Any]]], not_run: dict[str, int], options: argparse.Namespace) -> None:
+    """The rows that there are, how many of each part there are not, their summary and their plot."""
     found = summaries(parts)
     print(json.dumps(found, indent=1))
-    record("planner", {"seed": options.seed, "first": options.first, "count": options.count, "summary": found,
-                       "runs": parts})  # fmt: skip
+    drawn = {"seed": options.seed, "first": options.first, "count": options.count}
+    record("planner", {**drawn, "not_run": not_run, "summary": found, "runs": parts})
     plot([row for some in parts.values() for row in some if "error" in row],
          ROOT / "bench" / "results" / "planner.svg")  # fmt: skip
 
