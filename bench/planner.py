@@ -2,6 +2,8 @@
 
     make bench-planner      # or: python bench/planner.py --seed 7 --count 60 --only "random bloom"
 
+An interrupted bench goes on with the runs it lacks (build/bench-planner.jsonl); those that --only names are run again.
+
 Shapes: four (tied and untied, vocabularies of 4,096 to 49,152, grouped and full attention) x seven ways to train (LoRA
 in all layers, in the top quarter, full fine-tuning, LISA; fp32 and NF4 bases) x activations kept and recomputed, rows
 of text that fill three lengths. Broken once: jobs for which an earlier planner promised too little. Random: jobs drawn
@@ -30,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Case, broken_once, random_case
-from run import ROOT, interval_plans, random_model, record
+from run import AT_START, ROOT, Kept, interval_plans, random_model, record
 
+from edgeft import memory
 from edgeft.budget import resident_bytes
 from edgeft.errors import BadInput
 from edgeft.planner import Plan, make_plan
@@ -57,6 +60,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LISA on NF4": {**LISA, "base_precision": "nf4"},
 }
 LENGTHS, BATCHES = (128, 256, 512), (1, 4)
+SLOW_SECONDS = 1800  # of one run: it is not waited for longer
 # the process's own share (memory.CPU_BUFFERS and so on) was fitted on two of the shapes, "deep" and "vocabulary, tied"
 
 
@@ -84,12 +88,33 @@ def long_texts(path: Path) -> Path:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Errors of predicted against measured of one part's runs."""
-    chosen = [row for row in rows if "refused" not in row]
+    chosen = [row for row in rows if "error" in row]
     errors = [row["error"] for row in chosen] or [0.0]
-    return {"runs": len(chosen), "refused": len(rows) - len(chosen),
+    return {"runs": len(chosen), "refused": sum("refused" in row for row in rows),
+            "failed": sum("failed" in row for row in rows),
             "mean_absolute_error": round(statistics.fmean(map(abs, errors)), 5),
             "most_under": min(errors), "most_over": max(errors),
             "high_below_measured": sum(row["high_bytes"] < row["measured_bytes"] for row in chosen)}  # fmt: skip
+
+
+def mode_of(plan: Plan) -> str:
+    """How a plan knows its bytes."""
+    if plan.spec.model_type in memory.EXACT_FAMILIES and plan.spec.counted_from == "config":
+        return "closed form"
+    if plan.spec.model_type in memory.LIKE_LLAMA:
+        return "like a Llama"
+    train = next(phase for phase in plan.phases if phase.name == "train")
+    return "simulated" if any(term.name == "simulated" for term in train.terms) else "not simulated"
+
+
+def summaries(parts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The errors of each part, of all of them by how the bytes were known, and by how freed memory is kept."""
+    every = [row for rows in parts.values() for row in rows]
+    found = {part: summary(rows) for part, rows in parts.items() if rows} | {"all": summary(every)}
+    for key in ("mode", "malloc"):
+        names = sorted({row[key] for row in every if key in row})
+        found[f"by {key}"] = {name: summary([row for row in every if row.get(key) == name]) for name in names}
+    return found
 
 
 def way_of(row: dict[str, Any]) -> str:
@@ -155,7 +180,7 @@ def watch(plan: Plan, folder: Path, kill_at: int = 0) -> int:
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, env=environment)
         highest, status = 0, Path(f"/proc/{process.pid}/status")
-        limit = time.monotonic() + 600
+        limit = time.monotonic() + SLOW_SECONDS
         while process.poll() is None:
             if time.monotonic() > limit:
                 process.kill()
@@ -189,13 +214,23 @@ def run_case(case: Case, scratch: Path, texts: Path) -> dict[str, Any]:
         folder.mkdir(parents=True)
         files = {"model": str(random_model(folder / "model", case.config)), "data": str(texts), "valid": str(texts)}
     settings = {**case.settings, **({"checkpoint_steps": 1} if case.resumed else {})}
-    row = {"run": case.name, "family": case.family, "settings": settings, "rows": case.rows}
+    row = {
+        "run": case.name,
+        "family": case.family,
+        "commit": AT_START["git"].get("commit", ""),
+        "settings": settings,
+        "rows": case.rows,
+    }
     try:
         plan = make_plan(make_job(profile="cpu", **files, **settings))
     except BadInput as problem:
         return {**row, "refused": str(problem)}
-    took = measure(plan, folder, case.resumed)
-    row |= {"parameters": plan.spec.total_parameters, "threads": plan.profile.cores, **predict(plan), **took}
+    row |= {"mode": mode_of(plan), "malloc": plan.training.malloc, **predict(plan)}
+    try:
+        took = measure(plan, folder, case.resumed)
+    except RuntimeError as problem:
+        return {**row, "failed": str(problem)}
+    row |= {"parameters": plan.spec.total_parameters, "threads": plan.profile.cores, **took}
     row["error"] = round(row["predicted_bytes"] / row["measured_bytes"] - 1, 5)
     return row
 
@@ -204,6 +239,9 @@ def show(row: dict[str, Any]) -> None:
     """One line of a run."""
     if "refused" in row:
         print(f"{row['run']:60} refused: {row['refused']}", flush=True)
+        return
+    if "failed" in row:
+        print(f"{row['run']:60} failed: {row['failed']}", flush=True)
         return
     mib = 2**20
     warning = "  HIGH IS BELOW" if row["high_bytes"] < row["measured_bytes"] else ""
@@ -217,25 +255,33 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the random jobs")
     parser.add_argument("--count", type=int, default=72, help="random jobs")
     parser.add_argument("--first", type=int, default=0, help="number of the first random job")
-    parser.add_argument("--only", default="", help="words that the name of a run must hold; nothing is recorded")
+    parser.add_argument("--only", default="", help="run again those whose names hold these words, and no other")
+    parser.add_argument("--record", action="store_true", help="run nothing: write the runs that there are")
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.count} random jobs", flush=True)
     drawn = [random_case(options.seed, options.first + number) for number in range(options.count)]
-    parts = {"shapes": list(fixed_cases()), "broken once": broken_once(), "random": drawn}
-    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    parts = {"broken once": broken_once(), "random": drawn, "shapes": list(fixed_cases())}
+    kept = Kept("planner")
     with tempfile.TemporaryDirectory() as scratch:
         texts = long_texts(Path(scratch) / "text.jsonl")
         for part, cases_of in parts.items():
             for case in cases_of:
-                if all(word in f"{part} {case.name} {case.family}" for word in options.only.split()):
-                    rows[part].append(run_case(case, Path(scratch), texts))
-                    show(rows[part][-1])
-    found = {part: summary(some) for part, some in rows.items() if some}
-    print(json.dumps(found))
-    if not options.only:
-        record("planner", {"seed": options.seed, "summary": found, "runs": rows})
-        plot([row for some in rows.values() for row in some if "refused" not in row],
-             ROOT / "bench" / "results" / "planner.svg")  # fmt: skip
+                named = all(word in f"{part} {case.name} {case.family}" for word in options.only.split())
+                if named and not options.record and (options.only or case.name not in kept.rows):
+                    kept.add(run_case(case, Path(scratch), texts))
+                    show(kept.rows[case.name])
+    found = {part: [kept.rows[c.name] for c in some if c.name in kept.rows] for part, some in parts.items()}
+    write(found, {part: len(some) - len(found[part]) for part, some in parts.items()}, options)
+
+
+def write(parts: dict[str, list[dict[str, Any]]], not_run: dict[str, int], options: argparse.Namespace) -> None:
+    """The rows that there are, how many of each part there are not, their summary and their plot."""
+    found = summaries(parts)
+    print(json.dumps(found, indent=1))
+    drawn = {"seed": options.seed, "first": options.first, "count": options.count}
+    record("planner", {**drawn, "not_run": not_run, "summary": found, "runs": parts})
+    plot([row for some in parts.values() for row in some if "error" in row],
+         ROOT / "bench" / "results" / "planner.svg")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -198,13 +198,22 @@ def cuda_computes(dtype: str) -> bool:
 
 
 def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
-    """The plan as it is carried out: itself, or on the CPU in place of a GPU, with what that takes there."""
+    """The plan as it is carried out: itself, or on the CPU in place of a GPU, with what that takes there.
+
+    Scoring is of the groups that the plan keeps. A family that the closed form does not hold for is simulated anew;
+    raises BadInput where it cannot be.
+    """
     training = deviating(plan.training, deviations)
     if training.device == plan.training.device:
         return plan
     machine, data_bytes = detect(load_profile("cpu")), plan.stages.data_bytes
     budget = machine.budget_bytes
-    question = Question(plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget)
+    scorings = {(training.group_tokens, training.max_length): plan.scoring}
+    question = Question(
+        plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget, scorings=scorings
+    )  # fmt: skip
+    if not memory.known(plan.spec):
+        question.simulate(training)
     phases = question.phases(training)
     resume = host.resume(plan.spec, training, host.processes(machine), data_bytes)
     around = tuple(resume if phase.name == "resume" else phase for phase in plan.stages.phases)
@@ -463,7 +472,7 @@ class Session:
                 plan=self.plan,
                 inputs=self.inputs,
                 files=written_files(temporary, "train.json"),
-                deviations=(*self.deviations, *above(self.here, self.phases)),
+                deviations=(*self.deviations, *above(self.here, self.phases, going_on=bool(self.resumed))),
                 steps=run.step,
                 trained_parameters=sum(p.numel() for _, p in run.chosen),
                 trained_tokens=run.tokens,
@@ -471,7 +480,7 @@ class Session:
                 padding=round(1 - run.tokens / run.padded_tokens, 4),
                 seconds=round(self.seconds, 2),
                 tokens_per_second=round(run.tokens / self.seconds, 1),
-                predicted_peak_bytes=self.here.peak_bytes,
+                predicted_peak_bytes=promise(self.here, going_on=bool(self.resumed)),
                 predicted_expected_bytes=max(phase.expected_bytes for phase in self.here.phases),
                 measured_peak_bytes=max(self.phases.values()),
                 phase_peak_bytes=self.phases,
@@ -525,12 +534,19 @@ def highest(*measured: dict[str, int]) -> dict[str, int]:
     return {name: max(some.get(name, 0) for some in measured) for name in dict.fromkeys(n for m in measured for n in m)}
 
 
-def above(plan: Plan, measured: dict[str, int]) -> list[Deviation]:
+def promise(plan: Plan, *, going_on: bool) -> int:
+    """The most that a plan says of a run; `going_on`: from a checkpoint, whose reading main memory must hold."""
+    resuming = [phase.high_bytes for phase in plan.stages.phases if phase.name == "resume" and going_on]
+    return max([plan.peak_bytes, *(resuming if plan.training.device != "cuda" else [])])
+
+
+def above(plan: Plan, measured: dict[str, int], *, going_on: bool = False) -> list[Deviation]:
     """A deviation where more memory was taken than the plan promised."""
     phase, peak = max(measured.items(), key=lambda entry: entry[1])
-    if peak <= plan.peak_bytes:
+    most = promise(plan, going_on=going_on)
+    if peak <= most:
         return []
-    planned, done = f"at most {show_bytes(plan.peak_bytes)}", f"{show_bytes(peak)} in phase {phase}"
+    planned, done = f"at most {show_bytes(most)}", f"{show_bytes(peak)} in phase {phase}"
     return [Deviation(what=MORE_MEMORY, planned=planned, done=done)]
 
 
@@ -543,8 +559,7 @@ def check_budget(plan: Plan, device: torch.device, *, going_on: bool = False) ->
 
     on_gpu = device.type == "cuda"  # of a MIG slice, mem_get_info gives the slice's
     have = Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if on_gpu else memory_limit()
-    resuming = [phase.high_bytes for phase in plan.stages.phases if phase.name == "resume" and going_on and not on_gpu]
-    need = max([plan.peak_bytes, *resuming])
+    need = promise(plan, going_on=going_on)
     if need > have.bytes:
         hint = f"plan for what is there: edgeft plan --max-memory {have.bytes // 2**20}MiB ..."
         problem = f"needs {show_bytes(need)}, this process can have {show_bytes(have.bytes)} ({have.reason})"

@@ -14,8 +14,10 @@ from edgeft.costs import Question
 from edgeft.errors import BadInput
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.planner import Plan, make_plan
+from edgeft.profile import load_profile
 from edgeft.settings import make_job
 from edgeft.simulate import simulate
+from edgeft.train import Deviation, carried_out
 
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 256, "n_layer": 4, "n_head": 4},
@@ -45,7 +47,7 @@ def spec_of(kind: str, folder: Path, **changes: Any) -> ModelSpec:
 
 def plan(spec: ModelSpec, tokens: int, **settings: Any) -> Plan:
     pins = {"tuner": "lora", "rank": 8, "base_precision": "fp32", "batch_size": 2, "micro_batch_size": 2}
-    return make_plan(make_job(model=spec.model, profile="cpu-16gb", max_length=tokens, **{**pins, **settings}))
+    return make_plan(make_job(model=spec.model, max_length=tokens, **{"profile": "cpu-16gb", **pins, **settings}))
 
 
 def tensors(found: Plan) -> int:
@@ -98,3 +100,41 @@ def test_a_model_that_cannot_be_simulated_is_refused_with_the_reason(
     rows.write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(4)))
     with pytest.raises(BadInput, match="cannot be simulated: no such operation"):
         plan(spec, 64, data=str(rows))
+
+
+def test_a_gpus_plan_of_another_family_is_simulated_again_for_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeft.train.detect", lambda profile: load_profile("cpu-16gb"))
+    spec = spec_of("bloom", tmp_path / "bloom")
+    on_gpu, on_cpu = plan(spec, 64, profile="t4", base_precision="fp16"), plan(spec, 64, malloc="tight")
+    instead = {"device": "cpu", "base_precision": "fp32", "compute_dtype": "fp32"}
+    pairs = {what: getattr(on_gpu.training, what) for what in instead}
+    here = carried_out(on_gpu, [Deviation(what=w, planned=pairs[w], done=done) for w, done in instead.items()])
+    same = here.training.model_copy(update={"optimizer": "adamw"}) == on_cpu.training
+    assert same and tensors(here) == tensors(on_cpu)
+
+
+MOE = {"num_experts_per_tok": 2, "max_position_embeddings": 512, "num_key_value_heads": 2, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    "kind, experts",
+    [("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 128})],
+)
+def test_experts_are_simulated_or_refused_with_the_reason(
+    kind: str, experts: dict[str, int], tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    spec = spec_of(kind, tmp_path / kind, **MOE, **experts)
+    try:
+        step = simulate(spec, plan(spec, 64).training, plan(spec, 64).work).live_peak_bytes
+    except BadInput as problem:
+        assert any("not simulated" in note and problem.problem in note for note in plan(spec, 64).notes)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / kind / name).write_bytes((checkpoint_folder / name).read_bytes())
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(4)))
+        with pytest.raises(BadInput, match="ForCausalLM cannot be simulated: "):
+            plan(spec, 64, data=str(rows))
+    else:
+        assert tensors(plan(spec, 64)) == step

@@ -15,12 +15,13 @@ from edgeft.artifacts import sha256_file
 from edgeft.budget import Limit
 from edgeft.cli import app
 from edgeft.errors import DoesNotFit
+from edgeft.groups import scoring
 from edgeft.loop import Run
 from edgeft.planner import Plan, make_plan
 from edgeft.profile import load_profile
 from edgeft.settings import make_job
 from edgeft.shortage import capped, command, explained, is_out_of_memory
-from edgeft.train import above, train
+from edgeft.train import above, carried_out, check_budget, choose_device, promise, train
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -156,11 +157,35 @@ def test_reading_a_checkpoint_is_held_to_the_limit_and_recorded(
     with pytest.raises(KeyboardInterrupt):
         run(path, out, progress=stop)
     made = Plan.read(path)
-    resume = max(phase.high_bytes for phase in made.stages.phases if phase.name == "resume")
-    need = max(resume, made.peak_bytes)
-    monkeypatch.setattr("edgeft.budget.memory_limit", lambda: Limit(need - 1, "ulimit"))
+    stages = made.stages.model_copy(update={"phases": tuple(
+        phase.model_copy(update={"high_bytes": made.peak_bytes + 1000}) if phase.name == "resume" else phase
+        for phase in made.stages.phases)})  # fmt: skip
+    higher = made.model_copy(update={"stages": stages})  # whose reading of a checkpoint is its highest moment
+    assert [promise(higher, going_on=on) - made.peak_bytes for on in (False, True)] == [0, 1000]
+    monkeypatch.setattr("edgeft.budget.memory_limit", lambda: Limit(made.peak_bytes + 999, "ulimit"))
+    check_budget(higher, CPU)
     with pytest.raises(DoesNotFit, match=r"\(ulimit\)"):
-        run(path, out)
+        train(higher, out, plan_sha256=sha256_file(path), progress=silent)
+    taken = {"train": made.peak_bytes, "resume": made.peak_bytes + 1000}
+    assert not above(higher, taken, going_on=True) and above(higher, taken)
     monkeypatch.undo()
     result = run(path, out)
     assert result.resumed_at == (1,) and result.phase_peak_bytes["resume"] > 0
+
+
+def test_a_gpus_plan_on_the_cpu_holds_what_scoring_its_own_rows_takes(
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    monkeypatch.setattr("edgeft.train.detect", lambda profile: load_profile("cpu-8gb"))
+    pins = {"tuner": "lora", "rank": 4, "max_steps": 2, "malloc": "tight"}
+    on_gpu = Plan.read(plan_file(profile="t4", base_precision="fp16", **pins))
+    here = carried_out(on_gpu, choose_device(on_gpu, None)[2])
+    on_cpu = Plan.read(plan_file(profile="cpu-8gb", base_precision="fp32", **pins))
+    assert here.training == on_cpu.training.model_copy(update={"checkpoint_steps": here.training.checkpoint_steps})
+    assert here.phases == on_cpu.phases
+    assert here.peak_bytes == on_cpu.peak_bytes
+    for_longest = carried_out(on_gpu.model_copy(update={"scoring": scoring((), here.training.group_tokens)}),
+                              choose_device(on_gpu, None)[2])  # fmt: skip
+    assert for_longest.phases != here.phases  # the rows do count
