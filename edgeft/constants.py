@@ -46,7 +46,9 @@ class Reference:
             self.model = AutoModelForCausalLM.from_config(self.config)
         self.weights = Checkpoint(merged)
         self.norms = [
-            module for _, module in self.model.named_modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+            module
+            for _, module in self.model.named_modules()
+            if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
         ]
         self.attentions = [module for name, module in self.model.named_modules() if name.endswith(".self_attn")]
 

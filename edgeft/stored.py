@@ -1,7 +1,7 @@
 """Does a bundle hold the weights that were merged, rounded by its target's rule: code for code, scale for scale?
 
-Read out of model.onnx itself, and with it the numbers that the graph computes with (constants.py). What the builder of ONNX Runtime GenAI names as its matmuls and tables is compared; what
-it computes with them is for the rung that runs it.
+Read out of model.onnx itself, and with it the numbers that the graph computes with (constants.py). What the builder of
+ONNX Runtime GenAI names as its matmuls and tables is compared; what it computes with them is for the rung that runs it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Held(NamedTuple):
 
 
 def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Rung | None:
-    """Every matrix of a bundle against its rounding, and the graph's numbers; None where the runtime has its own format.
+    """Every matrix of a bundle against its rounding, and the graph's numbers; None for a runtime with its own format.
 
     Calibrated ones are left to the rungs that run the bundle: their codes depend on rows, not on the weight alone.
     Raises BadInput for a bundle that cannot be read.

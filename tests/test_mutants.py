@@ -25,10 +25,10 @@ from edgeft.build import ArtifactModel, _load_shipped, _record, build_bundle, ha
 from edgeft.bundle import Bundle
 from edgeft.checkpoint import Checkpoint
 from edgeft.data import TextTokenizer
-from edgeft.errors import EdgeftError
+from edgeft.errors import BadInput, EdgeftError
 from edgeft.export import ProofRows, golden_inputs, prove_bundle
 from edgeft.identity import model_inputs, written_files
-from edgeft.merge import MergedCheckpoint, find_trained, merge
+from edgeft.merge import MergedCheckpoint, find_trained, merge, verify_merged
 from edgeft.model_spec import read_model_spec
 from edgeft.parity import Ladder
 from edgeft.planner import Plan, make_plan
@@ -387,8 +387,8 @@ def merged_again(place: Path, share: float = 1.0) -> None:
     merge(place / "train", place / "merged", wise_alpha=share, progress=silent)
 
 
-def another_base(place: Path) -> None:
-    """The base's weights changed after training, and the merge made into them."""
+def base_moved(place: Path) -> Path:
+    """A copy of a line's base, its weights 2% larger."""
     base = place / "base"
     shutil.copytree(job_of(place)["model"], base)
 
@@ -397,7 +397,12 @@ def another_base(place: Path) -> None:
             tensors[name] *= 1.02
 
     tensors_of(place, change, "base/model.safetensors")
-    rewritten(place, model=str(base))
+    return base
+
+
+def another_base(place: Path) -> None:
+    """The base's weights changed after training, and the merge made into them."""
+    rewritten(place, model=str(base_moved(place)))
     merged_again(place)
 
 
@@ -597,7 +602,6 @@ def faults() -> list[Fault]:
         Fault("merged: one last bit", "lisa on nf4", "ort-int4", merged, merged_tensors(last_bit)),
         Fault("lora_alpha doubled before the merge", "lora", "ort-int4", merged, wrong_scale),
         Fault("the base changed after training", "lora", "ort-int4", "trained against train.json", another_base),
-        Fault("the base changed after training", "full", "ort-int4", "trained against train.json", another_base),
         Fault("the base changed after training", "lisa on nf4", "ort-int4", "trained against train.json", another_base),
         Fault("bundle: another stop id", "lora", "ort-int4", "stop ids", other_stop),
         Fault("bundle: another tokenizer", "lora", "ort-int4", "tokenizer", other_words),
@@ -704,11 +708,7 @@ def judge(found: list[tuple[Fault, str]]) -> None:
     missed = {(fault.name, fault.tuner, fault.target) for fault, by in found if not by}
     asked = {(fault.name, fault.tuner, fault.target) for fault, _ in found}
     assert missed == MISSED.keys() & asked
-    strays = [
-        (fault.name, fault.tuner, fault.target, by)
-        for fault, by in found
-        if by and by != fault.stopped_by
-    ]
+    strays = [(fault.name, fault.tuner, fault.target, by) for fault, by in found if by and by != fault.stopped_by]
     assert strays == []
 
 
@@ -730,3 +730,16 @@ def test_an_adapter_of_another_run_is_stopped(lines: Lines, tmp_path: Path) -> N
         shutil.copytree(lines.built("lora", "ort-int4"), place)
         shutil.copyfile(lines.trained("lora", 6.0) / name, place / name)
         assert stopped_by(place, "ort-int4") == owner
+
+
+def test_a_changed_base_is_stopped_by_its_hash(lines: Lines, tmp_path: Path) -> None:
+    """Where every tensor trained, nothing of another base is left in the result: no score can tell, only its hash."""
+    place = tmp_path / "full"
+    shutil.copytree(lines.trained("full"), place)
+    assert load_file(place / "train/changed.safetensors").keys() == Checkpoint(lines.base("full")).owner.keys()
+    document = json.loads((place / "train/train.json").read_text())
+    document["plan"]["job"]["model"] = str(base_moved(place))
+    (place / "train/train.json").write_text(json.dumps(document))
+    edit_json(place / "merged/merged.json", train=document, input_sha256=sha256_file(place / "train/train.json"))
+    with pytest.raises(BadInput, match="base weights"):
+        verify_merged(place / "merged")
