@@ -43,7 +43,7 @@ class Reference:
 
         self.config = AutoConfig.from_pretrained(merged).get_text_config(decoder=True)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config)
+            self.model = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
         self.weights = Checkpoint(merged)
         self.norms = [
             module
