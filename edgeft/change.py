@@ -42,10 +42,7 @@ def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 def find_tensor(base: Checkpoint, name: str) -> str | None:
     """A tensor's name in a checkpoint's files, which may lack a leading 'model.' or so; None when it is not there."""
-    if name in base:
-        return name
-    found = [n for n in base.owner if name.endswith("." + n) or n.endswith("." + name)]
-    return found[0] if len(found) == 1 else None
+    return base.find(name)
 
 
 class Change:

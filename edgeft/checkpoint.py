@@ -20,7 +20,7 @@ from edgeft import disk, process
 from edgeft.artifacts import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.budget import MALLOC_ENVIRONMENT
 from edgeft.errors import BadInput
-from edgeft.headers import BUFFER, OTHER_TOWER, Header, check_tied, read_headers, refused
+from edgeft.headers import BUFFER, HEADS, LAYER, OTHER_TOWER, Header, check_tied, read_headers, refused
 from edgeft.headers import DTYPES as TORCH_NAMES
 from edgeft.headers import local_folder as local_folder  # those who load weights import both from here
 from edgeft.identity import weights_sha256
@@ -76,17 +76,24 @@ class Checkpoint:
     def itemsize(self, name: str) -> int:
         return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]].itemsize
 
-    def name_of(self, name: str) -> str:
-        """The name in these files of a model's parameter: they may lack a leading "model." or have one more.
+    def find(self, name: str) -> str | None:
+        """The name in these files of a model's parameter; None when no tensor, or more than one, has it.
 
-        Raises BadInput when no tensor, or more than one, has it.
+        They may lack a leading "model." or have one more, and call the head by another family's name.
         """
         if name in self.owner:
             return name
         found = [own for own in self.owner if name.endswith("." + own) or own.endswith("." + name)]
-        if len(found) != 1:
+        if not found and name.endswith(HEADS) and not LAYER.fullmatch(name):
+            found = [own for own in self.owner if own.endswith(HEADS) and not LAYER.fullmatch(own)]
+        return found[0] if len(found) == 1 else None
+
+    def name_of(self, name: str) -> str:
+        """`find`, but raises BadInput where there is no such tensor."""
+        found = self.find(name)
+        if found is None:
             raise BadInput(self.folder, f"{name}: not in the checkpoint", "use the very base it was trained on")
-        return found[0]
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self.owner

@@ -249,3 +249,37 @@ def test_stacked_experts_are_known_before_training(family: str, tmp_path: Path) 
     ways = list(candidates(open_job, load_profile("cpu-8gb"), spec, work, 4, None))
     assert ways and all(way.tuner == "lora" for way in ways)
     assert read_model_spec("examples/configs/llama-3.1-8b").stacked == ()
+
+
+def test_a_head_that_memory_and_files_name_apart_trains_and_merges(
+    tokenizer_folder: Path, tmp_path: Path, write_rows: Any
+) -> None:
+    """GPT-NeoX's files say embed_out, transformers 5 says lm_head."""
+    from test_train import ROWS, run, silent
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from edgeft.merge import merge
+    from edgeft.planner import make_plan
+    from edgeft.settings import make_job
+
+    config = GPTNeoXConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    GPTNeoXForCausalLM(config).save_pretrained(base)
+    for path in tokenizer_folder.iterdir():
+        shutil.copyfile(path, base / path.name)
+    data = write_rows("rows.jsonl", ROWS)
+    job = make_job(
+        model=str(base), profile="cpu-8gb", data=str(data), tuner="full", max_steps=2, eval_rows=4, learning_rate=1e-2
+    )
+    make_plan(job).write(tmp_path / "plan.json")
+    result = run(tmp_path / "plan.json", tmp_path / "train")
+    moved = {unit.unit: unit.relative_change for unit in result.units}
+    merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
+    before, after = load_plain(base).state_dict(), load_plain(tmp_path / "merged").state_dict()
+    assert moved["head"] > 0 and not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert "embed_out.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+    changed = load_file(tmp_path / "train" / "changed.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in changed.items())
