@@ -15,6 +15,7 @@ from edgeft.errors import BadInput
 from edgeft.model_spec import ModelSpec, read_model_spec
 from edgeft.planner import Plan, make_plan
 from edgeft.profile import load_profile
+from edgeft.report import NOT_TENSORS
 from edgeft.settings import make_job
 from edgeft.simulate import simulate
 from edgeft.train import Deviation, carried_out
@@ -52,7 +53,7 @@ def plan(spec: ModelSpec, tokens: int, **settings: Any) -> Plan:
 
 def tensors(found: Plan) -> int:
     train = next(phase for phase in found.phases if phase.name == "train")
-    return sum(term.bytes for term in train.terms if term.name not in ("process", "data", "buffers"))
+    return sum(term.bytes for term in train.terms if term.name not in NOT_TENSORS)
 
 
 @pytest.mark.parametrize("tokens", [256, pytest.param(2048, marks=pytest.mark.slow)])
