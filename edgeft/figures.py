@@ -26,7 +26,7 @@ GRADES: dict[Grade, tuple[str, str]] = {  # colour, marker: told apart without c
 COLOURS = {
     "process": "#7b8794", "runtime": "#7b8794", "cuBLAS workspace": "#7b8794", "CUDA": "#a9b2bd",
     "builder": "#a9b2bd", "buffers": "#a9b2bd",
-    "data": "#c9d0d8",
+    "data": "#c9d0d8", "reserved": "#d8dde3",
     "weights": "#1f4e79", "model": "#1f4e79",
     "weight file": "#9dbbd8", "head copies": "#9dbbd8",
     "NF4 codes": "#4f86b8", "quantised": "#4f86b8", "bundle": "#4f86b8",
@@ -39,8 +39,8 @@ COLOURS = {
     "height": "#7b5ea7", "quantiser": "#7b5ea7", "pool": "#b0a08c",
     "logits": "#c9b8e0", "probabilities": "#c9b8e0",
     "inputs": "#e4e8ed", "rotary tables": "#e4e8ed",
+    "simulated": "#3b8f8a", "cast": "#d9c4a0",
 }  # fmt: skip
-OTHERS = ("#5f9ea0", "#a05f7a", "#6d8f3a", "#b0c4b1", "#e0b8c9", "#cfdca8")
 # Of the frontier's table, right edges in widths of its axes.
 COLUMNS = {"points": 1.2, "memory": 1.55, "a step": 1.98}
 OTHERS = ("#5f9ea0", "#b0c4b1", "#a05f7a", "#e0b8c9", "#6d8f3a", "#cfdca8")

@@ -201,7 +201,7 @@ def test_an_artifact_that_computes_something_else_is_found(
         return real(other, *rest)
 
     monkeypatch.setattr(ort, "build_model", elsewhere)
-    with pytest.raises(ParityFailed, match=r"rung 'artifact' against '\w+': "):
+    with pytest.raises(ParityFailed, match=r"rung 'stored' against 'merged': cos_cache: "):
         go_through(plan, INT4, scratch[1])
 
 
