@@ -32,7 +32,7 @@ COLOURS = {
     "NF4 codes": "#4f86b8", "quantised": "#4f86b8", "bundle": "#4f86b8",
     "adapters": "#e8a33d", "blocks": "#e8a33d",
     "gradients": "#f3d19c", "largest tensor": "#f3d19c",
-    "optimizer": "#8a4b08", "optimizer states": "#8a4b08", "state file": "#b9793a",
+    "optimizer": "#8a4b08", "optimizer states": "#8a4b08", "one tensor": "#c98f4a", "state file": "#b9793a",
     "activations": "#1b7a4b",
     "forward": "#59a878", "fused QKV": "#59a878",
     "key-value cache": "#8fcf9f", "fp32 graph": "#8fcf9f",
