@@ -120,7 +120,7 @@ def test_a_portable_bundle_is_standard_whole_and_as_large_as_predicted(name: str
     assert runner_module().verify(bundle(name)) == []
     assert set(made.files) == {
         "run.py", "model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "sbom.cdx.json",
+        "sbom.cdx.json", "README.md",
     }  # fmt: skip
     graph = onnx.load(str(bundle(name) / "model.onnx"))
     onnx.checker.check_model(str(bundle(name) / "model.onnx"))
