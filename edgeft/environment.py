@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeft.artifacts import versions
 from edgeft.budget import PROC, usable_cores
 
 # Instructions that decide how fast a model computes, as /proc/cpuinfo writes them (x86-64, then ARM).
@@ -51,15 +51,6 @@ def threads(variables: Mapping[str, str] | None = None) -> int:
     return int(asked) if asked.isdigit() and int(asked) else usable_cores()
 
 
-def runtime_versions() -> dict[str, str]:
-    """Versions of Python and of those of RUNTIMES that are installed; nothing is imported."""
-    found = {"python": platform.python_version()}
-    for name in RUNTIMES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def commit(folder: Path) -> dict[str, Any]:
     """The git commit of a folder and whether tracked files differ from it; {} where git knows nothing of it."""
 
@@ -82,7 +73,7 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": threads(),
         "system": f"{platform.system()} {platform.release()}, {'-'.join(platform.libc_ver())}",
-        "versions": runtime_versions(),
+        "versions": versions(RUNTIMES),
         "load_average": load,
         **({"git": commit(folder)} if folder else {}),
     }
