@@ -16,10 +16,10 @@ from typing import Any
 
 from run import ROOT, record
 
-from edgeft import memory
-from edgeft.model_spec import ModelSpec, read_model_spec
+from edgeft.memory import train_step
+from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
-from edgeft.simulate import simulate
+from edgeft.simulation.simulate import simulate
 
 CONFIGS = ROOT / "examples" / "configs"
 SHAPES = [ROOT / "examples" / "debian-tiny", *(CONFIGS / name for name in (
@@ -29,7 +29,7 @@ SHAPES = [ROOT / "examples" / "debian-tiny", *(CONFIGS / name for name in (
 PLANS = 340
 
 
-def random_plan(spec: ModelSpec, draw: random.Random) -> tuple[Training, memory.Workload]:
+def random_plan(spec: ModelSpec, draw: random.Random) -> tuple[Training, train_step.Workload]:
     """A plan that the planner could make for some machine, and its largest batch."""
     device, layers = draw.choice(["cpu", "cuda"]), spec.num_hidden_layers
     way = draw.choice(["lora", "lora", "lora", "full", "sparse"])
@@ -58,7 +58,7 @@ def random_plan(spec: ModelSpec, draw: random.Random) -> tuple[Training, memory.
         learning_rate=1e-3, steps=4, warmup_steps=1, weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_steps=None,
         eval_rows=1,
     )  # fmt: skip
-    return training, memory.Workload(longest, trained_tokens)
+    return training, train_step.Workload(longest, trained_tokens)
 
 
 def compare(number: int) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def compare(number: int) -> dict[str, Any]:
     draw = random.Random(f"closed form {number}")
     spec = read_model_spec(str(SHAPES[number % len(SHAPES)]))
     training, work = random_plan(spec, draw)
-    terms = memory.step_terms(spec, training, work)
+    terms = train_step.step_terms(spec, training, work)
     closed, found = sum(term.bytes for term in terms), simulate(spec, training, work)
     chosen = ("device", "tuner", "base_precision", "compute_dtype", "rank", "micro_batch_size", "batch_size",
               "checkpointing", "kept_layers", "loss_chunk_tokens")  # fmt: skip

@@ -118,8 +118,8 @@ def build(scratch: Path) -> dict[str, tuple[Path, int]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgeft.build import build_bundle
-    from edgeft.target import load_target
+    from edgeft.exporting.build import build_bundle
+    from edgeft.targets.target import load_target
 
     model = scratch / "model"
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def main() -> None:
     import llama_cpp
     from run import record
 
-    from edgeft.budget import usable_cores
+    from edgeft.machines.limits import usable_cores
 
     rows, samples, bandwidth = [], [], read_bandwidth()
     with tempfile.TemporaryDirectory() as scratch:

@@ -25,12 +25,12 @@ os.environ["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expanda
 import torch
 from run import CONFIGS, record
 
-from edgeft import ledger
-from edgeft.loop import make_run
-from edgeft.planner import Plan, make_plan
+from edgeft.engine.loop import make_run
+from edgeft.machines import meter
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.train import prepare
-from edgeft.trial import filled_sample, random_checkpoint
+from edgeft.training.train import prepare
+from edgeft.training.try_plan import filled_sample, random_checkpoint
 
 LORA = {"tuner": "lora", "rank": 16}
 FULL = {"tuner": "full"}
@@ -126,7 +126,7 @@ def measure(plan: Plan, weights: Path, scratch: Path) -> dict[str, Any]:
     model, parts = prepare(plan, device, compute, weights)
     run = make_run(plan.training, device, compute, model, parts, weights, scratch)
     sample = filled_sample(plan)
-    ledger.reset_peak(device)
+    meter.reset_peak(device)
     for _ in range(3):
         started = time.monotonic()
         run.train_step([sample] * plan.training.batch_size)
@@ -172,7 +172,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench-cuda: PyTorch sees no GPU here; rehearse with --device cpu")
-    ledger.import_all()
+    meter.import_all()
     rehearsal, rows = asked.device == "cpu", []
     with tempfile.TemporaryDirectory() as scratch:
         profile = write_profile(asked.device, Path(scratch) / "here.toml")

@@ -1,7 +1,8 @@
 """Does it pay to take another share of the fine-tune from each half of the layers? On the example, by test rows.
 
 python bench/groups.py build/cpu/train [rows [rules]]: one share for all, then one for each of two groups, chosen on
-validation rows by `edgeft.sweep` under both rules; what was chosen is scored on test rows and on other general text.
+validation rows by `edgeft.merging.sweep` under both rules; what was chosen is scored on test rows and on other general
+text.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from pathlib import Path
 
 from run import record
 
-from edgeft import sweep as sweeps
-from edgeft.architectures import find_parts
-from edgeft.checkpoint import local_folder
-from edgeft.evaluate import evaluate
-from edgeft.shares import Shares
-from edgeft.sweep import Line, choose_point, general_samples, sweep
-from edgeft.target import load_target
-from edgeft.train import Data, TrainResult
+from edgeft.merging import sweep as sweeps
+from edgeft.merging.sweep import Line, choose_point, general_samples, sweep
+from edgeft.models.checkpoint import local_folder
+from edgeft.models.evaluate import evaluate
+from edgeft.models.layer_shares import Shares
+from edgeft.models.parts import find_parts
+from edgeft.targets.target import load_target
+from edgeft.training.train import Data, TrainResult
 
 GENERAL = "examples/debian-descriptions/valid.jsonl"
 

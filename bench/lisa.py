@@ -18,7 +18,7 @@ from planner import long_texts
 from run import ROOT, interval_plans, record, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgeft.planner import Plan
+from edgeft.planning.plan import Plan
 
 COMMON = {"max_length": 512, "batch_size": 2, "micro_batch_size": 2, "eval_rows": 4, "tuner": "full"}
 INTERVAL, SWITCHES = 2, 8

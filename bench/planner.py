@@ -34,10 +34,10 @@ from typing import Any
 from jobs import Case, broken_once, random_case
 from run import AT_START, ROOT, Kept, interval_plans, random_model, record
 
-from edgeft import memory
-from edgeft.budget import resident_bytes
 from edgeft.errors import BadInput
-from edgeft.planner import Plan, make_plan
+from edgeft.machines.limits import resident_bytes
+from edgeft.memory import train_step
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,9 +99,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def mode_of(plan: Plan) -> str:
     """How a plan knows its bytes."""
-    if plan.spec.model_type in memory.EXACT_FAMILIES and plan.spec.counted_from == "config":
+    if plan.spec.model_type in train_step.EXACT_FAMILIES and plan.spec.counted_from == "config":
         return "closed form"
-    if plan.spec.model_type in memory.LIKE_LLAMA:
+    if plan.spec.model_type in train_step.LIKE_LLAMA:
         return "like a Llama"
     train = next(phase for phase in plan.phases if phase.name == "train")
     return "simulated" if any(term.name == "simulated" for term in train.terms) else "not simulated"

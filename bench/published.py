@@ -4,8 +4,8 @@
 
 Only published cases that state their settings; nothing is fitted, except that PEFT's file leaves out its longest
 batch. Other trainers do some things otherwise than edgeft's: `Theirs` says what, each written down as operations like
-edgeft's own (`edgeft.operations`) after its code or the published formula; no row has a correction of its own. What
-that cannot say is left out, with its reason, in NOT_PREDICTED.
+edgeft's own (`edgeft.memory.operations`) after its code or the published formula; no row has a correction of its own.
+What that cannot say is left out, with its reason, in NOT_PREDICTED.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from unittest import mock
 
 from run import CONFIGS, record
 
-from edgeft import dataflow, memory
-from edgeft.model_spec import Linear, ModelSpec, read_model_spec
-from edgeft.operations import Gradients, Kept
-from edgeft.profile import HEAD_BUFFERS
+from edgeft.machines.profile import HEAD_BUFFERS
+from edgeft.memory import dataflow, train_step
+from edgeft.memory.operations import Gradients, Kept
+from edgeft.memory.tape import Storage, Tape, Value
+from edgeft.models.spec import Linear, ModelSpec, read_model_spec
 from edgeft.settings import Training
-from edgeft.tape import Storage, Tape, Value
 from edgeft.units import GIB
 
 SIMULATED = "notes on training memory, 8B plans, live bytes simulated with transformers 5.23 and peft 0.21"
@@ -173,14 +173,14 @@ def as_theirs(theirs: Theirs) -> Iterator[None]:
 
     layer = type("Layer", (_TheirLayer,), {"theirs": theirs})
     ends = type("Ends", (_TheirEnds,), {"theirs": theirs}) if theirs.loss != "own" else dataflow._Ends
-    itemsize = memory.trained_itemsize
+    itemsize = train_step.trained_itemsize
 
     def trained_itemsize(training: Training) -> int:
         return 2 if training.tuner == "lora" and theirs.adapters == "half" else itemsize(training)
 
     clear()
     with mock.patch.object(dataflow, "_Layer", layer), mock.patch.object(dataflow, "_Ends", ends), \
-            mock.patch.object(memory, "trained_itemsize", trained_itemsize):  # fmt: skip
+            mock.patch.object(train_step, "trained_itemsize", trained_itemsize):  # fmt: skip
         yield
     clear()
 
@@ -189,14 +189,14 @@ def predict(spec: ModelSpec, training: Training, longest: int, theirs: Theirs) -
     """(live tensor bytes at the highest moment of a step, that moment's name)."""
     if theirs.padded:  # what a window's mask does, for a window that hides nothing
         spec = spec.model_copy(update={"model_type": "mistral", "sliding_window": longest})
-    work = memory.Workload(longest, longest)
+    work = train_step.Workload(longest, longest)
     with as_theirs(theirs):
-        terms = memory.step_terms(spec, training, work)
-        size = memory.trained_itemsize(training)
-        every, tensors = memory.trained_parameters(spec, training), memory.trained_tensors(spec, training)
+        terms = train_step.step_terms(spec, training, work)
+        size = train_step.trained_itemsize(training)
+        every, tensors = train_step.trained_parameters(spec, training), train_step.trained_tensors(spec, training)
         adapters = every * size if training.tuner == "lora" else 0
         beside = {"fused": 0, "loop": 2 * max(tensors) * size, "foreach": every * size}[theirs.optimizer]
-        standing = memory.weight_bytes(spec, training) + adapters + memory.optimizer_bytes(spec, training)
+        standing = train_step.weight_bytes(spec, training) + adapters + train_step.optimizer_bytes(spec, training)
     live = sum(term.bytes for term in terms)
     stepping = standing + every * size + beside + next(term.bytes for term in terms if term.name == "inputs")
     moment = next((term.name for term in terms if term.name.startswith("height")), "").removeprefix("height: ")
@@ -206,10 +206,10 @@ def predict(spec: ModelSpec, training: Training, longest: int, theirs: Theirs) -
         live += (training.micro_batch_size - 1) * longest**2  # a mask of booleans for each sample
     matrices = sum(linear.in_features * linear.out_features for linear in spec.linears) * spec.num_hidden_layers
     if theirs.old_bitsandbytes:
-        live -= round(spec.head_parameters * (2 - memory.NF4_BYTES))
+        live -= round(spec.head_parameters * (2 - train_step.NF4_BYTES))
         matrices += spec.head_parameters
     if not theirs.double_quantised:  # the scale of 64 weights in fp32 instead of a byte and its own scales
-        live += round(matrices * (0.5 + 4 / 64 - memory.NF4_BYTES))
+        live += round(matrices * (0.5 + 4 / 64 - train_step.NF4_BYTES))
     return live, moment
 
 
@@ -271,7 +271,7 @@ def on_cpu() -> list[dict[str, Any]]:
             live, moment = predict(spec, training, longest, theirs)
             case = f"125M on a CPU, {way}, {batch} x {longest}"
             rows.append(row(f"{case}, tensors", ON_CPU, peak, 1e6, live, moment, note if "LoRA" in way else ""))
-            held = memory.buffers(spec, training, longest * batch, {512: 2 * HEAD_BUFFERS}).bytes
+            held = train_step.buffers(spec, training, longest * batch, {512: 2 * HEAD_BUFFERS}).bytes
             made = live + 405_000_000 + held
             rows.append(row(f"{case}, resident", ON_CPU, resident, 1e6, made, moment,
                             "405 MB of imports as published, and edgeft's matrix library buffers"))  # fmt: skip
@@ -343,7 +343,7 @@ def peft() -> list[dict[str, Any]]:
     for case, published, settings in cases:
         training = train(spec, micro_batch_size=4, max_length=longest, **settings)
         live, moment = predict(spec, training, longest, replace(HF, loss="kept", padded=True))
-        live += memory.CUDA_WORKSPACES
+        live += train_step.CUDA_WORKSPACES
         made = row(f"PEFT, Llama-3.2-3B, {case}", PEFT, published, 1e9, live, moment,
                    "longest batch of 642 tokens: not stated, from the notes, which fitted it on the first row; "
                    "reserved bytes also hold what the allocator cannot reuse")  # fmt: skip

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgeft import memory
-from edgeft.environment import environment
-from edgeft.lisa import draw
-from edgeft.planner import Plan
-from edgeft.report import NOT_TENSORS
+from edgeft.engine.lisa import draw
+from edgeft.machines.environment import environment
+from edgeft.memory import train_step
+from edgeft.planning.plan import Plan
+from edgeft.reporting.terminal import NOT_TENSORS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ROOT / "examples" / "debian-sections"
@@ -74,7 +74,7 @@ def interval_plans(plan: Plan) -> list[tuple[tuple[str, ...], int]]:
         units = draw(pool, training.active_layers, training.lisa_schedule, (), training.seed, interval)
         layers = tuple(int(unit.split()[1]) for unit in units)
         fixed_set = training.model_copy(update={"layers": "sparse", "trained_layers": layers, "active_layers": 0})
-        terms = memory.step_terms(plan.spec, fixed_set, plan.work)
+        terms = train_step.step_terms(plan.spec, fixed_set, plan.work)
         found.append((units, fixed + sum(term.bytes for term in terms)))
     return found
 

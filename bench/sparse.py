@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from run import BASE, ROOT, SECTIONS, Kept, record, train, verb  # after the line above: torch reads it at import
 
-from edgeft.architectures import find_parts
-from edgeft.checkpoint import load_plain
-from edgeft.data import TextTokenizer, read_rows, to_samples
-from edgeft.evaluate import evaluate
+from edgeft.data.dataset import TextTokenizer, read_rows, to_samples
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.evaluate import evaluate
+from edgeft.models.parts import find_parts
 
 STEPS = {"epochs": 1}
 QUARTER = {"tuner": "lora", "rank": 64, "layers": "sparse", "active_layers": 2}

@@ -21,7 +21,7 @@ from typing import Any
 from planner import FITTED_ON, SHAPES
 from run import Kept, pins, random_model, record, verb
 
-from edgeft.planner import make_plan
+from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -43,9 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def by_edgeft(folder: Path) -> dict[str, Any]:
-    """One run of `edgeft.train.train`, as the verb runs it."""
-    from edgeft.planner import Plan
-    from edgeft.train import train
+    """One run of `edgeft.training.train.train`, as the verb runs it."""
+    from edgeft.planning.plan import Plan
+    from edgeft.training.train import train
 
     ends: list[float] = []
     busy: list[float] = []
@@ -69,8 +69,8 @@ def by_trainer(folder: Path) -> dict[str, Any]:
     import transformers
     from safetensors.torch import load_file
 
-    from edgeft.loop import learning_rate
-    from edgeft.planner import Plan
+    from edgeft.engine.loop import learning_rate
+    from edgeft.planning.plan import Plan
 
     plan = Plan.read(folder / "plan.json")
     training, rows = plan.training, json.loads((folder / "rows.json").read_text())
@@ -142,7 +142,7 @@ def by_trainer(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    from edgeft.budget import resident_bytes
+    from edgeft.machines.limits import resident_bytes
 
     return {"ends": ends, "busy": busy, "losses": losses, "bytes": resident_bytes(highest=True)}
 
@@ -155,12 +155,12 @@ def prepare(folder: Path, settings: dict[str, Any], steps: int, files: dict[str,
     import torch
     from safetensors.torch import save_file
 
-    from edgeft.checkpoint import local_folder
-    from edgeft.loop import remaining_steps
-    from edgeft.planner import make_plan
+    from edgeft.engine.loop import remaining_steps
+    from edgeft.engine.tuners import apply_tuner
+    from edgeft.models.checkpoint import local_folder
+    from edgeft.planning.plan import make_plan
     from edgeft.settings import make_job
-    from edgeft.train import Data, prepare
-    from edgeft.tuners import apply_tuner
+    from edgeft.training.train import Data, prepare
 
     plan = make_plan(make_job(profile="cpu", max_steps=steps, **COMMON, **files, **settings))
     plan.write(folder / "plan.json")

@@ -4,7 +4,7 @@
     with edgeft.wise(model, 0.5):  # a live model, half way between base and fine-tuned
         model.generate(...)
 
-The stages are functions of the modules of their name: edgeft.train.train, edgeft.merge.merge, edgeft.export.export.
+The stages: edgeft.training.train.train, edgeft.merging.merge.merge, edgeft.exporting.export.export.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
-    from edgeft.live import wise
-    from edgeft.planner import make_plan
+    from edgeft.merging.wise import wise
+    from edgeft.planning.plan import make_plan
     from edgeft.settings import make_job
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
     """Import what is named on first use only: importing edgeft costs nothing."""
     import importlib
 
-    homes = {"make_job": "settings", "make_plan": "planner", "wise": "live"}
+    homes = {"make_job": "settings", "make_plan": "planning.plan", "wise": "merging.wise"}
     if name in homes:
         return getattr(importlib.import_module(f"edgeft.{homes[name]}"), name)
     raise AttributeError(f"module 'edgeft' has no attribute {name!r}")

@@ -20,15 +20,15 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from edgeft.artifacts import Artifact, cache_folder, sha256_file, sha256_json
+from edgeft.documents import Artifact, cache_folder, sha256_file, sha256_json
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.headers import local_folder
-from edgeft.identity import cached_folder, changed_files, changed_inputs, differences, model_inputs, sha256_of
+from edgeft.models.headers import local_folder
+from edgeft.models.identity import cached_folder, changed_files, changed_inputs, differences, model_inputs, sha256_of
 from edgeft.settings import Job, make_job, parse_settings
 from edgeft.units import parse_bytes, show_bytes, show_seconds
 
 if TYPE_CHECKING:
-    from edgeft.planner import Plan
+    from edgeft.planning.plan import Plan
 
 app = typer.Typer(
     name="edgeft",
@@ -140,9 +140,9 @@ def plan(
 
     Needs no torch, data or weights, except where layers are chosen by what they do on the data (layer_score).
     """
-    from edgeft.candidates import needs_importance
-    from edgeft.planner import Plan, make_plan, request_digest
-    from edgeft.report import explain_text, plan_text
+    from edgeft.planning.candidates import needs_importance
+    from edgeft.planning.plan import Plan, make_plan, request_digest
+    from edgeft.reporting.terminal import explain_text, plan_text
 
     def shown(plan: Plan) -> RenderableType:
         return Group(plan_text(plan), explain_text(plan)) if explain else plan_text(plan)
@@ -174,7 +174,7 @@ def plan(
             return
     importance = None
     if needs_importance(job):
-        from edgeft.scoring import score_layers
+        from edgeft.planning.layer_scores import score_layers
 
         with Reporter() as progress:
             try:
@@ -184,7 +184,7 @@ def plan(
                 raise typer.Exit(130) from None
     made = make_plan(job, importance=importance)
     if simulate:
-        from edgeft.simulate import simulate as run_step
+        from edgeft.simulation.simulate import simulate as run_step
 
         say("simulating the step")
         made = made.model_copy(update={"simulation": run_step(made.spec, made.training, made.work)})
@@ -201,26 +201,26 @@ def _try_out(plan_file: Path, as_json: bool) -> None:
     """Measure a plan's steps in a process of their own: this one must not carry torch, nor its memory count."""
     import subprocess
 
-    from edgeft import process
+    from edgeft import processes
 
     out = plan_file.with_name("trial.json")
     say("measuring the plan's steps with random weights")
-    command = process.command("from edgeft.trial import main; main()", plan_file, out)
+    command = processes.command("from edgeft.training.try_plan import main; main()", plan_file, out)
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
     if as_json:
         sys.stdout.write(out.read_text())
         return
-    from edgeft.report import trial_text
-    from edgeft.trial import Trial
+    from edgeft.reporting.terminal import trial_text
+    from edgeft.training.try_plan import Trial
 
     stdout.print(trial_text(Trial.read(out)))
 
 
 def _say_shortages(made: Plan, path: Path) -> None:
     """Warn when the disk of the stages' folder has too little room: of this machine now, so not a part of the plan."""
-    from edgeft.disk import shortages
+    from edgeft.memory.disk import shortages
 
     folder = default_out(made.job.profile, "") if str(path) == "-" else path.parent
     for line in shortages(made.stages.disk, folder, cache_folder()):
@@ -242,9 +242,9 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
-    from edgeft.budget import settle_allocator
-    from edgeft.planner import Plan
-    from edgeft.profile import why_absent
+    from edgeft.machines.limits import settle_allocator
+    from edgeft.machines.profile import why_absent
+    from edgeft.planning.plan import Plan
 
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
@@ -256,11 +256,11 @@ def train(
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "train.json")
-    from edgeft.rehearsal import NOT_REHEARSED, rehearse
-    from edgeft.report import rehearsal_line, train_text
-    from edgeft.target import load_target
-    from edgeft.train import MORE_MEMORY, choose_device, work_folder
-    from edgeft.train import train as run
+    from edgeft.exporting.rehearsal import NOT_REHEARSED, rehearse
+    from edgeft.reporting.terminal import rehearsal_line, train_text
+    from edgeft.targets.target import load_target
+    from edgeft.training.train import MORE_MEMORY, choose_device, work_folder
+    from edgeft.training.train import train as run
 
     _, _, deviations = choose_device(made, device)
     if deviations:
@@ -340,7 +340,7 @@ def merge(
 ) -> None:
     """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
     folder = out or trained.parent / "merged"
-    from edgeft.shares import Shares, parse_shares
+    from edgeft.models.layer_shares import Shares, parse_shares
 
     shares, digest = parse_shares(wise_alpha), _digest(trained, base)
     if sweep and shares.groups:
@@ -362,8 +362,8 @@ def merge(
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "merged.json")
-    from edgeft.merge import merge as run
-    from edgeft.report import merge_text
+    from edgeft.merging.merge import merge as run
+    from edgeft.reporting.terminal import merge_text
 
     with Reporter() as progress:
         found = _sweep(trained, options, request, plot, progress) if sweep else None
@@ -385,9 +385,9 @@ def _same_merge(folder: Path, merged: dict[str, Any]) -> bool:
 
 def _sweep(trained: Path, options: dict[str, Any], request: str, plot: Path | None, progress: Reporter) -> Any:
     """Measure and choose a share; the table goes to stderr, since stdout is the merge's."""
-    from edgeft.report import sweep_text
-    from edgeft.sweep import sweep as run
-    from edgeft.target import load_target
+    from edgeft.merging.sweep import sweep as run
+    from edgeft.reporting.terminal import sweep_text
+    from edgeft.targets.target import load_target
 
     given = {name: value for name, value in options.items() if value is not None}
     if given.setdefault("select", "best") not in ("best", "bounded", "fixed"):
@@ -395,7 +395,7 @@ def _sweep(trained: Path, options: dict[str, Any], request: str, plot: Path | No
     target = load_target(given.pop("target", "ort-int4"))
     found = run(trained, target, **given, request_sha256=request, progress=progress)
     if plot is not None:
-        from edgeft.plots import plot_sweep
+        from edgeft.reporting.plots import plot_sweep
 
         plot_sweep(found, plot)
     stderr.print(sweep_text(found))
@@ -422,15 +422,15 @@ def survival(
     as_json: JsonOption = False,
 ) -> None:
     """Say how much of a fine-tune survives a target's rounding, and which tensors lose most of it."""
-    from edgeft.report import survival_text
-    from edgeft.survival import survival as run
-    from edgeft.target import load_target
+    from edgeft.merging.survival import survival as run
+    from edgeft.reporting.terminal import survival_text
+    from edgeft.targets.target import load_target
 
     with Reporter() as progress:
         found = run(merged, load_target(target), base=base, progress=progress)
     found.write(out or merged.parent / "survival.json")
     if plot is not None:
-        from edgeft.plots import plot_survival
+        from edgeft.reporting.plots import plot_survival
 
         plot_survival(found, plot)
     show(as_json, found, survival_text(found))
@@ -470,15 +470,15 @@ def export(
     MERGED may be the folder of an encoder (classifier or embedding model), which a portable target takes as it is.
     """
     if not (merged / "merged.json").is_file():
-        from edgeft.encoder import is_encoder
+        from edgeft.exporting.encoder import is_encoder
 
         if is_encoder(merged):
             folder = out or merged.resolve().with_name(f"{merged.resolve().name}-bundle")
             _export_encoder(merged, target or "onnx-portable-fp32", folder, texts, device, as_json)
             return
     _need(merged / "merged.json", "edgeft merge TRAIN")
-    from edgeft.profile import load_profile
-    from edgeft.target import load_target, promoted
+    from edgeft.machines.profile import load_profile
+    from edgeft.targets.target import load_target, promoted
 
     train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
     planned = train["plan"]["job"] if train else {}
@@ -494,7 +494,7 @@ def export(
     wanted = load_target(target or planned.get("target", "ort-int4"))
     limit = parse_bytes(size_budget) if size_budget is not None else None
     if limit is not None and target is None and not auto_promote:
-        from edgeft.promotion import most_precise
+        from edgeft.exporting.promotion import most_precise
 
         wanted = most_precise(merged, wanted.runtime, limit)
         say(f"{wanted.name} is the largest target of {wanted.runtime} in {show_bytes(limit)}")
@@ -512,11 +512,11 @@ def export(
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
-    from edgeft.bundle import Measurement, measurement_path
-    from edgeft.export import export as run
-    from edgeft.export import export_promoted
-    from edgeft.merge import MergedCheckpoint
-    from edgeft.report import bundle_text
+    from edgeft.exporting.bundle import Measurement, measurement_path
+    from edgeft.exporting.export import export as run
+    from edgeft.exporting.export import export_promoted
+    from edgeft.merging.merge import MergedCheckpoint
+    from edgeft.reporting.terminal import bundle_text
 
     with Reporter() as progress:
         if request is not None:
@@ -549,8 +549,8 @@ def _changed_file(path: Path, digest: str) -> list[str]:
 def _export_encoder(
     folder: Path, target: str, out: Path, texts: Path | None, device: str | None, as_json: bool
 ) -> None:
-    from edgeft.encoder import export_encoder, read_texts
-    from edgeft.target import load_target
+    from edgeft.exporting.encoder import export_encoder, read_texts
+    from edgeft.targets.target import load_target
 
     if texts is None:
         raise BadInput("--texts", "is missing: an encoder is proven on real texts", "--texts FILE, a text on each line")
@@ -579,9 +579,9 @@ def adapters(
             raise BadInput("adapters", f"cannot use {text!r}", "give each one as NAME=TRAIN, with a name of its own")
         folders[name] = Path(place)
         _need(folders[name] / "train.json", "edgeft train PLAN")
-    from edgeft.bundle import Measurement, adapters_digest, measurement_path
-    from edgeft.profile import load_profile
-    from edgeft.target import load_target
+    from edgeft.exporting.bundle import Measurement, adapters_digest, measurement_path
+    from edgeft.machines.profile import load_profile
+    from edgeft.targets.target import load_target
 
     wanted = load_target(target)
     folder = out or next(iter(folders.values())).parent / "adapters"
@@ -595,8 +595,8 @@ def adapters(
             say(f"{folder} is up to date")
             return
     _replaceable(folder, "bundle.json")
-    from edgeft.export import export_adapters as run
-    from edgeft.report import adapters_text
+    from edgeft.exporting.export import export_adapters as run
+    from edgeft.reporting.terminal import adapters_text
 
     with Reporter() as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
@@ -604,11 +604,11 @@ def adapters(
 
 
 def _export_all(merged: Path, out: Path, device: str | None, trained: Path | None, as_json: bool) -> None:
-    from edgeft.compare import COMPARISON, compare_targets
-    from edgeft.export import export as run
-    from edgeft.merge import verify_merged
-    from edgeft.report import comparison_text
-    from edgeft.stages import target_device
+    from edgeft.exporting.choose_target import COMPARISON, compare_targets
+    from edgeft.exporting.export import export as run
+    from edgeft.merging.merge import verify_merged
+    from edgeft.planning.stage_checks import target_device
+    from edgeft.reporting.terminal import comparison_text
 
     target_device(device)  # what is wrong for every target is said once
     verify_merged(merged, trained)
@@ -662,8 +662,8 @@ def verify(
 @app.command()
 def keygen(out: Annotated[Path, typer.Option(help="the private key's file; the public one gets .pub")]) -> None:
     """Make an Ed25519 key pair that signs bundles."""
-    from edgeft.sign import keygen as run
-    from edgeft.sign import public_key_path
+    from edgeft.exporting.sign import keygen as run
+    from edgeft.exporting.sign import public_key_path
 
     stdout.print(run(out))
     say(f"keep {out} to yourself; give {public_key_path(out)} to those who verify, by another way than the bundle")
@@ -675,14 +675,14 @@ def sign(
     key: Annotated[Path, typer.Option(help="private key that `edgeft keygen` wrote")],
 ) -> None:
     """Sign a bundle's manifest, which names every file by its hash (exit 4 when a file is not as exported)."""
-    from edgeft.sign import sign as run
+    from edgeft.exporting.sign import sign as run
 
     stdout.print(run(bundle, key))
     say(f"signed {bundle}; verify with: edgeft verify {bundle} --public-key {key}.pub")
 
 
 def _runner() -> Any:
-    from edgeft.runner import runner_module
+    from edgeft.targets.runner import runner_module
 
     return runner_module()
 
@@ -702,11 +702,11 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one page to decide on hardware with: a plan, the run made from it, or many models on many machines."""
-    from edgeft.budget import usable_cores
-    from edgeft.matrix import Matrix, find_models, find_profiles, make_matrix
-    from edgeft.pages import write_report
-    from edgeft.records import read_run
-    from edgeft.summary import Summary, summarise
+    from edgeft.machines.limits import usable_cores
+    from edgeft.reporting.matrix import Matrix, find_models, find_profiles, make_matrix
+    from edgeft.reporting.pages import write_report
+    from edgeft.reporting.read_run import read_run
+    from edgeft.reporting.summary import Summary, summarise
 
     made: Summary | Matrix
     if models is not None and plan_file is not None:
@@ -750,11 +750,11 @@ def data(
 
     Rows that cannot be used are refused with their lines (exit 1).
     """
-    from edgeft.data import TextTokenizer, data_text, report_data
+    from edgeft.data.dataset import TextTokenizer, data_text, report_data
 
     folder = Path(model)
     if not folder.is_dir():
-        from edgeft.checkpoint import local_folder
+        from edgeft.models.checkpoint import local_folder
 
         folder = local_folder(model)
     found = report_data(file, TextTokenizer(folder), max_length, rows)
@@ -767,7 +767,7 @@ def data(
 @app.command()
 def schema(name: Annotated[str, typer.Argument(help="plan or report")]) -> None:
     """Print the JSON Schema of a document that other programs read."""
-    from edgeft.schema import schema_text
+    from edgeft.reporting.schema import schema_text
 
     sys.stdout.write(schema_text(name))
 
@@ -775,8 +775,8 @@ def schema(name: Annotated[str, typer.Argument(help="plan or report")]) -> None:
 @app.command()
 def profiles(as_json: JsonOption = False) -> None:
     """List the shipped hardware profiles."""
-    from edgeft.profile import list_profiles
-    from edgeft.report import profiles_text
+    from edgeft.machines.profile import list_profiles
+    from edgeft.reporting.terminal import profiles_text
 
     found = list_profiles()
     if as_json:
@@ -788,7 +788,7 @@ def profiles(as_json: JsonOption = False) -> None:
 @app.command()
 def targets(as_json: JsonOption = False) -> None:
     """List the shipped export targets."""
-    from edgeft.target import list_targets
+    from edgeft.targets.target import list_targets
 
     found = list_targets()
     if as_json:
@@ -804,8 +804,8 @@ def layers(
     as_json: JsonOption = False,
 ) -> None:
     """Show which layers, embeddings and head a model has, and their sizes, from its config.json alone."""
-    from edgeft.discover import discover
-    from edgeft.report import layers_text
+    from edgeft.models.discover import discover
+    from edgeft.reporting.terminal import layers_text
 
     found = discover(model)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from edgeft.artifacts import Strict, invalid
+from edgeft.documents import Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
@@ -167,7 +167,7 @@ class Training(Strict):
 
     @property
     def densely(self) -> bool:
-        """Whether layers that train are dense fp32 ones in a base of another precision (`edgeft.dense`)."""
+        """Whether layers that train are dense fp32 ones in a base of another precision (`engine.fp32_layers`)."""
         return self.tuner == "full" and self.layers != "all" and self.base_precision != "fp32"
 
     @property

@@ -21,20 +21,20 @@ from test_run import reseal, script, seal
 from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from edgeft.adapters import AdapterSource, add_adapters
-from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, build_bundle
-from edgeft.bundle import Bundle
-from edgeft.data import TextTokenizer
+from edgeft.data.dataset import TextTokenizer
+from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
-from edgeft.export import export_adapters
-from edgeft.model_spec import read_model_spec
-from edgeft.ort import read_weights
-from edgeft.planner import make_plan
-from edgeft.report import adapters_text
-from edgeft.runner import runner_module
+from edgeft.exporting.adapters import AdapterSource, add_adapters
+from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.bundle import Bundle
+from edgeft.exporting.export import export_adapters
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.plan import make_plan
+from edgeft.reporting.terminal import adapters_text
 from edgeft.settings import make_job
-from edgeft.target import load_target
+from edgeft.targets.ort import read_weights
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import load_target
 
 RUNNER = runner_module()
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

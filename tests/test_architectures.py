@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from edgeft.architectures import Parts, find_parts, is_linear, repeat_for_groups, units
 from edgeft.errors import BadInput
-from edgeft.loss import head_transform
+from edgeft.models.loss import head_transform
+from edgeft.models.parts import Parts, find_parts, is_linear, repeat_for_groups, units
 
 LAYERS, WORDS = 3, 64
 USUAL = {

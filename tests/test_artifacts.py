@@ -16,7 +16,7 @@ from typing import Literal
 import pydantic
 import pytest
 
-from edgeft.artifacts import (
+from edgeft.documents import (
     Artifact,
     Strict,
     invalid,
@@ -209,7 +209,7 @@ def test_what_a_killed_run_left_is_removed_at_the_next_start(tmp_path: Path) -> 
     """Killed without a chance to tidy up, as by the system when memory runs out."""
     out = tmp_path / "train"
     code = (
-        "import os, signal, sys; from pathlib import Path; from edgeft.artifacts import staging\n"
+        "import os, signal, sys; from pathlib import Path; from edgeft.documents import staging\n"
         "with staging(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('x')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
@@ -283,7 +283,7 @@ def test_a_full_disk_says_how_much_is_left(tmp_path: Path, monkeypatch: pytest.M
         asked.append(path)
         return type("Usage", (), {"free": 3 * 2**20})()
 
-    monkeypatch.setattr("edgeft.artifacts.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("edgeft.documents.shutil.disk_usage", disk_usage)
     path = tmp_path / "not" / "yet" / "there"
     with pytest.raises(EdgeftError) as caught, saving(path):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -327,7 +327,7 @@ def test_versions_are_those_installed_and_nothing_is_imported_for_them() -> None
     found = versions()
     assert found["python"] == platform.python_version()
     assert found["torch"] == importlib.metadata.version("torch")
-    code = "import sys; from edgeft.artifacts import versions; versions(); print('torch' in sys.modules)"
+    code = "import sys; from edgeft.documents import versions; versions(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

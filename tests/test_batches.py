@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from edgeft.architectures import find_parts
-from edgeft.batches import GROUP_STEPS, epoch_order, make_batch, micro_batches, steps_per_epoch
-from edgeft.checkpoint import load_plain
-from edgeft.data import IGNORED, Sample
+from edgeft.data.batches import GROUP_STEPS, epoch_order, make_batch, micro_batches, steps_per_epoch
+from edgeft.data.dataset import IGNORED, Sample
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.parts import find_parts
 
 
 def samples_of(lengths: list[int], words: int = 300, seed: int = 0) -> list[Sample]:

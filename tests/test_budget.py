@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import budget
-from edgeft.budget import memory_limit, reset_resident_peak, resident_bytes, settle_allocator, visible_gpu
-from edgeft.planner import make_plan
+from edgeft.machines import limits
+from edgeft.machines.limits import memory_limit, reset_resident_peak, resident_bytes, settle_allocator, visible_gpu
+from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
 
@@ -151,7 +151,7 @@ def test_nvidia_smi_is_asked_once_for_many_plans_and_again_later(
     script, now = nvidia_smi / "nvidia-smi", [1000.0]
     first, rest = script.read_text().split("\n", 1)
     script.write_text(f'{first}\necho "$@" >>"{nvidia_smi}/asked"\n{rest}')
-    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
     for seconds, questions in ((0, 2), (9, 2), (10, 4)):  # the GPUs and the list of slices
         now[0] = 1000.0 + seconds
         assert visible_gpu() == ("Tesla T4", 15360 * MIB, 15000 * MIB)
@@ -161,7 +161,7 @@ def test_nvidia_smi_is_asked_once_for_many_plans_and_again_later(
 def test_no_gpu_without_nvidia_smi_or_when_it_fails(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (nvidia_smi / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert visible_gpu() is None
-    monkeypatch.setattr(budget.shutil, "which", lambda _: None)
+    monkeypatch.setattr(limits.shutil, "which", lambda _: None)
     assert visible_gpu() is None
 
 

@@ -14,21 +14,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, _record, build_bundle
-from edgeft.bundle import (
+from edgeft.data.dataset import TextTokenizer
+from edgeft.documents import sha256_file
+from edgeft.errors import BadInput, DoesNotFit, ParityFailed
+from edgeft.exporting.build import ArtifactModel, _record, build_bundle
+from edgeft.exporting.bundle import (
     Bundle,
     GoldenInput,
     Measurement,
     measurement_path,
 )
-from edgeft.data import TextTokenizer
-from edgeft.errors import BadInput, DoesNotFit, ParityFailed
-from edgeft.footprint import bundle_weights, choose_context, kv_cache_bytes_per_token, predict
-from edgeft.model_spec import read_model_spec
-from edgeft.ort import read_weights
-from edgeft.runner import runner_module
-from edgeft.target import Target, load_target
+from edgeft.models.spec import read_model_spec
+from edgeft.targets.footprint import bundle_weights, choose_context, kv_cache_bytes_per_token, predict
+from edgeft.targets.ort import read_weights
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import Target, load_target
 
 DATA = Path(__file__).parent.parent / "examples" / "debian-sections" / "valid.jsonl"
 ROWS = [json.loads(line)["prompt"] for line in DATA.read_text(encoding="utf-8").splitlines()[:400]]

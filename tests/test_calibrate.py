@@ -17,25 +17,25 @@ from test_promotion import merged  # noqa: F401
 from test_promotion import samples as training_data
 from test_rounding import graph_weights
 
-from edgeft import calibrate as calibrate_module
-from edgeft import host
-from edgeft.build import ArtifactModel, build_bundle
-from edgeft.calibrate import DAMPING, Codes, calibrate, chosen_rows, gptq, inverse_factor, put_codes
-from edgeft.checkpoint import load_plain
-from edgeft.costs import Question
+from edgeft.data.samples import Sample
+from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.export import export
-from edgeft.gguf_file import build_model as build_gguf
-from edgeft.grid import GGML, Encoded, Grid, joined
-from edgeft.memory import Workload
-from edgeft.model_spec import read_model_spec
-from edgeft.ort import matrices, packed, place_codes
-from edgeft.profile import load_profile
-from edgeft.rounding import grids_of, round_, round_model
-from edgeft.samples import Sample
+from edgeft.exporting import calibrate as calibrate_module
+from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.calibrate import DAMPING, Codes, calibrate, chosen_rows, gptq, inverse_factor, put_codes
+from edgeft.exporting.export import export
+from edgeft.machines.profile import load_profile
+from edgeft.memory import stages as host
+from edgeft.memory.train_step import Workload
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.costs import Question
 from edgeft.settings import make_job
-from edgeft.target import Target, load_target, to_nearest
-from edgeft.tokenizer import TextTokenizer
+from edgeft.targets.gguf_file import build_model as build_gguf
+from edgeft.targets.grid import GGML, Encoded, Grid, joined
+from edgeft.targets.ort import matrices, packed, place_codes
+from edgeft.targets.rounding import grids_of, round_, round_model
+from edgeft.targets.target import Target, load_target, to_nearest
 
 INT4 = load_target("ort-int4-calibrated")
 EXACT = INT4.model_copy(update={"accuracy_level": 0})

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import silent
 
-from edgeft import change as change_module
-from edgeft.change import Change, blocks
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.errors import BadInput
-from edgeft.merge import MergedForeign, merge
+from edgeft.merging import change as change_module
+from edgeft.merging.change import Change, blocks
+from edgeft.merging.merge import MergedForeign, merge
+from edgeft.models.checkpoint import Checkpoint, load_plain
 
 IDS = torch.arange(3, 60).reshape(3, 19)
 

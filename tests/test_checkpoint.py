@@ -16,8 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edgeft.artifacts import Artifact, staging
-from edgeft.checkpoint import (
+from edgeft.documents import Artifact, staging
+from edgeft.errors import BadInput, EdgeftError
+from edgeft.machines.meter import LiveBytes
+from edgeft.models.checkpoint import (
     SAFETENSORS_DTYPES,
     Checkpoint,
     TensorFile,
@@ -31,10 +33,8 @@ from edgeft.checkpoint import (
     quiet_transformers,
     write_checkpoint,
 )
-from edgeft.errors import BadInput, EdgeftError
-from edgeft.headers import weight_files
-from edgeft.identity import weights_sha256
-from edgeft.ledger import LiveBytes
+from edgeft.models.headers import weight_files
+from edgeft.models.identity import weights_sha256
 from edgeft.settings import Training
 
 SHARDED_INDEX = "model.safetensors.index.json"
@@ -489,7 +489,7 @@ def test_a_full_disk_while_the_weights_are_written(
     def fake_open(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         return Full(path, mode) if mode == "wb" else real(path, mode, *args, **options)
 
-    monkeypatch.setattr("edgeft.checkpoint.open", fake_open, raising=False)
+    monkeypatch.setattr("edgeft.models.checkpoint.open", fake_open, raising=False)
     with pytest.raises(EdgeftError) as caught, staging(out) as folder:
         list(write_checkpoint(Checkpoint(forms["one file"]), folder, same))
     assert len(calls) == 5

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from edgeft.compare import COMPARISON, Candidate, Comparison, choose, compare_targets
 from edgeft.errors import BadInput, DoesNotFit, MissingExtra
-from edgeft.scores import Metrics
-from edgeft.target import Target, list_targets
+from edgeft.exporting.choose_target import COMPARISON, Candidate, Comparison, choose, compare_targets
+from edgeft.models.metrics import Metrics
+from edgeft.targets.target import Target, list_targets
 
 
 def candidate(name: str, loss: float, exact: float | None, read: int, size: int = 0, rows: int = 10_000) -> Candidate:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from conftest import CHAT_TEMPLATE, SECTIONS, WriteRows
 
-from edgeft.artifacts import sha256_file
-from edgeft.data import (
+from edgeft.data.dataset import (
     COLUMNS,
     IGNORED,
     Row,
@@ -25,6 +24,7 @@ from edgeft.data import (
     read_rows,
     to_samples,
 )
+from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, MissingExtra
 
 KINDS = "a row is one of {'prompt', 'completion'}, {'messages'}, {'text'}"
@@ -683,7 +683,7 @@ def test_reading_data_imports_no_torch(write_rows: WriteRows, tokenizer_folder: 
 
     path = write_rows("data.jsonl", [{"messages": [USER, ANSWER]}])
     code = (
-        "import sys; from pathlib import Path; from edgeft.data import TextTokenizer, measure_lengths;"
+        "import sys; from pathlib import Path; from edgeft.data.dataset import TextTokenizer, measure_lengths;"
         f"print(measure_lengths({str(path)!r}, TextTokenizer(Path({str(tokenizer_folder)!r}))).rows,"
         "'torch' in sys.modules, 'transformers' in sys.modules)"
     )

@@ -9,11 +9,12 @@ import pytest
 from test_simulate import HALF, NF4, plan_of, save_model
 from transformers import AutoConfig
 
-from edgeft import dataflow, simulate
-from edgeft.dataflow import layer_bytes, projections
-from edgeft.memory import Workload, step_terms
-from edgeft.model_spec import read_model_spec
-from edgeft.operations import Way
+from edgeft.memory import dataflow
+from edgeft.memory.dataflow import layer_bytes, projections
+from edgeft.memory.operations import Way
+from edgeft.memory.train_step import Workload, step_terms
+from edgeft.models.spec import read_model_spec
+from edgeft.simulation import simulate
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 TOKENS = 40

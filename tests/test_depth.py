@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeft.depth import Place, deepen, find_regions, kept_layers, live_bytes, shallow_models, weights_of, whole
+from edgeft.memory.depth import Place, deepen, find_regions, kept_layers, live_bytes, shallow_models, weights_of, whole
 
 
 def step(kinds: str) -> tuple[list[Place], list[int]]:

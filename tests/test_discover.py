@@ -14,9 +14,9 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from edgeft.cli import app
-from edgeft.discover import Discovery, LayerGroup, discover, meta_model
 from edgeft.errors import BadInput
-from edgeft.report import layers_text
+from edgeft.models.discover import Discovery, LayerGroup, discover, meta_model
+from edgeft.reporting.terminal import layers_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "debian-tiny"

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
 
-from edgeft import checkpoint, disk
-from edgeft.disk import Disk, require, shortages, total
 from edgeft.errors import DoesNotFit
-from edgeft.memory import Term
-from edgeft.merge import merge
-from edgeft.planner import Plan, make_plan
+from edgeft.memory import disk
+from edgeft.memory.disk import Disk, require, shortages, total
+from edgeft.memory.train_step import Term
+from edgeft.merging.merge import merge
+from edgeft.models import checkpoint
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
 
@@ -78,8 +79,8 @@ def test_every_stage_refuses_before_it_writes(
     free: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from edgeft.export import export
-    from edgeft.target import load_target
+    from edgeft.exporting.export import export
+    from edgeft.targets.target import load_target
 
     path = plan_file(max_steps=1)
     free(1000)
@@ -148,8 +149,8 @@ def test_size_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_int8_of_tied_embeddings_is_built_twice() -> None:
-    from edgeft.model_spec import read_model_spec
-    from edgeft.target import load_target
+    from edgeft.models.spec import read_model_spec
+    from edgeft.targets.target import load_target
 
     spec = read_model_spec(str(CONFIGS / "smollm2-135m"))
     made = disk.export_disk(spec, load_target("ort-int8"))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeft.profile import list_profiles
+from edgeft.machines.profile import list_profiles
 from edgeft.settings import Job
-from edgeft.target import list_targets
+from edgeft.targets.target import list_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import environment as own
+from edgeft.machines import environment as own
 
 REPOSITORY = Path(__file__).parent.parent
 

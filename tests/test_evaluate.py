@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from edgeft import evaluate as module
-from edgeft.architectures import find_parts
-from edgeft.checkpoint import load_plain
-from edgeft.data import IGNORED, Sample, TextTokenizer
-from edgeft.evaluate import (
+from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.models import evaluate as module
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.evaluate import (
     answer_tokens,
     asked_for,
     by_answer,
@@ -27,7 +26,8 @@ from edgeft.evaluate import (
     score_group,
     token_losses,
 )
-from edgeft.scores import MAX_ANSWER_TOKENS
+from edgeft.models.metrics import MAX_ANSWER_TOKENS
+from edgeft.models.parts import find_parts
 
 CPU = torch.device("cpu")
 STOPS = [0, 2]

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from edgeft import memory
-from edgeft.costs import Question
 from edgeft.errors import BadInput
-from edgeft.model_spec import ModelSpec, read_model_spec
-from edgeft.planner import Plan, make_plan
-from edgeft.profile import load_profile
-from edgeft.report import NOT_TENSORS
+from edgeft.machines.profile import load_profile
+from edgeft.memory import train_step
+from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.planning.costs import Question
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.reporting.terminal import NOT_TENSORS
 from edgeft.settings import make_job
-from edgeft.simulate import simulate
-from edgeft.train import Deviation, carried_out
+from edgeft.simulation.simulate import simulate
+from edgeft.training.train import Deviation, carried_out
 
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 256, "n_layer": 4, "n_head": 4},
@@ -57,7 +57,7 @@ def tensors(found: Plan) -> int:
 
 
 @pytest.mark.parametrize("tokens", [256, pytest.param(2048, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", memory.LIKE_LLAMA)
+@pytest.mark.parametrize("kind", train_step.LIKE_LLAMA)
 def test_a_family_like_a_llama_is_so_to_five_percent(kind: str, tokens: int, tmp_path: Path) -> None:
     spec = spec_of(kind, tmp_path / kind, max_position_embeddings=2048)
     found = plan(spec, tokens)
@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_simulated_is_refused_with_the_reason(
 def test_a_gpus_plan_of_another_family_is_simulated_again_for_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeft.train.detect", lambda profile: load_profile("cpu-16gb"))
+    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-16gb"))
     spec = spec_of("bloom", tmp_path / "bloom")
     on_gpu, on_cpu = plan(spec, 64, profile="t4", base_precision="fp16"), plan(spec, 64, malloc="tight")
     instead = {"device": "cpu", "base_precision": "fp32", "compute_dtype": "fp32"}

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import figures
-from edgeft.matrix import find_profiles, make_matrix
-from edgeft.memory import Term
-from edgeft.planner import make_plan
-from edgeft.records import Run
+from edgeft.memory.simulated import Moment
+from edgeft.memory.train_step import Term
+from edgeft.planning.plan import make_plan
+from edgeft.reporting import figures
+from edgeft.reporting.matrix import find_profiles, make_matrix
+from edgeft.reporting.read_run import Run
+from edgeft.reporting.summary import Option, Stage, Summary, summarise
 from edgeft.settings import make_job
-from edgeft.simulation import Moment
-from edgeft.summary import Option, Stage, Summary, summarise
 from edgeft.units import GIB
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"

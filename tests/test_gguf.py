@@ -12,20 +12,20 @@ import torch
 from test_bundle import PROMPTS, ROWS, checkpoint, save_tokenizer, workplace
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgeft.build import build_bundle
-from edgeft.bundle import Bundle, GoldenInput, Measurement, measurement_path
-from edgeft.data import TextTokenizer
+from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, MissingExtra
-from edgeft.footprint import bundle_weights
-from edgeft.model_spec import read_model_spec
-from edgeft.runner import runner_module
-from edgeft.sign import keygen, sign
-from edgeft.target import Target, load_target
+from edgeft.exporting.build import build_bundle
+from edgeft.exporting.bundle import Bundle, GoldenInput, Measurement, measurement_path
+from edgeft.exporting.sign import keygen, sign
+from edgeft.models.spec import read_model_spec
+from edgeft.targets.footprint import bundle_weights
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import Target, load_target
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install edgeft[gguf]")
 
-from edgeft.gguf_file import build_model, read_weights, write_limits  # noqa: E402 - needs what was just asked for
-from edgeft.gguf_vocab import name_of_cut  # noqa: E402
+from edgeft.targets.gguf_file import build_model, read_weights, write_limits  # noqa: E402 - needs what was just asked for
+from edgeft.targets.gguf_tokenizer import name_of_cut  # noqa: E402
 
 try:
     import llama_cpp

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edgeft.architectures import find_parts
-from edgeft.artifacts import sha256_file
-from edgeft.checkpoint import DTYPES, load_base, load_plain
-from edgeft.data import Sample
+from edgeft.data.dataset import Sample
+from edgeft.documents import sha256_file
+from edgeft.engine.loop import Run, make_run
+from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import DoesNotFit, EdgeftError
-from edgeft.evaluate import token_losses
-from edgeft.loop import Run, make_run
-from edgeft.merge import merge
-from edgeft.planner import Plan, make_plan
+from edgeft.merging.merge import merge
+from edgeft.models.checkpoint import DTYPES, load_base, load_plain
+from edgeft.models.evaluate import token_losses
+from edgeft.models.parts import find_parts
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import Training, make_job
-from edgeft.shortage import capped
-from edgeft.train import TrainResult, prepare, tf32, train
-from edgeft.tuners import apply_tuner
+from edgeft.training.out_of_memory import capped
+from edgeft.training.train import TrainResult, prepare, tf32, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

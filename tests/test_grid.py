@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgeft.gguf_file import packed
-from edgeft.grid import GGML, Encoded, Fitted, Grid
-from edgeft.rounding import round_
+from edgeft.targets.gguf_file import packed
+from edgeft.targets.grid import GGML, Encoded, Fitted, Grid
+from edgeft.targets.rounding import round_
 
 
 def awkward(rows: int, columns: int) -> torch.Tensor:

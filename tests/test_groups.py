@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgeft.groups import Size, by_answer, by_length, scoring
+from edgeft.data.scoring_groups import Size, by_answer, by_length, scoring
 
 
 def random_sizes(draw: random.Random, count: int) -> list[Size]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgeft.checkpoint import Checkpoint, load_base, load_plain, quantise, quantised_folder
 from edgeft.errors import BadInput
-from edgeft.headers import is_buffer
-from edgeft.model_spec import read_model_spec
+from edgeft.models.checkpoint import Checkpoint, load_base, load_plain, quantise, quantised_folder
+from edgeft.models.headers import is_buffer
+from edgeft.models.spec import read_model_spec
 from edgeft.settings import Training
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -230,9 +230,9 @@ def test_a_header_whose_sizes_do_not_fit_is_refused(checkpoint_folder: Path, tmp
 def test_stacked_experts_are_known_before_training(family: str, tmp_path: Path) -> None:
     import transformers
 
-    from edgeft.candidates import candidates, check_job
-    from edgeft.memory import Workload
-    from edgeft.profile import load_profile
+    from edgeft.machines.profile import load_profile
+    from edgeft.memory.train_step import Workload
+    from edgeft.planning.candidates import candidates, check_job
     from edgeft.settings import Job
 
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if family == "Qwen3Moe" else {"num_local_experts": 4}
@@ -258,8 +258,8 @@ def test_a_head_that_memory_and_files_name_apart_trains_and_merges(
     from test_train import ROWS, run, silent
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from edgeft.merge import merge
-    from edgeft.planner import make_plan
+    from edgeft.merging.merge import merge
+    from edgeft.planning.plan import make_plan
     from edgeft.settings import make_job
 
     config = GPTNeoXConfig(

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-import edgeft.identity
+import edgeft.models.identity
 from edgeft import cli
-from edgeft.artifacts import cache_folder, sha256_file
+from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
-from edgeft.export import export, export_adapters, export_promoted, made_from
-from edgeft.identity import DATA, SMALL_FILES, WEIGHTS, cached_folder, sha256_of, weights_sha256
-from edgeft.merge import MergedCheckpoint, merge, verify_merged
-from edgeft.planner import Plan, make_plan, request_digest
-from edgeft.scoring import _digest
+from edgeft.exporting.export import export, export_adapters, export_promoted, made_from
+from edgeft.merging.merge import MergedCheckpoint, merge, verify_merged
+from edgeft.merging.survival import survival
+from edgeft.merging.sweep import sweep
+from edgeft.models.identity import DATA, SMALL_FILES, WEIGHTS, cached_folder, sha256_of, weights_sha256
+from edgeft.planning.layer_scores import _digest
+from edgeft.planning.plan import Plan, make_plan, request_digest
 from edgeft.settings import Job, make_job
-from edgeft.survival import survival
-from edgeft.sweep import sweep
-from edgeft.target import load_target
-from edgeft.train import TrainResult, train, work_folder
+from edgeft.targets.target import load_target
+from edgeft.training.train import TrainResult, train, work_folder
 
 TARGET = load_target("ort-int4")
 ROWS = [
@@ -238,8 +238,8 @@ def test_checkpoints_of_a_run_on_other_weights_can_be_left_behind(line: Path, pl
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that is large enough to be looked up, and not changed for a minute; the cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(edgeft.identity, "CACHED_BYTES", 10)
-    monkeypatch.setattr(edgeft.identity, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(edgeft.models.identity, "CACHED_BYTES", 10)
+    monkeypatch.setattr(edgeft.models.identity, "SETTLED_SECONDS", -1.0)
     path = tmp_path / "weights"
     path.write_bytes(b"0123456789abcdef")
     return path
@@ -248,7 +248,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_large_file_is_hashed_once(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = sha256_of(large)
     assert digest == sha256_file(large)
-    monkeypatch.setattr(edgeft.identity, "sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(edgeft.models.identity, "sha256_file", lambda path: pytest.fail("hashed again"))
     assert sha256_of(large) == digest
 
 
@@ -260,7 +260,7 @@ def test_a_change_is_seen_although_size_and_time_are_the_same(large: Path) -> No
 
 
 def test_a_file_that_may_still_change_is_not_kept(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edgeft.identity, "SETTLED_SECONDS", 2.0)
+    monkeypatch.setattr(edgeft.models.identity, "SETTLED_SECONDS", 2.0)
     sha256_of(large)
     assert not (cache_folder() / "sha256").exists()
     os.utime(large, (1, 1))  # its other time, that of its inode, is now

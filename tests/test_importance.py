@@ -18,21 +18,24 @@ from typing import Any
 import pytest
 import torch
 
-from edgeft import gradients, importance, ledger, process, scoring
-from edgeft.architectures import find_parts, is_linear
-from edgeft.candidates import draw_weights
-from edgeft.checkpoint import make_nf4
-from edgeft.data import IGNORED, Sample
+from edgeft import processes
+from edgeft.data.dataset import IGNORED, Sample
+from edgeft.engine.lisa import draw
+from edgeft.engine.loop import Run, learning_rate, remaining_steps
+from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
-from edgeft.importance import METHODS, Scored
-from edgeft.importance_plot import importance_svg
-from edgeft.lisa import draw
-from edgeft.loop import Run, learning_rate, remaining_steps
-from edgeft.planner import Plan, make_plan
-from edgeft.report import plan_text
-from edgeft.scores import Importance
+from edgeft.machines import meter
+from edgeft.models.checkpoint import make_nf4
+from edgeft.models.metrics import Importance
+from edgeft.models.parts import find_parts, is_linear
+from edgeft.planning import layer_scores
+from edgeft.planning.candidates import draw_weights
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.reporting.importance_plot import importance_svg
+from edgeft.reporting.terminal import plan_text
 from edgeft.settings import Job, Training, make_job
-from edgeft.tuners import apply_tuner
+from edgeft.training import gradients, importance
+from edgeft.training.importance import METHODS, Scored
 
 CPU = torch.device("cpu")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -349,7 +352,7 @@ def test_no_method_holds_more_than_a_training_step(
 
     def peak(model: Any, work: Any, states: Any = ()) -> int:
         gc.collect()
-        live = ledger.LiveBytes()
+        live = meter.LiveBytes()
         live.count([list(model.parameters()), list(model.buffers()), list(states)])
         with live:
             work()
@@ -465,7 +468,7 @@ def test_weighted_draws_follow_the_scores(job_of: Any) -> None:
             {},
             None,
             "layer_score: gradient is measured before planning, and it was not\n\n"
-            "hint: call make_plan(job, importance=edgeft.scoring.score_layers(job))",
+            "hint: call make_plan(job, importance=edgeft.planning.layer_scores.score_layers(job))",
         ),
         (
             {"data": None},
@@ -483,13 +486,13 @@ def test_weighted_draws_follow_the_scores(job_of: Any) -> None:
             {"layer_score": "hidden"},
             scores_of(1.0, 2.0, 3.0, 4.0),
             "importance: 4 scores by gradient were given, the job wants 4 by hidden\n\n"
-            "hint: give what edgeft.scoring.score_layers(job) does",
+            "hint: give what edgeft.planning.layer_scores.score_layers(job) does",
         ),
         (
             {},
             scores_of(1.0, 2.0),
             "importance: 2 scores by gradient were given, the job wants 4 by gradient\n\n"
-            "hint: give what edgeft.scoring.score_layers(job) does",
+            "hint: give what edgeft.planning.layer_scores.score_layers(job) does",
         ),
     ],
 )
@@ -501,24 +504,24 @@ def test_scores_that_are_missing_or_others(settings: Any, given: Any, message: s
 
 def test_scoring_refuses_what_needs_no_scores_and_bad_settings_before_it_starts(job_of: Any) -> None:
     with pytest.raises(BadInput, match=r"layer_score: a plan of this job needs no scores \(top\)"):
-        scoring.score_layers(job_of(layer_score="top"))
+        layer_scores.score_layers(job_of(layer_score="top"))
     with pytest.raises(BadInput, match="layer_score: hidden is measured on training data, and none was given"):
-        scoring.score_layers(job_of(layer_score="hidden", data=None))
+        layer_scores.score_layers(job_of(layer_score="hidden", data=None))
     with pytest.raises(BadInput, match="active_layers: 9 is more than the model's 4 layers"):
-        scoring.score_layers(job_of(active_layers=9))
-    plan = scoring.scoring_plan(job_of())
+        layer_scores.score_layers(job_of(active_layers=9))
+    plan = layer_scores.scoring_plan(job_of())
     with pytest.raises(BadInput, match="layer_score: top reads no data"):
         importance.score(plan, "top", lambda *report: None)
 
 
 def test_layers_are_scored_as_lora_in_all_of_them_trains(job_of: Any) -> None:
     job = job_of(tuner="full", active_layers=2, learning_rate=1e-5, batch_size=8, max_length=32, seed=5)
-    plan = scoring.scoring_plan(job)
+    plan = layer_scores.scoring_plan(job)
     training = plan.training
     assert (training.tuner, training.layers, training.trained_layers) == ("lora", "all", (0, 1, 2, 3))
     assert (training.batch_size, training.max_length, training.seed) == (8, plan.lengths and plan.lengths.longest, 5)
     assert training.learning_rate != 1e-5  # that of full fine-tuning
-    assert scoring.scoring_plan(job_of(rank=4, learning_rate=1e-3)).training.learning_rate == 1e-3
+    assert layer_scores.scoring_plan(job_of(rank=4, learning_rate=1e-3)).training.learning_rate == 1e-3
 
 
 def test_only_hidden_states_do_without_all_layers() -> None:
@@ -529,10 +532,10 @@ def test_only_hidden_states_do_without_all_layers() -> None:
     fits = make_plan(job.model_copy(update={"layers": "sparse", "max_memory_bytes": 14 * 2**30}))
     assert len(fits.training.trained_layers) < 32
     small = job.model_copy(update={"max_memory_bytes": 14 * 2**30})
-    hidden = scoring.scoring_plan(small.model_copy(update={"layer_score": "hidden"}))
+    hidden = layer_scores.scoring_plan(small.model_copy(update={"layer_score": "hidden"}))
     assert hidden.peak_bytes <= 14 * 2**30 and hidden.training.layers == "sparse"
     with pytest.raises(DoesNotFit, match="gradient needs all layers at once: nothing fits") as no:
-        scoring.scoring_plan(small.model_copy(update={"layer_score": "gradient"}))
+        layer_scores.scoring_plan(small.model_copy(update={"layer_score": "gradient"}))
     assert "hint: use layer_score=hidden, which needs no backward pass" in str(no.value)
 
 
@@ -576,8 +579,8 @@ def plan_arguments(job: Job, out: Path, *settings: str) -> list[object]:
 
 
 def test_plan_scores_once_and_trains_what_it_chose(job_of: Any, own_cache: Path, tmp_path: Path) -> None:
-    from edgeft.artifacts import sha256_file
-    from edgeft.train import train
+    from edgeft.documents import sha256_file
+    from edgeft.training.train import train
 
     path = tmp_path / "plan.json"
     done = edgeft(*plan_arguments(job_of(), path, "active_layers=3", "tuner=lora", "rank=4"))
@@ -606,7 +609,7 @@ def test_plan_scores_once_and_trains_what_it_chose(job_of: Any, own_cache: Path,
 def test_what_scores_follow_is_in_their_name(job_of: Any, rows_file: Path, deep_folder: Path) -> None:
     def digest(**settings: Any) -> str:
         job = job_of(**settings)
-        return scoring._digest(scoring.scoring_plan(job), job)
+        return layer_scores._digest(layer_scores.scoring_plan(job), job)
 
     first = digest()
     assert first == digest(active_layers=3) == digest(rank=8) == digest(micro_batch_size=1, checkpointing=True)
@@ -624,14 +627,14 @@ def test_an_error_while_scoring_is_told_as_if_it_were_here(job_of: Any, own_cach
     bare = tmp_path / "bare"
     shutil.copytree(job.model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(BadInput, match="bare: holds no weights"):
-        scoring.score_layers(job.model_copy(update={"model": str(bare)}))
+        layer_scores.score_layers(job.model_copy(update={"model": str(bare)}))
     assert not own_cache.exists()
 
 
 def test_a_process_that_dies_says_so(job_of: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     with pytest.raises(EdgeftError, match="layer_score: scoring by gradient stopped: exit code 1"):
-        scoring.score_layers(job_of())
+        layer_scores.score_layers(job_of())
     assert not own_cache.exists()
 
 
@@ -659,7 +662,7 @@ def test_scores_in_this_process_speak_of_progress(job_of: Any) -> None:
     job = job_of(layer_score="ablation", rank=4, batch_size=8)
     heard: list[tuple[int, int]] = []
     found = importance.score(
-        scoring.scoring_plan(job), "ablation", lambda stage, done, total, n: heard.append((done, total))
+        layer_scores.scoring_plan(job), "ablation", lambda stage, done, total, n: heard.append((done, total))
     )
     assert heard[-1] == (LAYERS, LAYERS) and len(found.scores) == LAYERS and found.scores[1] == 0.0
     assert json.loads(found.model_dump_json())["method"] == "ablation" and found.peak_bytes > 0
@@ -668,5 +671,5 @@ def test_scores_in_this_process_speak_of_progress(job_of: Any) -> None:
 def test_scores_that_are_not_finite_are_refused(job_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "hidden", lambda scored: ([1.0, float("nan"), 2.0, 3.0], scored.train))
     with pytest.raises(EdgeftError, match="layer_score: hidden gave scores that are not finite") as caught:
-        importance.score(scoring.scoring_plan(job_of(layer_score="hidden")), "hidden", lambda *report: None)
+        importance.score(layer_scores.scoring_plan(job_of(layer_score="hidden")), "hidden", lambda *report: None)
     assert "hint: use another layer_score, or another precision" in str(caught.value)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from edgeft.intervals import Interval, paired_losses, paired_rates, student
+from edgeft.models.intervals import Interval, paired_losses, paired_rates, student
 
 
 def test_quantiles_of_student() -> None:

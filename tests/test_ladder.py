@@ -12,10 +12,10 @@ from test_bundle import PROMPTS, bundle, checkpoint, reference, some_ids
 from test_train import ROWS, run, silent
 from transformers import AutoModelForCausalLM
 
-from edgeft.build import ArtifactModel
-from edgeft.bundle import Bundle
-from edgeft.data import IGNORED, Sample, TextTokenizer
-from edgeft.forms import (
+from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.exporting.build import ArtifactModel
+from edgeft.exporting.bundle import Bundle
+from edgeft.exporting.outputs import (
     Form,
     cannot_match,
     is_original,
@@ -24,16 +24,16 @@ from edgeft.forms import (
     observe_model,
     trained_settings,
 )
-from edgeft.merge import merge
-from edgeft.parity import ALIKE, UNKNOWN, Gain, allowed_loss, compare, exact_match_problem, trained_rung
-from edgeft.planner import make_plan
-from edgeft.scores import Metrics, pair
+from edgeft.exporting.parity import ALIKE, UNKNOWN, Gain, allowed_loss, compare, exact_match_problem, trained_rung
+from edgeft.exporting.stored_codes import stored_rung
+from edgeft.merging.merge import merge
+from edgeft.merging.merged_tensors import merged_rung
+from edgeft.models.layer_shares import Shares
+from edgeft.models.metrics import Metrics, pair
+from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
-from edgeft.shares import Shares
-from edgeft.stored import stored_rung
-from edgeft.target import load_target
-from edgeft.tensors import merged_rung
-from edgeft.train import Data, TrainResult
+from edgeft.targets.target import load_target
+from edgeft.training.train import Data, TrainResult
 
 
 def sample(ids: list[int], answer: int) -> Sample:
@@ -96,8 +96,8 @@ def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_exactness_of_a_torch_form_is_that_of_decoding(checkpoint_folder: Path, write_rows: Any) -> None:
-    from edgeft.architectures import find_parts
-    from edgeft.evaluate import evaluate
+    from edgeft.models.evaluate import evaluate
+    from edgeft.models.parts import find_parts
 
     tokenizer = TextTokenizer(checkpoint())
     model = AutoModelForCausalLM.from_pretrained(checkpoint()).eval()

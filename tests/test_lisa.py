@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from edgeft.architectures import find_parts, units
+from edgeft.engine.lisa import Lisa, draw, state_bytes
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.lisa import Lisa, draw, state_bytes
+from edgeft.models.parts import find_parts, units
 
 POOL = tuple(f"layer {i}" for i in range(7))
 

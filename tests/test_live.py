@@ -15,11 +15,11 @@ from test_change import IDS, OTHERS, TUNERS, bases, logits, peft_model, shaken  
 from test_train import silent
 
 import edgeft
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.errors import BadInput
-from edgeft.ledger import LiveBytes
-from edgeft.live import LINEAR, wise
-from edgeft.merge import merge
+from edgeft.machines.meter import LiveBytes
+from edgeft.merging.merge import merge
+from edgeft.merging.wise import LINEAR, wise
+from edgeft.models.checkpoint import Checkpoint, load_plain
 
 Bases = dict[str, Path]
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_train import plan_file, run  # noqa: F401  (plan_file is a fixture)
 
-from edgeft import loop
-from edgeft.architectures import find_parts
-from edgeft.checkpoint import DTYPES, load_base
-from edgeft.data import Sample
+from edgeft.data.dataset import Sample
+from edgeft.engine import loop
+from edgeft.engine.loop import SKIPPED_IN_A_ROW, Run, make_run, make_scaler
 from edgeft.errors import EdgeftError
-from edgeft.loop import SKIPPED_IN_A_ROW, Run, make_run, make_scaler
-from edgeft.planner import Plan
+from edgeft.models.checkpoint import DTYPES, load_base
+from edgeft.models.parts import find_parts
+from edgeft.planning.plan import Plan
 from edgeft.settings import Training
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from edgeft.architectures import find_parts
-from edgeft.ledger import LiveBytes
-from edgeft.loss import chunked_cross_entropy, head_transform
+from edgeft.machines.meter import LiveBytes
+from edgeft.models.loss import chunked_cross_entropy, head_transform
+from edgeft.models.parts import find_parts
 
 TOKENS, HIDDEN, WORDS = 37, 24, 151
 FORMS: dict[str, dict[str, Any]] = {

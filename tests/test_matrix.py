@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from edgeft.errors import BadInput, DoesNotFit
-from edgeft.footprint import SMALLEST_CONTEXT, bundle_weights, predict
-from edgeft.matrix import (
+from edgeft.machines.profile import load_profile
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.plan import make_plan
+from edgeft.reporting.matrix import (
     BUILDABLE,
     Matrix,
     device_cell,
@@ -23,13 +25,11 @@ from edgeft.matrix import (
     model_row,
     training_cell,
 )
-from edgeft.model_spec import read_model_spec
-from edgeft.planner import make_plan
-from edgeft.profile import load_profile
+from edgeft.reporting.words import cell_text, of_gib, show_pace, show_rate
 from edgeft.settings import make_job
-from edgeft.target import load_target
+from edgeft.targets.footprint import SMALLEST_CONTEXT, bundle_weights, predict
+from edgeft.targets.target import load_target
 from edgeft.units import GIB
-from edgeft.wording import cell_text, of_gib, show_pace, show_rate
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 INT4 = load_target("ort-int4")

@@ -15,13 +15,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgeft import ledger, memory
-from edgeft.architectures import find_parts
-from edgeft.data import IGNORED, Sample
-from edgeft.loop import Run
-from edgeft.model_spec import read_model_spec
+from edgeft.data.dataset import IGNORED, Sample
+from edgeft.engine.loop import Run
+from edgeft.engine.tuners import apply_tuner
+from edgeft.machines import meter
+from edgeft.memory import train_step
+from edgeft.models.parts import find_parts
+from edgeft.models.spec import read_model_spec
 from edgeft.settings import Training
-from edgeft.tuners import apply_tuner
 from edgeft.units import MIB
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,14 +54,14 @@ def live_peak(config: LlamaConfig, training: Training, trained_tokens: int) -> i
     samples = [Sample(torch.randint(0, 200, (length,)).tolist(), labels, 1)] * training.batch_size
     run.train_step(samples)
     gc.collect()
-    live = ledger.LiveBytes()
+    live = meter.LiveBytes()
     live.count([list(model.parameters()), list(model.buffers()), list(run.optimizer.state.values())])
     with live:
         run.train_step(samples)
     return live.peak_bytes
 
 
-def spec_of(config: LlamaConfig, folder: Path) -> memory.ModelSpec:
+def spec_of(config: LlamaConfig, folder: Path) -> train_step.ModelSpec:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     return read_model_spec(str(folder))
@@ -105,7 +106,7 @@ def test_closed_form_equals_counted_bytes(name: str, tmp_path: Path) -> None:
     config, training = shape(**changes), plan_of(layers, tokens, **plan)
     spec = spec_of(config, tmp_path)
     counted = live_peak(config, training, trained)
-    predicted = sum(term.bytes for term in memory.step_terms(spec, training, memory.Workload(tokens, trained)))
+    predicted = sum(term.bytes for term in train_step.step_terms(spec, training, train_step.Workload(tokens, trained)))
     assert predicted == pytest.approx(counted, rel=0.003)
 
 
@@ -120,8 +121,8 @@ def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
         training = plan_of(layers, 32, **plan)
         model = LlamaForCausalLM(config)
         chosen = apply_tuner(model, find_parts(model), training)
-        assert memory.trained_parameters(spec, training) == sum(p.numel() for _, p in chosen)
-        assert memory.trained_tensors(spec, training) == Counter(p.numel() for _, p in chosen)
+        assert train_step.trained_parameters(spec, training) == sum(p.numel() for _, p in chosen)
+        assert train_step.trained_tensors(spec, training) == Counter(p.numel() for _, p in chosen)
 
 
 def test_nf4_weights_are_4_127_bits(tmp_path: Path) -> None:
@@ -130,12 +131,14 @@ def test_nf4_weights_are_4_127_bits(tmp_path: Path) -> None:
     training = plan_of(range(32), 32, base_precision="nf4", compute_dtype="bf16")
     linears = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
     dense = 2 * (spec.total_parameters - linears)
-    assert memory.weight_bytes(spec, training) == pytest.approx(dense + linears * 0.515869, rel=1e-4)
+    assert train_step.weight_bytes(spec, training) == pytest.approx(dense + linears * 0.515869, rel=1e-4)
 
 
 def test_every_term_is_named_and_adds_up(tmp_path: Path) -> None:
     spec = spec_of(shape(), tmp_path)
-    found = memory.phases(spec, plan_of(FOUR, 64), memory.Workload(64, 8), baseline_bytes=10**8, data_bytes=10**6)
+    found = train_step.phases(
+        spec, plan_of(FOUR, 64), train_step.Workload(64, 8), baseline_bytes=10**8, data_bytes=10**6
+    )
     assert [phase.name for phase in found] == ["load", "evaluate", "train"]
     for phase in found:
         assert phase.expected_bytes == sum(term.bytes for term in phase.terms)
@@ -148,22 +151,22 @@ def test_what_is_no_tensor_grows_with_what_was_fitted_and_measured(tmp_path: Pat
     spec = spec_of(shape(), tmp_path)
 
     def held(tokens: int, measured: dict[int, int] | None = None, **plan: Any) -> int:
-        return memory.buffers(spec, plan_of(FOUR, 64, loss_chunk_tokens=512, **plan), tokens, measured or {}).bytes
+        return train_step.buffers(spec, plan_of(FOUR, 64, loss_chunk_tokens=512, **plan), tokens, measured or {}).bytes
 
     measured = {128: 10, 256: 500}
     assert held(64) == held(128) < held(256)
     for tokens, per_word in ((100, 10), (128, 10), (129, 500), (256, 500), (4096, 500)):
         assert held(tokens, measured) - held(tokens) == per_word * spec.vocab_size
     linears = 4 * len(plan_of(FOUR, 64).target_modules)
-    assert held(64) - held(64, tuner="full") == memory.CPU_BYTES_PER_ADAPTER * linears
-    assert held(64, checkpointing=True) - held(64) == memory.CPU_RECOMPUTING
-    assert held(64, base_precision="nf4") - held(64) == memory.CPU_BYTES_PER_NF4 * 7 * spec.num_hidden_layers
+    assert held(64) - held(64, tuner="full") == train_step.CPU_BYTES_PER_ADAPTER * linears
+    assert held(64, checkpointing=True) - held(64) == train_step.CPU_RECOMPUTING
+    assert held(64, base_precision="nf4") - held(64) == train_step.CPU_BYTES_PER_NF4 * 7 * spec.num_hidden_layers
 
 
 def test_more_tokens_never_need_less(tmp_path: Path) -> None:
     spec = spec_of(shape(), tmp_path)
     totals = [
-        sum(term.bytes for term in memory.step_terms(spec, plan_of(FOUR, n), memory.Workload(n, n)))
+        sum(term.bytes for term in train_step.step_terms(spec, plan_of(FOUR, n), train_step.Workload(n, n)))
         for n in (16, 64, 256, 1024)
     ]
     assert totals == sorted(totals) and totals[0] < totals[-1]
@@ -207,8 +210,8 @@ def test_a_gpu_run_is_planned_as_it_was_measured(run: dict[str, Any]) -> None:
                 "max_trained": settings["max_length"] - 1, **settings}  # fmt: skip
     layers = range(spec.num_hidden_layers - count, spec.num_hidden_layers)
     training = plan_of(layers, settings["max_length"]).model_copy(update=settings)
-    work = memory.Workload(training.max_length, training.max_trained)
-    phases = memory.phases(spec, training, work, baseline_bytes=0, capability=9.0)
+    work = train_step.Workload(training.max_length, training.max_trained)
+    phases = train_step.phases(spec, training, work, baseline_bytes=0, capability=9.0)
     train = next(phase for phase in phases if phase.name == "train")
     alive = sum(term.bytes for term in train.terms if term.name != "reserved") / MIB
     high = max(phase.high_bytes for phase in phases) / MIB
@@ -226,6 +229,7 @@ def test_a_plan_of_another_card_takes_its_own_workspaces() -> None:
     spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "smollm2-135m"))
     training = plan_of(range(30), 64, device="cuda", **HALF)
     found = [
-        memory.phases(spec, training, memory.Workload(64, 63), baseline_bytes=0, capability=c)[2] for c in (8.9, 9.0)
+        train_step.phases(spec, training, train_step.Workload(64, 63), baseline_bytes=0, capability=c)[2]
+        for c in (8.9, 9.0)
     ]
     assert found[1].expected_bytes - found[0].expected_bytes == 64 * MIB - 2 * 8_519_680

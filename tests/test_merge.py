@@ -15,10 +15,10 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 
-from edgeft.checkpoint import load_plain
-from edgeft.data import TextTokenizer
+from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.merge import MergedCheckpoint, MergedForeign, base_of, merge
+from edgeft.merging.merge import MergedCheckpoint, MergedForeign, base_of, merge
+from edgeft.models.checkpoint import load_plain
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -65,8 +65,8 @@ def test_alpha_1_is_the_fine_tuned_model_and_half_is_the_mean(
 
 
 def test_merged_model_gives_the_trained_loss(trained: Path, tmp_path: Path) -> None:
-    from edgeft.parity import score_model
-    from edgeft.train import Data
+    from edgeft.exporting.parity import score_model
+    from edgeft.training.train import Data
 
     merged = merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
     data = Data.read(merged.train.plan)
@@ -88,7 +88,7 @@ def test_half_precision_tied_and_sharded_base(plan_file: Any, checkpoint_folder:
     path = plan_file(tuner="full", max_steps=3)
     text = path.read_text().replace(str(checkpoint_folder), str(base))
     path.write_text(text)
-    from edgeft.planner import Plan, make_plan
+    from edgeft.planning.plan import Plan, make_plan
 
     make_plan(Plan.read(path).job).write(path)
     run(path, tmp_path / "train")
@@ -121,11 +121,11 @@ def test_another_base_is_refused_with_every_shape(plan_file: Any, tmp_path: Path
 
 MEASURE = """
 import sys, pathlib
-import torch, transformers, edgeft.merge as m
+import torch, transformers, edgeft.merging.merge as m
 from edgeft import ledger
 from edgeft.checkpoint import Checkpoint
 import edgeft.model_spec
-edgeft.model_spec.check_weights = lambda folder, spec: None  # a few tensors stand for the model's
+edgeft.models.spec.check_weights = lambda folder, spec: None  # a few tensors stand for the model's
 ledger.control_malloc()
 base, tuned, out, alpha = *map(pathlib.Path, sys.argv[1:4]), float(sys.argv[4])
 before = ledger.rss_bytes()

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from edgeft.architectures import find_parts
 from edgeft.errors import BadInput
-from edgeft.families import FAMILIES
-from edgeft.model_spec import ModelSpec, read_model_spec
+from edgeft.models.families import FAMILIES
+from edgeft.models.parts import find_parts
+from edgeft.models.spec import ModelSpec, read_model_spec
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 # One of each family and shape against the model itself; the rest against the published counts below.
@@ -196,7 +196,7 @@ def test_unknown_family_is_counted_on_the_meta_device(name: str, tmp_path: Path)
 def test_both_ways_of_counting_agree(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path, TINY[name])
     by_config = read_model_spec(folder)
-    monkeypatch.setattr("edgeft.model_spec.FAMILIES", {})
+    monkeypatch.setattr("edgeft.models.spec.FAMILIES", {})
     by_model = read_model_spec(folder)
     assert by_model.counted_from == "meta model"
     differing = {"counted_from", "linears", "sliding_window", "final_logit_softcapping", "hidden_act"}
@@ -426,7 +426,7 @@ def test_hub_id_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_known_family_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from edgeft.model_spec import read_model_spec; "
+        "import sys; from edgeft.models.spec import read_model_spec; "
         f"read_model_spec({str(CONFIGS / 'llama-3.1-8b')!r}); "
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )

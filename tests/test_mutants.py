@@ -20,22 +20,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import ROWS, silent
 
-from edgeft.artifacts import sha256_file
-from edgeft.build import ArtifactModel, _load_shipped, _record, build_bundle, hash_files
-from edgeft.bundle import Bundle
-from edgeft.checkpoint import Checkpoint
-from edgeft.data import TextTokenizer
+from edgeft.data.dataset import TextTokenizer
+from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.export import ProofRows, golden_inputs, prove_bundle
-from edgeft.identity import model_inputs, written_files
-from edgeft.merge import MergedCheckpoint, find_trained, merge, verify_merged
-from edgeft.model_spec import read_model_spec
-from edgeft.parity import Ladder
-from edgeft.planner import Plan, make_plan
-from edgeft.rehearsal import ROUNDED_ALIKE
+from edgeft.exporting.build import ArtifactModel, _load_shipped, _record, build_bundle, hash_files
+from edgeft.exporting.bundle import Bundle
+from edgeft.exporting.export import ProofRows, golden_inputs, prove_bundle
+from edgeft.exporting.parity import Ladder
+from edgeft.exporting.rehearsal import ROUNDED_ALIKE
+from edgeft.merging.merge import MergedCheckpoint, find_trained, merge, verify_merged
+from edgeft.models.checkpoint import Checkpoint
+from edgeft.models.identity import model_inputs, written_files
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.target import load_target
-from edgeft.train import Data, train
+from edgeft.targets.target import load_target
+from edgeft.training.train import Data, train
 
 TUNERS: dict[str, dict[str, Any]] = {
     "lora": {"tuner": "lora", "rank": 4},
@@ -186,7 +186,7 @@ def prove_line(place: Path, target: str) -> None:
 
 def prove_family(place: Path, target: str) -> None:
     """What a rehearsal and an export check of a bundle against its merged model."""
-    from edgeft.data import read_samples
+    from edgeft.data.dataset import read_samples
 
     tokenizer = TextTokenizer(place / "merged")
     rows = read_samples(str(place / "rows.jsonl"), tokenizer, None)

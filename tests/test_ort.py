@@ -14,9 +14,9 @@ import pytest
 from test_bundle import bundle, some_ids
 from test_run import reseal
 
-from edgeft.build import ArtifactModel
-from edgeft.ort import LAST, MODEL, _prune_head, every_position
-from edgeft.runner import runner_module
+from edgeft.exporting.build import ArtifactModel
+from edgeft.targets.ort import LAST, MODEL, _prune_head, every_position
+from edgeft.targets.runner import runner_module
 
 TARGETS = ["ort-int4", "ort-int8", "ort-fp16", "ort-fp32"]
 

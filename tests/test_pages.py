@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from edgeft.errors import EdgeftError
-from edgeft.markdown import escape, to_markdown
-from edgeft.matrix import Matrix, find_profiles, make_matrix
-from edgeft.pages import largest_run, largest_trained, smallest_machine, to_html, write_report
-from edgeft.planner import make_plan
-from edgeft.profile import list_profiles, load_profile
-from edgeft.records import Run
+from edgeft.machines.profile import list_profiles, load_profile
+from edgeft.planning.plan import make_plan
+from edgeft.reporting.markdown import escape, to_markdown
+from edgeft.reporting.matrix import Matrix, find_profiles, make_matrix
+from edgeft.reporting.pages import largest_run, largest_trained, smallest_machine, to_html, write_report
+from edgeft.reporting.read_run import Run
+from edgeft.reporting.summary import Compared, Scored, Summary, summarise
+from edgeft.reporting.words import amount, cell_text, grouped, signed, symbol
 from edgeft.settings import make_job
-from edgeft.summary import Compared, Scored, Summary, summarise
 from edgeft.units import GIB, show_bytes
-from edgeft.wording import amount, cell_text, grouped, signed, symbol
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples" / "configs"

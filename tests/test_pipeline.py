@@ -74,7 +74,7 @@ def test_the_line_ends_with_a_proven_bundle(line: Path) -> None:
 
 
 def test_every_stage_names_its_input(line: Path) -> None:
-    from edgeft.artifacts import sha256_file
+    from edgeft.documents import sha256_file
 
     stages = [
         line / "plan.json",
@@ -129,9 +129,9 @@ def test_the_device_gives_the_system_message_that_was_trained(line: Path) -> Non
 
 
 def test_only_a_system_message_that_every_row_has_is_the_bundles(checkpoint_folder: Path, tmp_path: Path) -> None:
-    from edgeft.bundle import GoldenInput
-    from edgeft.data import TextTokenizer
-    from edgeft.export import shared_system
+    from edgeft.data.dataset import TextTokenizer
+    from edgeft.exporting.bundle import GoldenInput
+    from edgeft.exporting.export import shared_system
     from edgeft.settings import make_job
 
     tokenizer, path = TextTokenizer(checkpoint_folder), tmp_path / "rows.jsonl"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import memory
-from edgeft.candidates import candidates
-from edgeft.costs import Question
 from edgeft.errors import BadInput, DoesNotFit
-from edgeft.explain import does_not_fit
-from edgeft.model_spec import read_model_spec
-from edgeft.planner import Plan, make_plan, request_digest
-from edgeft.profile import list_profiles, load_profile
+from edgeft.machines.profile import list_profiles, load_profile
+from edgeft.memory import train_step
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.alternatives import does_not_fit
+from edgeft.planning.candidates import candidates
+from edgeft.planning.costs import Question
+from edgeft.planning.plan import Plan, make_plan, request_digest
 from edgeft.settings import make_job
 from edgeft.units import GIB
 
@@ -148,14 +148,14 @@ def test_nothing_fits_names_the_smallest_and_the_cheapest_change() -> None:
 def test_the_hinted_length_is_the_longest_that_any_candidate_fits_with(model: str, budget: float) -> None:
     """Both are cases where the way that is smallest at full length is not the smallest at the hinted one."""
     job, profile = make_job(model=str(CONFIGS / model), profile="t4"), load_profile("t4")
-    spec, work = read_model_spec(job.model), memory.Workload(8192, 8192)
+    spec, work = read_model_spec(job.model), train_step.Workload(8192, 8192)
     question = Question(job, profile, spec, None, work, 0, int(budget * GIB))
     looked_at = list(candidates(job, profile, spec, work, 10))
     hinted = re.search(r"--set max_length=(\d+)", str(does_not_fit(question, looked_at, None)))
     assert hinted is not None
 
     def fits(length: int) -> bool:
-        cut, other = {"max_length": length}, memory.Workload(length, length)
+        cut, other = {"max_length": length}, train_step.Workload(length, length)
         sizes = (question.high_bytes(training.model_copy(update=cut), other) for training in looked_at)
         return min(sizes) <= question.budget_bytes
 
@@ -278,7 +278,7 @@ def test_digest_follows_settings_and_data(checkpoint_folder: Path, write_rows) -
 
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from edgeft.planner import make_plan; from edgeft.settings import make_job; "
+        "import sys; from edgeft.planning.plan import make_plan; from edgeft.settings import make_job; "
         f"make_plan(make_job(model={LLAMA!r}, profile='t4')); "
         "assert not {'torch', 'transformers', 'peft', 'onnxruntime'} & set(sys.modules), 'imported'"
     )

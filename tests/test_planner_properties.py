@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from edgeft.budget import PROC
-from edgeft.candidates import candidates
-from edgeft.costs import Question
-from edgeft.data import Lengths
-from edgeft.memory import Workload
-from edgeft.model_spec import ModelSpec, read_model_spec
-from edgeft.planner import best_that_fits, make_plan
-from edgeft.profile import Profile, list_profiles
+from edgeft.data.dataset import Lengths
+from edgeft.machines.limits import PROC
+from edgeft.machines.profile import Profile, list_profiles
+from edgeft.memory.timing import count, mean_work, seconds_per_step
+from edgeft.memory.train_step import Workload
+from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.planning.candidates import candidates
+from edgeft.planning.costs import Question
+from edgeft.planning.plan import best_that_fits, make_plan
 from edgeft.settings import Training, make_job
-from edgeft.timing import count, mean_work, seconds_per_step
 from edgeft.units import GIB, MIB
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -131,7 +131,7 @@ def test_a_budget_that_no_way_can_fill_is_said_to_be_unused() -> None:
 def test_planning_in_a_fresh_process_is_small() -> None:
     """Highest resident bytes below 150 MB, as no torch is imported; the interpreter itself takes about 10."""
     code = (
-        "import sys; from edgeft.budget import resident_bytes; from edgeft.planner import make_plan; "
+        "import sys; from edgeft.machines.limits import resident_bytes; from edgeft.planning.plan import make_plan; "
         "from edgeft.settings import make_job; "
         f"make_plan(make_job(model={str(CONFIGS / 'llama-3.1-8b')!r}, profile='t4', rank=16)); "
         "print(resident_bytes(highest=True), *sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"

@@ -16,18 +16,18 @@ import torch
 from test_bundle import PROMPTS, ROWS, checkpoint, save_tokenizer, some_ids, torch_logits, workplace
 from typer.testing import CliRunner
 
-from edgeft.build import ArtifactModel, build_bundle
-from edgeft.bundle import Bundle, GoldenInput, Measurement, measurement_path
 from edgeft.cli import app
-from edgeft.data import TextTokenizer
-from edgeft.encoder import export_encoder, is_encoder, read_texts
+from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, MissingExtra, ParityFailed
-from edgeft.footprint import bundle_weights, choose_context, predict
-from edgeft.model_spec import read_model_spec
-from edgeft.onnx_export import older_config
-from edgeft.portable import INTERPRETER, interpreter, read_weights
-from edgeft.runner import runner_module
-from edgeft.target import load_target
+from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.bundle import Bundle, GoldenInput, Measurement, measurement_path
+from edgeft.exporting.encoder import export_encoder, is_encoder, read_texts
+from edgeft.models.spec import read_model_spec
+from edgeft.targets.footprint import bundle_weights, choose_context, predict
+from edgeft.targets.optimum_script import older_config
+from edgeft.targets.portable_onnx import INTERPRETER, interpreter, read_weights
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import load_target
 
 FP32, INT8 = load_target("onnx-portable-fp32"), load_target("onnx-portable-int8")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "debian-tiny"
@@ -266,7 +266,9 @@ def test_another_model_than_the_graphs_fails_parity_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bert(tmp_path / "bert", True)
-    monkeypatch.setattr("edgeft.encoder._by_torch", lambda folder, encoder, rows: [np.ones(3) * 9] * len(rows))
+    monkeypatch.setattr(
+        "edgeft.exporting.encoder._by_torch", lambda folder, encoder, rows: [np.ones(3) * 9] * len(rows)
+    )
     with pytest.raises(ParityFailed, match=r"(?s)encoder against PyTorch: .*values differ by"):
         export_encoder(tmp_path / "bert", FP32, tmp_path / "b", texts=ROWS[:3])
     assert not (tmp_path / "b").exists()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import process
+from edgeft import processes
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 # An interpreter by its own name: the bundle's run.py as a device starts it, and optimum's own Python. Both with -P.
-OWN_WAYS = {"process.py", "build.py", "portable.py"}
+OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py"}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_nothing_of_the_current_folder_is_imported(hostile: Path) -> None:
     code = "import random, sys, edgeft; print(edgeft.__file__, *sys.argv[1:])"
-    done = process.run(code, "a", Path("b c"))
+    done = processes.run(code, "a", Path("b c"))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{PACKAGE / '__init__.py'} a b c\n"
     planted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -48,7 +48,7 @@ def test_the_command_line_does_not_import_it_either(hostile: Path) -> None:
 
 
 def test_random_weights_are_made_in_such_a_folder(hostile: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
-    from edgeft.trial import random_checkpoint
+    from edgeft.training.try_plan import random_checkpoint
 
     random_checkpoint(checkpoint_folder, tmp_path / "random weights")
     assert (tmp_path / "random weights" / "model.safetensors").is_file()
@@ -56,7 +56,7 @@ def test_random_weights_are_made_in_such_a_folder(hostile: Path, checkpoint_fold
 
 def test_every_process_of_ours_is_started_in_this_way() -> None:
     found = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr == "executable":
                 found.add(path.name)
@@ -64,18 +64,18 @@ def test_every_process_of_ours_is_started_in_this_way() -> None:
 
 
 def test_the_reason_is_the_last_line_or_how_it_ended() -> None:
-    done = process.run("print('noise'); raise ValueError('the shape is wrong')")
+    done = processes.run("print('noise'); raise ValueError('the shape is wrong')")
     assert done.returncode == 1
-    assert process.reason(done.returncode, done.stderr) == "ValueError: the shape is wrong"
-    assert process.reason(3, " \n") == "exit code 3"
-    assert process.reason(1, "a\nb\nc\n", 2) == "b\nc"
-    killed = process.run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert processes.reason(done.returncode, done.stderr) == "ValueError: the shape is wrong"
+    assert processes.reason(3, " \n") == "exit code 3"
+    assert processes.reason(1, "a\nb\nc\n", 2) == "b\nc"
+    killed = processes.run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert killed.returncode == -signal.SIGKILL
-    assert process.reason(killed.returncode, killed.stderr) == "ended by SIGKILL, as by a system out of memory"
-    assert process.reason(-signal.SIGSEGV, "loading\n") == "loading\nended by SIGSEGV"
+    assert processes.reason(killed.returncode, killed.stderr) == "ended by SIGKILL, as by a system out of memory"
+    assert processes.reason(-signal.SIGSEGV, "loading\n") == "loading\nended by SIGSEGV"
 
 
 def test_variables_are_added_to_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEFT_TEST", "kept")
     code = "import os; print(*(os.environ[name] for name in ('EDGEFT_TEST', 'MORE', 'ORT_DISABLE_TELEMETRY')))"
-    assert process.run(code, environment={"MORE": "added"}).stdout == "kept added 1\n"
+    assert processes.run(code, environment={"MORE": "added"}).stdout == "kept added 1\n"

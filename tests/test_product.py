@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from edgeft.architectures import find_parts
-from edgeft.artifacts import sha256_file
-from edgeft.candidates import candidates, check_job
-from edgeft.checkpoint import load_plain
-from edgeft.data import Sample
+from edgeft.data.dataset import Sample
+from edgeft.documents import sha256_file
+from edgeft.engine.loop import Run
 from edgeft.errors import BadInput
-from edgeft.evaluate import token_losses
-from edgeft.loop import Run
-from edgeft.memory import Workload
-from edgeft.merge import merge
-from edgeft.model_spec import read_model_spec
-from edgeft.planner import Plan, make_plan
-from edgeft.profile import load_profile
+from edgeft.machines.profile import load_profile
+from edgeft.memory.train_step import Workload
+from edgeft.merging.merge import merge
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.evaluate import token_losses
+from edgeft.models.parts import find_parts
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.candidates import candidates, check_job
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.train import train
+from edgeft.training.train import train
 
 ROWS = [{"prompt": f"lib{i}:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(20)]
 ON = {"embedding": "on", "norm": "on", "head": "on"}
@@ -109,7 +109,7 @@ def trained_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cache of quantised bases, and a CPU of fixed rates for what runs in a GPU's place."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "product-cache"))
-    monkeypatch.setattr("edgeft.train.detect", lambda profile: load_profile("cpu-8gb"))
+    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-8gb"))
 
 
 def goes_through(combination: dict[str, Any], model: Path, data: Path, out: Path) -> None:

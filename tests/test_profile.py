@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import budget, machine, process
-from edgeft import profile as module
-from edgeft.artifacts import shipped_folder
-from edgeft.budget import Limit, usable_cores, usable_memory
+from edgeft import processes
+from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput
-from edgeft.machine import Probe, probe_cpu
-from edgeft.profile import Profile, detect, list_profiles, load_profile, present, why_absent
+from edgeft.machines import limits
+from edgeft.machines import probe as machine
+from edgeft.machines import profile as module
+from edgeft.machines.limits import Limit, usable_cores, usable_memory
+from edgeft.machines.probe import Probe, probe_cpu
+from edgeft.machines.profile import Profile, detect, list_profiles, load_profile, present, why_absent
 from edgeft.units import GIB
 
 SHIPPED = sorted(shipped_folder("profiles").glob("*.toml"))
@@ -328,15 +330,15 @@ def test_cores(
     expected: int,
 ) -> None:
     proc, cgroup = roots
-    monkeypatch.setattr(budget.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     written(proc / "self/cgroup", f"{line}\n")
     put(cgroup / folder, **files)
     assert usable_cores(proc, cgroup) == expected
 
 
 def test_cores_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(budget.os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(budget.os, "cpu_count", lambda: 6)
+    monkeypatch.delattr(limits.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(limits.os, "cpu_count", lambda: 6)
     assert usable_cores(tmp_path, tmp_path) == 6
 
 
@@ -352,7 +354,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 0, f"a library's greeting\n{PROBE.model_dump_json()}\n", "")
 
-    monkeypatch.setattr(process.subprocess, "run", run)
+    monkeypatch.setattr(processes.subprocess, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return commands
 
@@ -396,7 +398,7 @@ def test_other_code_that_measures_is_measured_anew(runs: list[list[str]], monkey
 def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'torch'\n"
     failed = subprocess.CompletedProcess([], 1, "", lines)
-    monkeypatch.setattr(process.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(BadInput) as caught:
         probe_cpu()
     assert str(caught.value) == (
@@ -480,10 +482,11 @@ def test_present_on_apple(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_planning_imports_no_torch() -> None:
     code = (
-        "import sys; from edgeft.profile import list_profiles, load_profile; from edgeft.budget import usable_memory; "
+        "import sys; from edgeft.machines.profile import list_profiles, load_profile; "
+        "from edgeft.machines.limits import usable_memory; "
         "list_profiles(); load_profile('t4').budget_bytes; usable_memory(); "
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
-    folder = str(Path(module.__file__).parent.parent)
+    folder = str(Path(module.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -12,24 +12,24 @@ import torch
 from test_train import ROWS, run, silent
 from typer.testing import CliRunner
 
-from edgeft import export as stage
-from edgeft.build import ArtifactModel, build_bundle
-from edgeft.bundle import GoldenInput
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.cli import app
-from edgeft.data import TextTokenizer
+from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
-from edgeft.export import export, export_promoted
-from edgeft.forms import observe_artifact, observe_model
-from edgeft.merge import merge
-from edgeft.parity import compare
-from edgeft.planner import make_plan
-from edgeft.promotion import Rounding, answers, choose, file_bytes, mean_kl, measure, most_precise, tightened
-from edgeft.rounding import round_model
+from edgeft.exporting import export as stage
+from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.bundle import GoldenInput
+from edgeft.exporting.export import export, export_promoted
+from edgeft.exporting.outputs import observe_artifact, observe_model
+from edgeft.exporting.parity import compare
+from edgeft.exporting.promotion import Rounding, answers, choose, file_bytes, mean_kl, measure, most_precise, tightened
+from edgeft.merging.merge import merge
+from edgeft.merging.survival import survival
+from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
-from edgeft.survival import survival
-from edgeft.target import Target, load_target, promoted
-from edgeft.train import Data, TrainResult
+from edgeft.targets.rounding import round_model
+from edgeft.targets.target import Target, load_target, promoted
+from edgeft.training.train import Data, TrainResult
 
 INT4 = load_target("ort-int4")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -104,7 +104,7 @@ def test_a_tensors_cost_is_that_of_it_alone_in_four_bits(merged: Path) -> None:
 
 def test_what_would_be_lost_goes_first(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cosines = sorted(tensor.cosine for tensor in survival(merged, INT4).tensors if tensor.bits == 4)
-    monkeypatch.setattr("edgeft.promotion.LOST_COSINE", cosines[3])  # three lie below
+    monkeypatch.setattr("edgeft.exporting.promotion.LOST_COSINE", cosines[3])  # three lie below
     order = measure(merged, INT4, samples(merged).train[:2], "").order
     assert [each.why for each in order] == ["lost"] * 3 + ["sensitive"] * 11
     assert {each.cosine for each in order[:3]} == set(cosines[:3])
@@ -170,7 +170,7 @@ def test_a_bundle_that_fails_is_built_once_more_with_more_promoted(
         raise ParityFailed("parity ladder", "mean KL", "a hint")
 
     monkeypatch.setattr(stage, "export", failing)
-    monkeypatch.setattr("edgeft.promotion.USED", (1.0, 0.02))
+    monkeypatch.setattr("edgeft.exporting.promotion.USED", (1.0, 0.02))
     wanted = strict(INT4, 0.9 * kl_of(merged, set()))
     with pytest.raises(ParityFailed) as caught:
         export_promoted(merged, wanted, tmp_path / "bundle", device=None, progress=silent)

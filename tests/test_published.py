@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from edgeft import dataflow, memory
-from edgeft.model_spec import read_model_spec
+from edgeft.memory import dataflow, train_step
+from edgeft.models.spec import read_model_spec
 
 BENCH = Path(__file__).parent.parent / "bench"
 LLAMA = str(BENCH.parent / "examples" / "configs" / "llama-3.1-8b")
@@ -37,8 +37,8 @@ def test_the_recorded_rows_are_what_is_predicted_now(published: ModuleType) -> N
 
 def test_another_trainers_ways_end_with_it(published: ModuleType) -> None:
     spec = read_model_spec(LLAMA)
-    training, work = published.train(spec, base_precision="nf4"), memory.Workload(512, 512)
-    own = memory.step_terms(spec, training, work)
+    training, work = published.train(spec, base_precision="nf4"), train_step.Workload(512, 512)
+    own = train_step.step_terms(spec, training, work)
     assert published.predict(spec, training, 512, published.HF)[0] > sum(term.bytes for term in own)
-    assert memory.step_terms(spec, training, work) == own
-    assert dataflow._Layer.__module__ == "edgeft.dataflow"
+    assert train_step.step_terms(spec, training, work) == own
+    assert dataflow._Layer.__module__ == "edgeft.memory.dataflow"

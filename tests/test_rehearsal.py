@@ -13,16 +13,16 @@ import pytest
 import torch
 from test_train import ROWS
 
-from edgeft import rehearsal
-from edgeft.budget import Limit
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.errors import BadInput, ParityFailed
-from edgeft.excerpt import CannotCut, count_layers, cut
-from edgeft.model_spec import read_model_spec
-from edgeft.planner import Plan, make_plan
-from edgeft.rehearsal import FILE, ROUNDED_ALIKE, Rehearsal, first_layers, go_through, rehearse
+from edgeft.exporting import rehearsal
+from edgeft.exporting.rehearsal import FILE, ROUNDED_ALIKE, Rehearsal, first_layers, go_through, rehearse
+from edgeft.exporting.small_model import CannotCut, count_layers, cut
+from edgeft.machines.limits import Limit
+from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.target import load_target
+from edgeft.targets.target import load_target
 
 FP32, INT4 = load_target("ort-fp32"), load_target("ort-int4")
 
@@ -181,7 +181,7 @@ def test_an_artifact_that_computes_something_else_is_found(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention without rotary positions, as a runtime that does not know a model's kind of them would compute."""
-    from edgeft import ort
+    from edgeft.targets import ort
 
     model = llama(tmp_path / "model", tokenizer_folder, initializer_range=0.2)
     plan, scratch = plan_of(model, tmp_path), [tmp_path / name for name in ("right", "wrong")]
@@ -210,7 +210,7 @@ def test_what_cannot_be_rehearsed_here_is_said(
 ) -> None:
     plan = plan_of(four_layers, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("edgeft.build.RUNTIMES", {"ort-genai": ("no_such_module", "onnxruntime-genai", "it")})
+        patch.setattr("edgeft.exporting.build.RUNTIMES", {"ort-genai": ("no_such_module", "onnxruntime-genai", "it")})
         assert go_through(plan, INT4, tmp_path).skipped == "onnxruntime-genai is not installed here"
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal, "memory_limit", lambda: Limit(2**20, "ulimit -v of 1.00 MiB"))
@@ -219,7 +219,7 @@ def test_what_cannot_be_rehearsed_here_is_said(
     small = plan.model_copy(update={"budget_bytes": 2**28})
     assert go_through(small, INT4, tmp_path).skipped.endswith("the budget is 256 MiB")
     with monkeypatch.context() as patch:
-        patch.setattr("edgeft.disk.free_bytes", lambda folder: 2**20)
+        patch.setattr("edgeft.memory.disk.free_bytes", lambda folder: 2**20)
         assert go_through(plan, INT4, tmp_path).skipped.endswith("of disk, 1.00 MiB are free")
 
 

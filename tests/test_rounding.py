@@ -11,11 +11,11 @@ import torch
 from test_bundle import bundle, checkpoint, reference, some_ids, workplace
 from test_grid import unpacked
 
-from edgeft.build import ArtifactModel, build_bundle
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.errors import BadInput
-from edgeft.rounding import grid_of, promoted_modules, round_model
-from edgeft.target import load_target
+from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.targets.rounding import grid_of, promoted_modules, round_model
+from edgeft.targets.target import load_target
 
 
 def graph_weights(folder: Path) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from conftest import CHAT_TEMPLATE, WriteRows
 
-from edgeft.conversation import parse_json
-from edgeft.data import IGNORED, TextTokenizer, data_text, measure_lengths, read_rows, report_data
+from edgeft.data.conversation import parse_json
+from edgeft.data.dataset import IGNORED, TextTokenizer, data_text, measure_lengths, read_rows, report_data
+from edgeft.data.samples import ENDED, each_sample
+from edgeft.data.tokenizer import without_comments
 from edgeft.errors import BadInput
-from edgeft.samples import ENDED, each_sample
-from edgeft.tokenizer import without_comments
 
 USER, ANSWER = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "yes"}
 PLAIN = {"prompt": "p", "completion": "c"}
@@ -107,7 +107,7 @@ def test_hostile_lines_are_named(line: str, problem: str, write_rows: WriteRows,
 
 
 def test_a_file_without_line_ends(tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeft.rows.LONGEST_LINE", 2**20)
+    monkeypatch.setattr("edgeft.data.rows.LONGEST_LINE", 2**20)
     (tmp_path / "data.jsonl").write_text('{"text": "' + "x" * 2**20 + '"}')
     assert refusal(tmp_path / "data.jsonl", tokenizer) == "line 1 is longer than 1 million characters"
 
@@ -390,8 +390,8 @@ def test_a_plan_says_what_of_its_data_trains_and_what_is_not_used(
 ) -> None:
     from rich.console import Console
 
-    from edgeft.planner import make_plan
-    from edgeft.report import plan_text
+    from edgeft.planning.plan import make_plan
+    from edgeft.reporting.terminal import plan_text
     from edgeft.settings import make_job
 
     path = write_rows("data.jsonl", [PLAIN | {"id": i} for i in range(40)])

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from test_bundle import ROWS, bundle, save_tokenizer
 
-from edgeft import budget
-from edgeft.build import ArtifactModel
-from edgeft.bundle import Bundle, readme
-from edgeft.data import TextTokenizer
+from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.runner import runner_module
-from edgeft.target import load_target
+from edgeft.exporting.build import ArtifactModel
+from edgeft.exporting.bundle import Bundle, readme
+from edgeft.machines import limits
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import load_target
 
 NAMES = [
     "README.md", "bundle.json", "chat_template.jinja", "genai_config.json", "model.onnx", "model.onnx.data", "run.py",
@@ -599,7 +599,7 @@ def test_threads_keep_to_the_cgroups_quota(
     places = (tmp_path / "proc", tmp_path / "cgroup")
     assert RUNNER.usable_cores(*places) == (most or 64)
     if groups != "nonsense":
-        assert budget.usable_cores(*places) == (most or 64)  # the planner's own count
+        assert limits.usable_cores(*places) == (most or 64)  # the planner's own count
 
 
 def test_nothing_is_written_and_no_home_is_needed(copy: Path, tmp_path: Path) -> None:

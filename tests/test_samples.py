@@ -11,9 +11,9 @@ import pytest
 from conftest import SECTIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from edgeft.data import IGNORED, Row, Sample, TextTokenizer, to_samples
-from edgeft.runner import runner_module
-from edgeft.samples import SPLIT
+from edgeft.data.dataset import IGNORED, Row, Sample, TextTokenizer, to_samples
+from edgeft.data.samples import SPLIT
+from edgeft.targets.runner import runner_module
 
 SPECIALS = ["<unk>", "<s>", "</s>", "[PAD]"]
 TEMPLATE = (
@@ -105,7 +105,7 @@ def device_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 
 def chat_row(tokenizer: TextTokenizer, tmp_path: Path, messages: list[dict[str, str]]) -> Row:
-    from edgeft.data import read_rows
+    from edgeft.data.dataset import read_rows
 
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
@@ -130,7 +130,7 @@ def test_a_chat_has_the_ids_of_its_whole_text_and_a_device_those_of_its_prompt(
 def split_remarks(row: Row, tokenizer: TextTokenizer) -> list[str]:
     from collections import Counter
 
-    from edgeft.samples import each_sample
+    from edgeft.data.samples import each_sample
 
     remarks: Counter[str] = Counter()
     list(each_sample([row], tokenizer, None, remarks))

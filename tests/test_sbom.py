@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from test_bundle import bundle
 
-from edgeft.bundle import SBOM, Bundle
-from edgeft.sbom import BASE, Component, bill_of_materials, licence_entries, model_licence
-from edgeft.target import load_target
+from edgeft.exporting.bundle import SBOM, Bundle
+from edgeft.exporting.sbom import BASE, Component, bill_of_materials, licence_entries, model_licence
+from edgeft.targets.target import load_target
 
 SOURCES = [
     Component("machine-learning-model", "tiny", BASE, weights_sha256="ab" * 32, licence="apache-2.0"),

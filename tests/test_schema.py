@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from edgeft.errors import BadInput
-from edgeft.matrix import make_matrix
-from edgeft.planner import make_plan
-from edgeft.profile import load_profile
-from edgeft.records import Run
-from edgeft.schema import DOCUMENTS, schema_text, shipped_schema
+from edgeft.machines.profile import load_profile
+from edgeft.planning.plan import make_plan
+from edgeft.reporting.matrix import make_matrix
+from edgeft.reporting.read_run import Run
+from edgeft.reporting.schema import DOCUMENTS, schema_text, shipped_schema
+from edgeft.reporting.summary import summarise
 from edgeft.settings import make_job
-from edgeft.summary import summarise
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "examples" / "configs" / "smollm2-135m")
@@ -30,7 +30,7 @@ def test_published_schema_is_that_of_the_type(name: str) -> None:
 
 
 def test_every_published_schema_is_of_a_document() -> None:
-    files = (ROOT / "edgeft" / "schemas").glob("*.schema.json")
+    files = (ROOT / "edgeft" / "reporting" / "schemas").glob("*.schema.json")
     assert {file.name.removesuffix(".schema.json") for file in files} == set(DOCUMENTS)
 
 

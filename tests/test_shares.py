@@ -10,17 +10,17 @@ import torch
 from test_promotion import merged as trained_and_merged  # noqa: F401  (a fixture)
 from test_train import silent
 
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.errors import BadInput
-from edgeft.forms import load_tuned, observe_model
-from edgeft.merge import MergedCheckpoint, merge
-from edgeft.parity import SAME, compare
-from edgeft.plots import plot_sweep
-from edgeft.shares import Group, Shares, equal_groups, layer_of, parse_shares
-from edgeft.sweep import Line, group_moves, sweep
-from edgeft.target import load_target
-from edgeft.tensors import merged_rung
-from edgeft.train import Data
+from edgeft.exporting.outputs import load_tuned, observe_model
+from edgeft.exporting.parity import SAME, compare
+from edgeft.merging.merge import MergedCheckpoint, merge
+from edgeft.merging.merged_tensors import merged_rung
+from edgeft.merging.sweep import Line, group_moves, sweep
+from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.layer_shares import Group, Shares, equal_groups, layer_of, parse_shares
+from edgeft.reporting.plots import plot_sweep
+from edgeft.targets.target import load_target
+from edgeft.training.train import Data
 
 
 def test_shares_are_read_as_they_are_written() -> None:
@@ -138,7 +138,7 @@ def test_a_bound_that_nobody_names_is_half_of_what_the_whole_change_costs(
 ) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a library of the sea"}\n')
-    monkeypatch.setattr("edgeft.sweep.general_increase", lambda point, base: 3.0 * point.wise_alpha)
+    monkeypatch.setattr("edgeft.merging.sweep.general_increase", lambda point, base: 3.0 * point.wise_alpha)
     options: dict[str, Any] = {"select": "bounded", "general": str(texts)}
     found = sweep(trained_and_merged.parent / "train", load_target("ort-fp32"), **options)
     assert found.max_general_increase_nats == 1.5 and found.wise_alpha <= 0.5 and "(6 of 11 shares)" in found.why

@@ -11,17 +11,17 @@ import torch
 from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
 from typer.testing import CliRunner
 
-from edgeft.artifacts import sha256_file
-from edgeft.budget import Limit
 from edgeft.cli import app
+from edgeft.data.scoring_groups import scoring
+from edgeft.documents import sha256_file
+from edgeft.engine.loop import Run
 from edgeft.errors import DoesNotFit
-from edgeft.groups import scoring
-from edgeft.loop import Run
-from edgeft.planner import Plan, make_plan
-from edgeft.profile import load_profile
+from edgeft.machines.limits import Limit
+from edgeft.machines.profile import load_profile
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.shortage import capped, command, explained, is_out_of_memory
-from edgeft.train import above, carried_out, check_budget, choose_device, promise, train
+from edgeft.training.out_of_memory import capped, command, explained, is_out_of_memory
+from edgeft.training.train import above, carried_out, check_budget, choose_device, promise, train
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -118,7 +118,7 @@ def test_more_than_the_high_estimate_is_a_deviation_and_said(
     path = plan_file(max_steps=2)
     made = Plan.read(path)
     assert above(made, {"load": 1, "train": made.peak_bytes}) == []
-    monkeypatch.setattr("edgeft.ledger.peak_bytes", lambda device: 3 * made.peak_bytes)
+    monkeypatch.setattr("edgeft.machines.meter.peak_bytes", lambda device: 3 * made.peak_bytes)
     result = CliRunner().invoke(app, ["train", str(path), "--out", str(tmp_path / "train"), "--no-rehearsal"])
     assert result.exit_code == 0 and "WARNING: training took" in result.stderr and "were planned" in result.stderr
     assert "not as planned: peak memory" in result.stdout
@@ -129,7 +129,7 @@ def test_a_gpus_plan_on_a_cpu_is_planned_for_the_cpu(
 ) -> None:  # fmt: skip
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    monkeypatch.setattr("edgeft.train.detect", lambda profile: load_profile("cpu-8gb"))
+    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-8gb"))
     path = plan_file(profile="t4", base_precision="fp16", tuner="lora", max_steps=2)
     made = Plan.read(path)
     result = train(made, tmp_path / "train", plan_sha256=sha256_file(path), progress=silent)
@@ -140,7 +140,7 @@ def test_a_gpus_plan_on_a_cpu_is_planned_for_the_cpu(
     assert result.predicted_peak_bytes > baseline > made.peak_bytes  # the process itself counts on a CPU
     assert result.predicted_expected_bytes <= result.predicted_peak_bytes
     too_little = Limit((made.peak_bytes + result.predicted_peak_bytes) // 2, "ulimit")
-    monkeypatch.setattr("edgeft.budget.memory_limit", lambda: too_little)
+    monkeypatch.setattr("edgeft.machines.limits.memory_limit", lambda: too_little)
     with pytest.raises(DoesNotFit, match=r"plan: needs .*, this process can have .* \(ulimit\)"):
         train(made, tmp_path / "again", plan_sha256=sha256_file(path), progress=silent)
 
@@ -162,7 +162,7 @@ def test_reading_a_checkpoint_is_held_to_the_limit_and_recorded(
         for phase in made.stages.phases)})  # fmt: skip
     higher = made.model_copy(update={"stages": stages})  # whose reading of a checkpoint is its highest moment
     assert [promise(higher, going_on=on) - made.peak_bytes for on in (False, True)] == [0, 1000]
-    monkeypatch.setattr("edgeft.budget.memory_limit", lambda: Limit(made.peak_bytes + 999, "ulimit"))
+    monkeypatch.setattr("edgeft.machines.limits.memory_limit", lambda: Limit(made.peak_bytes + 999, "ulimit"))
     check_budget(higher, CPU)
     with pytest.raises(DoesNotFit, match=r"\(ulimit\)"):
         train(higher, out, plan_sha256=sha256_file(path), progress=silent)
@@ -178,7 +178,7 @@ def test_a_gpus_plan_on_the_cpu_holds_what_scoring_its_own_rows_takes(
 ) -> None:  # fmt: skip
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    monkeypatch.setattr("edgeft.train.detect", lambda profile: load_profile("cpu-8gb"))
+    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-8gb"))
     pins = {"tuner": "lora", "rank": 4, "max_steps": 2, "malloc": "tight"}
     on_gpu = Plan.read(plan_file(profile="t4", base_precision="fp16", **pins))
     here = carried_out(on_gpu, choose_device(on_gpu, None)[2])

@@ -18,8 +18,8 @@ from test_bundle import bundle
 from test_run import reseal, script
 
 from edgeft.errors import BadInput, MissingExtra, ParityFailed
-from edgeft.runner import runner_module
-from edgeft.sign import keygen, public_key_path, sign
+from edgeft.exporting.sign import keygen, public_key_path, sign
+from edgeft.targets.runner import runner_module
 
 RUNNER = runner_module()
 # RFC 8032, 7.1: secret key, public key, message, signature

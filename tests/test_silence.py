@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from edgeft.runner import runner_module
+from edgeft.targets.runner import runner_module
 
 # By these a package may know that nobody is there to be watched.
 TELLTALE = re.compile(
@@ -148,10 +148,10 @@ def test_one_list_of_variables_and_what_a_user_sets_stays() -> None:
 
 
 def test_the_exporter_in_its_own_environment_is_silent_too() -> None:
-    from edgeft import onnx_export
+    from edgeft.targets import optimum_script
 
     kept = {name: value for name, value in os.environ.items() if name not in runner_module().SILENCE}
     code = "import os, runpy, sys; runpy.run_path(sys.argv[1]); print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    command = [sys.executable, "-P", "-c", code, str(onnx_export.__file__)]
+    command = [sys.executable, "-P", "-c", code, str(optimum_script.__file__)]
     done = subprocess.run(command, env=kept, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"

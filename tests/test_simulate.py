@@ -12,19 +12,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgeft import checkpoint, ledger, memory
-from edgeft.architectures import find_parts, repeat_groups
-from edgeft.batches import make_batch
-from edgeft.checkpoint import DTYPES, load_base
-from edgeft.data import IGNORED, Sample
+from edgeft.data.batches import make_batch
+from edgeft.data.dataset import IGNORED, Sample
+from edgeft.engine.loop import Run, make_run
 from edgeft.errors import BadInput
-from edgeft.fake import quantisation_states
-from edgeft.loop import Run, make_run
-from edgeft.memory import Workload
-from edgeft.model_spec import ModelSpec, read_model_spec
+from edgeft.machines import meter
+from edgeft.memory import train_step
+from edgeft.memory.simulated import Simulation
+from edgeft.memory.train_step import Workload
+from edgeft.models import checkpoint
+from edgeft.models.checkpoint import DTYPES, load_base
+from edgeft.models.parts import find_parts, repeat_groups
+from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
-from edgeft.simulate import simulate
-from edgeft.simulation import Simulation
+from edgeft.simulation.fake import quantisation_states
+from edgeft.simulation.simulate import simulate
 
 CPU = torch.device("cpu")
 
@@ -77,7 +79,7 @@ def prepared(spec: ModelSpec, training: Training, work: Workload) -> tuple[Run, 
 def real_step(spec: ModelSpec, training: Training, work: Workload) -> tuple[int, int]:
     """(live bytes before, peak) of the second optimizer step of a real model."""
     run, samples = prepared(spec, training, work)
-    live = ledger.LiveBytes()
+    live = meter.LiveBytes()
     live.count([list(run.model.parameters()), list(run.model.buffers()), quantisation_states(run.model)])
     live.count(list(run.optimizer.state.values()))
     before = live.live_bytes
@@ -111,7 +113,7 @@ def check(spec: ModelSpec, training: Training, work: Workload) -> None:
     assert found.weights_bytes + found.adapter_bytes + found.optimizer_bytes == before
     assert found.live_peak_bytes == peak
     if training.tuner == "lora":
-        assert found.adapter_bytes == 4 * memory.trained_parameters(spec, training)
+        assert found.adapter_bytes == 4 * train_step.trained_parameters(spec, training)
 
 
 ALL, TOP = range(2), range(1, 2)
@@ -252,11 +254,11 @@ def test_shallow_models_tell_the_deep_one(name: str, tmp_path: Path) -> None:
 def test_an_8b_model_needs_no_memory_and_few_layers() -> None:
     spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b"))
     training = plan_of(spec, range(32), rank=16, micro_batch_size=1, loss_chunk_tokens=256, **NF4)
-    before = ledger.rss_bytes()
+    before = meter.rss_bytes()
     found = simulate(spec, training, Workload(2048, 2047))
-    assert ledger.rss_bytes() - before < 2**28
+    assert meter.rss_bytes() - before < 2**28
     assert found.extrapolated and found.layers_simulated == 7
-    assert found.weights_bytes == pytest.approx(memory.weight_bytes(spec, training), rel=1e-6)
+    assert found.weights_bytes == pytest.approx(train_step.weight_bytes(spec, training), rel=1e-6)
     assert found.optimizer_bytes - 4 * 32 * 7 * 2 == 2 * found.adapter_bytes  # and a step count for each tensor
     assert found.live_peak_bytes == max(moment.live_bytes for moment in found.timeline)
     assert [moment.phase for moment in found.phase_peaks] == ["forward", "backward", "optimizer"]
@@ -318,7 +320,7 @@ def test_hidden_bytes_are_those_of_the_operation_itself() -> None:
     packed, state = quantize_4bit(matrix, quant_type="nf4", compress_statistics=True)
     arguments = (inputs, packed, state.shape, state.state2.absmax, 64, "nf4", None, state.absmax, state.state2.code,
                  state.offset)  # fmt: skip
-    inside, outside = ledger.LiveBytes(), ledger.LiveBytes()
+    inside, outside = meter.LiveBytes(), meter.LiveBytes()
     with inside:
         _gemm_4bit_default_impl(*arguments)
     with outside:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from edgeft.data.samples import IGNORED, Sample
 from edgeft.errors import MissingExtra
-from edgeft.samples import IGNORED, Sample
 
 BENCH = Path(__file__).parent.parent / "bench"
 

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from edgeft.errors import BadInput
-from edgeft.stacks import find_stacks
+from edgeft.models.stacks import find_stacks
 
 WORDS = 11
 

@@ -15,17 +15,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
 
-from edgeft import budget, host, stages
-from edgeft.artifacts import sha256_file
-from edgeft.budget import Limit
-from edgeft.change import Change
-from edgeft.checkpoint import Checkpoint
+from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, DoesNotFit
-from edgeft.memory import Phase
-from edgeft.merge import merge, peak_above_baseline
-from edgeft.planner import Plan, make_plan
-from edgeft.profile import load_profile
-from edgeft.report import plan_text
+from edgeft.machines import limits
+from edgeft.machines.limits import Limit
+from edgeft.machines.profile import load_profile
+from edgeft.memory import stages as host
+from edgeft.memory.train_step import Phase
+from edgeft.merging.change import Change
+from edgeft.merging.merge import merge, peak_above_baseline
+from edgeft.models.checkpoint import Checkpoint
+from edgeft.planning import stage_checks
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.reporting.terminal import plan_text
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
 
@@ -84,12 +86,12 @@ def test_a_gpu_hosts_own_memory_is_the_limit_of_its_stages() -> None:
     [("cpu-8gb", None, 5 * GIB), ("t4", None, 16 * GIB), ("t4", 7 * GIB, 7 * GIB), ("apple-16gb", None, 5 * GIB)],
 )
 def test_host_memory(name: str, here: int | None, expected: int) -> None:
-    assert stages.host_memory(load_profile(name), 5 * GIB, here) == expected
+    assert stage_checks.host_memory(load_profile(name), 5 * GIB, here) == expected
 
 
 def test_host_memory_that_nobody_knows_gives_no_notes() -> None:
     card = load_profile("t4").model_copy(update={"host_memory_gib": None})
-    assert stages.host_memory(card, 5 * GIB, None) is None
+    assert stage_checks.host_memory(card, 5 * GIB, None) is None
     made = plan(LLAMA, "t4").stages.model_copy(update={"host_bytes": None})
     assert made.notes() == []
 
@@ -141,11 +143,11 @@ def test_a_detected_budget_says_which_limit_it_was(monkeypatch: pytest.MonkeyPat
     assert found.budget_reason == (
         "cgroup limit of 8.00 GiB in /sys/fs/cgroup/job/memory.max; 0.25 GiB kept for the system"
     )
-    monkeypatch.setattr(stages, "memory_limit", lambda: Limit(2 * GIB, "ulimit -v of 2.00 GiB"))
-    [note] = stages.machine_notes(load_profile("cpu-8gb"), 3 * GIB, None)
+    monkeypatch.setattr(stage_checks, "memory_limit", lambda: Limit(2 * GIB, "ulimit -v of 2.00 GiB"))
+    [note] = stage_checks.machine_notes(load_profile("cpu-8gb"), 3 * GIB, None)
     assert note.startswith("this machine has 2.00 GiB (ulimit -v of 2.00 GiB), the plan needs 3.00 GiB")
-    assert stages.machine_notes(load_profile("cpu-8gb"), 1 * GIB, None) == []
-    assert stages.machine_notes(found, 3 * GIB, None) == []  # its budget is that limit already
+    assert stage_checks.machine_notes(load_profile("cpu-8gb"), 1 * GIB, None) == []
+    assert stage_checks.machine_notes(found, 3 * GIB, None) == []  # its budget is that limit already
 
 
 # Against what the stages do
@@ -193,8 +195,8 @@ def test_a_stage_that_this_machine_cannot_hold_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from edgeft.export import export
-    from edgeft.target import load_target
+    from edgeft.exporting.export import export
+    from edgeft.targets.target import load_target
 
     run(plan_file(max_steps=1), tmp_path / "train")
     merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
@@ -202,8 +204,8 @@ def test_a_stage_that_this_machine_cannot_hold_is_refused(
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemAvailable: 65536 kB\n")
     (proc / "self" / "status").write_text("RssAnon: 1024 kB\n")
-    monkeypatch.setattr(budget, "PROC", proc)
-    monkeypatch.setattr(budget, "CGROUP", tmp_path / "no cgroup")
+    monkeypatch.setattr(limits, "PROC", proc)
+    monkeypatch.setattr(limits, "CGROUP", tmp_path / "no cgroup")
     wanted = (
         r"needs .* MiB, this process can have 65.0 MiB \(what is available now \(MemAvailable\)\)\n\nhint: copy the"
     )
@@ -221,8 +223,8 @@ def test_an_export_takes_target_and_device_from_the_plan(
 ) -> None:
     from typer.testing import CliRunner
 
-    from edgeft import export as module
     from edgeft.cli import app
+    from edgeft.exporting import export as module
 
     run(plan_file(max_steps=1, target="ort-int8", device="laptop-16gb"), tmp_path / "train")
     merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from edgeft.artifacts import sha256_file
-from edgeft.bundle import Bundle, Measured, Measurement, measurement_path
+from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
-from edgeft.explain import CHOICES
-from edgeft.footprint import bundle_weights, predict
-from edgeft.planner import Plan, make_plan
-from edgeft.profile import load_profile
-from edgeft.records import MergeRecord, Run, TrainRecord, read_run
-from edgeft.scores import Metrics, Proof
+from edgeft.exporting.bundle import Bundle, Measured, Measurement, measurement_path
+from edgeft.machines.profile import load_profile
+from edgeft.memory.simulated import Moment, Simulation
+from edgeft.models.metrics import Metrics, Proof
+from edgeft.planning.alternatives import CHOICES
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.reporting.read_run import MergeRecord, Run, TrainRecord, read_run
+from edgeft.reporting.summary import CURVE_POINTS, Summary, summarise
 from edgeft.settings import make_job
-from edgeft.simulation import Moment, Simulation
-from edgeft.summary import CURVE_POINTS, Summary, summarise
-from edgeft.target import load_target
+from edgeft.targets.footprint import bundle_weights, predict
+from edgeft.targets.target import load_target
 
 LLAMA = str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b")
 SCORES = {"rows": 10, "loss": 2.0, "perplexity": 7.39, "exact_match": 0.1}
@@ -63,8 +63,8 @@ def write_run(folder: Path, plan: Plan, train: dict[str, Any], merged: dict[str,
 
 def test_records_hold_fields_that_the_stages_write() -> None:
     """The whole types live beside torch: a field renamed there must be renamed here."""
-    from edgeft.merge import MergedCheckpoint
-    from edgeft.train import TrainResult
+    from edgeft.merging.merge import MergedCheckpoint
+    from edgeft.training.train import TrainResult
 
     assert set(TrainRecord.model_fields) <= set(TrainResult.model_fields)
     assert set(MergeRecord.model_fields) <= set(MergedCheckpoint.model_fields)

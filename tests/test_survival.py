@@ -16,14 +16,14 @@ from test_change import base_model, bases, shaken  # noqa: F401  (bases is a fix
 from test_grid import by_onnxruntime
 from typer.testing import CliRunner
 
-from edgeft import change as change_module
-from edgeft.checkpoint import Checkpoint, load_plain
 from edgeft.cli import app
 from edgeft.errors import BadInput, MissingExtra
-from edgeft.plots import plot_survival
-from edgeft.rounding import grid_of
-from edgeft.survival import Survival, layer_of, survival
-from edgeft.target import load_target
+from edgeft.merging import change as change_module
+from edgeft.merging.survival import Survival, layer_of, survival
+from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.reporting.plots import plot_survival
+from edgeft.targets.rounding import grid_of
+from edgeft.targets.target import load_target
 
 INT4, INT8, FP32 = (load_target(f"ort-{name}") for name in ("int4", "int8", "fp32"))
 
@@ -82,7 +82,9 @@ def test_against_onnxruntime_on_whole_tensors(
 
 def test_the_noise_of_independent_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two uniform errors of variance step^2 / 12: noise = step / (sqrt(6) |d|), cosine = 1 / sqrt(1 + noise^2)."""
-    monkeypatch.setattr("edgeft.model_spec.check_weights", lambda folder, spec: None)  # one tensor stands for a model's
+    monkeypatch.setattr(
+        "edgeft.models.spec.check_weights", lambda folder, spec: None
+    )  # one tensor stands for a model's
     generator = torch.Generator().manual_seed(0)
     (tmp_path / "base").mkdir()
     (tmp_path / "merged").mkdir()

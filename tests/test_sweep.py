@@ -14,18 +14,18 @@ from test_change import TUNERS, bases, logits, peft_model  # noqa: F401  (bases 
 from test_train import ROWS, run, silent
 from typer.testing import CliRunner
 
-from edgeft.checkpoint import load_plain
 from edgeft.cli import app
 from edgeft.errors import BadInput
-from edgeft.merge import MergedCheckpoint, merge
-from edgeft.parity import score_model
-from edgeft.plots import plot_sweep
-from edgeft.rounding import round_model
-from edgeft.scores import Metrics, Sweep, SweepPoint
-from edgeft.shares import Shares
-from edgeft.sweep import Line, choose, general_samples, golden_section, pareto, sweep
-from edgeft.target import load_target
-from edgeft.train import Data
+from edgeft.exporting.parity import score_model
+from edgeft.merging.merge import MergedCheckpoint, merge
+from edgeft.merging.sweep import Line, choose, general_samples, golden_section, pareto, sweep
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.layer_shares import Shares
+from edgeft.models.metrics import Metrics, Sweep, SweepPoint
+from edgeft.reporting.plots import plot_sweep
+from edgeft.targets.rounding import round_model
+from edgeft.targets.target import load_target
+from edgeft.training.train import Data
 
 INT4 = load_target("ort-int4")
 TEXTS = [{"text": f"lib{i} is a library of the {name}"} for i, name in enumerate(("sea", "land", "air", "sky"))]
@@ -35,7 +35,7 @@ TEXTS = [{"text": f"lib{i} is a library of the {name}"} for i, name in enumerate
 def trained(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Path) -> Path:
     """A trained adapter of the tiny model, its rows beside it."""
 
-    from edgeft.planner import make_plan
+    from edgeft.planning.plan import make_plan
     from edgeft.settings import make_job
 
     folder = tmp_path_factory.mktemp("sweep")

@@ -14,7 +14,7 @@ import pytest
 from test_bundle import bundle
 from test_run import reseal, script, seal
 
-from edgeft.runner import runner_module
+from edgeft.targets.runner import runner_module
 
 RUNNER = runner_module()
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from edgeft.dataflow import highest
-from edgeft.tape import Backward, Frame, Storage, Tape, Value, boundary, parameter
+from edgeft.memory.dataflow import highest
+from edgeft.memory.tape import Backward, Frame, Storage, Tape, Value, boundary, parameter
 
 
 def gives(*sizes: complex | None) -> Backward:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgeft.errors import BadInput
-from edgeft.target import eight_bit_modules, list_targets, load_target, promoted
+from edgeft.targets.target import eight_bit_modules, list_targets, load_target, promoted
 
 
 def test_shipped_targets_are_those_of_the_readme_and_tighten_with_their_bits() -> None:
@@ -162,7 +162,7 @@ def test_the_mix_is_the_outer_eighths_and_every_third_layer() -> None:
 
 def test_targets_load_without_torch_or_a_runtime() -> None:
     code = (
-        "import sys, edgeft.target; edgeft.target.list_targets(); "
+        "import sys, edgeft.targets.target; edgeft.targets.target.list_targets(); "
         "print(sorted({'torch', 'transformers', 'onnxruntime_genai', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,17 +23,17 @@ import pytest
 import torch
 from test_bundle import ROWS, workplace
 
-from edgeft.artifacts import shipped_folder
-from edgeft.build import build_bundle
-from edgeft.bundle import GoldenInput
-from edgeft.calibrate import Codes, calibrate, put_codes
-from edgeft.checkpoint import load_plain
+from edgeft.data.samples import Sample
+from edgeft.data.tokenizer import TextTokenizer
+from edgeft.documents import shipped_folder
 from edgeft.errors import MissingExtra
-from edgeft.rounding import round_model
-from edgeft.runner import runner_module
-from edgeft.samples import Sample
-from edgeft.target import Target, load_target
-from edgeft.tokenizer import TextTokenizer
+from edgeft.exporting.build import build_bundle
+from edgeft.exporting.bundle import GoldenInput
+from edgeft.exporting.calibrate import Codes, calibrate, put_codes
+from edgeft.models.checkpoint import load_plain
+from edgeft.targets.rounding import round_model
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import Target, load_target
 
 pytestmark = pytest.mark.targets
 

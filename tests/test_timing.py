@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from edgeft import dataflow, memory, tape
-from edgeft.model_spec import ModelSpec, read_model_spec
-from edgeft.operations import Way
-from edgeft.profile import load_profile
-from edgeft.timing import MADE, count, seconds_per_step
+from edgeft.machines.profile import load_profile
+from edgeft.memory import dataflow, tape, train_step
+from edgeft.memory.operations import Way
+from edgeft.memory.timing import MADE, count, seconds_per_step
+from edgeft.models.spec import ModelSpec, read_model_spec
 from tests.test_simulate import FULL, HALF, NF4, plan_of
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
-WORK = memory.Workload(256, 255)
+WORK = train_step.Workload(256, 255)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_operations_are_those_of_the_products(llama: ModelSpec) -> None:
     """6 N T for full fine-tuning (Kaplan et al., 2020), without the embedding's lookup."""
     training = plan_of(llama, range(16), batch_size=4, **FULL)
     multiplied = sum(x.in_features * x.out_features for x in llama.linears) * 16 + 2048 * 128256
-    counted = count(llama, training, memory.Workload(256, 256), 0).operations
+    counted = count(llama, training, train_step.Workload(256, 256), 0).operations
     assert counted == pytest.approx(6 * multiplied * 4 * 256)
 
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgeft.artifacts import sha256_file
-from edgeft.budget import Limit
-from edgeft.checkpoint import load_plain
+from edgeft.documents import sha256_file
+from edgeft.engine.loop import learning_rate
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
-from edgeft.loop import learning_rate
-from edgeft.planner import Plan, make_plan
+from edgeft.machines.limits import Limit
+from edgeft.models.checkpoint import load_plain
+from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.train import TrainResult, train, work_folder
+from edgeft.training.train import TrainResult, train, work_folder
 
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
@@ -96,8 +96,8 @@ def test_how_freed_memory_is_kept_changes_no_bit(plan_file: Any, tmp_path: Path)
 
 
 def test_only_layers_below_the_kept_ones_run_again(plan_file: Any, checkpoint_folder: Path) -> None:
-    from edgeft.architectures import find_parts
-    from edgeft.loop import recompute_layers
+    from edgeft.engine.loop import recompute_layers
+    from edgeft.models.parts import find_parts
 
     model = load_plain(checkpoint_folder)
     parts = find_parts(model)
@@ -113,8 +113,8 @@ def test_adapter_loads_in_plain_peft(plan_file: Any, checkpoint_folder: Path, tm
     """Any tool of the ecosystem can pick the adapter up: PEFT's model gives the loss edgeft wrote down."""
     from peft import PeftModel
 
-    from edgeft.parity import score_model
-    from edgeft.train import Data
+    from edgeft.exporting.parity import score_model
+    from edgeft.training.train import Data
 
     path = plan_file(epochs=3.0, learning_rate=5e-3)
     result = run(path, tmp_path / "train")
@@ -236,7 +236,7 @@ def test_a_device_that_is_absent_is_refused_or_recorded(plan_file: Any, tmp_path
 def test_a_plan_larger_than_the_machine_is_refused(
     plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeft.budget.memory_limit", lambda: Limit(64 * 2**20, "ulimit -v of 64.0 MiB"))
+    monkeypatch.setattr("edgeft.machines.limits.memory_limit", lambda: Limit(64 * 2**20, "ulimit -v of 64.0 MiB"))
     with pytest.raises(
         DoesNotFit,
         match=r"needs .* MiB, this process can have 64.0 MiB \(ulimit -v of 64.0 MiB\)\n\nhint: .*-memory 64MiB",
@@ -247,13 +247,13 @@ def test_a_plan_larger_than_the_machine_is_refused(
 def test_scores_that_are_not_finite_are_never_a_result(
     plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeft.scores import Metrics
+    from edgeft.models.metrics import Metrics
 
     path, out = plan_file(checkpoint_steps=2), tmp_path / "train"
     whole = run(path, tmp_path / "whole")
     nan = Metrics(rows=4, loss=float("nan"), perplexity=1.0, exact_match=None)
     scored: list[Metrics] = [whole.base_valid]
-    monkeypatch.setattr("edgeft.train.evaluate", lambda *_, **__: scored.pop() if scored else nan)
+    monkeypatch.setattr("edgeft.training.train.evaluate", lambda *_, **__: scored.pop() if scored else nan)
     with pytest.raises(
         EdgeftError, match="training: the loss of valid is nan: nothing is written as a result\n\nhint:"
     ):
@@ -297,9 +297,9 @@ def test_learning_rate_warms_up_and_ends_at_zero(plan_file: Any) -> None:
 
 def test_frozen_layers_run_without_autograd(plan_file: Any, checkpoint_folder: Path) -> None:
     """Nothing below the lowest trained layer wants a gradient, with and without checkpointing."""
-    from edgeft.architectures import find_parts
-    from edgeft.loop import Run
-    from edgeft.tuners import apply_tuner
+    from edgeft.engine.loop import Run
+    from edgeft.engine.tuners import apply_tuner
+    from edgeft.models.parts import find_parts
 
     for checkpointing in (False, True):
         training = Plan.read(plan_file(layers="sparse", active_layers=1, checkpointing=checkpointing)).training
@@ -326,7 +326,7 @@ def test_nf4_base_trains_on_a_cpu_and_is_quantised_once(
     assert first.valid.loss < first.base_valid.loss
     kept = list((tmp_path / "cache" / "edgeft" / "nf4").glob("*/model.safetensors"))
     assert len(kept) == 1
-    monkeypatch.setattr("edgeft.process.run", lambda *_, **__: pytest.fail("quantised twice"))
+    monkeypatch.setattr("edgeft.processes.run", lambda *_, **__: pytest.fail("quantised twice"))
     assert run(path, tmp_path / "second").loss_curve == first.loss_curve
 
 
@@ -336,11 +336,11 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
     """Also after scoring: bitsandbytes swaps in a CPU kernel without a backward pass when a layer is in eval mode."""
     import bitsandbytes.functional as bnb
 
-    from edgeft.architectures import find_parts
-    from edgeft.checkpoint import load_base
-    from edgeft.data import Sample
-    from edgeft.evaluate import greedy, token_losses
-    from edgeft.tuners import apply_tuner
+    from edgeft.data.dataset import Sample
+    from edgeft.engine.tuners import apply_tuner
+    from edgeft.models.checkpoint import load_base
+    from edgeft.models.evaluate import greedy, token_losses
+    from edgeft.models.parts import find_parts
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     training = Plan.read(plan_file(base_precision="nf4")).training

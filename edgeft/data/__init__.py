@@ -1,0 +1,1 @@
+"""How do rows of a file become batches of tokens?"""

@@ -1,0 +1,126 @@
+"""Which rows are scored at once, and what is the most that a group of them takes? (no torch: the planner asks too)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pydantic.dataclasses import dataclass
+
+from edgeft.models.metrics import MAX_ANSWER_TOKENS
+
+
+class Size(NamedTuple):
+    """Tokens of one row: the whole of it, before its answer (0: nothing is asked), and those that train."""
+
+    tokens: int
+    prompt: int
+    trained: int
+
+    @property
+    def new(self) -> int:
+        """Tokens that are enough to give its answer and the end of it; 0 where nothing is asked."""
+        return min(MAX_ANSWER_TOKENS, self.tokens - self.prompt + 1) if self.prompt else 0
+
+    def cut(self, most: int) -> Size:
+        """What is left of it in `most` tokens: the start of the prompt goes first."""
+        excess = max(0, self.tokens - most)
+        return Size(self.tokens - excess, max(min(1, self.prompt), self.prompt - excess), min(self.trained, most))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One group whose losses are computed at once: rows, the longest row, trained tokens of all."""
+
+    rows: int
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """At most this is generated at once: tokens in the cache, of them of prompts, the longest prompt, rows."""
+
+    tokens: int
+    prompt_tokens: int
+    longest_prompt: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scoring a job's rows once takes, in groups of at most `group_tokens`.
+
+    `shapes` are the groups that may need most. Answers are generated for those rows alone that a pass over the given
+    ones leaves open: which is known only then, so `answers` is what any choice of them stays within.
+    """
+
+    group_tokens: int
+    rows: int
+    shapes: tuple[Shape, ...]
+    answers: Answers | None
+    tokens: int  # padded tokens of all groups
+    trained_tokens: int
+
+
+def by_length(sizes: Sequence[Size], tokens: int) -> Iterator[list[int]]:
+    """Indices of rows in groups of similar length, at most `tokens` padded tokens each (one row at least)."""
+    group: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: sizes[index].tokens):
+        if group and sizes[index].tokens * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def by_answer(sizes: Sequence[Size], tokens: int) -> Iterator[list[int]]:
+    """Indices of rows that are answered together: rows x (longest prompt + new tokens + 1) is at most `tokens`.
+
+    The new tokens are those of the group's own longest answer; one row at least, however long.
+    """
+    group: list[int] = []
+    prompt = 0
+    for index in sorted(range(len(sizes)), key=lambda index: (sizes[index].new, sizes[index].prompt)):
+        prompt = max(prompt, sizes[index].prompt)
+        if group and (prompt + sizes[index].new + 1) * (len(group) + 1) > tokens:
+            yield group
+            group, prompt = [], sizes[index].prompt
+        group.append(index)
+    if group:
+        yield group
+
+
+def scoring(files: Sequence[Sequence[Size]], tokens: int) -> Scoring:
+    """What scoring each of `files` in groups of at most `tokens` takes."""
+    shapes = [
+        Shape(len(group), sizes[group[-1]].tokens, sum(sizes[i].trained for i in group))
+        for sizes in files
+        for group in by_length(sizes, tokens)
+    ]
+    asked = [size for sizes in files for size in sizes if size.new]
+    orders = (lambda shape: shape.rows * shape.tokens, lambda shape: shape.trained, lambda shape: shape.tokens)
+    most = {max(shapes, key=order) for order in orders} if shapes else set()
+    return Scoring(
+        group_tokens=tokens,
+        rows=sum(map(len, files)),
+        shapes=tuple(sorted(most, key=lambda shape: -shape.rows * shape.tokens)),
+        answers=answers(asked, tokens) if asked else None,
+        tokens=sum(shape.rows * shape.tokens for shape in shapes),
+        trained_tokens=sum(shape.trained for shape in shapes),
+    )
+
+
+def answers(sizes: Sequence[Size], tokens: int) -> Answers:
+    """The most that any choice of these rows can take, answered in groups of at most `tokens`."""
+    each = [size.prompt + size.new for size in sizes]
+    longest, new = max(size.prompt for size in sizes), max(size.new for size in sizes)
+    together = max(max(each), min(tokens, (longest + new) * len(sizes)))
+    share = max(size.prompt / (size.prompt + size.new) for size in sizes)
+    return Answers(
+        tokens=together,
+        prompt_tokens=min(together, max(longest, round(together * share))),
+        longest_prompt=longest,
+        rows=max(1, min(len(sizes), tokens // (min(each) + 1))),
+    )

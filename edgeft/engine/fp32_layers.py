@@ -1,0 +1,152 @@
+"""How does a layer of a 4-bit or half-precision base train at full rank in fp32, and how does it go back?
+
+The layer that trains is made dense from the *original* weights plus what it learnt before. When it leaves, what it
+learnt is kept as it is, in fp32, in a file of its own, and the layer re-enters the base in the base's precision. The
+change is never rounded: only the copy that other layers train beside is. Embedding, norm and head are fp32 already
+where they train (a plan that computes in half precision trains none): they are only kept in files like the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeft.documents import saving
+from edgeft.engine.lisa import Named
+from edgeft.models.checkpoint import Checkpoint, TensorFile, make_nf4
+from edgeft.models.parts import Parts
+
+
+class DenseTurns:
+    """`edgeft.engine.lisa.Turns` over the decoder layers, and the `ends`, of a model whose base is NF4, bf16 or fp16.
+
+    Only matrices turn fp32 and train where the compute dtype is half: an fp32 norm would make the whole residual
+    stream fp32. In fp32 compute every parameter of the layer trains.
+    """
+
+    def __init__(
+        self, model: nn.Module, parts: Parts, base: Checkpoint, folder: Path, compute: torch.dtype,
+        ends: Mapping[str, Named] | None = None,
+    ) -> None:  # fmt: skip
+        self.ends = ends or {}
+        self.layers, self.path, self.device = parts.layers, parts.layers_path, next(model.parameters()).device
+        self.base, self.folder, self.compute = base, folder, compute
+
+    def file(self, unit: str) -> Path:
+        """Where what a layer learnt is kept between its turns."""
+        return self.folder / f"{unit}.safetensors"
+
+    def _layer(self, unit: str) -> tuple[str, nn.Module]:
+        index = int(unit.removeprefix("layer "))
+        return f"{self.path}.{index}.", self.layers[index]
+
+    def _read(self, unit: str, name: str) -> torch.Tensor:
+        """A parameter of the layer in fp32: as it was left, or the base's own."""
+        path = self.file(unit)
+        if path.is_file():
+            kept = TensorFile(path)
+            if name in kept.entries:
+                return kept.read(name)
+        return self.base.read(self.base.name_of(name)).float()
+
+    def enter(self, unit: str) -> Named:
+        """Make the layer's parameters dense fp32 ones that train; (name, parameter) of each."""
+        if unit in self.ends:
+            return self._let(unit, True)
+        prefix, layer = self._layer(unit)
+
+        def value(place: str, key: str, old: torch.Tensor, transposed: bool) -> torch.Tensor:
+            found = self._read(unit, f"{prefix}{place}.{key}" if place else f"{prefix}{key}")
+            return (found.T.contiguous() if transposed else found).to(self.device)
+
+        return [(prefix + name, parameter) for name, parameter in make_dense(layer, self.compute, value)]
+
+    def _let(self, unit: str, train: bool) -> Named:
+        for _, parameter in self.ends[unit]:
+            parameter.requires_grad_(train)
+        return list(self.ends[unit])
+
+    def _learnt(self, unit: str) -> dict[str, torch.Tensor]:
+        """What a unit learnt, in fp32 under the base's names."""
+        if unit in self.ends:
+            return {name: p.detach().cpu() for name, p in self.ends[unit]}
+        prefix, layer = self._layer(unit)
+        transposed = {f"{place}.weight" for place, m in layer.named_modules() if getattr(m, "transposed", False)}
+        return {
+            prefix + key: (p.detach().T if key in transposed else p.detach()).cpu().contiguous()
+            for key, p in layer.named_parameters()
+            if p.dtype == torch.float32
+        }
+
+    def keep(self, unit: str) -> Path:
+        """Write what the unit learnt, in fp32 under the base's names, to its file."""
+        from safetensors.torch import save_file
+
+        trained = self._learnt(unit)
+        with saving(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{unit}.tmp"
+            save_file(trained, temporary, metadata={"format": "pt"})
+            temporary.replace(self.file(unit))
+        return self.file(unit)
+
+    def leave(self, unit: str) -> Named:
+        """Keep what the layer learnt in its file and put the layer back in the base's precision."""
+        self.keep(unit)
+        return self._let(unit, False) if unit in self.ends else self._requantise(unit)
+
+    def restore(self, unit: str) -> Named:
+        """Put a unit whose file exists back as `leave` once did: a layer in the base's precision."""
+        if unit in self.ends:
+            with torch.no_grad():
+                for name, parameter in self.ends[unit]:
+                    parameter.copy_(self._read(unit, name))
+            return self._let(unit, False)
+        self.enter(unit)
+        return self._requantise(unit)
+
+    def _requantise(self, unit: str) -> Named:
+        prefix, layer = self._layer(unit)
+        for place, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear) and getattr(module, "was_nf4", False):
+                layer.set_submodule(place, make_nf4(module, self.compute))
+                continue
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dtype == torch.float32 != self.compute and parameter.ndim > 1:
+                    setattr(module, key, nn.Parameter(parameter.detach().to(self.compute), requires_grad=False))
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        return [(prefix + key, parameter) for key, parameter in layer.named_parameters()]
+
+
+def make_dense(
+    layer: nn.Module, compute: torch.dtype, value: Callable[[str, str, torch.Tensor, bool], torch.Tensor]
+) -> Named:
+    """Give a layer dense parameters that train, each `value(place, key, old, transposed)`; (name, parameter)."""
+    named: Named = []
+    for place, module in list(layer.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            packed, module = module, _dense_of(module)
+            layer.set_submodule(place, module)
+            packed.weight = packed.quant_state = None  # it is in a circle, and its codes would wait for a collection
+        for key, old in list(module.named_parameters(recurse=False)):
+            if old.ndim > 1 or compute == torch.float32:
+                transposed = key == "weight" and bool(getattr(module, "transposed", False))
+                parameter = nn.Parameter(value(place, key, old, transposed))
+                setattr(module, key, parameter)
+                named.append((f"{place}.{key}" if place else key, parameter))
+    return named
+
+
+def _dense_of(module: Any) -> nn.Linear:
+    """An empty Linear of a 4-bit one's shape and bias; it remembers what it was."""
+    with torch.device("meta"):
+        linear: Any = nn.Linear(module.in_features, module.out_features, bias=False)
+    linear.bias = module.bias
+    linear.was_nf4, linear.source_cls = True, module.source_cls
+    linear.transposed = module.source_cls.__name__ == "Conv1D"
+    return linear  # type: ignore[no-any-return]

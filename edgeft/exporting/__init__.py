@@ -1,0 +1,1 @@
+"""How does a merged checkpoint become a proven bundle?"""

@@ -1,0 +1,201 @@
+"""What is in a bundle, where did it come from, and what does it need on the device? (data only, no torch, no onnx)"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from edgeft.documents import Artifact, Strict, saving, sha256_json
+from edgeft.exporting.sbom import NEEDED
+from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof
+from edgeft.targets.footprint import LimitedBy, Predicted
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import Target
+
+MANIFEST = "bundle.json"
+SBOM = "sbom.cdx.json"
+README = "README.md"
+PromptFormat = Literal["plain", "chat"]
+Task = Literal["text-generation", "text-classification", "feature-extraction"]
+
+
+class GoldenInput(Strict):
+    """One prompt to record: a text as it is, or chat messages for the template."""
+
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_them(self) -> GoldenInput:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give either text or messages")
+        return self
+
+
+class Golden(Strict):
+    """What the artifact gave for one prompt at export: run.py --verify replays it on the device.
+
+    `messages` is None for plain prompts, and for templates that print the date: their text changes every day.
+    `greedy_ids` are binding where their margin is more than twice the tolerance: below, another CPU may rightly
+    choose the other.
+    """
+
+    messages: list[dict[str, Any]] | None
+    text: str
+    plain: bool
+    ids: list[int]
+    greedy_ids: list[int]
+    top_ids: list[int]
+    top_logits: list[float]
+    margins: list[float] = Field(default=[], description="of each greedy step: the best logit less the second best")
+
+
+class Environment(Strict):
+    """Where golden vectors were recorded; on another processor or runtime a token may move within its margin."""
+
+    cpu: str = Field(description="model name, as the system gives it")
+    features: list[str] = Field(description="instruction sets that matrix products are chosen by")
+    runtime: str = Field(description="packages and versions")
+
+
+def _stays_inside(name: str) -> str:
+    """The name of a file in a bundle, by run.py's own rule."""
+    if fault := runner_module().name_fault(name):
+        raise ValueError(f"{name!r:.80} {fault}")
+    return name
+
+
+FileName = Annotated[str, pydantic.AfterValidator(_stays_inside)]
+
+
+class BundledFile(Strict):
+    sha256: str
+    size_bytes: int
+
+
+class BundledAdapter(Strict):
+    """A LoRA adapter that run.py loads beside the model and switches to, fed to the graph's `adapter_inputs`."""
+
+    file: FileName
+    base_sha256: str = Field(description="of the base weights it was trained on: the bundle must hold the same")
+    train_sha256: str = Field(description="of its train.json")
+    rank: int
+    prompt_format: PromptFormat
+    system: str | None = Field(default=None, description="system message that every training row had")
+    parameters: dict[str, list[int]] = Field(description="names and shapes in the file; the scale is in lora_B")
+    golden: list[Golden]
+    proof: Proof | None = None
+
+
+class Measured(Strict):
+    """What run.py --bench found on the machine that exported."""
+
+    load_seconds: float
+    prompt_tokens: int
+    new_tokens: int
+    time_to_first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int
+    weight_bytes_per_token: int
+    bandwidth_bytes_per_second: float
+    bound_tokens_per_second: float
+    fraction_of_bound: float
+    cores: int
+
+
+class Measurement(Artifact):
+    """BUNDLE.measured.json, beside the bundle: what it cost here. `input_sha256` is the hash of its bundle.json.
+
+    Not a part of the bundle: the same inputs give the same bundle, byte for byte, and no clock says the same twice.
+    """
+
+    measured: Measured
+    rows: dict[str, Metrics] = Field(default={}, description="each scored row's own results, by the form of the model")
+    predicted_here_bytes: int = Field(description="peak memory as predicted for what was measured")
+    predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
+    measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")
+    seconds: float = Field(description="of the whole export")
+
+
+def measurement_path(bundle: Path) -> Path:
+    """Where the measurement of a bundle folder is kept: beside it."""
+    return bundle.with_name(f"{bundle.name}.measured.json")
+
+
+def adapters_digest(train_sha256: Mapping[str, str]) -> str:
+    """What a bundle of adapters was made from, as one hash: each one's name and train.json."""
+    return sha256_json(dict(train_sha256))
+
+
+SILENT = """run.py writes no file and opens no connection. onnxruntime since 1.29 and onnxruntime-genai since 0.18 carry
+telemetry that is on by default; run.py switches it off. A program of your own that loads this model has to do that
+before it loads the runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment. `ORT_DISABLE_TELEMETRY=0` lets it on."""
+
+
+def readme(target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = ()) -> str:
+    """What a person who finds the folder on a device has to know, in a page."""
+    how = "a prompt goes through the model's chat template" if prompt_format == "chat" else "a text goes in as it is"
+    lines = [
+        "# A language model to run on a device",
+        "",
+        f"    pip install {' '.join(NEEDED[target.runtime])}",
+        '    python run.py "a prompt"',
+        "    python run.py --bench",
+        "    python run.py --verify",
+        "",
+        f"Built for {target.runtime} ({target.name}); {how}. `python run.py --help` shows every option.",
+    ]
+    if system:
+        quoted = "\n".join(f"> {line}" for line in system.splitlines())
+        lines += ["", "It was trained with this system message, and run.py gives it (`--system ''`: none):", "", quoted]
+    if adapters:
+        lines += ["", "Adapters for `--adapter`: " + ", ".join(adapters) + "."]
+    lines += ["", SILENT]
+    return "\n".join(lines) + "\n"
+
+
+class Bundle(Artifact):
+    """bundle.json: what is in the folder, where it came from, what it needs and what it must give."""
+
+    format_version: Literal[1] = 1
+    target: Target
+    prompt_format: PromptFormat
+    system: str | None = Field(
+        default=None, description="system message that every training row had; run.py puts it before a prompt"
+    )
+    prefix_ids: list[int] = Field(description="ids before every plain prompt, such as begin-of-text")
+    stop_ids: list[int] = Field(description="ids that end an answer")
+    context_tokens: int
+    context_limited_by: LimitedBy
+    golden_logit_tolerance: float
+    environment: Environment | None = Field(default=None, description="where the golden vectors were recorded")
+    weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
+    size_bytes: int = Field(description="all files but bundle.json and a signature")
+    files: dict[FileName, BundledFile]
+    golden: list[Golden]
+    provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
+    predicted: Predicted
+    proof: Proof | None = None
+    promotion: Promotion | None = Field(default=None, description="how the 8-bit tensors were chosen, where they were")
+    task: Task = Field(default="text-generation", description="an encoder gives a label or an embedding")
+    labels: list[str] = Field(default=[], description="of a text-classification, in the order of its logits")
+    encoder_proof: EncoderProof | None = None
+    adapters: dict[str, BundledAdapter] = Field(default={}, description="by the name that --adapter takes")
+    adapter_inputs: dict[str, list[int]] = Field(default={}, description="shapes, with 0 where an adapter has its rank")
+    self_sha256: str = Field(default="0" * 64, description="sha256 of this file with 64 zeros here")
+
+    def write(self, path: Path) -> None:
+        """Write with `self_sha256` over the very bytes of the file, so that any later change to it shows."""
+        blank = self.model_copy(update={"self_sha256": "0" * 64}).model_dump_json(indent=1) + "\n"
+        digest, key = hashlib.sha256(blank.encode()).hexdigest(), '"self_sha256": '
+        with saving(path):
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(blank.replace(f'{key}"{"0" * 64}"', f'{key}"{digest}"').encode())
+            temporary.replace(path)

@@ -1,0 +1,309 @@
+"""Which codes lose least of what a layer's outputs see on rows of the training data?
+
+GPTQ (arXiv 2210.17323) on the very grid that is shipped: the error of each column of a weight is made up for by the
+columns after it, weighed by H = X'X of the layer's inputs X. The first decoder layer first, each one's inputs made by
+layers that are rounded already; a layer's codes go to disk before the next one starts. No reordering of columns: a
+runtime's packed kernels know none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeft.data.samples import Sample
+from edgeft.errors import BadInput
+from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATION_TOKENS
+from edgeft.merging.change import find_tensor
+from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.parts import find_parts, is_linear
+from edgeft.targets.grid import Encoded, Fitted, Grid
+from edgeft.targets.rounding import grids_of, round_
+from edgeft.targets.target import Target, to_nearest
+
+DAMPING = 0.01  # of H's mean diagonal, added to its diagonal
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+class Codes:
+    """A folder of calibrated codes, a file a decoder layer, by the names of tensors in the checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @functools.cached_property
+    def _places(self) -> dict[str, Path]:
+        from safetensors import safe_open
+
+        places: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                keys = file.keys()
+            places |= {key.removesuffix("/codes"): path for key in keys if key.endswith("/codes")}
+        return places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> Encoded:
+        """The codes of one tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self._places[name], "pt") as file:
+            keys = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 - no dict
+            parts = {key.rpartition("/")[2]: file.get_tensor(key) for key in keys}
+        block_size, bits = map(int, parts.pop("kind"))
+        codes, scale, zero = parts["codes"].float(), parts["scale"], parts["zero"]
+        return Encoded(codes, scale, zero, block_size, bits, parts.get("least"))  # type: ignore[arg-type]
+
+    def write(self, file: str, encoded: dict[str, Encoded]) -> None:
+        """One file of the folder."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        for name, each in encoded.items():
+            small = torch.int8 if each.codes.amin() < 0 else torch.uint8
+            parts = {"codes": each.codes.to(small), "scale": each.scale, "zero": each.zero, "least": each.least}
+            parts["kind"] = torch.tensor([each.block_size, each.bits])
+            tensors |= {f"{name}/{key}": part.contiguous() for key, part in parts.items() if part is not None}
+        save_file(tensors, self.folder / f"{file}.safetensors")
+
+
+def calibrate(
+    merged: Path, target: Target, samples: Sequence[Sample], folder: Path, progress: Progress = lambda *_: None
+) -> Codes:
+    """Calibrated codes of every matrix of the decoder layers, written into `folder`.
+
+    The same folder, target and rows give the same codes on the same kind of processor with as many threads. Raises
+    BadInput for rows that hold nothing, and as `rounding.grid_of` does.
+    """
+    rows = chosen_rows(samples)
+    if not rows:
+        raise BadInput("calibration", "there are no rows to calibrate on", "give training data with tokens to train on")
+    walk = _Walk(merged, target, rows, Codes(folder))
+    count = len(walk.layers)
+    for index in range(count):
+        progress("calibrate", index, count, {})
+        walk.step(index)
+    progress("calibrate", count, count, {})
+    return walk.codes
+
+
+def chosen_rows(samples: Sequence[Sample]) -> list[Sample]:
+    """The first rows, CALIBRATION_ROWS at most, that together have CALIBRATION_TOKENS at most, but one at least."""
+    found: list[Sample] = []
+    left = CALIBRATION_TOKENS
+    for sample in samples[:CALIBRATION_ROWS]:
+        left -= len(sample)
+        if found and left < 0:
+            break
+        found.append(sample)
+    return found
+
+
+class _Walk:
+    """A merged model in fp32, rounded up to some layer, and what goes into that layer for each batch of rows."""
+
+    def __init__(self, merged: Path, target: Target, rows: Sequence[Sample], codes: Codes) -> None:
+        self.codes, self.checkpoint = codes, Checkpoint(merged)
+        self.model: Any = load_plain(merged)
+        parts = find_parts(self.model)
+        self.layers = list(parts.layers)
+        grids = grids_of(self.model, to_nearest(target))
+        inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        self.names: dict[int, str] = {}
+        self.grids: dict[int, Grid] = {}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in inside and name in grids:
+                self.names[id(parameter)], self.grids[id(parameter)] = name, grids[name]
+            elif name in grids:
+                round_(parameter.data, grids[name])
+        self.batches = _padded(rows)
+        self.states, self.given = _entries(self.model, parts.body, self.layers, self.batches)
+
+    @torch.no_grad()
+    def step(self, index: int) -> None:
+        """Round one layer, write its codes, and send every batch through it."""
+        layer, found = self.layers[index], dict[str, Encoded]()
+        for linears in self._groups(index):
+            factor = inverse_factor(self._hessian(index, linears[0]))
+            for grid, members in groupby(linears, key=lambda linear: self.grids[id(linear.weight)]):
+                found |= self._round(list(members), factor, grid)
+        self.codes.write(f"layer-{index:04}", found)
+        for at, state in enumerate(self.states):
+            self.states[at] = _output(layer(state, **self.given[index][at]))
+
+    def _groups(self, index: int) -> list[list[Any]]:
+        """The linears of a layer that are rounded, in the order in which they compute, by what they read."""
+        seen: list[tuple[Any, Any]] = []
+
+        def note(linear: Any, arguments: Any) -> None:
+            seen.append((linear, arguments[0]))
+
+        layer = self.layers[index]
+        linears = [each for each in layer.modules() if is_linear(each) and id(each.weight) in self.grids]
+        hooks = [linear.register_forward_pre_hook(note) for linear in linears]
+        smallest = min(range(len(self.states)), key=lambda at: self.states[at].numel())
+        layer(self.states[smallest], **self.given[index][smallest])
+        for hook in hooks:
+            hook.remove()
+        groups: list[list[Any]] = []
+        for at, (linear, read) in enumerate(seen):
+            if at and read is seen[at - 1][1]:
+                groups[-1].append(linear)
+            else:
+                groups.append([linear])
+        return groups
+
+    def _hessian(self, index: int, linear: Any) -> torch.Tensor:
+        """X'X over the tokens of all rows, of what this linear reads while those before it are rounded."""
+        total = torch.zeros(linear.in_features, linear.in_features)
+        kept = torch.empty(0)
+
+        def see(_: Any, arguments: Any) -> None:
+            read = arguments[0].reshape(-1, linear.in_features)[kept]
+            total.addmm_(read.T, read)
+            raise _Seen
+
+        hook = linear.register_forward_pre_hook(see)
+        for at, state in enumerate(self.states):
+            kept = self.batches[at].real
+            with contextlib.suppress(_Seen):
+                self.layers[index](state, **self.given[index][at])
+        hook.remove()
+        return total
+
+    def _round(self, linears: list[Any], factor: torch.Tensor, grid: Grid) -> dict[str, Encoded]:
+        """The codes of linears that read the same, on one grid; the linears then hold what these decode to."""
+        heights = [linear.weight.shape[0] for linear in linears]
+        whole = gptq(torch.cat([linear.weight.data for linear in linears]), factor, grid)
+        found, first = {}, 0
+        for linear, height in zip(linears, heights, strict=True):
+            part = whole.rows(slice(first, first + height))
+            linear.weight.copy_(part.weight())
+            stored = find_tensor(self.checkpoint, self.names[id(linear.weight)])
+            assert stored is not None  # matrices of decoder layers are tied to nothing
+            found[stored], first = part, first + height
+        return found
+
+
+@torch.no_grad()
+def put_codes(model: Any, target: Target, codes: Codes) -> int:
+    """Give a torch model of the checkpoint the weights of its calibrated bundle; how many tensors those are."""
+    by_name = {stored.rpartition("layers.")[2]: stored for stored in codes}
+    grids = grids_of(model, to_nearest(target))
+    for name, grid in grids.items():
+        stored, weight = by_name.get(name.rpartition("layers.")[2]), model.get_parameter(name).data
+        if stored is None:
+            round_(weight, grid)
+        else:
+            weight.copy_(codes.read(stored).weight())
+    return len(grids)
+
+
+class _Seen(Exception):
+    """What was wanted of a layer's forward pass has been seen."""
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Rows of one forward pass, padded on the right, where a causal model looks from nowhere; which tokens are real."""
+
+    ids: torch.Tensor
+    real: torch.Tensor  # of ids as one row
+
+
+def _padded(rows: Sequence[Sample]) -> list[_Padded]:
+    groups: list[list[Sample]] = []
+    for row in sorted(rows, key=lambda row: len(row)):
+        if not groups or len(row) * (len(groups[-1]) + 1) > CALIBRATION_BATCH:
+            groups.append([])
+        groups[-1].append(row)
+    found = []
+    for group in groups:
+        width = len(group[-1])
+        ids = torch.tensor([[*row.ids, *[0] * (width - len(row))] for row in group])
+        real = torch.tensor([[at < len(row) for at in range(width)] for row in group])
+        found.append(_Padded(ids, real.reshape(-1)))
+    return found
+
+
+@torch.no_grad()
+def _entries(
+    model: Any, body: Any, layers: Sequence[Any], batches: Sequence[_Padded]
+) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
+    """(what goes into the first layer, by batch; what else each layer is given, by layer and batch).
+
+    From a pass through the model with layers that do nothing.
+    """
+    states: list[torch.Tensor] = []
+    given: list[list[dict[str, Any]]] = [[] for _ in layers]
+
+    def record(index: int, arguments: Any, named: dict[str, Any]) -> None:
+        if index == 0:
+            states.append(arguments[0])
+        given[index].append({name: value for name, value in named.items() if "past_key" not in name})
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, a, k, index=index: record(index, a, k), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    for layer in layers:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states
+    for batch in batches:
+        body(input_ids=batch.ids, use_cache=False)
+    for layer, hook in zip(layers, hooks, strict=True):
+        del layer.forward
+        hook.remove()
+    return states, given
+
+
+def _output(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U, upper triangular, with U'U = inverse of the damped H; overwrites H. An input that is always 0 counts as 1."""
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal.add_(DAMPING * float(diagonal.mean()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)  # type: ignore[no-any-return]
+
+
+def gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Encoded:
+    """Codes of a (rows, columns) weight, a column after the other, each error made up for by the columns after it.
+
+    A block's scale and zero point are fitted to what its weights have become when it is reached.
+    """
+    rows, columns = weight.shape
+    left = weight.T.contiguous()  # a column's weights side by side
+    codes = torch.empty_like(left)
+    fitted: list[Fitted] = []
+    for first in range(0, columns, grid.block_size):
+        last = min(first + grid.block_size, columns)
+        block = torch.zeros(rows, grid.block_size)
+        block[:, : last - first] = left[first:last].T
+        fitted.append(grid.stored(grid.fit(block)))
+        errors = torch.empty(last - first, rows)
+        for column in range(first, last):
+            codes[column] = grid.codes(left[column], fitted[-1])
+            error = left[column] - fitted[-1].values(codes[column].clone())
+            errors[column - first] = error.div_(factor[column, column])
+            left[column + 1 : last].addr_(factor[column, column + 1 : last], errors[column - first], alpha=-1)
+        left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    parts = [torch.stack(part, dim=1) if part[0] is not None else None for part in zip(*fitted, strict=True)]
+    scale, zero, least = parts
+    assert scale is not None and zero is not None
+    return Encoded(codes.T.contiguous(), scale, zero, grid.block_size, grid.bits, least)

@@ -1,0 +1,378 @@
+"""How does a merged checkpoint, or a base with adapters, become a proven bundle: built, compared, scored, written?"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from edgeft.data.dataset import Row, Sample, TextTokenizer, read_rows, read_samples
+from edgeft.data.rows import each_row
+from edgeft.documents import sha256_file
+from edgeft.errors import BadInput, ParityFailed
+from edgeft.exporting.adapters import AdapterSource
+from edgeft.exporting.build import ArtifactModel, build_bundle, need_runtime
+from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
+from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
+from edgeft.exporting.parity import HINTS, Gain, Ladder, compare, exact_match_problem, first
+from edgeft.exporting.sbom import BASE, Component, model_licence
+from edgeft.memory import disk, stages
+from edgeft.memory.stages import PARITY_PROMPTS
+from edgeft.memory.train_step import Phase, Workload
+from edgeft.merging.merge import MergedCheckpoint, check_trained, verify_merged
+from edgeft.merging.merged_tensors import merged_rung
+from edgeft.merging.peft_folder import lora_scale, read_adapter_config
+from edgeft.models.checkpoint import Checkpoint, TensorFile, local_folder
+from edgeft.models.identity import DATA
+from edgeft.models.metrics import Metrics, Promotion, Proof, pair
+from edgeft.planning.costs import Question
+from edgeft.planning.plan import Plan
+from edgeft.planning.stage_checks import target_device
+from edgeft.settings import Job
+from edgeft.targets.target import Target, promoted
+from edgeft.training.train import Data, TrainResult
+
+if TYPE_CHECKING:
+    from edgeft.exporting.calibrate import Codes
+
+GOLDEN_PROMPTS = 4
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+def export(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    promotion: Promotion | None = None, size_budget_bytes: int | None = None, train: Path | None = None,
+) -> Bundle:  # fmt: skip
+    """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
+
+    `train` is the folder that was merged, where merged.json does not find it.
+
+    Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
+    DoesNotFit when the device, this machine or its disk has no room; BadInput for an unknown device or a missing merge.
+    """
+    merged, trained = verify_merged(merged_folder, train)
+    profile = target_device(device)
+    plan = merged.train.plan
+    longest = plan.training.max_length
+    work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
+    data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
+    question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
+    phases = (stages.build(question, target), stages.prove(question, plan.training, target))
+    # who chose promotions has computed with torch: what that leaves in the process waits beside the builder too
+    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if promotion is not None else 0
+    calibrating = stages.calibrate_phases(question, target)
+    for phase, more in zip((*phases, *calibrating), (waiting, 0, 0), strict=False):
+        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + more)
+    disk.require(disk.export_disk(plan.spec, target), out)
+    data = Data.read(plan, train=False)
+    tokenizer = TextTokenizer(merged_folder)
+    rows = ProofRows.of(data, plan)
+    kept: dict[str, Metrics] = {}
+
+    def prove(artifact: ArtifactModel) -> Proof:
+        proof, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress)
+        kept.update(scores)
+        return proof
+
+    progress("build", 0, 1, {})
+    golden, chat = golden_inputs(merged.train.plan.job, tokenizer)
+    return build_bundle(
+        merged_folder,
+        target,
+        out,
+        prompts=golden,
+        prompt_format="chat" if chat else "plain",
+        system=shared_system(merged.train.plan.job, golden, tokenizer),
+        device_memory_bytes=profile.budget_bytes if profile else None,
+        device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
+        input_sha256=sha256_file(merged_folder / "merged.json"),
+        provenance={
+            "merged.json": sha256_file(merged_folder / "merged.json"),
+            "train.json": merged.input_sha256,
+            "plan.json": merged.train.input_sha256,
+            **merged.train.inputs,
+            "device": profile.name if profile else "",
+        }
+        | ({"calibration": f"{target.calibration}, the first training rows"} if calibrating else {}),
+        prove=prove,
+        predicted_peak_bytes=max(
+            phases[0].expected_bytes + waiting, *(phase.expected_bytes for phase in (phases[1], *calibrating))
+        ),
+        sources=made_from(merged.train, merged_folder),
+        promotion=promotion,
+        size_budget_bytes=size_budget_bytes,
+        rows=kept,
+        codes=calibration(merged_folder, target, plan, progress),
+    )
+
+
+def prove_bundle(
+    trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
+    artifact: ArtifactModel, progress: Progress,
+) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
+    """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
+    tokenizer = TextTokenizer(merged_folder)
+    ladder = Ladder(target, tokenizer, progress)
+    plan = merged.train.plan
+    ladder.climb_training(trained, merged.train, rows.trained)
+    ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
+    made = ladder.climb_artifact(
+        merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
+        answers=rows.scored, gate=len(rows.trained),
+    )  # fmt: skip
+    scores = _scores_of_training(merged.train, rows.source == "test")
+    for name, form in zip(("merged", target.name), made, strict=True):
+        scores[name] = form.metrics(rows.every, tokenizer, rows.scored)
+    if problem := exact_match_problem(*made, target.parity, rows.scored):
+        raise ParityFailed("parity ladder, exact match of the artifact", problem, HINTS["artifact"])
+    return make_proof(ladder, scores, rows.source, made[0]), scores
+
+
+@dataclass(frozen=True)
+class ProofRows:
+    """The rows a proof takes: those that training scored, and those whose scores are shown, each read once."""
+
+    trained: list[Sample]
+    every: list[Sample]
+    scored: slice
+    source: str
+
+    @classmethod
+    def of(cls, data: Data, plan: Plan) -> ProofRows:
+        """The validation rows that training scored, and the test rows after them where there are any."""
+        trained = data.valid[: plan.training.eval_rows]
+        if data.test:
+            return cls(trained, [*trained, *data.test], slice(len(trained), None), "test")
+        return cls(trained, trained, slice(None), "validation")
+
+
+def make_proof(ladder: Ladder, scores: Mapping[str, Metrics], source: str, form: Form) -> Proof:
+    """What a bundle keeps of a ladder: each row's own results lie beside it."""
+    names = list(scores)
+    steps = [*itertools.pairwise(names), (names[0], names[-1])] if len(names) > 2 else list(itertools.pairwise(names))
+    pairs = (pair(before, scores[before], after, scores[after]) for before, after in steps)
+    return Proof(
+        prompts=min(PARITY_PROMPTS, len(form.losses)),
+        positions=len(form.log_probabilities),
+        rungs=tuple(ladder.rungs),
+        scored_on=source,
+        scores={name: found.bare for name, found in scores.items()},
+        pairs=tuple(found for found in pairs if found is not None),
+        gain_nats=ladder.gain.nats if ladder.gain.shown else None,
+    )
+
+
+def calibration(merged_folder: Path, target: Target, plan: Plan, progress: Progress) -> Callable[[Path], Codes] | None:
+    """What makes the codes of a calibrated target from the first training rows; None for any other target."""
+    if target.calibration == "none":
+        return None
+
+    def make(folder: Path) -> Codes:
+        from edgeft.exporting.calibrate import calibrate
+
+        return calibrate(merged_folder, target, Data.read(plan).train, folder, progress)
+
+    return make
+
+
+def process_bytes(phase: Phase) -> int:
+    """What a stage's own process holds before it has a model."""
+    return sum(term.bytes for term in phase.terms if term.name == "process")
+
+
+def export_promoted(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    size_budget_bytes: int | None = None, calibration: str | None = None, request_sha256: str = "",
+    train: Path | None = None,
+) -> Bundle:  # fmt: skip
+    """`export` with 8 bits where they are worth most, until the parity gate passes or `size_budget_bytes` ends.
+
+    `calibration` is a data file; the first training rows when absent. Built once; a second time, with more promoted,
+    where the first bundle fails its proof. Raises as `export` and `promotion.measure` do, DoesNotFit for a budget that
+    the target alone exceeds.
+    """
+    from edgeft.exporting.promotion import CALIBRATION_ROWS, USED, choose, measure
+
+    merged, _ = verify_merged(merged_folder, train)
+    need_runtime(target)
+    data, tokenizer = Data.read(merged.train.plan), TextTokenizer(merged_folder)
+    samples = data.train[:CALIBRATION_ROWS]
+    if calibration is not None:
+        longest = merged.train.plan.training.max_length
+        samples = read_samples(calibration, tokenizer, longest, CALIBRATION_ROWS)
+        samples = [sample for sample in samples if sample.trained_tokens]
+    described = f"{len(samples)} rows of {calibration or 'the training data'}"
+    measured = measure(merged_folder, target, samples, described, progress)
+    gate, gain = ProofRows.of(data, merged.train.plan).trained, Gain.of(merged.train.base_valid, merged.train.valid)
+    del data
+    failed: ParityFailed | None = None
+    before: Promotion | None = None
+    for used in USED:
+        chosen = choose(
+            measured, gate, gain, size_budget_bytes=size_budget_bytes, used=used, progress=progress
+        ).model_copy(update={"request_sha256": request_sha256})
+        if before is not None and chosen.promoted == before.promoted:
+            break  # nothing more can be promoted
+        wanted = promoted(target, [each.module for each in chosen.promoted])
+        try:
+            return export(
+                merged_folder, wanted, out, device=device, progress=progress, promotion=chosen,
+                size_budget_bytes=size_budget_bytes, train=train,
+            )  # fmt: skip
+        except ParityFailed as problem:
+            failed, before = problem, chosen
+    assert failed is not None and before is not None
+    hint = f"{len(before.promoted)} of {before.considered} tensors got 8 bits, then {before.ended}"
+    hint += ": raise --size-budget" if before.size_budget_bytes is not None else ": export to a larger target"
+    raise ParityFailed(failed.where, failed.problem, hint) from None
+
+
+def made_from(result: TrainResult, folder: Path) -> list[Component]:
+    """What a model was made from: base model and data by name and hash, never a path or content."""
+    job = result.plan.job
+    licence = model_licence(Path(job.model)) or model_licence(folder)
+    name = Path(job.model).resolve().name if Path(job.model).is_dir() else job.model
+    found = [Component("machine-learning-model", name, BASE, weights_sha256=result.base_sha256, licence=licence)]
+    for role, source in zip(DATA, (job.data, job.valid, job.test), strict=True):
+        if source is not None:
+            digest = result.inputs.get(role, "")  # none of a hub dataset
+            found.append(Component("data", Path(source).name if digest else source, role, sha256=digest))
+    return found
+
+
+def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
+    base, tuned = (result.base_test, result.test) if test else (result.base_valid, result.valid)
+    return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
+
+
+def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
+    """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
+    source = job.valid or job.data
+    assert source is not None  # Data.read has refused a plan without data
+    rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
+    chat = rows[0].format == "chat"
+    # a chat is rendered already: its last prompt is replayed as the text the device must reproduce
+    return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
+
+
+def _prompt_text(row: Row) -> str:
+    return row.prompt if row.has_prompt else row.text[:64]
+
+
+def _chat_input(row: Row) -> GoldenInput:
+    assert row.messages is not None
+    return GoldenInput(messages=list(row.messages))
+
+
+def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextTokenizer) -> str | None:
+    """The system message of every training row, which the device gives too; None where they have not one in common."""
+    found = {_system(prompt.messages) for prompt in prompts}
+    if len(found) == 1 and None not in found and job.data is not None:
+        found |= {_system(row.messages) for row in each_row(job.data, tokenizer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _system(messages: Sequence[Mapping[str, Any]] | None) -> str | None:
+    first = messages[0] if messages else {}
+    content = first.get("content") if first.get("role") == "system" else None
+    return content if isinstance(content, str) and content else None
+
+
+def export_adapters(
+    trained: Mapping[str, Path], target: Target, out: Path, *, device: str | None, progress: Progress
+) -> Bundle:
+    """Build, prove and write one bundle of a base model and its LoRA adapters, by the names they get in it.
+
+    Raises BadInput (full fine-tunes, adapters of different bases, a base that is no longer what they were trained on),
+    ParityFailed if base or an adapter is not in the runtime what it was in training: then nothing is written.
+    """
+    results = {name: TrainResult.read(folder / "train.json") for name, folder in trained.items()}
+    first, result = next(iter(results.items()))
+    base = local_folder(result.plan.job.model)
+    _same_base(trained, results)
+    for name, folder in trained.items():
+        check_trained(folder, results[name])
+    profile = target_device(device)
+    sources = [adapter_source(name, trained[name], results[name], base, target, progress) for name in trained]
+    rows = Data.read(result.plan, train=False).valid[:PARITY_PROMPTS]
+    tokenizer = TextTokenizer(base)
+
+    def prove(artifact: ArtifactModel) -> Proof:
+        ladder = Ladder(target, tokenizer, progress)
+        tied = result.plan.spec.tie_word_embeddings
+        form, _ = ladder.climb_artifact(base, artifact.folder, artifact, rows, tied=tied)
+        return make_proof(ladder, {}, "validation", form)
+
+    progress("build", 0, 1, {})
+    digests = {name: source.train_sha256 for name, source in zip(trained, sources, strict=True)}
+    components = {component: None for each in results.values() for component in made_from(each, base)}
+    return build_bundle(
+        base,
+        target,
+        out,
+        prompts=sources[0].prompts,
+        prompt_format=sources[0].prompt_format,
+        system=sources[0].system,
+        device_memory_bytes=profile.budget_bytes if profile else None,
+        device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
+        input_sha256=adapters_digest(digests),
+        provenance={"base weights": results[first].base_sha256, "device": profile.name if profile else ""}
+        | {f"train.json of {name}": digest for name, digest in digests.items()},
+        prove=prove,
+        sources=list(components),
+        adapters=sources,
+    )
+
+
+def _same_base(trained: Mapping[str, Path], results: Mapping[str, TrainResult]) -> None:
+    if len({result.base_sha256 for result in results.values()}) > 1:
+        lines = [f"{name} ({trained[name]}): trained on {result.base_sha256}" for name, result in results.items()]
+        raise BadInput(
+            "adapters", "were trained on different base weights\n" + "\n".join(lines), "give those of one base"
+        )
+
+
+def adapter_source(
+    name: str, folder: Path, result: TrainResult, base: Path, target: Target, progress: Progress
+) -> AdapterSource:
+    """A training result as an adapter of a bundle, with what proves it. Raises BadInput if it is no plain LoRA."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise BadInput("adapters", f"{name!r} is no name", "use small letters, digits, - and _: NAME=TRAIN")
+    if result.plan.training.tuner != "lora":
+        hint = "plan with --set tuner=lora, or merge it and export a bundle of its own"
+        raise BadInput(folder, "is a full fine-tune, which cannot be switched to", hint)
+    config, weights = read_adapter_config(folder), Checkpoint(base)
+    file, changes = TensorFile(folder / "adapter_model.safetensors"), {}
+    for key in file.entries:
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            down, up = (file.read(part).float().numpy().T for part in (key, key.replace(".lora_A.", ".lora_B.")))
+            scale = numpy.float32(lora_scale(config, module, down.shape[1]))
+            changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
+    tokenizer = TextTokenizer(local_folder(result.plan.job.model))
+    prompts, chat = golden_inputs(result.plan.job, tokenizer)
+    data = Data.read(result.plan, train=False)
+    rows = ProofRows.of(data, result.plan)
+
+    def prove(artifact: ArtifactModel) -> Proof:
+        ladder = Ladder(target, tokenizer, progress)
+        ladder.climb_training(folder, result, rows.trained)
+        count = len(rows.trained)
+        progress(f"parity: {name}", 0, 1, {})
+        form = observe_model(f"{name} as trained", load_tuned(folder, result), rows.trained)
+        made = observe_artifact(name, artifact, rows.every, tokenizer, answers=rows.scored)
+        ladder.add(compare(form, first(made, count), target.parity, ladder.gain))
+        scores = _scores_of_training(result, bool(data.test))
+        scores[target.name] = made.metrics(rows.every, tokenizer, rows.scored)
+        return make_proof(ladder, scores, rows.source, form)
+
+    digest = sha256_file(folder / "train.json")
+    form: PromptFormat = "chat" if chat else "plain"
+    system = shared_system(result.plan.job, prompts, tokenizer)
+    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system)

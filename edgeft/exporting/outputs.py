@@ -1,0 +1,295 @@
+"""What does one form of a fine-tuned model say? As trained, on the original weights, merged: loaded, and observed."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from edgeft.data.batches import make_batch
+from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.engine.fp32_layers import DenseTurns
+from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
+from edgeft.machines import meter
+from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
+from edgeft.models.checkpoint import DTYPES, Checkpoint, TensorFile, load_base, load_plain, local_folder
+from edgeft.models.evaluate import (
+    EVAL_TOKENS,
+    answer_open,
+    answer_tokens,
+    asked_for,
+    autocast,
+    by_length,
+    is_exact,
+    judge,
+    may_become,
+    metrics,
+)
+from edgeft.models.layer_shares import Shares, layer_of
+from edgeft.models.loss import head_transform
+from edgeft.models.metrics import Metrics
+from edgeft.models.parts import Parts, find_parts
+from edgeft.settings import Training
+from edgeft.training.train import TrainResult
+
+WHOLE = Shares()
+CPU = torch.device("cpu")
+POSITIONS = 256  # whose logits are held at a time
+
+
+class Artifact(Protocol):
+    """What a target's runtime must offer to be compared."""
+
+    stop_ids: list[int]
+
+    def logits(self, ids: list[int], first: int = 0) -> Any: ...
+    def follow(
+        self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
+        hopeless: Callable[[list[int]], bool],
+    ) -> tuple[Any, list[int]]: ...  # fmt: skip
+
+
+@dataclass
+class Form:
+    """What one form of the model says of some rows.
+
+    `log_probabilities` (N, V) are those at the answers' positions of the first PARITY_PROMPTS rows; `losses` each
+    row's summed nats, `tokens` its trained tokens; `exact` whether it is answered exactly, where that was asked.
+    """
+
+    name: str
+    log_probabilities: torch.Tensor
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    exact: tuple[bool, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per trained token of all rows."""
+        return sum(self.losses) / max(1, sum(self.tokens))
+
+    def metrics(self, samples: Sequence[Sample], tokenizer: TextTokenizer, rows: slice = slice(None)) -> Metrics:
+        """Scores of some of the rows, `samples` being all of them."""
+        exact = self.exact or (False,) * len(self.losses)
+        return metrics(samples[rows], tokenizer, self.losses[rows], exact[rows])
+
+
+def trained_at(sample: Sample) -> list[int]:
+    """Positions whose next token is trained."""
+    return [i for i, label in enumerate(sample.labels[1:]) if label != IGNORED]
+
+
+class Observer:
+    """Gathers a form row by row: which log-probabilities are kept, which are summed."""
+
+    def __init__(self, rows: Sequence[Sample]) -> None:
+        self.rows = rows
+        self.losses, self.tokens = [0.0] * len(rows), [0] * len(rows)
+        self.likely: list[list[int]] = [[] for _ in rows]
+        self.tables: list[list[torch.Tensor]] = [[] for _ in rows[:PARITY_PROMPTS]]
+
+    def add(self, row: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """The next positions of a row: logits (n, V) and the tokens that follow."""
+        found = torch.log_softmax(logits.float(), dim=-1)
+        self.losses[row] -= float(found.gather(1, targets[:, None]).sum())
+        self.likely[row] += found.argmax(dim=-1).tolist()
+        if row < len(self.tables):
+            most = max(1, LOGIT_BYTES // 4 // found.shape[-1] // len(self.tables))
+            room = most - self.tokens[row]
+            if room > 0:
+                self.tables[row].append(found[:room].clone())
+        self.tokens[row] += len(targets)
+
+    def form(self, name: str, exact: Sequence[bool] = ()) -> Form:
+        """All that was gathered."""
+        table = torch.cat([part for row in self.tables for part in row])
+        return Form(name, table, tuple(self.losses), tuple(self.tokens), tuple(exact))
+
+
+@torch.no_grad()
+def row_logits(
+    model: Any, parts: Parts, rows: Sequence[Sample], compute: torch.dtype, group_tokens: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(row, logits (n, V), the tokens that follow) at the rows' trained positions, rows of similar length at once."""
+    scale, softcap = head_transform(model.config.get_text_config(decoder=True))
+    numbers = {id(sample): number for number, sample in enumerate(rows)}
+    head: Any = parts.head
+    for group in by_length(rows, group_tokens):
+        with autocast(CPU, compute):
+            hidden = parts.body(input_ids=make_batch(group).ids, use_cache=False).last_hidden_state.to(compute)
+        for place, sample in enumerate(group):
+            ids, at = sample.ids, torch.tensor(trained_at(sample), dtype=torch.long)
+            for part in torch.split(at, POSITIONS):
+                with autocast(CPU, compute):
+                    logits = hidden[place, part] @ head.weight.T.to(compute)
+                    logits = (logits if head.bias is None else logits + head.bias).float() * scale
+                if softcap:
+                    logits = softcap * torch.tanh(logits / softcap)
+                yield numbers[id(sample)], logits, torch.tensor([ids[i + 1] for i in part.tolist()])
+
+
+def observe_model(
+    name: str, model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer | None = None, *,
+    compute: torch.dtype = torch.float32, group_tokens: int = EVAL_TOKENS, answers: slice | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Form:  # fmt: skip
+    """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
+
+    Only what the likeliest tokens along the row's own answer leave open is generated.
+    """
+    seen, parts = Observer(rows), find_parts(model)
+    for number, logits, targets in row_logits(model, parts, rows, compute, group_tokens):
+        seen.add(number, logits, targets)
+        progress(sum(count > 0 for count in seen.tokens), len(rows))
+    if answers is None or tokenizer is None or not rows[0].has_prompt:
+        return seen.form(name)
+    wanted = range(len(rows))[answers]
+    judged: dict[int, bool | None] = {id(rows[i]): judge(tokenizer, rows[i], seen.likely[i]) for i in wanted}
+    answer_open(model, rows, tokenizer, judged, CPU, compute, group_tokens)
+    return seen.form(name, [bool(judged.get(id(sample), False)) for sample in rows])
+
+
+def observe_artifact(
+    name: str, artifact: Artifact, rows: Sequence[Sample], tokenizer: TextTokenizer, *, answers: slice | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Form:  # fmt: skip
+    """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded."""
+    seen, exact = Observer(rows), [False] * len(rows)
+    decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
+    stops = tokenizer.stop_ids
+    for number, sample in enumerate(rows):
+        ids, at = sample.ids, trained_at(sample)
+        if not at:
+            continue
+        if number in decoding and sample.prompt_tokens:
+            logits, answer = artifact.follow(
+                ids, at[0], sample.prompt_tokens, answer_tokens([sample]), stops,
+                functools.partial(cannot_match, tokenizer, sample),
+            )  # fmt: skip
+            exact[number] = is_exact(tokenizer, sample, answer)
+        else:
+            logits = artifact.logits(ids, at[0])
+        chosen = torch.from_numpy(logits)[[i - at[0] for i in at]]
+        seen.add(number, chosen, torch.tensor([ids[i + 1] for i in at]))
+        progress(number + 1, len(rows))
+    return seen.form(name, exact if decoding else ())
+
+
+def cannot_match(tokenizer: TextTokenizer, sample: Sample, made: list[int]) -> bool:
+    """Whether no continuation of `made` can be what the row asks for."""
+    return not may_become(tokenizer, asked_for(sample, tokenizer.stop_ids)[0], made)
+
+
+def trained_settings(result: TrainResult) -> tuple[Training, torch.dtype, str]:
+    """(settings, compute dtype, where) of the run as it was, not as it was planned."""
+    training = result.training
+    return training, DTYPES[training.compute_dtype], training.device
+
+
+def is_original(training: Training, compute: torch.dtype) -> bool:
+    """Whether training held the original weights, unrounded: then nothing lies between them and what trained."""
+    return training.base_precision != "nf4" and compute == torch.float32
+
+
+def load_as_trained(trained: Path, result: TrainResult) -> tuple[Any, torch.dtype]:
+    """The model as it was scored at the end of training, and what it computes in here; on the CPU.
+
+    The base as training held it (4 bits, half precision), adapters live; layers that trained dense are so again if they
+    were training last, else back in the base's precision. A run on a GPU keeps its weights' precision here, but
+    computes in fp32.
+    """
+    training, compute, where = trained_settings(result)
+    folder = local_folder(result.plan.job.model)
+    here = compute if where == "cpu" else torch.float32
+    if where != "cpu" and training.base_precision != "nf4" and compute != torch.float32:
+        model = load_plain(folder, DTYPES[training.base_precision]).float()
+    else:
+        model = load_base(folder, training, CPU, here)
+    parts = find_parts(model)
+    if training.tuner == "lora":
+        put_adapters(model, parts, trained, training, WHOLE)
+        return model, here
+    apply_tuner(model, parts, training)
+    if training.densely and not is_original(training, here):
+        put_dense_layers(model, parts, trained, training, result, Checkpoint(folder), here)
+    else:
+        put_changed(model, trained, WHOLE)
+    return model, here
+
+
+def put_dense_layers(
+    model: Any, parts: Parts, trained: Path, training: Training, result: TrainResult, base: Checkpoint,
+    compute: torch.dtype,
+) -> None:  # fmt: skip
+    """Give every layer that trained what it learnt, in fp32 where it was active last, else rounded as the base is."""
+    learnt = TensorFile(trained / CHANGED)
+
+    class Kept(DenseTurns):
+        def _read(self, unit: str, name: str) -> torch.Tensor:
+            if name in learnt.entries:
+                return learnt.read(name)
+            return self.base.read(self.base.name_of(name)).float()
+
+    with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
+        turns = Kept(model, parts, base, Path(scratch), compute)
+        lisa = make_lisa(model, parts, training, None, Path(scratch))
+        active = (*lisa.always, *lisa.at(max(0, result.steps - 1)))
+        visited = [record.unit for record in result.units if record.steps and record.unit.startswith("layer ")]
+        for unit in visited:
+            turns.enter(unit)
+            if unit not in active:
+                turns._requantise(unit)
+    ends = {name for name in learnt.entries if layer_of(name) is None}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in ends:
+                parameter.copy_(learnt.read(name))
+
+
+def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE) -> Any:
+    """Base and change of a training result, nothing merged, the change scaled by its shares; on the CPU in fp32."""
+    return load_changed(local_folder(result.plan.job.model), trained, result.training, shares)
+
+
+def load_changed(base: Path, trained: Path, training: Training, shares: Shares = WHOLE) -> Any:
+    """The original weights and what training left in `trained`, nothing merged; fp32, on the CPU."""
+    meter.import_all()
+    model = load_plain(base)
+    training = training.model_copy(update={"compute_dtype": "fp32"})
+    if training.tuner == "lora":
+        if not shares.nothing:
+            put_adapters(model, find_parts(model), trained, training, shares)
+    else:
+        put_changed(model, trained, shares)
+    return model
+
+
+def put_adapters(model: Any, parts: Parts, trained: Path, training: Training, shares: Shares) -> None:
+    """Hang trained adapters on a model, each scaled by its layer's share."""
+    meter.import_all()
+    from peft.tuners.lora import LoraLayer
+
+    chosen = apply_tuner(model, parts, training)
+    weights = TensorFile(trained / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in chosen:
+            parameter.copy_(weights.read("base_model.model." + name.replace(".default.", ".")))
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.scaling:
+                module.scaling[adapter] *= shares.of(layer_of(name + "."))
+
+
+def put_changed(model: Any, trained: Path, shares: Shares) -> None:
+    """Give a model the tensors that trained, each at its layer's share."""
+    changed = TensorFile(trained / CHANGED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in changed.entries:
+                share, wanted = shares.of(layer_of(name)), changed.read(name)
+                parameter.copy_(parameter + share * (wanted - parameter) if share < 1 else wanted)

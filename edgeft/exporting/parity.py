@@ -1,0 +1,306 @@
+"""Is what runs on the device what was trained? A ladder; its first failing rung names the culprit.
+
+It starts at the model that trained, in the precision in which it trained, which must give train.json's own score:
+
+    trained   against train.json          the model as it was scored, loaded anew
+    original  against trained             the same change on the original weights, where training held rounded ones
+    merged    against W0 + a (Wft - W0)   every tensor of the checkpoint, by its bits
+    stored    against merged              every matrix of the bundle, by its codes, where the rounding is known
+    artifact  against rounded             the bundle in its runtime, and torch on the very weights that it holds
+    artifact  against merged              what rounding costs, beside what the fine-tune gained
+
+A rung that would compare a thing with itself is left out.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeft.data.dataset import Sample, TextTokenizer
+from edgeft.errors import BadInput, ParityFailed
+from edgeft.exporting.outputs import (
+    Artifact,
+    Form,
+    is_original,
+    load_as_trained,
+    load_changed,
+    observe_artifact,
+    observe_model,
+    trained_settings,
+)
+from edgeft.exporting.stored_codes import stored_rung
+from edgeft.machines import meter
+from edgeft.memory.stages import PARITY_PROMPTS
+from edgeft.models.checkpoint import load_plain, local_folder
+from edgeft.models.intervals import paired_losses, paired_rates
+from edgeft.models.metrics import Difference, Metrics, Rung
+from edgeft.targets.rounding import round_model
+from edgeft.targets.target import Target, Tolerance
+from edgeft.training.train import TrainResult
+
+TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
+# The same model loaded anew on the same rows: what the loss per token may differ by, in the dtype of its products.
+# Measured where nothing was wrong in fp32, on NF4: 4e-8 of all rows, 7e-7 of any one. Half a layer's change, most of it
+# below a step of NF4, moved one row by 2e-3 and their mean not at all.
+AGAIN_NATS = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+NOISE_NATS = 1e-5  # of a loss, by the order of fp32 sums
+ELSEWHERE_NATS = 2e-2  # of all rows, where training ran on a GPU and this is a CPU
+ELSEWHERE_ROW_NATS = 0.2  # of any one row there
+# The same change on weights that training held rounded. Measured on the example with NF4: KL 0.0045 nats, loss -0.002.
+ORIGINAL = Tolerance(
+    min_top1_agreement=0.9, max_mean_kl_nats=0.1, max_loss_increase_nats=0.05, max_gain_lost=0.1,
+    max_exact_match_drop_points=100.0,
+)  # fmt: skip
+# Torch on the very weights that the bundle holds: activations of 8 bits and the order of sums are all that differs.
+ALIKE = Tolerance(
+    min_top1_agreement=0.98, max_mean_kl_nats=0.002, max_loss_increase_nats=0.01, max_gain_lost=0.01,
+    max_exact_match_drop_points=100.0,
+)  # fmt: skip
+# the same weights in another order of operations: fp32 rounding only
+SAME = Tolerance(
+    min_top1_agreement=0.999, max_mean_kl_nats=1e-5, max_loss_increase_nats=1e-4, max_gain_lost=1.0,
+    max_exact_match_drop_points=0.5,
+)  # fmt: skip
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+HINTS = {
+    "trained": "train again: what lies in train/ is not what was scored",
+    "original": "4 or 16 bits hid weights that the fine-tune leans on: plan with --set base_precision=fp32",
+    "merged": "run edgeft merge again; if that does not help, report this",
+    "stored": "report this: the builder did not store what was merged",
+    "rounded": "report this: the runtime does not compute what this model does",
+    "artifact": "quantisation loses too much: try --target ort-int8 or gguf-q8_0, or loosen [parity] in a target file",
+}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the fine-tune gained on the rows of the ladder: loss of the base less its own, in nats per token."""
+
+    nats: float
+    shown: bool
+
+    @classmethod
+    def of(cls, base: Metrics, tuned: Metrics) -> Gain:
+        """By the scores of training; shown where the rows' own interval leaves zero out, or no rows were kept."""
+        nats = base.loss - tuned.loss
+        if base.row_losses and base.row_tokens == tuned.row_tokens and len(base.row_losses) > 1:
+            return cls(nats, paired_losses(tuned.row_losses, base.row_losses, base.row_tokens).low > 0)
+        return cls(nats, nats > 0)
+
+
+UNKNOWN = Gain(0.0, shown=False)
+
+
+def allowed_loss(tolerance: Tolerance, gain: Gain) -> tuple[float, str]:
+    """(nats by which the loss may rise, how that is said): absolute, and no more than a share of a gain that is shown.
+
+    A share alone allows too much: most of a large gain is often the form of the answers, which any rounding keeps.
+    """
+    nats = max(NOISE_NATS, tolerance.max_gain_lost * gain.nats)
+    if gain.shown and nats < tolerance.max_loss_increase_nats:
+        return nats, f"{100 * tolerance.max_gain_lost:g}% of the {gain.nats:.4g} nats that the fine-tune gained"
+    return tolerance.max_loss_increase_nats, f"{tolerance.max_loss_increase_nats:g} nats"
+
+
+def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN) -> Rung:
+    """The rung between two forms on the same rows; `problems` holds a line for each tolerance that does not hold."""
+    p, q = before.log_probabilities, form.log_probabilities
+    kl = float((p.exp() * (p - q)).sum(dim=-1).mean())
+    top = q.argmax(dim=-1, keepdim=True)
+    # a near tie has no right answer: the choice counts as another one only where the first form clearly prefers its own
+    or_tie = float((p.amax(dim=-1) - p.gather(1, top)[:, 0] <= TIE_NATS).float().mean())
+    agreement = float((p.argmax(dim=-1) == top[:, 0]).float().mean())
+    nats, said = allowed_loss(tolerance, gain)
+    checks = (
+        (  # one position is no evidence on a few
+            or_tie < tolerance.min_top1_agreement and (1 - or_tie) * len(p) > 1.5,
+            f"top-1 agreement {or_tie:.4f} ({agreement:.4f} without ties), at least {tolerance.min_top1_agreement}",
+        ),
+        (
+            not kl <= tolerance.max_mean_kl_nats,
+            f"mean KL {kl:.2e} nats, at most {tolerance.max_mean_kl_nats:.0e}",
+        ),
+        (
+            not form.loss - before.loss <= nats,
+            f"loss {before.loss:.4f} to {form.loss:.4f} nats, at most {nats:.4f} more: {said}",
+        ),
+    )
+    return Rung(
+        name=form.name,
+        against=before.name,
+        compared=f"{len(before.losses)} rows, {len(p)} positions",
+        tolerance=f"KL {tolerance.max_mean_kl_nats:g}, loss at most {said} more",
+        top1_agreement=agreement,
+        top1_or_tie=or_tie,
+        mean_kl_nats=kl,
+        loss=form.loss,
+        loss_before=before.loss,
+        loss_change=Difference.of(paired_losses(before.losses, form.losses, before.tokens)),
+        problems=tuple(text for failed, text in checks if failed),
+    )
+
+
+def trained_rung(form: Form, recorded: Metrics, compute: torch.dtype, where: str) -> Rung:
+    """The rung between train.json's own score and the model as trained, loaded anew: all rows, and each of them."""
+    elsewhere = where != "cpu"
+    nats = ELSEWHERE_NATS if elsewhere else AGAIN_NATS[compute]
+    row_nats = ELSEWHERE_ROW_NATS if elsewhere else 10 * nats
+    dtype = str(compute).removeprefix("torch.")
+    how = f"trained on {where}, compared on the CPU in fp32" if elsewhere else f"computed in {dtype}"
+    problems = []
+    rows = len(form.losses)
+    if recorded.rows != rows:
+        problems.append(f"scored on {recorded.rows} rows, there are {rows} now")
+    if not abs(form.loss - recorded.loss) <= nats * max(1.0, abs(recorded.loss)):
+        problems.append(f"loss {recorded.loss:.6f} in train.json, {form.loss:.6f} now")
+    tolerance = f"loss to {nats:g} nats ({how})"
+    if recorded.row_losses and len(recorded.row_losses) == rows:
+        tolerance += f", each row's to {row_nats:g}"
+        apart = [
+            abs(a - b) / max(1, count)
+            for a, b, count in zip(form.losses, recorded.row_losses, form.tokens, strict=True)
+        ]
+        far = sum(not each <= row_nats * max(1.0, abs(recorded.loss)) for each in apart)
+        problems += [f"{far} of {rows} rows differ, by up to {max(apart):.3g} nats a token"] if far else []
+    return Rung(
+        name="trained", against="train.json", compared=f"the score of {rows} validation rows", tolerance=tolerance,
+        loss=form.loss, loss_before=recorded.loss, problems=tuple(problems),
+    )  # fmt: skip
+
+
+def check(rung: Rung) -> Rung:
+    """The rung itself. Raises ParityFailed (exit 4) with every tolerance that it breaks."""
+    if rung.problems:
+        where = f"parity ladder, rung {rung.name!r} against {rung.against!r}"
+        hint = HINTS["rounded"] if rung.against == "rounded" else HINTS.get(rung.name, HINTS["artifact"])
+        raise ParityFailed(where, "\n".join(rung.problems), hint)
+    return rung
+
+
+@dataclass
+class Ladder:
+    """The rungs climbed so far, each checked as it is made, and the forms that scores are taken from."""
+
+    target: Target
+    tokenizer: TextTokenizer
+    progress: Progress
+    rungs: list[Rung] = field(default_factory=list)
+    gain: Gain = UNKNOWN
+
+    def add(self, rung: Rung | None) -> None:
+        """One more rung, unless there is none. Raises ParityFailed."""
+        if rung is not None:
+            self.rungs.append(rung)
+            check(rung)
+
+    def climb_training(self, trained: Path, result: TrainResult, rows: Sequence[Sample]) -> None:
+        """From train.json's own score to the change on the original weights; `rows` are those that training scored.
+
+        Raises ParityFailed.
+        """
+        training, compute, where = trained_settings(result)
+        self.gain = Gain.of(result.base_valid, result.valid)
+        self.progress("parity: trained", 0, 1, {})
+        model, here = load_as_trained(trained, result)
+        form = observe_model("trained", model, rows, compute=here, group_tokens=training.group_tokens)
+        del model
+        give_back()
+        self.add(trained_rung(form, result.valid, here, where))
+        if is_original(training, compute):
+            return
+        self.progress("parity: original", 0, 1, {})
+        base = local_folder(result.plan.job.model)
+        original = observe_model("original", load_changed(base, trained, result.training), rows)
+        give_back()
+        self.add(compare(form, original, ORIGINAL, self.gain))
+
+    def climb_artifact(
+        self, merged_folder: Path, bundle: Path, artifact: Artifact, rows: Sequence[Sample], *, tied: bool,
+        answers: slice | None = None, gate: int | None = None, alike: Tolerance = ALIKE,
+        quality: Tolerance | None = None,
+    ) -> tuple[Form, Form]:  # fmt: skip
+        """(merged, artifact) on all rows, after proving the bundle; rungs take the first `gate` rows.
+
+        Raises ParityFailed.
+        """
+        if (wanted := self.tokenizer.stop_ids) != list(artifact.stop_ids):
+            problem = f"the bundle ends answers at {list(artifact.stop_ids)}, scores at {wanted}"
+            raise ParityFailed("stop ids", problem, HINTS["stored"])
+        self.add(stored_rung(bundle, merged_folder, self.target, tied=tied))
+        count = len(rows) if gate is None else gate
+
+        def told(stage: str) -> Callable[[int, int], None]:
+            return lambda done, total: self.progress(stage, done, total, {})
+
+        model = load_plain(merged_folder)
+        merged = observe_model("merged", model, rows, self.tokenizer, answers=answers, progress=told("parity: merged"))
+        rounded = None
+        if round_as_target(model, self.target):
+            rounded = observe_model("rounded", model, rows[: min(count, PARITY_PROMPTS)])
+        del model
+        give_back()
+        made = observe_artifact(
+            "artifact", artifact, rows, self.tokenizer, answers=answers, progress=told("parity: artifact")
+        )
+        head = first(made, count)
+        if rounded is not None:
+            self.add(compare(rounded, first(head, len(rounded.losses)), alike, self.gain))
+        self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))
+        return merged, made
+
+
+def first(form: Form, rows: int) -> Form:
+    """The same form on its first rows alone."""
+    return Form(form.name, form.log_probabilities, form.losses[:rows], form.tokens[:rows], form.exact[:rows])
+
+
+def round_as_target(model: Any, target: Target) -> int:
+    """Round a model's weights as the target does; how many tensors that were: 0 where torch does not know how."""
+    if target.runtime == "ort-genai" and target.weight_bits == 16:
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        with torch.no_grad():
+            for parameter in matrices:
+                parameter.copy_(parameter.half())
+        return len(matrices)
+    try:
+        return round_model(model, target) if target.weight_bits < 16 else 0
+    except BadInput:  # a target whose rounding is its runtime's alone
+        return 0
+
+
+def give_back() -> None:
+    """The memory of a model that was dropped."""
+    gc.collect()  # models are full of circles
+    meter.give_back()
+
+
+def exact_match_problem(merged: Form, made: Form, tolerance: Tolerance, rows: slice) -> str:
+    """How much fewer answers are exact than the tolerance allows, or nothing; one row is no evidence on a few.
+
+    The drop itself is judged, not the end of its interval: on a few rows that would pass anything or nothing.
+    """
+    before, after = merged.exact[rows], made.exact[rows]
+    if not before or not after:
+        return ""
+    drop = 100 * (sum(before) - sum(after)) / len(before)
+    if drop <= max(tolerance.max_exact_match_drop_points, 100 / len(before)):
+        return ""
+    low, high = (-100 * end for end in paired_rates(before, after)[:0:-1])
+    reach = f"95% interval {low:.1f} to {high:.1f}"
+    return f"exact match falls by {drop:.1f} points ({reach}), at most {tolerance.max_exact_match_drop_points:g}"
+
+
+def score_model(
+    model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer, progress: Callable[[int, int], None]
+) -> Metrics:
+    """Metrics of a torch model on the CPU in fp32."""
+    every = slice(None)
+    form = observe_model("scored", model, samples, tokenizer, answers=every, progress=progress)
+    return form.metrics(samples, tokenizer)

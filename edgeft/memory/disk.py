@@ -1,0 +1,166 @@
+"""How much disk does each stage take, and is it there before hours are spent?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from edgeft.documents import Strict, nearest_folder
+from edgeft.errors import DoesNotFit
+from edgeft.memory import train_step
+from edgeft.memory.train_step import STORED_BYTES, Term
+from edgeft.models.spec import ModelSpec
+from edgeft.settings import ENDS, Training
+from edgeft.targets.footprint import bundle_weights
+from edgeft.targets.target import Target
+from edgeft.units import show_bytes
+
+CHECKPOINTS_KEPT = 2
+SIDE_FILES_BYTES = 40_000_000  # tokenizer, template, graph and configs; of tokenizers Gemma's is the largest, 33 MB
+TENSOR_BYTES = 1_200  # names, headers and padding of one trained parameter and its two states in a checkpoint
+
+
+class Disk(Strict):
+    """What one stage writes: `peak_bytes` while it runs, of which `kept_bytes` stay."""
+
+    stage: str
+    where: Literal["out", "cache"]
+    terms: tuple[Term, ...]
+    peak_bytes: int
+    kept_bytes: int
+
+
+def plan_disk(spec: ModelSpec, training: Training, target: Target) -> tuple[Disk, ...]:
+    """Every stage's disk. A stage writes beside what it replaces: an earlier result is not counted as room."""
+    found = [train_disk(spec, training), merge_disk(spec), export_disk(spec, target)]
+    return (nf4_disk(spec, training), *found) if training.base_precision == "nf4" else tuple(found)
+
+
+def nf4_disk(spec: ModelSpec, training: Training) -> Disk:
+    """The NF4 form of the base, kept in the cache: codes, and what is not quantised in the checkpoint's own dtype."""
+    dense = train_step.weight_bytes(
+        spec, training.model_copy(update={"base_precision": "nf4", "compute_dtype": "fp32"})
+    )
+    size = dense + SIDE_FILES_BYTES
+    term = Term(name="NF4 base", bytes=size, formula=f"{spec.total_parameters} parameters, 4 bits where quantised")
+    return Disk(stage="quantise", where="cache", terms=(term,), peak_bytes=size, kept_bytes=size)
+
+
+def train_disk(spec: ModelSpec, training: Training) -> Disk:
+    """Checkpoints (the newest is written before the oldest goes), then what was trained, in fp32."""
+    checkpoint, result = checkpoint_bytes(spec, training), 4 * learnt_parameters(spec, training)
+    terms = (
+        Term(
+            name="checkpoints",
+            bytes=(CHECKPOINTS_KEPT + 1) * checkpoint,
+            formula=f"{CHECKPOINTS_KEPT} kept and one being written, what trains and its states",
+        ),
+        Term(name="result", bytes=result, formula=f"{result // 4} x 4 B"),
+    )
+    peak = max(terms[0].bytes, CHECKPOINTS_KEPT * checkpoint + result)
+    return Disk(stage="train", where="out", terms=terms, peak_bytes=peak, kept_bytes=result)
+
+
+def learnt_parameters(spec: ModelSpec, training: Training) -> int:
+    """Parameters that have trained when a run ends: under LISA every unit that can be drawn."""
+    on = {end: "on" for end in ENDS if getattr(training, end) == "rotate"}
+    return train_step.trained_parameters(spec, training.model_copy(update=on))
+
+
+def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
+    """One training checkpoint: every parameter learnt so far and its optimizer states.
+
+    Under LISA only units that train then have states, unless the others' are parked beside them.
+    """
+    learnt, itemsize = learnt_parameters(spec, training), train_step.trained_itemsize(training)
+    states = 2 * itemsize if training.optimizer == "adamw" else train_step.ADAM8_BYTES
+    with_states = learnt
+    if training.layers == "lisa" and training.lisa_state == "drop":
+        with_states = max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
+    layers = len(training.trained_layers) + len(ENDS)
+    tensors = layers * (len(spec.linears) * (2 if training.tuner == "lora" else 1) + spec.norms_per_layer + 2)
+    return int(learnt * itemsize + with_states * states) + TENSOR_BYTES * tensors
+
+
+def merge_disk(spec: ModelSpec, files_bytes: int | None = None) -> Disk:
+    """A whole checkpoint in the base's own dtype; `files_bytes` is the size of its files where they are known."""
+    size = files_bytes or spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
+    side = Term(name="side files", bytes=SIDE_FILES_BYTES, formula="tokenizer and configs, at most")
+    terms = (Term(name="weights", bytes=size, formula=f"{spec.total_parameters} in {spec.dtype}"), side)
+    return Disk(stage="merge", where="out", terms=terms, peak_bytes=size + side.bytes, kept_bytes=size + side.bytes)
+
+
+def export_disk(spec: ModelSpec, target: Target) -> Disk:
+    """The bundle, and what its making writes and leaves out.
+
+    The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too; fp16 is written
+    from a model in fp32, and llama.cpp's quantiser reads one in fp16.
+    """
+    stored = bundle_weights(spec, target).stored_bytes
+    half = target.runtime == "ort-genai" and target.weight_bits == 16
+    first, what = 0, ""
+    if half:
+        first, what, stored = stored, "the fp32 model that becomes fp16", stored // 2
+    elif target.runtime == "onnxruntime":
+        head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0
+        first, what = 4 * spec.total_parameters, "optimum's graph"
+        if target.weight_bits == 8:
+            first, what = 2 * first + 4 * head + stored, "optimum's graph, with a head of its own, and rounded"
+    elif target.method == "k_quant" and target.runtime == "llama.cpp":
+        first, what = 2 * spec.total_parameters, "the fp16 model that is quantised"
+    elif target.runtime == "ort-genai" and target.weight_bits == 8 and spec.tie_word_embeddings:
+        first, what = 4 * spec.vocab_size * spec.hidden_size, "an fp32 table that the second build leaves out"
+    terms = (
+        Term(name="weights", bytes=stored, formula="as stored in the bundle"),
+        Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most"),
+        Term(name="first build", bytes=first, formula=what),
+    )
+    kept = stored + SIDE_FILES_BYTES
+    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + first, kept_bytes=kept)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that `folder` is or will be on."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def require(disk: Disk, folder: Path, *, there: int = 0) -> None:
+    """Raise DoesNotFit (exit 3) when a stage would fill the disk of `folder`; `there`: bytes of it already written."""
+    free = free_bytes(folder)
+    if disk.peak_bytes - there > free:
+        largest = max(disk.terms, key=lambda term: term.bytes)
+        problem = f"the {disk.stage} stage writes up to {show_bytes(disk.peak_bytes)} here ({largest.name} "
+        problem += f"{show_bytes(largest.bytes)}), {show_bytes(free)} are free"
+        hint = f"free {show_bytes(disk.peak_bytes - there - free)}, or choose another disk with --out (make: out=...)"
+        if disk.where == "cache":
+            hint = (
+                f"free {show_bytes(disk.peak_bytes - there - free)}, or set XDG_CACHE_HOME to a folder on another disk"
+            )
+        raise DoesNotFit(folder, problem, hint)
+
+
+def shortages(planned: tuple[Disk, ...], out: Path, cache: Path) -> list[str]:
+    """A line when the disk of `out`, or of the cache, has less room than the stages need one after the other."""
+    lines = []
+    for where, folder in (("out", out), ("cache", cache)):
+        need = total(disk for disk in planned if disk.where == where)
+        free = free_bytes(folder)
+        if need > free:
+            lines.append(f"the stages need {show_bytes(need)} of disk in {folder}, {show_bytes(free)} are free")
+    return lines
+
+
+def total(stages: Iterable[Disk]) -> int:
+    """Highest bytes on disk when the stages run one after the other and each leaves what it keeps."""
+    kept = highest = 0
+    for disk in stages:
+        highest = max(highest, kept + disk.peak_bytes)
+        kept += disk.kept_bytes
+    return highest
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 when there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

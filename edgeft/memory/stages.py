@@ -1,0 +1,392 @@
+"""What does each stage around the training step hold in the host's memory at its highest moment?
+
+Closed forms like those of train_step.py. Coefficients come from the order in which each stage makes and drops its
+arrays, read from its source and confirmed by measurement (bench/stages.py); the fitted numbers are those of whole
+processes before they hold a model, and say so. Symbols as in train_step.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeft.errors import DoesNotFit
+from edgeft.machines.limits import memory_limit
+from edgeft.machines.profile import Profile
+from edgeft.memory import train_step
+from edgeft.memory.disk import learnt_parameters
+from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
+from edgeft.models.spec import Linear, ModelSpec
+from edgeft.planning.costs import Question
+from edgeft.settings import Training
+from edgeft.targets.footprint import (
+    GGUF_ROWS_BYTES,
+    RUNTIME_BYTES,
+    bundle_weights,
+    layers_bytes,
+    linear_weights,
+    predict,
+    quantised_bytes,
+    rotary_elements,
+)
+from edgeft.targets.runner import runner_module
+from edgeft.targets.target import Target
+from edgeft.units import MIB, show_bytes
+
+# Resident bytes of processes that hold no model yet: Python 3.11, torch 2.13 (CPU build), transformers 5.23,
+# onnxruntime-genai 0.18 on Linux. A probe of this machine replaces the first two.
+TORCH_BYTES, TRAINING_BYTES = 245_000_000, 450_000_000
+QUANTISE_IMPORTS_BYTES = 178_000_000  # beyond torch: transformers, bitsandbytes, accelerate
+BUILDER_IMPORTS_BYTES = 175_500_000  # beyond torch: transformers, onnx, onnxruntime, onnx_ir
+OPTIMUM_IMPORTS_BYTES = 165_000_000  # beyond torch: transformers, optimum, onnx
+BUILDER_BYTES_PER_LAYER = 120_000  # graph nodes and values
+EXPORT_IMPORTS_BYTES = 14_000_000  # beyond torch, while the builder runs: transformers' tokenizer, pydantic, the plan
+RUNTIME_LIBRARIES_BYTES = 30_000_000  # onnxruntime-genai's, in a process that has the others
+MATRIX_LIBRARY_BYTES = 4_000_000  # its buffers after the first products of a merge
+# A process that uses a GPU keeps the driver's and libraries' own memory on the host as well. Not measured.
+CUDA_HOST_BYTES = 1_000_000_000
+
+# Bytes per element of the matrix that ONNX Runtime's quantiser is working on. Round-to-nearest in numpy: the weight,
+# its transposed copy, the quotient in fp64, and per block of 32 two extremes, scale and zero point. The C++ quantiser
+# ("default"): the weight, its codes, two serialised copies of them.
+ROUNDING_BYTES, DEFAULT_BYTES = 16.85, 8.3
+GGUF_TEMPORARIES = 5  # arrays of about the size of the rows of a GGUF's matrix that are quantised at once
+QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops only when the next one's is made
+
+# A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
+# much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
+BLOCK_BYTES, BLOCKS_AT_ONCE = 8 * MIB, 4
+
+STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PARITY_PROMPTS = 64
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 32_768  # at most, of the training data
+CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
+CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
+CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M
+LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Resident bytes of processes before they hold a model: one that imported torch, one ready to train."""
+
+    torch_bytes: int
+    training_bytes: int
+
+
+def file_bytes(phase: Phase) -> int:
+    """Bytes of a phase that are pages of files: resident, but the system takes them back when it needs them."""
+    return sum(term.bytes for term in phase.terms if term.name == "weight file")
+
+
+def check_host(name: str, need_bytes: int) -> None:
+    """Raise DoesNotFit when this process can have less than a stage needs at least."""
+    have = memory_limit()
+    if need_bytes > have.bytes:
+        problem = f"needs {show_bytes(need_bytes)}, this process can have {show_bytes(have.bytes)} ({have.reason})"
+        raise DoesNotFit(name, problem, "copy the folder to a machine with more memory and run the stage there")
+
+
+def processes(profile: Profile) -> Processes:
+    """What processes hold before a model: as probed here, or else what was measured where edgeft was made."""
+    if profile.probe is not None:
+        return Processes(profile.probe.torch_rss_bytes, profile.probe.import_rss_bytes)
+    return Processes(TORCH_BYTES, profile.training_baseline_bytes or TRAINING_BYTES)
+
+
+def stage(
+    name: str, where: Literal["device", "host", "target"], terms: list[Term], spec: ModelSpec, *, margins: int = 1
+) -> Phase:
+    """A phase with its estimates: 5% and 16 MiB around what is expected, 15% for families approximated by a Llama's.
+
+    `margins` widens the share.
+    """
+    expected = sum(term.bytes for term in terms)
+    known = spec.model_type in train_step.EXACT_FAMILIES and spec.counted_from == "config"
+    margin = margins * (0.05 if known else 0.15)
+    return Phase(
+        name=name,
+        where=where,
+        terms=tuple(term for term in terms if term.bytes),
+        low_bytes=max(0, int(expected * (1 - margin)) - 16 * MIB),
+        expected_bytes=expected,
+        high_bytes=int(expected * (1 + margin)) + 16 * MIB,
+    )
+
+
+def stored_bytes(spec: ModelSpec) -> int:
+    """Bytes of the checkpoint's weight files."""
+    return spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
+
+
+def _file(spec: ModelSpec) -> Term:
+    """Weights that are read through the page cache, see `file_bytes`."""
+    return Term(name="weight file", bytes=stored_bytes(spec), formula=f"pages of the file, {spec.dtype}")
+
+
+def _process(count: int, what: str) -> Term:
+    return Term(name="process", bytes=count, formula=what)
+
+
+def quantise(spec: ModelSpec, has: Processes) -> Phase:
+    """A base made NF4, in a process of its own on the host: the file it reads and the codes it makes."""
+    codes = linear_weights(spec) * NF4_BYTES
+    return stage("quantise", "host", [
+        _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
+        _file(spec),
+        Term(name="NF4 codes", bytes=int(codes), formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B"),
+    ], spec)  # fmt: skip
+
+
+def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
+    """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece."""
+    terms = [_process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
+    if training.base_precision == "nf4":
+        file = train_step.weight_bytes(spec, training)
+        terms.append(Term(name="weight file", bytes=file, formula="pages of the NF4 file"))
+    else:
+        # tensors of the file's own dtype stay mapped from it; a cast makes new ones
+        same = STORED_AS[training.base_precision] == spec.dtype
+        dense = 0 if same else spec.total_parameters * DTYPE_BYTES[training.base_precision]
+        terms += [_file(spec), Term(name="weights", bytes=dense, formula=f"cast to {training.base_precision}")]
+    return stage("load", "host", terms, spec)
+
+
+def host_train(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
+    """The host's share of training on a GPU: the process, the data, and optimizer states that are paged to it."""
+    trained = max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
+    paged = int(trained * train_step.ADAM8_BYTES) if training.optimizer == "paged_adamw8bit" else 0
+    return stage("train", "host", [
+        _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
+        Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
+        Term(name="paged states", bytes=paged, formula=f"{trained} parameters, {training.optimizer}"),
+    ], spec)  # fmt: skip
+
+
+def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
+    """Going on from a training checkpoint: parameters are read one at a time into place, what becomes the optimizer's
+    states is read whole. Writing one copies nothing (at most a tensor)."""
+    trained = train_step.trained_parameters(spec, training)
+    state = max(train_step.optimizer_bytes(spec, one) for one in train_step.worst_sets(spec, training))
+    largest = 4 * max(train_step.trained_tensors(spec, train_step.worst_sets(spec, training)[0]), default=0)
+    terms = [
+        _process(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
+        Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
+        Term(name="optimizer states", bytes=state, formula=f"{training.optimizer}, read whole"),
+        Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
+    ]
+    if training.device == "cpu":
+        adapters = trained * 4 if training.tuner == "lora" else 0
+        weights = train_step.weight_bytes(spec, training)
+        terms += [
+            Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
+            Term(name="adapters", bytes=adapters, formula=f"{trained} x 4 B"),
+        ]
+    elif training.device == "cuda":
+        terms.append(Term(name="CUDA", bytes=CUDA_HOST_BYTES, formula="its libraries on the host: not measured"))
+    return stage("resume", "host", terms, spec)
+
+
+def merge_bytes(elements: int, itemsize: int, *, changed: bool, factor_bytes: int = 0) -> int:
+    """Bytes that merging one tensor holds at its highest: itself as stored and, where it changes, blocks and factors.
+
+    `factor_bytes`: an adapter's factors in fp32, which a change needs as a whole.
+    """
+    blocks = min(BLOCKS_AT_ONCE * BLOCK_BYTES, BLOCKS_AT_ONCE * 4 * elements) + factor_bytes
+    return elements * itemsize + (blocks if changed else 0)
+
+
+def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
+    """W0 + a (Wft - W0), tensor by tensor: the tensor that needs most, changed or not."""
+    itemsize = STORED_BYTES.get(spec.dtype, 4)
+    lora = training.tuner == "lora"
+    adapted = {linear.name for linear in train_step.targets(spec, training)}
+    tensors = []
+    for linear in spec.linears:
+        # an adapter's two factors, as read and scaled
+        factors = 8 * training.rank * (linear.in_features + linear.out_features) if linear.name in adapted else 0
+        count = linear.in_features * linear.out_features
+        tensors.append((count, merge_bytes(count, itemsize, changed=not lora or bool(factors), factor_bytes=factors)))
+    table = spec.vocab_size * spec.hidden_size
+    tensors.append((table, merge_bytes(table, itemsize, changed=not lora and training.embedding != "off")))
+    count, most = max(tensors, key=lambda tensor: tensor[1])
+    return stage("merge", "host", [
+        _process(has.torch_bytes + MATRIX_LIBRARY_BYTES, "Python, torch, the matrix library's buffers"),
+        Term(name="largest tensor", bytes=count * itemsize, formula=f"{count} x {itemsize} B"),
+        Term(name="blocks", bytes=most - count * itemsize, formula="fp32 forms of some rows, an adapter's factors"),
+    ], spec)  # fmt: skip
+
+
+def build(question: Question, target: Target) -> Phase:
+    """onnxruntime-genai's model builder beside the waiting export: source, fp32 graph, and the quantiser's arrays.
+
+    The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
+    in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
+    """
+    if target.runtime == "llama.cpp":
+        return build_gguf(question, target)
+    if target.runtime == "onnxruntime":
+        return build_portable(question)
+    spec, has = question.spec, processes(question.profile)
+    size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    builder = has.torch_bytes + BUILDER_IMPORTS_BYTES + BUILDER_BYTES_PER_LAYER * spec.num_hidden_layers
+    fused = _fused_weights(spec) * size
+    terms = [
+        _process(waiting, "the export itself, its data and tokenizer"),
+        Term(name="builder", bytes=builder, formula="Python, torch, transformers, onnx, onnxruntime"),
+        _file(spec),
+        Term(name="fused QKV", bytes=fused, formula=f"{_fused_weights(spec)} x {size} B"),
+        Term(name="rotary tables", bytes=8 * rotary_elements(spec), formula="cosine and sine, fp32, full width"),
+    ]
+    if target.weight_bits >= 16:
+        # one tensor at a time: its transposed copy, and before that its cast
+        copies = 1 if size == 4 else 2
+        writing = Term(name="largest tensor", bytes=4 * copies * head, formula=f"{copies} fp32 copies of the head")
+        return stage("export: build", "host", [*terms, writing], spec)
+    graph = 4 * (spec.total_parameters + rotary_elements(spec))
+    if target.weight_bits == 8 and spec.tie_word_embeddings:
+        graph += 4 * head  # the first of its two passes stores the tied table twice
+    name, elements, done, temporary = _quantising(spec, target)
+    terms += [
+        Term(name="fp32 graph", bytes=graph, formula=f"{graph // 4} x 4 B, serialised at once"),
+        Term(name="quantised", bytes=done, formula=f"what is done when the {name} is reached"),
+        Term(name="quantiser", bytes=temporary, formula=f"the {name}, {elements} weights"),
+    ]
+    return stage("export: build", "host", terms, spec)
+
+
+def calibrate_phases(question: Question, target: Target) -> tuple[Phase, ...]:
+    """Choosing a target's codes on training rows: the merged model in fp32, layer by layer; none for other targets.
+
+    Highest while weights of another dtype are still read beside their fp32 form, or in the matrices whose codes take
+    most: H with its factors, weights of one input with their transpose, codes and decoded form.
+    """
+    if target.calibration == "none":
+        return ()
+    spec, lengths = question.spec, question.lengths
+    mean = lengths.mean if lengths else question.work.longest
+    tokens = min(CALIBRATION_TOKENS, int(CALIBRATION_ROWS * mean))
+    widest = max(linear.in_features for linear in spec.linears)
+    largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
+    working = CALIBRATION_COPIES * 4 * (widest**2 + largest)
+    rows = 4 * tokens * spec.hidden_size
+    reading = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0
+    loading = [Term(name="weight file", bytes=reading, formula=f"read beside it, {spec.dtype}")]
+    walking = [
+        Term(name="rows", bytes=rows, formula=f"{tokens} tokens x {spec.hidden_size} x 4 B"),
+        Term(name="one layer", bytes=working, formula=f"H of {widest} inputs, a matrix of {largest // 2}, its codes"),
+    ]
+    process = processes(question.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
+    found = stage("export: calibrate", "host", [
+        _process(process, "Python, torch, transformers, the matrix library's buffers"),
+        Term(name="data", bytes=question.data_bytes, formula="samples as ids"),
+        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
+        *max(loading, walking, key=lambda terms: sum(term.bytes for term in terms)),
+    ], spec)  # fmt: skip
+    return (found,)
+
+
+def build_portable(question: Question) -> Phase:
+    """optimum's exporter beside the waiting export: the model in fp32, and the traced graph made, joined and written.
+
+    A tied head is a matrix of its own in the graph until its twin is found. Of 5.8M and 135M parameters measured.
+    """
+    spec, has = question.spec, processes(question.profile)
+    head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0
+    elements = spec.total_parameters + head
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    builder = has.torch_bytes + OPTIMUM_IMPORTS_BYTES
+    return stage("export: build", "host", [
+        _process(waiting, "the export itself, its data and tokenizer"),
+        Term(name="builder", bytes=builder, formula="Python, torch, transformers, optimum, onnx"),
+        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
+        Term(name="graph", bytes=12 * elements, formula=f"3 forms x {elements} x 4 B"),
+    ], spec, margins=2)  # fmt: skip
+
+
+def build_gguf(question: Question, target: Target) -> Phase:
+    """A GGUF file written tensor by tensor in the export's own process; k_quant's quantiser follows in another.
+
+    Per tensor: itself, itself rearranged, and its stored form twice; a block of rows in fp32 with what gguf makes of
+    it. llama.cpp's quantiser maps the fp16 file and holds its largest tensor in fp32. Twice the usual margin: counted
+    from what the code allocates, not measured.
+    """
+    spec, has = question.spec, processes(question.profile)
+    size, table = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    fitted = target.method == "k_quant"
+    bits = 16 if fitted else max(target.weight_bits, target.head_bits, target.embedding_bits)
+    blocks = 0 if bits >= 16 else GGUF_TEMPORARIES * min(GGUF_ROWS_BYTES, 4 * table)
+    terms = [
+        _process(waiting, "the export itself, its data and tokenizer"),
+        _file(spec),
+        Term(name="largest tensor", bytes=2 * size * table, formula=f"2 x {table} x {size} B"),
+        Term(name="its stored form", bytes=2 * table * bits // 8, formula=f"2 x {table} x {bits} bits"),
+        Term(name="blocks", bytes=blocks, formula="rows in fp32, and what the quantiser makes of them"),
+    ]
+    if fitted:
+        mapped = Term(name="fp16 file", bytes=2 * spec.total_parameters, formula="mapped by llama.cpp's quantiser")
+        terms += [mapped, Term(name="quantiser", bytes=4 * table, formula=f"{table} x 4 B")]
+    return stage("export: build", "host", terms, spec, margins=2)
+
+
+def _quantising(spec: ModelSpec, target: Target) -> tuple[str, int, int, int]:
+    """(matrix, its elements, quantised bytes before it, temporary bytes) of the quantiser's highest moment."""
+    by_numpy = spec.tie_word_embeddings or target.embedding_bits == 32
+    layers = layers_bytes(spec, target)
+    linears = layers / spec.num_hidden_layers
+    head = Linear(name="head", in_features=spec.hidden_size, out_features=spec.vocab_size, has_bias=False, role="other")
+    if not by_numpy:  # the embedding comes first, the head in a pass of its own
+        layers += quantised_bytes(head, 4, target)
+    order = [(linear.name, linear.in_features * linear.out_features, layers - linears) for linear in spec.linears]
+    order.append(("head", head.in_features * head.out_features, layers))
+    moments = []
+    for index, (name, elements, done) in enumerate(order):
+        before = order[index - 1][1] if by_numpy and index else 0
+        each = ROUNDING_BYTES if by_numpy else DEFAULT_BYTES
+        moments.append((name, elements, int(done), int(each * elements + QUOTIENT_BYTES * before)))
+    return max(moments, key=lambda moment: moment[2] + moment[3])
+
+
+def prove(question: Question, training: Training, target: Target) -> Phase:
+    """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms.
+
+    5 tables of probabilities: those of two forms, and three when they are compared; or one, while the next form is
+    loaded. Twice the usual margin: this process uses glibc's own malloc, which kept 0 to 60 MB of freed arrays.
+    """
+    spec, lengths, work, has = question.spec, question.lengths, question.work, processes(question.profile)
+    changed = 4 * learnt_parameters(spec, training)
+    lora = training.tuner == "lora"
+    file = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
+    context = min(work.longest + work.longest_trained + 1, target.context_tokens)
+    bundle = (
+        predict(spec, target, bundle_weights(spec, target), context).memory_bytes - RUNTIME_BYTES[target.runtime][0]
+    )
+    if target.runtime == "ort-genai":  # its proof runs a graph with the logits of a pass's every position
+        bundle += 4 * spec.vocab_size * (min(runner_module().PREFILL_TOKENS, context) - 1)
+    trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained
+    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(PARITY_PROMPTS * trained))
+    table = 4 * spec.vocab_size * positions
+    formula = f"{positions} positions, V = {spec.vocab_size}"
+    comparing = [Term(name="probabilities", bytes=max(5 * table, 12 * spec.vocab_size * work.longest), formula=formula)]
+    reading = [
+        Term(name="weight file", bytes=max(file, 0 if lora else changed), formula="read beside it"),
+        Term(name="probabilities", bytes=table, formula=formula),
+    ]
+    return stage("export: prove", "host", [
+        _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
+        Term(name="data", bytes=question.data_bytes, formula="samples as arrays of ids, the tokenizer"),
+        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
+        Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
+        Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
+        *max(comparing, reading, key=lambda terms: sum(term.bytes for term in terms)),
+    ], spec, margins=2)  # fmt: skip
+
+
+def _fused_weights(spec: ModelSpec) -> int:
+    """Elements of query, key and value, which the builder joins where they are three matrices."""
+    inputs = [linear for linear in spec.linears if linear.role == "attention_in"]
+    if len(inputs) != 3:
+        return 0
+    return sum(linear.in_features * linear.out_features for linear in inputs) * spec.num_hidden_layers

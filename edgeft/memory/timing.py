@@ -1,0 +1,130 @@
+"""How long does a training step take? Multiplications at a share of the matrix rate, bytes at a share of the bandwidth.
+
+What is multiplied follows from the shapes. What is moved are the tensors that a step makes: each is written once and
+read once or twice, and on a CPU its pages are fetched from the system first, unless freed memory is kept (malloc=fast).
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import NamedTuple
+
+from edgeft.data.dataset import Lengths
+from edgeft.data.scoring_groups import Scoring
+from edgeft.machines.profile import Profile
+from edgeft.memory import train_step
+from edgeft.models.spec import ModelSpec
+from edgeft.settings import Training
+
+# Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
+# half of the shapes of bench/time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
+MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
+FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
+
+# Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
+# alone, then with the backward pass: counted on the tape of `memory.dataflow` for a Llama (tests/test_timing.py).
+MADE = {
+    "idle": (11, 4, 6.5, 6.5, 0),
+    "through": (33, 8, 14, 14, 0),
+    "lora": (46, 18, 20, 22, 14),
+    "full": (35, 8, 14, 14, 0),
+}
+PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
+LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
+
+
+class Counted(NamedTuple):
+    """What one optimizer step computes and moves."""
+
+    operations: float
+    bytes: float
+
+
+def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.Workload:
+    """The typical batch: samples of similar length share a batch, so the mean length is nearly what is computed."""
+    if lengths is None:
+        return work
+    return train_step.Workload(
+        min(work.longest, round(lengths.mean) + 1), min(work.longest_trained, round(lengths.mean))
+    )
+
+
+def seconds_per_step(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
+    """Seconds per optimizer step of samples of `work` that computes and moves what was counted."""
+    rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
+    of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    if training.malloc == "fast":
+        of_bandwidth *= FAST_BANDWIDTH / MEASURED_SHARES[1]
+    moved = counted.bytes / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)
+    slower = 1 + PER_MICRO_BATCH * (micro_batches(training, work) - 1) + 1e-4 * 1024 / training.loss_chunk_tokens
+    slower *= 1.1 if training.optimizer == "paged_adamw8bit" else 1.0
+    return (counted.operations / (of_rate * rate) + moved) * slower
+
+
+def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, scored: Scoring) -> float:
+    """Seconds of scoring the base before training and the tuned model after it, without answers that stay open."""
+    rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
+    of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    weights = spec.num_hidden_layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
+    operations = 2 * weights * scored.tokens + 2 * spec.vocab_size * spec.hidden_size * scored.trained_tokens
+    moved = float(train_step.DTYPE_BYTES[training.compute_dtype] * spec.num_hidden_layers * scored.tokens)
+    moved *= _widths_made(spec, training, "idle")
+    moved += LOSS_BYTES / 2 * spec.vocab_size * scored.trained_tokens
+    return 2 * (operations / (of_rate * rate) + moved / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9))
+
+
+def _widths_made(spec: ModelSpec, training: Training, kind: str) -> float:
+    """Elements for each token of the tensors that a layer makes."""
+    query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    widths = (spec.hidden_size, spec.intermediate_size, query, key, training.rank)
+    return sum(share * width for share, width in zip(MADE[kind], widths, strict=True))
+
+
+def micro_batches(training: Training, work: train_step.Workload) -> float:
+    """How many a step takes: short samples fill one up to the tokens of the longest."""
+    at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)
+    return max(1.0, training.batch_size / at_once)
+
+
+# what `count` reads of a plan, but for the layers that keep their activations
+COUNTED = attrgetter(
+    "compute_dtype", "base_precision", "tuner", "rank", "target_modules", "layers", "trained_layers", "active_layers",
+    "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing",
+)  # fmt: skip
+
+
+def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_layers: int) -> Counted:
+    """Operations and bytes of one optimizer step.
+
+    Forward 2 operations per weight and token; backward 2 more for each layer that gradients cross, and 2 more where
+    the weights train; recomputation one more forward pass of those layers. The head is counted for trained tokens only.
+    4-bit weights are made dense for every product of every micro-batch.
+    """
+    layers, trained = float(spec.num_hidden_layers), float(len(training.trained_layers))
+    crossed = layers - min(training.trained_layers, default=layers)
+    if training.layers == "lisa":  # the lowest of n uniform draws out of L lies at (L - n) / (n + 1) on average
+        crossed -= (trained - training.active_layers) / (training.active_layers + 1)
+        trained = training.active_layers
+    again = max(0.0, crossed - kept_layers) * training.checkpointing
+    tokens, loss_tokens = training.batch_size * work.longest, training.batch_size * work.longest_trained
+    weights = sum(linear.in_features * linear.out_features for linear in spec.linears)
+    parameters = train_step.trained_parameters(spec, training)
+    full = training.tuner == "full"
+    operations = 2 * (layers + crossed + again + trained * full) * weights * tokens
+    operations += 0 if full else 6 * parameters * tokens
+    operations += 6 * spec.vocab_size * spec.hidden_size * loss_tokens
+
+    itemsize = train_step.DTYPE_BYTES[training.compute_dtype]
+
+    def made(kind: str) -> float:
+        return _widths_made(spec, training, kind)
+
+    per_token = (layers - crossed + again) * made("idle") + (crossed - trained) * made("through")
+    per_token += trained * made(training.tuner)
+    moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
+    splits = micro_batches(training, work)
+    if training.base_precision == "nf4":
+        moved += itemsize * weights * (layers + crossed + again) * splits
+    if full:
+        moved += itemsize * parameters * splits
+    return Counted(operations, moved)

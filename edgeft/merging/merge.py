@@ -1,0 +1,305 @@
+"""What is the model between base and fine-tuned? W0 + a (Wft - W0), tensor by tensor, in the base's own precision.
+
+Wise-FT (arXiv 2109.01903): one code path for every adapter that a weight can hold and for weights that trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from edgeft.documents import Artifact, Strict, sha256_file, staging, versions
+from edgeft.errors import BadInput
+from edgeft.machines import meter
+from edgeft.memory import disk, stages
+from edgeft.merging.change import Change, Rows, blocks
+from edgeft.merging.peft_folder import read_adapter_config
+from edgeft.models.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
+from edgeft.models.identity import Inputs, check_files, check_inputs, model_inputs, weights_sha256, written_files
+from edgeft.models.layer_shares import Group, Shares, check_shares, layer_of
+from edgeft.models.metrics import Sweep
+from edgeft.models.spec import read_model_spec
+from edgeft.training.train import TrainResult
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+# what a fine-tune's own folder says about text and its end, where it has the file, goes before the base's
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")  # fmt: skip
+TRAIN_AGAIN = "put the files back, or train again on these: run edgeft plan and edgeft train once more"
+END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Trained(Strict):
+    """Where the folder lies that was merged: seen from the merged one, and on this machine."""
+
+    relative: str
+    absolute: str
+
+
+class Merged(Artifact):
+    """merged.json: which share of which change was taken, and what it did to the weights."""
+
+    wise_alpha: float
+    groups: tuple[Group, ...] = ()
+    kind: str
+    dtype: str
+    changed_tensors: int
+    tensors: int
+    untied_head: bool
+    relative_change: float
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    seconds: float
+    inputs: Inputs  # of the base
+    files: Inputs  # as they were written beside this document
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shares(self) -> Shares:
+        """The share of every tensor: `wise_alpha`, but for the layers of `groups`."""
+        return Shares(rest=self.wise_alpha, groups=self.groups)
+
+
+class MergedForeign(Merged):
+    """merged.json of an adapter or checkpoint that edgeft did not train."""
+
+    base: str
+    tuned: str
+
+
+class MergedCheckpoint(Merged):
+    """merged.json of what `edgeft train` made, and the sweep that chose the share, where one did."""
+
+    train: TrainResult
+    trained: Trained
+    sweep: Sweep | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read one back. Raises BadInput, for a foreign merge with what is missing."""
+        if path.is_file() and '"train":' not in path.read_text(encoding="utf-8"):
+            hint = "the folder is a standard checkpoint: use it with any tool, or train with edgeft to prove a bundle"
+            raise BadInput(path.parent, "was merged from what edgeft did not train: it has no data to prove with", hint)
+        return super().read(path)
+
+
+def blend(stored: torch.Tensor, tuned: Rows, wise_alpha: float) -> tuple[float, float]:
+    """Turn `stored` W0 into W0 + a (Wft - W0), in place, by blocks of rows; (sum of squared moves, of squared W0).
+
+    The sum is in fp32 and rounded once to the tensor's dtype. Exactly W0 at 0 and exactly Wft, so rounded, at 1.
+    """
+    moved = total = 0.0
+    for part in blocks(tuple(stored.shape)):
+        wanted = tuned(part)
+        block = stored[part] if stored.ndim else stored
+        before = block.to(wanted.dtype, copy=True)
+        block.copy_(wanted if wise_alpha == 1.0 else torch.lerp(before, wanted, wise_alpha))
+        total += float(torch.linalg.vector_norm(before)) ** 2
+        moved += float(torch.linalg.vector_norm(before.sub_(block))) ** 2
+    return moved, total
+
+
+def merge(
+    trained: Path,
+    out: Path,
+    *,
+    wise_alpha: float | Shares,
+    progress: Progress,
+    base: str | None = None,
+    input_sha256: str = "",
+    sweep: Sweep | None = None,
+) -> Merged:
+    """Write the merged checkpoint, a standard folder, to `out`.
+
+    `trained` is what `edgeft train` wrote, or with `base` any PEFT adapter or fine-tuned checkpoint of that model.
+    `wise_alpha` is one share for all tensors, or one for each group of layers.
+    Raises BadInput for an alpha outside 0 to 1 and for a change that does not fit the base or no weight can hold,
+    DoesNotFit when this machine's memory or the disk has no room.
+    """
+    shares = wise_alpha if isinstance(wise_alpha, Shares) else Shares(rest=wise_alpha)
+    started = time.monotonic()
+    meter.control_malloc()
+    result = TrainResult.read(trained / "train.json") if (trained / "train.json").is_file() and base is None else None
+    model = result.plan.job.model if result else base or base_of(trained)
+    folder = local_folder(model)
+    if result is not None:
+        check_trained(trained, result)
+    source = Checkpoint(folder)
+    spec = result.plan.spec if result else read_model_spec(str(folder))
+    check_shares(shares, spec.num_hidden_layers)
+    disk.require(disk.merge_disk(spec, sum(file.path.stat().st_size for file in source.files)), out)
+    meter.reset_peak(torch.device("cpu"))
+    change = Change(trained, source, tied=spec.tie_word_embeddings)
+    untied = change.untied if shares.rest else None
+    if untied is not None:
+        add_head(source, untied, str(change.embedding))
+    changes = {name: shares.of(layer_of(name)) for name in change.steps.keys() & source.owner.keys()}
+    predicted = meter.rss_bytes() + peak_above_baseline(source, change)
+    stages.check_host("merge", predicted)
+    moved = total = 0.0
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal moved, total
+        if changes.get(name):
+            more = blend(tensor, change.open(name, tensor), changes[name])
+            moved, total = moved + more[0], total + more[1]
+        return tensor
+
+    notes = [] if result else foreign_notes(trained, model)
+    with staging(out) as temporary:
+        copy_side_files(folder, temporary)
+        notes += bring_text_files(trained, temporary)
+        if untied is not None:
+            untie_config(temporary)
+        for _, done, count in write_checkpoint(source, temporary, changed):
+            progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
+        facts: dict[str, Any] = {
+            "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if result else ""),
+            "versions": versions(),
+            "wise_alpha": shares.rest,
+            "groups": shares.groups,
+            "kind": change.kind,
+            "dtype": spec.dtype,
+            "changed_tensors": len(change.steps.keys() & source.owner.keys()),
+            "tensors": len(source.owner),
+            "untied_head": untied is not None,
+            "relative_change": (moved / total) ** 0.5 if total else 0.0,
+            "predicted_peak_bytes": predicted,
+            "measured_peak_bytes": meter.peak_rss_bytes(),
+            "seconds": round(time.monotonic() - started, 2),
+            "inputs": model_inputs(folder, weights=True),
+            "files": written_files(temporary, "merged.json"),
+        }
+        if not moved and not shares.nothing:
+            notes.append("nothing was changed: the fine-tune is the base, bit for bit")
+        facts["notes"] = tuple(notes)
+        merged: Merged
+        if result is not None:
+            place = Trained(relative=os.path.relpath(trained.resolve(), out.resolve()), absolute=str(trained.resolve()))
+            merged = MergedCheckpoint(**facts, train=result, trained=place, sweep=sweep)
+        else:
+            merged = MergedForeign(**facts, base=model, tuned=str(trained))
+        merged.write(temporary / "merged.json")
+    return merged
+
+
+def check_trained(trained: Path, result: TrainResult) -> None:
+    """Raise BadInput where a training result, or the base it began with, is no longer what it was."""
+    check_files(result.files, trained, f"edgeft train PLAN --out {trained}")
+    check_inputs(result.inputs, result.plan.job, f"{trained}", TRAIN_AGAIN, data=False)
+
+
+def verify_merged(merged_folder: Path, told: Path | None = None) -> tuple[MergedCheckpoint, Path]:
+    """(what merged.json says, the folder that was merged) once both, and the base, are what they were.
+
+    The trained folder lies where merged.json says, beside the merged one, or where the user has `told`. Raises BadInput
+    naming what has changed since.
+    """
+    merged = MergedCheckpoint.read(merged_folder / "merged.json")
+    trained = find_trained(merged_folder, merged, told)
+    check_files(merged.files, merged_folder, f"edgeft merge {trained} --out {merged_folder}")
+    check_trained(trained, merged.train)
+    return merged, trained
+
+
+def find_trained(merged_folder: Path, merged: MergedCheckpoint, told: Path | None = None) -> Path:
+    """The training result that a merge was made from. Raises BadInput when it is gone or another one."""
+    named = [
+        (merged_folder / merged.trained.relative).resolve(),
+        Path(merged.trained.absolute),
+        merged_folder.parent / "train",
+    ]
+    places = [told] if told else named
+    for folder in places:
+        if (folder / "train.json").is_file() and sha256_file(folder / "train.json") == merged.input_sha256:
+            return folder
+    hint = "say where it lies with --train FOLDER, or run edgeft merge again"
+    raise BadInput(places[0], "does not hold the training result this merge was made from", hint)
+
+
+def bring_text_files(tuned: Path, out: Path) -> list[str]:
+    """Let a fine-tune's own tokenizer, template and end tokens take the place of the base's in `out`; what differed."""
+    found = [name for name in TEXT_FILES if (tuned / name).is_file()]
+    other = [name for name in found if not _same(tuned / name, out / name)]
+    for name in found:
+        shutil.copyfile(tuned / name, out / name)
+    if "chat_template" in _object(tuned / "tokenizer_config.json") and "chat_template.jinja" not in found:
+        (out / "chat_template.jinja").unlink(missing_ok=True)  # the base's: it would be read first
+    told = {key: value for key, value in _object(tuned / "config.json").items() if key in END_TOKENS}
+    config = _object(out / "config.json")
+    if any(config.get(key) != value for key, value in told.items()):
+        (out / "config.json").write_text(json.dumps(config | told, indent=2) + "\n")
+        other.append("config.json's " + ", ".join(told))
+    return [f"from the fine-tune's own folder, other than the base's: {', '.join(other)}"] if other else []
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def foreign_notes(tuned: Path, model: str) -> list[str]:
+    """What to say of an adapter that names another base than the one it is merged into."""
+    named = str(_object(tuned / "adapter_config.json").get("base_model_name_or_path") or "")
+    if not named or named == model or "--".join(("models", *named.split("/"))) in Path(model).resolve().parts:
+        return []
+    if Path(named).is_dir() and weights_sha256(Path(named)) == weights_sha256(local_folder(model)):
+        return []
+    return [f"the adapter names another base: {named}; it was merged into {model}"]
+
+
+def base_of(tuned: Path) -> str:
+    """The base model that an adapter folder names. Raises BadInput when it names none."""
+    if not (tuned / "adapter_config.json").is_file():
+        hint = "run edgeft train PLAN first, or name the base: edgeft merge FOLDER --base MODEL"
+        raise BadInput(tuned / "train.json", "no such file", hint)
+    named = read_adapter_config(tuned).get("base_model_name_or_path")
+    if not named:
+        raise BadInput(tuned, "names no base model", "give it: edgeft merge FOLDER --base MODEL")
+    return str(named)
+
+
+def peak_above_baseline(source: Checkpoint, change: Change) -> int:
+    """Bytes of the tensor that needs most."""
+    return max(
+        stages.merge_bytes(
+            torch.Size(source.shape(name)).numel(),
+            source.itemsize(name),
+            changed=name in change,
+            factor_bytes=change.factor_bytes.get(name, 0),
+        )
+        for name in source.owner
+    )
+
+
+def add_head(source: Checkpoint, head: str, embedding: str) -> None:
+    """Give a tied checkpoint a head of its own, which so far reads the embedding's bytes."""
+    if head in source:
+        return
+    file = source.owner[embedding]
+    file.entries[head] = dict(file.entries[embedding])
+    source.owner[head] = file
+
+
+def untie_config(folder: Path) -> None:
+    """Say in config.json that head and embedding are two tensors."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What is a model: its shape, its files, its loss and its scores?"""

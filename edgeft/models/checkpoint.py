@@ -1,0 +1,373 @@
+"""How does a standard Hugging Face folder come in and go out, one tensor at a time where memory counts?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from edgeft import processes
+from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
+from edgeft.errors import BadInput
+from edgeft.machines.limits import MALLOC_ENVIRONMENT
+from edgeft.memory import disk
+from edgeft.models.headers import BUFFER, HEADS, LAYER, OTHER_TOWER, Header, check_tied, read_headers, refused
+from edgeft.models.headers import DTYPES as TORCH_NAMES
+from edgeft.models.headers import local_folder as local_folder  # those who load weights import both from here
+from edgeft.models.identity import weights_sha256
+from edgeft.models.spec import read_model_spec
+from edgeft.settings import Training
+
+FORM = 2  # of what `quantise` writes: another number where the same weights would give other codes
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
+# What libraries say where a package with faster kernels is missing: no result depends on it.
+KERNEL_ADVICE = re.compile(
+    "falling back to its reference PyTorch implementation|fast path is not available|Failed to load CPU gemm_4bit"
+)
+
+
+class TensorFile(Header):
+    """One safetensors file read without mapping it into memory: mapped pages would count as this process's RSS."""
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """One tensor, or a range of its rows, in memory of its own."""
+        entry = self.entries[name]
+        begin, end = entry["data_offsets"]
+        shape = list(entry["shape"])
+        if shape and rows != slice(None):
+            first, last, _ = rows.indices(shape[0])
+            row_bytes = (end - begin) // max(1, shape[0])
+            begin, end = begin + first * row_bytes, begin + last * row_bytes
+            shape[0] = last - first
+        with open(self.path, "rb") as file:
+            file.seek(self.start + begin)
+            data = bytearray(end - begin)
+            file.readinto(data)
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        if not data:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
+class Checkpoint:
+    """The weights of a folder, single-file or sharded, by tensor name. Raises BadInput for what cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = read_headers(folder, TensorFile)
+        self.owner = {name: file for file in self.files for name in file.entries}
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        return self.owner[name].read(name, rows)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.owner[name].shape(name)
+
+    def itemsize(self, name: str) -> int:
+        return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]].itemsize
+
+    def find(self, name: str) -> str | None:
+        """The name in these files of a model's parameter; None when no tensor, or more than one, has it.
+
+        They may lack a leading "model." or have one more, and call the head by another family's name.
+        """
+        if name in self.owner:
+            return name
+        found = [own for own in self.owner if name.endswith("." + own) or own.endswith("." + name)]
+        if not found and name.endswith(HEADS) and not LAYER.fullmatch(name):
+            found = [own for own in self.owner if own.endswith(HEADS) and not LAYER.fullmatch(own)]
+        return found[0] if len(found) == 1 else None
+
+    def name_of(self, name: str) -> str:
+        """`find`, but raises BadInput where there is no such tensor."""
+        found = self.find(name)
+        if found is None:
+            raise BadInput(self.folder, f"{name}: not in the checkpoint", "use the very base it was trained on")
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.owner
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    out: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, int, int]]:
+    """Write `source`'s tensors through `change` into `out`, one at a time; yields (name, done, total) after each.
+
+    Shard names, order and metadata stay as in the source. `dtype` replaces the floating dtype of every tensor.
+    """
+    done, total, size_bytes, weight_map = 0, len(source.owner), 0, {}
+    for file in source.files:
+        header: dict[str, Any] = {"__metadata__": file.metadata or {"format": "pt"}}
+        offset = 0
+        order = sorted(file.entries, key=lambda name: file.entries[name]["data_offsets"][0])
+        for name in order:
+            entry = file.entries[name]
+            old = SAFETENSORS_DTYPES[entry["dtype"]]
+            new = dtype if dtype is not None and old.is_floating_point else old
+            size = int(torch.Size(entry["shape"]).numel()) * new.itemsize
+            code = next(code for code, kind in SAFETENSORS_DTYPES.items() if kind is new)
+            header[name] = {"dtype": code, "shape": entry["shape"], "data_offsets": [offset, offset + size]}
+            offset += size
+        size_bytes += offset
+        with open(out / file.path.name, "wb") as writer:
+            write_header(writer, header)
+            for name in order:
+                tensor = change(name, file.read(name))
+                code = header[name]["dtype"]
+                tensor = tensor.detach().to(SAFETENSORS_DTYPES[code]).contiguous()
+                if list(tensor.shape) != header[name]["shape"]:
+                    raise BadInput(name, f"changed its shape from {header[name]['shape']} to {list(tensor.shape)}")
+                writer.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                del tensor  # before the next one is read
+                weight_map[name] = file.path.name
+                done += 1
+                yield name, done, total
+            writer.flush()
+            os.fsync(writer.fileno())
+    if [file.path.name for file in source.files] != ["model.safetensors"]:  # one shard needs its index as well
+        index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy config, tokenizer and template, everything of a checkpoint that is no weight."""
+    for path in sorted(source.iterdir()):
+        small = path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json")
+        if path.is_file() and small and path.name not in ("pretraining.json", "trainer_state.json"):
+            shutil.copyfile(path, out / path.name)
+
+
+def _is_no_kernel_advice(record: logging.LogRecord) -> bool:
+    return not KERNEL_ADVICE.search(record.getMessage())
+
+
+for _name in ("transformers.integrations.hub_kernels", "bitsandbytes.backends.cpu.ops"):  # before they are imported
+    logging.getLogger(_name).addFilter(_is_no_kernel_advice)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars and advice while it loads: progress is ours to show.
+
+    What a model says at its first forward pass about missing kernels (KERNEL_ADVICE) is dropped for good.
+    """
+    import transformers
+
+    logger = logging.getLogger("transformers")
+    for handler in logger.handlers:
+        handler.addFilter(_is_no_kernel_advice)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def load_whole(folder: Path, **how: Any) -> Any:
+    """A causal LM of a folder by plain transformers, every weight from its files. Raises BadInput.
+
+    transformers gives random values to what it does not find, and leaves out what it does not know, with a warning at
+    most: here both are refused, by name.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+            raise BadInput(folder, f"cannot be loaded by transformers: {problem}") from None
+    model, report = loaded
+    check_loaded(folder, report)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def check_loaded(folder: Path, report: dict[str, Any]) -> None:
+    """Raise BadInput naming every tensor that transformers' loading report says was not loaded."""
+    problems = [f"{name}: missing" for name in sorted(report["missing_keys"])]
+    problems += [
+        f"{name}: {tuple(stored)} in the files, {tuple(wanted)} in the model"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    problems += [
+        f"{name}: no weight of this model"
+        for name in sorted(report["unexpected_keys"])
+        if not BUFFER.search(name) and not OTHER_TOWER.search(name)
+    ]
+    problems += map(str, report.get("error_msgs") or ())
+    if problems:
+        hint = "copy or download the whole checkpoint again, config.json and weights of one model"
+        raise refused(folder, "does not hold the model of its config.json", problems, hint)
+
+
+def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM of a folder, on the CPU, in eval mode. Raises BadInput for what `load_whole` refuses."""
+    headers = read_headers(folder, Header)
+    model = load_whole(folder, dtype=dtype)
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        check_tied(folder, headers)
+    return model
+
+
+def load_base(folder: Path, training: Training, device: torch.device, compute: torch.dtype) -> Any:
+    """The base model as the plan keeps it: dense in base_precision, or NF4 with double quantisation.
+
+    Quantising costs tens of seconds per 100M parameters on a CPU, so the NF4 model is kept on disk under the hash of
+    its weights and loaded from there next time.
+    """
+    if training.base_precision != "nf4":
+        # a half-precision base on a device that cannot compute in it is held in the compute dtype instead
+        dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
+        return load_plain(folder, dense).to(device)
+    cached = quantised_folder(folder)
+    if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
+        disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
+        # in a process of its own: what quantising leaves in the heap would count against training
+        code = "import sys; from pathlib import Path; from edgeft.models.checkpoint import quantise; "
+        code += "quantise(*map(Path, sys.argv[1:]))"
+        # large matrices would fragment its heap to twice the size
+        done = processes.run(code, folder, cached, environment=MALLOC_ENVIRONMENT)
+        if done.returncode:
+            reason = processes.reason(done.returncode, done.stderr)
+            raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
+    try:
+        model = load_whole(cached, dtype=compute, device_map={"": device})
+    except BadInput as problem:
+        raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None
+    compute_in(model, compute)
+    return model
+
+
+def compute_in(model: Any, compute: torch.dtype) -> None:
+    """Make a 4-bit model compute in one dtype, forth and back, as plans count on: what is dense is kept in it too.
+
+    transformers leaves what was not quantised in the dtype it was stored in: an fp32 checkpoint would hold more than
+    planned, a bf16 one not run at all in fp32. Every tensor is copied: one that stays mapped keeps all pages of its
+    file resident that loading has touched.
+    """
+    for parameter in model.parameters():
+        dtype = compute if parameter.is_floating_point() else parameter.dtype
+        parameter.data = parameter.data.to(dtype, copy=True)
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, state.state2) if state is not None else ():
+            for name, value in vars(part).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(part, name, value.clone())
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            _compute_in(module, compute)
+
+
+def _compute_in(linear: Any, compute: torch.dtype) -> None:
+    """Let a 4-bit Linear multiply in `compute`, with a backward pass.
+
+    In eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has none: every layer below would get
+    no gradient, and nothing would say so. Its backward pass unpacks to the dtype that was quantised.
+    """
+    linear.compute_dtype, linear.compute_type_is_set = compute, True
+    if getattr(linear.weight, "quant_state", None) is not None:
+        linear.weight.quant_state.dtype = compute
+    linear.train()
+
+
+def make_nf4(linear: Any, compute: torch.dtype) -> Any:
+    """A Linear's 4-bit form (NF4, double quantisation), frozen, as `load_base` has them."""
+    from bitsandbytes import nn
+
+    kinds: Any = nn
+    made = kinds.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=compute, compress_statistics=True,
+        quant_type="nf4", device="meta",
+    )  # fmt: skip
+    weight = linear.weight.detach()
+    made.weight = kinds.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+    ).to(weight.device)
+    made.bias, made.source_cls = linear.bias, linear.source_cls
+    _compute_in(made, compute)
+    return made
+
+
+def join_files(files: Iterable[Path], out: Path) -> None:
+    """One safetensors file with the tensors of several, copied one at a time."""
+    sources = [TensorFile(path) for path in files]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for source in sources:
+        for name, entry in source.entries.items():
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            header[name] = {**entry, "data_offsets": [offset, offset + size]}
+            offset += size
+    with open(out, "wb") as writer:
+        write_header(writer, header)
+        for source in sources:
+            for name in source.entries:
+                writer.write(source.read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One safetensors file, written a tensor at a time: nothing is copied but what lies on another device."""
+    names = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    with open(path, "wb") as writer:
+        write_header(writer, header)
+        for tensor in tensors.values():
+            writer.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
+    """The start of a safetensors file: the header's length, then its JSON, padded to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    writer.write(struct.pack("<Q", len(text)))
+    writer.write(text)
+
+
+def quantised_folder(folder: Path) -> Path:
+    """Where the NF4 form of these very weights and this config is kept."""
+    key = sha256_json([FORM, weights_sha256(folder), sha256_file(folder / "config.json")])
+    return cache_folder() / "nf4" / key[:24]
+
+
+def quantise(folder: Path, out: Path) -> None:
+    """Write the NF4 form of a checkpoint to `out`, whole or not at all."""
+    from transformers import BitsAndBytesConfig
+
+    bits_and_bytes: Any = BitsAndBytesConfig
+    config = bits_and_bytes(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    stored = getattr(torch, read_model_spec(str(folder)).dtype)  # whatever config.json says: rounded once, to 4 bits
+    with quiet_transformers(), saving(out), staging(out) as temporary:
+        load_whole(folder, quantization_config=config, device_map={"": "cpu"}, dtype=stored).save_pretrained(temporary)

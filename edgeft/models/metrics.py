@@ -1,0 +1,220 @@
+"""Which numbers say how good a model is, and how near one form of it is to the next? (data only, no torch)"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from edgeft.documents import Strict
+from edgeft.models.intervals import Interval, paired_losses, paired_rates
+from edgeft.models.layer_shares import Group, Shares
+from edgeft.settings import LayerScore
+
+Select = Literal["best", "bounded", "fixed"]
+
+
+MAX_ANSWER_TOKENS = 256  # of an answer that are compared
+
+
+class Metrics(Strict):
+    """Scores on `rows` rows. `exact_match` is a share of 1, None when the rows have no prompt.
+
+    It compares token ids up to a stop id; other ids count where they spell the same text, white space around it left
+    out. Of an answer longer than MAX_ANSWER_TOKENS only so many are compared, of one that was cut what is left of it.
+
+    The last three are each row's own, in the order of the data, where they were kept: pairs are formed of them.
+    """
+
+    rows: int
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    long_answers: int = Field(0, description=f"rows whose answer has more than {MAX_ANSWER_TOKENS} tokens")
+    row_losses: tuple[float, ...] = Field(default=(), description="nats, summed over a row's trained tokens")
+    row_tokens: tuple[int, ...] = Field(default=(), description="trained tokens of each row")
+    row_exact: str = Field(default="", description="1 for each row whose answer is exact, 0 for each other")
+
+    @property
+    def bare(self) -> Metrics:
+        """The same scores without the rows."""
+        return self.model_copy(update={"row_losses": (), "row_tokens": (), "row_exact": ""})
+
+
+class Difference(Strict):
+    """A paired difference on the same rows, second form less first, and its 95% interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, interval: Interval) -> Difference | None:
+        """An interval as data; None: one row says nothing."""
+        return cls(**interval._asdict()) if math.isfinite(interval.low) else None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the rows show any difference at all."""
+        return self.low > 0 or self.high < 0
+
+
+class Pair(Strict):
+    """Two forms of the model on the same scored rows."""
+
+    before: str
+    after: str
+    loss: Difference | None = Field(description="nats per token")
+    exact_match: Difference | None = Field(description="a share of 1")
+
+
+def pair(before: str, first: Metrics, after: str, second: Metrics) -> Pair | None:
+    """The pair of two forms' scores, None where the rows of one of them were not kept."""
+    if not first.row_losses or first.row_tokens != second.row_tokens:
+        return None
+    exact = None
+    if first.row_exact and second.row_exact:
+        exact = paired_rates(*([bit == "1" for bit in each.row_exact] for each in (first, second)))
+    loss = paired_losses(first.row_losses, second.row_losses, first.row_tokens)
+    match = Difference.of(exact) if exact else None
+    return Pair(before=before, after=after, loss=Difference.of(loss), exact_match=match)
+
+
+class Rung(Strict):
+    """One step of the parity ladder: how far a form of the model is from what it must equal, or come near to.
+
+    What was not compared is None: forms of a model are compared by their answers on the same rows, weights tensor by
+    tensor. `mean_kl_nats` is KL(before || this) over the positions of the answers.
+    """
+
+    name: str
+    against: str
+    compared: str = Field(description="what was laid side by side")
+    tolerance: str = Field(description="what had to hold")
+    tensors: int = Field(default=0, description="compared one by one")
+    top1_agreement: float | None = Field(default=None, description="share of positions with the same likeliest token")
+    top1_or_tie: float | None = Field(default=None, description="the same, or one within 0.1 nats of it")
+    mean_kl_nats: float | None = None
+    loss: float | None = None
+    loss_before: float | None = None
+    loss_change: Difference | None = None
+    problems: tuple[str, ...]
+
+
+class Proof(Strict):
+    """The ladder from what was trained to what is shipped, the scores of every form, and what each step changed."""
+
+    prompts: int
+    positions: int
+    rungs: tuple[Rung, ...]
+    scored_on: str
+    scores: dict[str, Metrics]
+    pairs: tuple[Pair, ...] = ()
+    gain_nats: float | None = Field(default=None, description="loss of the base less that of the fine-tune, validation")
+
+
+class Promoted(Strict):
+    """One tensor that got 8 bits instead of 4, and why; the last three are None where fine-tuning left it alone."""
+
+    module: str = Field(description="as a target's eight_bit names it")
+    tensor: str
+    why: Literal["lost", "sensitive"] = Field(description="lost: little of its change would arrive; else by mean KL")
+    mean_kl_nats: float = Field(description="of the model's answers, with this tensor alone in 4 bits")
+    extra_bytes: int
+    cosine: float | None = Field(description="between its change and what arrives of it in 4 bits")
+    projection: float | None
+    delta_in_steps: float | None
+
+
+class Promotion(Strict):
+    """How a bundle's 8-bit tensors were chosen; `simulated` is what torch said of it before it was built."""
+
+    request_sha256: str = Field(default="", description="of what was asked for: another request, another choice")
+    calibration: str
+    size_budget_bytes: int | None
+    predicted_bytes: int
+    considered: int
+    used_of_tolerance: float = Field(description="share of the target's parity tolerance that was allowed")
+    simulated_before: Rung = Field(description="without any promotion")
+    simulated: Rung
+    ended: str
+    promoted: tuple[Promoted, ...]
+
+
+class EncoderProof(Strict):
+    """How near an encoder's bundle is to PyTorch, over texts: its logits, or its mean last hidden states."""
+
+    texts: int
+    max_difference: float = Field(description="of any one value")
+    min_cosine: float = Field(description="over the texts")
+    label_agreement: float | None = Field(description="share of texts with the same label; None: embeddings")
+
+
+class UnitRecord(Strict):
+    """What training did to one unit of a model (a decoder layer, embedding, norm or head).
+
+    `steps` is in how many optimizer steps it trained; `relative_change` is ||W - W0|| / ||W0|| over its tensors that
+    may train, 0.0 exactly where nothing changed.
+    """
+
+    unit: str
+    steps: int
+    relative_change: float
+
+
+class Importance(Strict):
+    """How much each decoder layer matters for a user's data, by one method; higher is more.
+
+    `rows` and `tokens` are what was read of the training data. `chosen` are the layers that a sparse plan takes, `top`
+    and `random` as many by no score at all: what a choice has to beat. All three are empty where nothing is chosen.
+    """
+
+    method: LayerScore
+    scores: tuple[float, ...]
+    rows: int
+    tokens: int
+    device: str
+    seconds: float
+    peak_bytes: int
+    chosen: tuple[int, ...] = ()
+    top: tuple[int, ...] = ()
+    random: tuple[int, ...] = ()
+
+
+class SweepPoint(Strict):
+    """The model at one share of its change, as merged and as rounded for a target; None: not measured."""
+
+    wise_alpha: float = Field(description="of every tensor that no group names")
+    groups: tuple[Group, ...] = ()
+    task: Metrics
+    general: Metrics | None
+    rounded_task: Metrics | None
+    rounded_general: Metrics | None
+
+    @property
+    def shares(self) -> Shares:
+        """The shares of all tensors."""
+        return Shares(rest=self.wise_alpha, groups=self.groups)
+
+    @property
+    def shipped(self) -> tuple[Metrics, Metrics | None]:
+        """(task, general) of what the device would run."""
+        return (self.rounded_task, self.rounded_general) if self.rounded_task else (self.task, self.general)
+
+
+class Sweep(Strict):
+    """How task and general text fare along W0 + a (Wft - W0), and which share was taken."""
+
+    request_sha256: str = Field(description="of everything that was asked for: another request, another sweep")
+    select: Select
+    wise_alpha: float = Field(description="the share that was taken")
+    groups: tuple[Group, ...] = Field(default=(), description="and those of groups of layers, where they were searched")
+    why: str
+    target: str = Field(description="whose rounding was simulated")
+    task_rows: str
+    general_rows: str | None
+    max_general_increase_nats: float = Field(description="over the base, for select = bounded")
+    points: tuple[SweepPoint, ...]
+    pareto: tuple[float, ...] = Field(description="shares that no other beats in task and general loss together")
+    seconds: float

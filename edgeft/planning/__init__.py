@@ -1,0 +1,1 @@
+"""Which way of training fits the budget and loses least? The only place that chooses."""

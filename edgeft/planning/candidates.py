@@ -1,0 +1,343 @@
+"""Which ways of training are looked at? Every combination of what the user left open, none of what cannot work."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from edgeft.errors import BadInput
+from edgeft.machines.profile import Profile
+from edgeft.memory.train_step import Workload
+from edgeft.models.spec import ModelSpec
+from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
+
+# Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
+# memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
+# comparison named in costs.py) and far smaller.
+SMALL_MODEL = 50_000_000
+RANKS = (64, 32, 16, 8)
+CHUNKS = (1024, 256, 64)
+LORA_ALPHA = 16.0
+SMALL_PRECISIONS = ("nf4", "bf16", "fp16")  # of weights that do not train: updates of a few 1e-4 would be rounded away
+# Models of bf16 whose activations pass fp16's 65,504: they give NaN or one token for ever.
+OVERFLOW_FP16 = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/importance.py measures them
+LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
+
+
+def needs_importance(job: Job) -> bool:
+    """Whether a plan of this job needs scores of layers that are measured on its data."""
+    weighted = job.layers == "lisa" and job.lisa_schedule == "weighted"
+    chooses = job.layers == "sparse" and not job.trained_layers
+    return (weighted or chooses) and job.layer_score in DATA_SCORES
+
+
+def untrainable(precision: str) -> BadInput:
+    """What to say of full fine-tuning in a precision that takes no small updates."""
+    what = "4-bit" if precision == "nf4" else precision
+    hint = "use tuner=lora, layers=lisa or layers=sparse (those that train are dense then), or base_precision=fp32"
+    return BadInput("base_precision", f"{what} weights cannot be trained themselves", hint)
+
+
+def _pages_pile_up() -> BadInput:
+    problem = "paged_adamw8bit never frees the paged states of layers that leave, and lisa's layers come and go"
+    return BadInput("optimizer", problem, "use optimizer=adamw8bit or adamw with layers=lisa")
+
+
+def check_job(job: Job, spec: ModelSpec) -> None:
+    """Raise BadInput for settings that contradict one another or the model."""
+    count = spec.num_hidden_layers
+    if job.tuner == "full" and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
+        raise untrainable(job.base_precision)
+    if job.optimizer == "paged_adamw8bit" and job.layers == "lisa":
+        raise _pages_pile_up()
+    for name, most in (("active_layers", job.active_layers), ("trained_layers", max(job.trained_layers or (0,)) + 1)):
+        if getattr(job, name) is not None and most is not None and most > count:
+            raise BadInput(name, f"{most} is more than the model's {count} layers", f"at most {count}")
+    if spec.stacked and job.tuner == "full":
+        problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
+        raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
+    if job.trained_layers == ():
+        raise BadInput("trained_layers", "names no layer", f"name some of 0 to {count - 1}, as in 0,5,12-15")
+    for name in ("active_layers", "trained_layers"):
+        if getattr(job, name) is not None and job.layers in (None, "all"):
+            raise BadInput(name, "says which layers train, but all do", "add --set layers=sparse or layers=lisa")
+    if job.layers == "sparse" and job.trained_layers and job.active_layers not in (None, len(job.trained_layers)):
+        raise BadInput("active_layers", f"{job.active_layers}, but trained_layers names {len(job.trained_layers)}",
+                       "leave one of them out")  # fmt: skip
+    ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
+    if ends and job.tuner == "lora":
+        raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
+    if "rotate" in (job.embedding, job.norm, job.head) and job.layers != "lisa":
+        raise BadInput("rotate", "embedding, norm and head rotate only with the layers", "add --set layers=lisa")
+    if spec.tie_word_embeddings and job.head is not None and job.embedding is not None and job.head != job.embedding:
+        problem = f"{job.head}, the embedding {job.embedding}: they are one tied tensor in this model"
+        raise BadInput("head", problem, "leave head out: it follows the embedding")
+    if job.lisa_schedule == "weighted" and job.layer_score in ("top", "random"):
+        raise BadInput("lisa_schedule", "weighted draws need scores", "add --set layer_score=gradient (or another)")
+    if job.layer_score in DATA_SCORES and job.layers != "sparse" and not needs_importance(job):
+        hint = "add --set layers=sparse, or layers=lisa and lisa_schedule=weighted"
+        raise BadInput("layer_score", f"{job.layer_score} chooses layers, but nothing here asks for a choice", hint)
+    if needs_importance(job) and job.data is None:
+        hint = "plan with --data FILE (make: data=FILE), or use layer_score=top"
+        raise BadInput("layer_score", f"{job.layer_score} is measured on training data, and none was given", hint)
+
+
+def _layer_ways(
+    job: Job, spec: ModelSpec, tuner: Tuner, steps: int, scores: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """The fields of Training that say which layers and ends train, best first."""
+    count = spec.num_hidden_layers
+    every = tuple(range(count))
+    given = {end: getattr(job, end) or "off" for end in ENDS}
+    if spec.tie_word_embeddings:
+        given["head"] = given["embedding"] = job.embedding or job.head or "off"
+    full_ends = dict.fromkeys(ENDS, "on") if tuner == "full" else {}
+    whole = {
+        "layers": "all",
+        "trained_layers": every,
+        **full_ends,
+        **{e: m for e, m in given.items() if getattr(job, e)},
+    }
+    ways = []
+    if job.layers in (None, "all"):
+        ways.append(whole)
+    if job.layers == "sparse" or (job.layers is None and tuner == "lora"):
+        counts = [job.active_layers] if job.active_layers else sorted({max(1, count * k // 4) for k in (1, 2, 3)})[::-1]
+        if job.layer_score == "progressive" and scores and not job.active_layers:
+            counts = [max(1, sum(score > 0 for score in scores))]  # the search says itself how far down it pays
+        sets = [job.trained_layers] if job.trained_layers else [_best(job, count, n, scores) for n in counts]
+        ways += [{"layers": "sparse", "trained_layers": chosen, **given} for chosen in sets]
+    if job.layers == "lisa" or (job.layers is None and tuner == "full"):
+        pool = job.trained_layers or every
+        size = len(pool) + sum(mode == "rotate" for mode in given.values())
+        for active in [job.active_layers] if job.active_layers else sorted({min(n, len(pool)) for n in (4, 2)})[::-1]:
+            interval = job.lisa_interval or max(1, min(LISA_INTERVAL, steps // (2 * -(-size // active))))
+            ways.append({
+                "layers": "lisa", "trained_layers": pool, "active_layers": active, "lisa_interval": interval,
+                "lisa_schedule": job.lisa_schedule, "lisa_state": job.lisa_state, **given,
+                "layer_weights": draw_weights([scores[i] for i in pool]) if scores else (),
+            })  # fmt: skip
+    return ways
+
+
+def _best(job: Job, layers: int, count: int, scores: Sequence[float] | None) -> tuple[int, ...]:
+    """The `count` layers that sparse training takes: the topmost, random ones, or those of the highest scores."""
+    if job.layer_score == "random":
+        return random_layers(job.seed, layers, count)
+    if scores:  # of equal ones the upper: what lies below the lowest that trains costs no memory
+        return tuple(sorted(sorted(range(layers), key=lambda i: (-scores[i], -i))[:count]))
+    return top_layers(layers, count)
+
+
+def top_layers(layers: int, count: int) -> tuple[int, ...]:
+    """The `count` layers nearest to the head."""
+    return tuple(range(layers - count, layers))
+
+
+def random_layers(seed: int, layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers drawn by the seed alone."""
+    return tuple(sorted(random.Random(f"layers {seed}").sample(range(layers), count)))
+
+
+def draw_weights(scores: Sequence[float]) -> tuple[float, ...]:
+    """Weights of LISA's draws: the scores, no less than a tenth of their mean, so that every layer has its turn.
+
+    Scores that are not positive say that a layer brings nothing; if all say so, the draws are uniform.
+    """
+    positive = [max(0.0, score) for score in scores]
+    mean = sum(positive) / len(positive)
+    return tuple(max(score, mean / 10) for score in positive) if mean > 0 else (1.0,) * len(positive)
+
+
+def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
+    """LoRA, and full fine-tuning too where the model is so small that adapters save nothing."""
+    if job.tuner is not None:
+        return [job.tuner]
+    if any(getattr(job, end) not in (None, "off") for end in ENDS):
+        return ["full"]
+    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision in SMALL_PRECISIONS
+    small = spec.total_parameters <= SMALL_MODEL and not spec.stacked
+    return ["full", "lora"] if small and not pinned_lora else ["lora"]
+
+
+def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layers: dict[str, Any]) -> list[Precision]:
+    """Ways to keep the base, best first. A GPU computes in half precision, a CPU in fp32.
+
+    What trains is fp32: full fine-tuning of all layers, and of the ends, wants the base so. Of some layers, those that
+    train are fp32 beside a base of any precision.
+    """
+    if job.base_precision is not None:
+        return [job.base_precision]
+    half, on_cpu = _half(profile, spec), profile.device == "cpu"
+    some_layers = layers["layers"] != "all"
+    if tuner == "full" and (not some_layers or on_cpu or _trained_end(layers)):
+        return ["fp32", "nf4"] if some_layers and on_cpu else ["fp32"]
+    if on_cpu:
+        return ["fp32", "bf16", "nf4"] if profile.supports("bf16") else ["fp32", "nf4"]
+    return [half] if profile.device == "mps" else [half, "nf4"]  # bitsandbytes has no 4-bit kernels for Apple GPUs
+
+
+def _half(profile: Profile, spec: ModelSpec) -> Literal["fp32", "bf16", "fp16"]:
+    """The half precision that a GPU computes this model in; fp32 where it would have to be fp16 and that overflows."""
+    return "bf16" if profile.supports("bf16") else "fp32" if spec.model_type in OVERFLOW_FP16 else "fp16"
+
+
+def _trained_end(layers: dict[str, Any]) -> str | None:
+    """The first end that trains, if any does."""
+    return next((end for end in ENDS if layers.get(end, "off") != "off"), None)
+
+
+def refusal(
+    profile: Profile, tuner: Tuner, precision: Precision, compute: str, layers: dict[str, Any]
+) -> BadInput | None:  # fmt: skip
+    """Why a combination does not run, to be raised where nothing else is left; None where it runs."""
+    end, some_layers = _trained_end(layers), layers["layers"] != "all"
+    if precision == "nf4" and profile.device == "mps":
+        return BadInput("base_precision", "bitsandbytes has no 4-bit kernels for Apple GPUs", "use bf16, fp16 or fp32")
+    if tuner == "full" and not some_layers and precision != "fp32":
+        return untrainable(precision)
+    if tuner == "full" and end is not None and compute != "fp32":
+        # an fp32 embedding or norm would make every activation fp32
+        problem = f"trains in fp32, but this plan computes in {compute}"
+        return BadInput(end, problem, f"leave {end} off, or base_precision to the planner")
+    return None
+
+
+def training_notes(spec: ModelSpec, training: Training) -> list[str]:
+    """What the chosen way amounts to where its name promises more."""
+    lines = []
+    if training.layers == "lisa":
+        rotating = sum(getattr(training, end) == "rotate" for end in ENDS)
+        if training.active_layers >= len(training.trained_layers) + rotating:
+            lines.append("lisa: only one draw is possible, every layer trains all the time")
+        elif training.lisa_interval >= training.steps:
+            lines.append(
+                f"lisa never switches: the run has {training.steps} steps, an interval {training.lisa_interval}; "
+                f"the first {training.active_layers} layers that are drawn train alone"
+            )
+    if training.compute_dtype == "fp16" and spec.model_type in OVERFLOW_FP16:
+        lines.append(f"{spec.model_type} overflows in fp16: drop --set base_precision=fp16, and it computes in fp32")
+    return lines
+
+
+def candidates(
+    job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None
+) -> Iterator[Training]:
+    """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data.
+
+    Raises BadInput, with its reason, for a combination that was set and does not run on the profile.
+    """
+    if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
+        hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
+        raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
+    ranks = [job.rank] if job.rank else RANKS
+    smallest = min(RANKS[-1], spec.hidden_size)
+    batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
+    optimizers: list[Optimizer] = ["adamw"] if profile.device != "cuda" else ["adamw", "adamw8bit", "paged_adamw8bit"]
+    if job.optimizer and job.optimizer not in optimizers:
+        raise BadInput(
+            "optimizer",
+            f"{job.optimizer} needs CUDA, {profile.name} is a {profile.device} profile",
+            "use adamw",
+        )
+    ways = [
+        (tuner, precision, rank, layers)
+        for tuner in _tuners(job, spec)
+        for layers in _layer_ways(job, spec, tuner, steps, scores)
+        for precision in _precisions(job, profile, spec, tuner, layers)
+        for rank in (ranks if tuner == "lora" else [0])
+    ]
+    modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
+    open_still: list[dict[str, Any]] = [
+        {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
+         "optimizer": optimizer, "malloc": malloc}
+        for batch, (checkpointing, kept), chunk, optimizer, malloc in itertools.product(
+            [job.micro_batch_size] if job.micro_batch_size else batches,
+            _recomputing(job, spec),
+            [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
+            [job.optimizer] if job.optimizer else optimizers,
+            _mallocs(job, profile),
+        )
+    ]  # fmt: skip
+    refused: BadInput | None = None
+    left = False
+    for tuner, precision, rank, layers in ways:
+        if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
+            continue  # more than half the hidden size is no low rank
+        compute = precision if precision != "nf4" else _compute_of_nf4(profile, spec)
+        if (reason := refusal(profile, tuner, precision, compute, layers)) is not None:
+            refused = refused or reason
+            continue
+        lora = tuner == "lora"
+        first = Training(
+            device=profile.device,
+            tuner=tuner,
+            base_precision=precision,
+            compute_dtype=compute,  # type: ignore[arg-type]
+            rank=rank,
+            lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
+            target_modules=modules if lora else (),
+            **layers,
+            **open_still[0],
+            batch_size=job.batch_size,
+            max_length=work.longest,
+            max_trained=work.longest_trained,
+            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
+            steps=steps,
+            warmup_steps=max(1, round(job.warmup_fraction * steps)),
+            weight_decay=job.weight_decay,
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
+            checkpoint_steps=job.checkpoint_steps,
+            eval_rows=job.eval_rows,
+        )
+        pages = layers["layers"] != "lisa"  # see _pages_pile_up
+        yield from (first.model_copy(update=choices) for choices in open_still
+                    if pages or choices["optimizer"] != "paged_adamw8bit")  # fmt: skip
+        left = True
+    if refused is not None and not left:
+        raise refused
+
+
+def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:
+    """(whether activations are recomputed, in how many topmost layers not); how many more keep theirs `planner` finds.
+
+    The topmost layer's backward pass comes first: recomputing it saves nothing but at the moment of the loss.
+    """
+    if job.kept_layers is not None:
+        if job.checkpointing is False:
+            hint = "drop checkpointing=false"
+            raise BadInput("kept_layers", "says which layers do not recompute, but none does", hint)
+        if job.kept_layers > spec.num_hidden_layers:
+            problem = f"{job.kept_layers} is more than the model's {spec.num_hidden_layers} layers"
+            raise BadInput("kept_layers", problem, f"at most {spec.num_hidden_layers}")
+        return [(True, job.kept_layers)]
+    if job.checkpointing is not None:
+        return [(job.checkpointing, 0)]
+    return [(False, 0), (True, 0), *([(True, 1)] if spec.num_hidden_layers > 1 else [])]
+
+
+def _mallocs(job: Job, profile: Profile) -> list[Malloc]:
+    """Ways to keep freed memory, faster first. Tensors of a GPU are its own allocator's."""
+    if job.malloc is not None:
+        return [job.malloc]
+    return ["fast", "tight"] if profile.device == "cpu" else ["tight"]
+
+
+def _compute_of_nf4(profile: Profile, spec: ModelSpec) -> str:
+    """What 4-bit weights are multiplied in: half precision on a GPU, fp32 on a CPU."""
+    return "fp32" if profile.device == "cpu" else _half(profile, spec)
+
+
+def default_learning_rate(spec: ModelSpec, tuner: Tuner) -> float:
+    """LoRA: 2e-4 (2000 / h)^0.775; full fine-tuning: 0.075 / h, falling with the width as in muP (arXiv 2203.03466).
+
+    The exponent is that of Schulman et al., "LoRA Without Regret", 2025. Both factors were chosen on the example's
+    validation rows (bench/results/rates.json, three epochs, two seeds): full fine-tuning loses nothing between half of
+    this rate and 0.1 / h, and 0.05 nats at 0.15 / h; LoRA is flat from a quarter of its rate to 1.4 times it.
+    """
+    rate = 2e-4 * (2000 / spec.hidden_size) ** 0.775 if tuner == "lora" else 0.075 / spec.hidden_size
+    return float(f"{rate:.2g}")

@@ -1,0 +1,184 @@
+"""What does a way of training cost in quality, time and memory? The numbers that candidates are compared by.
+
+What quality costs is an order, not a measurement of your task; its evidence: rank 64 rsLoRA 51.3, rank 32 47.8, full
+fine-tuning 47.2 points on GSM8K at equal data (PEFT's MetaMathQA comparison on Llama-3.2-3B); NF4 with double
+quantisation follows 16-bit LoRA within half a point (QLoRA, arXiv 2305.14314); 8-bit AdamW follows 32-bit (arXiv
+2110.02861). Recomputing activations, a smaller micro-batch and loss chunks change no result, only time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from edgeft.data.dataset import Lengths
+from edgeft.data.scoring_groups import Scoring, Size, scoring
+from edgeft.documents import Strict
+from edgeft.machines.profile import Profile
+from edgeft.memory import train_step
+from edgeft.memory.timing import COUNTED, Counted, count, mean_work, scoring_seconds, seconds_per_step
+from edgeft.models.spec import ModelSpec
+from edgeft.settings import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
+
+# expected quality points given up, by the evidence above; only their order decides
+NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
+ENDS_COST = 0.5  # full fine-tuning that leaves the embedding out: 1.2 points on the example, near its noise
+# On a CPU fp32 comes first even where bf16 multiplies faster: for every length of batch oneDNN compiles its kernels
+# anew and keeps them, which is slower than fp32 in short runs and grows beyond any plan.
+CPU_HALF_COST = 0.2
+
+
+class Candidate(Strict):
+    """One way of training and what it costs: points of quality (0 is the best way), seconds, high estimate in bytes."""
+
+    tuner: Tuner
+    base_precision: Precision
+    rank: int
+    layers: Layers
+    trained: int  # layers at a time
+    micro_batch_size: int
+    checkpointing: bool
+    kept_layers: int
+    loss_chunk_tokens: int
+    optimizer: Optimizer
+    malloc: Malloc = "tight"
+    quality_cost: float
+    seconds_per_step: float
+    high_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned: every candidate is measured against the same machine, model, data and budget."""
+
+    job: Job
+    profile: Profile
+    spec: ModelSpec
+    lengths: Lengths | None
+    work: train_step.Workload
+    data_bytes: int
+    budget_bytes: int
+    scored: tuple[tuple[Size, ...], ...] = ()  # the rows that are scored, before training and after; a file each
+    # what has been counted, by a plan's id; the plan is kept, so that its id stays its own
+    keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
+    heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
+    counts: dict[tuple[Any, ...], Counted] = field(default_factory=dict, repr=False)  # by what `count` reads
+    simulated: dict[Training, train_step.Simulated] = field(default_factory=dict, repr=False)
+    scorings: dict[tuple[int, int], Scoring] = field(default_factory=dict, repr=False)  # by a group's, a row's tokens
+
+    @cached_property
+    def mean_work(self) -> train_step.Workload:
+        """The typical batch, which time is estimated for."""
+        return mean_work(self.work, self.lengths)
+
+    def key(self, training: Training) -> tuple[float, float]:
+        """(quality given up, seconds per step): what candidates are sorted by, best first; counted once for each."""
+        if id(training) not in self.keys:
+            self.keys[id(training)] = training, (quality_cost(self.spec, training), self.seconds(training))
+        return self.keys[id(training)][1]
+
+    def hope(self, training: Training) -> tuple[float, float]:
+        """The key at its best: with all but one of the layers that recompute keeping their activations."""
+        most = self.most_kept(training)
+        if most == training.kept_layers:
+            return self.key(training)
+        return self.key(training)[0], self.seconds(training, most)
+
+    def most_kept(self, training: Training) -> int:
+        """How many layers could keep their activations while others recompute; what is set when the user set it."""
+        if not training.checkpointing or self.job.checkpointing is not None or self.job.kept_layers is not None:
+            return training.kept_layers
+        crossed = self.spec.num_hidden_layers - (0 if training.embedding == "on" else min(training.trained_layers))
+        return max(training.kept_layers, crossed - 1)
+
+    def phases(self, training: Training, work: train_step.Workload | None = None) -> tuple[train_step.Phase, ...]:
+        """Every phase of a run, for the longest sample unless another workload is given."""
+        return train_step.phases(
+            self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
+            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training),
+            capability=self.profile.compute_capability,
+            more=self._simulated(training),
+        )  # fmt: skip
+
+    def scoring(self, training: Training) -> Scoring:
+        """What scoring this job's rows takes, in groups of as many tokens as this way has at once."""
+        key = training.group_tokens, training.max_length
+        if key not in self.scorings:
+            cut = [[size.cut(training.max_length) for size in sizes] for sizes in self.scored]
+            self.scorings[key] = scoring(cut, training.group_tokens)
+        return self.scorings[key]
+
+    def high_bytes(self, training: Training, work: train_step.Workload | None = None) -> int:
+        """What the budget is held to: the highest phase's high estimate."""
+        if work is not None:
+            return max(phase.high_bytes for phase in self.phases(training, work))
+        if id(training) not in self.heights:
+            self.heights[id(training)] = training, max(phase.high_bytes for phase in self.phases(training))
+        return self.heights[id(training)][1]
+
+    def seconds(self, training: Training, kept_layers: int | None = None) -> float:
+        """Seconds per optimizer step of typical batches; with another number of layers that keep their activations."""
+        key = (training.kept_layers if kept_layers is None else kept_layers, *COUNTED(training))
+        if key not in self.counts:
+            self.counts[key] = count(self.spec, training, self.mean_work, key[0])
+        return seconds_per_step(self.profile, training, self.mean_work, self.counts[key])
+
+    def simulate(self, training: Training) -> None:
+        """Find what this way takes by running its step without memory, for a family that the closed form does not hold.
+
+        Raises BadInput where that cannot run.
+        """
+        from edgeft.simulation.simulate import simulate  # imports torch: for such families alone
+
+        found = simulate(self.spec, training, self.work).live_peak_bytes
+        sets = train_step.worst_sets(self.spec, training)
+        closed = max(sum(term.bytes for term in train_step.step_terms(self.spec, one, self.work)) for one in sets)
+        self.simulated[training] = train_step.Simulated(found - closed, True)
+        self.heights.clear()
+
+    def _simulated(self, training: Training) -> train_step.Simulated | None:
+        """What simulation found for this way; for another, the most that it found for one like it."""
+        if not self.simulated or training in self.simulated:
+            return self.simulated.get(training)
+        alike = [found for other, found in self.simulated.items()
+                 if (other.tuner, other.checkpointing) == (training.tuner, training.checkpointing)]  # fmt: skip
+        if not alike:
+            return None
+        return train_step.Simulated(max(one.bytes for one in alike), False)
+
+    def scoring_seconds(self, training: Training) -> float:
+        """Seconds of all scoring, before training and after it."""
+        return scoring_seconds(self.profile, self.spec, training, self.scoring(training))
+
+    def candidate(self, training: Training) -> Candidate:
+        """The row that reports show."""
+        quality, seconds = self.key(training)
+        high = self.high_bytes(training)
+        shared = {name: getattr(training, name) for name in Candidate.model_fields if hasattr(training, name)}
+        return Candidate(
+            **shared, trained=training.active_layers or len(training.trained_layers), quality_cost=round(quality, 3),
+            seconds_per_step=round(seconds, 4), high_bytes=high,
+            fits=high <= self.budget_bytes and not self.too_slow(training),
+        )  # fmt: skip
+
+    def too_slow(self, training: Training) -> bool:
+        """Whether all its steps take longer than the job's max_seconds."""
+        limit = self.job.max_seconds
+        return limit is not None and self.seconds(training) * training.steps > limit
+
+
+def quality_cost(spec: ModelSpec, training: Training) -> float:
+    """Expected points that this way gives up against the best one, by the evidence at the top."""
+    cost = NF4_COST if training.base_precision == "nf4" else 0.0
+    cost += CPU_HALF_COST if training.device == "cpu" and training.compute_dtype != "fp32" else 0.0
+    cost += ADAM8_COST if training.optimizer != "adamw" else 0.0
+    if training.layers == "lisa":  # every layer trains in its turn
+        cost += LISA_COST * (1 - training.active_layers / len(training.trained_layers))
+    if training.tuner == "full" and training.embedding == "off":
+        cost += ENDS_COST
+    cost += LAYERS_COST * (1 - len(training.trained_layers) / spec.num_hidden_layers)
+    if training.rank:
+        cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
+    return cost

@@ -1,0 +1,349 @@
+"""Which way of training fits the budget and loses least? The only place that chooses; no torch is imported here.
+
+Candidates are compared by expected quality, then by time (`costs.py` has the evidence for the order), and the first one
+inside the budget and the time limit is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgeft.data.dataset import Lengths, TextTokenizer, hold_out, measure_rows
+from edgeft.data.scoring_groups import Scoring, Size
+from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
+from edgeft.errors import BadInput
+from edgeft.machines.profile import Profile, detect, load_profile
+from edgeft.memory import train_step
+from edgeft.memory.simulated import Simulation
+from edgeft.models.headers import has_weights
+from edgeft.models.identity import Inputs, cached_folder, data_inputs, model_inputs
+from edgeft.models.metrics import Importance
+from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.planning.alternatives import (
+    Alternative,
+    Saving,
+    alternatives,
+    does_not_fit,
+    frontier,
+    gave_up,
+    length_hints,
+    savings,
+    unused_budget,
+)  # fmt: skip
+from edgeft.planning.candidates import (
+    candidates,
+    check_job,
+    needs_importance,
+    random_layers,
+    top_layers,
+    training_notes,
+)
+from edgeft.planning.costs import Candidate, Question
+from edgeft.planning.stage_checks import Stages, plan_stages
+from edgeft.settings import Job, Training
+
+HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
+DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
+# Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
+# takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
+# back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
+DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
+SIMULATIONS = 8  # of a family that is planned by simulation, at most
+Scored = tuple[tuple[Size, ...], ...]
+PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
+        "loss_chunk_tokens", "optimizer", "malloc")  # fmt: skip
+
+
+class Plan(Artifact):
+    """plan.json: how a job runs on a profile, what that takes, and what else was considered."""
+
+    request_sha256: str
+    inputs: Inputs
+    job: Job
+    profile: Profile
+    spec: ModelSpec
+    lengths: Lengths | None
+    training: Training
+    budget_bytes: int
+    peak_bytes: int
+    phases: tuple[train_step.Phase, ...]
+    stages: Stages
+    seconds_per_step: float
+    seconds: float
+    scoring: Scoring
+    scoring_seconds: float
+    notes: tuple[str, ...]
+    gave_up: tuple[str, ...]
+    looked_at: int  # candidates
+    frontier: tuple[Candidate, ...]
+    alternatives: tuple[Alternative, ...]
+    savings: tuple[Saving, ...]
+    work: train_step.Workload
+    simulation: Simulation | None = None  # of the chosen way, when asked for
+    importance: Importance | None = None
+
+
+def plan_inputs(job: Job, model_folder: Path | None) -> Inputs:
+    """The hashes of what a plan is made from; of weights only where they say which layers train."""
+    return data_inputs(job) | (_of_model(job, model_folder) if model_folder else {})
+
+
+def _of_model(job: Job, folder: Path) -> Inputs:
+    return model_inputs(folder, weights=needs_importance(job) and has_weights(folder))
+
+
+def request_digest(job: Job, model_folder: Path | None) -> str:
+    """One digest of what a plan is made from: settings, profile, model config, data. Equal: the plan is current."""
+    profile = shipped_path("profile", "profiles", job.profile)
+    read = [sha256_file(profile) if profile.is_file() else None, plan_inputs(job, model_folder)]
+    return sha256_json([job.model_dump(), versions().get("edgeft", ""), read])
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Thousands of candidates and no circle among them: looking for garbage took a fifth of a plan's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def samples_bytes(files: Sequence[Lengths], vocabulary: int) -> int:
+    """What the rows of all files and a tokenizer of so many entries take in a process that has read them."""
+    rows = sum(BYTES_PER_TOKEN * file.tokens + BYTES_PER_ROW * file.rows for file in files)
+    return DATA_BYTES + BYTES_PER_ENTRY * vocabulary + rows
+
+
+@_without_collections()
+def make_plan(
+    job: Job, importance: Importance | None = None, *, spec: ModelSpec | None = None, profile: Profile | None = None
+) -> Plan:
+    """The plan of a job. Raises BadInput for what cannot be planned, DoesNotFit (exit 3) when nothing fits.
+
+    Where the choice of layers reads data, `importance` is what `edgeft.planning.layer_scores.score_layers(job)` gives.
+    `spec` and `profile` are what the job's names stand for, where the caller has read them already.
+    """
+    profile = profile or detect(load_profile(job.profile))
+    if "train" not in profile.roles:
+        hint = "plan on a training machine; the device is named at export: --device " + profile.name
+        raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
+    spec = spec or read_model_spec(job.model)
+    folder = Path(job.model) if Path(job.model).is_dir() else None
+    lengths, data_bytes, scored, notes = _read_lengths(job, spec, folder)
+    length, length_note = _max_length(job, spec, lengths)
+    notes += length_note
+    budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
+    steps = _steps(job, lengths)
+    work = train_step.Workload(length, min(length, lengths.longest_trained if lengths else length))
+    check_job(job, spec)
+    importance = _importance_of(job, spec, importance)
+    scores = importance.scores if importance else None
+    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored)
+    looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
+    if not looked_at:
+        raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
+    training, said = (
+        (best_that_fits(question, looked_at), []) if train_step.known(spec) else settle(question, looked_at)
+    )
+    notes += said
+    if training is None:
+        raise does_not_fit(question, looked_at, _unpinned(question, steps, scores))
+    key = question.key(training)
+    better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
+    per_step = question.seconds(training)
+    notes += training_notes(spec, training)
+    notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
+    stages, stage_notes = plan_stages(question, training)
+    return Plan(
+        request_sha256=request_digest(job, cached_folder(job.model)),
+        inputs=plan_inputs(job, cached_folder(job.model)),
+        versions=versions(),
+        job=job,
+        profile=profile,
+        spec=spec,
+        lengths=lengths,
+        training=training,
+        budget_bytes=budget,
+        peak_bytes=question.high_bytes(training),
+        phases=question.phases(training),
+        stages=stages,
+        seconds_per_step=round(per_step, 4),
+        seconds=round(per_step * training.steps, 1),
+        scoring=question.scoring(training),
+        scoring_seconds=round(question.scoring_seconds(training), 1),
+        notes=(*notes, *stage_notes),
+        gave_up=tuple(gave_up(question, looked_at[0], training)) if better else (),
+        looked_at=len(looked_at),
+        frontier=frontier(question, training, looked_at),
+        alternatives=alternatives(question, training, looked_at),
+        savings=savings(question, training),
+        work=work,
+        importance=_with_choice(importance, training, spec) if importance else None,
+    )
+
+
+def settle(question: Question, looked_at: Sequence[Training]) -> tuple[Training | None, list[str]]:
+    """The best way that fits by simulation, which corrects the closed form of the ways like it; and notes.
+
+    Raises BadInput for a job with data where the model cannot be simulated: its memory would be a guess.
+    """
+    try:
+        for _ in range(SIMULATIONS):
+            training = best_that_fits(question, looked_at)
+            if training is None or training in question.simulated:
+                return training, [f"{question.spec.model_type}: planned by simulation"]
+            question.simulate(training)
+    except BadInput as problem:
+        if question.job.data is not None:
+            raise
+        note = (
+            f"{question.spec.model_type}: not simulated, memory is that of a Llama of these widths: {problem.problem}"
+        )
+        return best_that_fits(question, looked_at), [note]
+    fitting = [one for one in question.simulated if question.high_bytes(one) <= question.budget_bytes]
+    return min(fitting, key=question.key, default=None), [f"{question.spec.model_type}: planned by simulation"]
+
+
+def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Training | None:
+    """The best way inside the budget and the time limit; where activations are recomputed, in as few layers as fit.
+
+    Which of `looked_at` that is follows only once their layers are counted: each is taken up in the order of what it
+    would be at its best, until none can be better than what was found.
+    """
+    found, best = None, (float("inf"), float("inf"))
+    for hope, training in sorted(((question.hope(t), t) for t in looked_at), key=lambda pair: pair[0]):
+        if hope >= best:
+            break
+        if question.high_bytes(training) > question.budget_bytes:
+            continue
+        most = question.most_kept(training)
+        while most > training.kept_layers:  # memory grows with the number of layers kept
+            middle = (training.kept_layers + most + 1) // 2
+            way = training.model_copy(update={"kept_layers": middle})
+            if question.high_bytes(way) <= question.budget_bytes:
+                training = way
+            else:
+                most = middle - 1
+        if not question.too_slow(training) and question.key(training) < best:
+            found, best = training, question.key(training)
+    return found
+
+
+def _importance_of(job: Job, spec: ModelSpec, given: Importance | None) -> Importance | None:
+    """The scores that this job's choice of layers reads; None when it reads none. Raises BadInput for others'."""
+    if not needs_importance(job):
+        return None
+    if given is None:
+        hint = "call make_plan(job, importance=edgeft.planning.layer_scores.score_layers(job))"
+        raise BadInput("layer_score", f"{job.layer_score} is measured before planning, and it was not", hint)
+    if given.method != job.layer_score or len(given.scores) != spec.num_hidden_layers:
+        problem = f"{len(given.scores)} scores by {given.method} were given, the job wants {spec.num_hidden_layers} by"
+        raise BadInput(
+            "importance",
+            f"{problem} {job.layer_score}",
+            "give what edgeft.planning.layer_scores.score_layers(job) does",
+        )
+    return given
+
+
+def _with_choice(importance: Importance, training: Training, spec: ModelSpec) -> Importance:
+    """The scores together with what a sparse plan chose by them, and as many layers chosen by nothing."""
+    if training.layers != "sparse":
+        return importance
+    count = len(training.trained_layers)
+    choices = {
+        "chosen": training.trained_layers,
+        "top": top_layers(spec.num_hidden_layers, count),
+        "random": random_layers(training.seed, spec.num_hidden_layers, count),
+    }
+    return importance.model_copy(update=choices)
+
+
+def _read_lengths(job: Job, spec: ModelSpec, folder: Path | None) -> tuple[Lengths | None, int, Scored, list[str]]:
+    """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
+    if job.data is None:
+        note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
+        return None, 0, (), [note]
+    if folder is None:
+        from edgeft.models.checkpoint import (
+            local_folder,
+        )  # a hub model: its tokenizer must be fetched to measure the data
+
+        folder = local_folder(job.model)
+    tokenizer = TextTokenizer(folder)
+    sources = [source for source in (job.data, job.valid, job.test) if source]
+    every, sizes = zip(*(measure_rows(source, tokenizer, job.max_length) for source in sources), strict=True)
+    notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
+             for entry in every if entry.cut_rows]  # fmt: skip
+    notes += [sentence for entry in every for sentence in entry.said]
+    for entry in every:
+        check_vocabulary(entry, spec)
+    data_bytes = samples_bytes(every, tokenizer.backend.get_vocab_size())
+    return every[0], data_bytes, _scored(job, sizes), notes
+
+
+def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
+    """The rows that a run scores before training and after it: of validation data the first, of test data all."""
+    valid = sizes[1] if job.valid else hold_out(sizes[0], HELD_OUT_SHARE, job.seed)[1]
+    return (tuple(valid[: job.eval_rows]), *([tuple(sizes[-1])] if job.test else []))
+
+
+def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:
+    """Raise BadInput for data with a token that the model's embedding has no row for."""
+    if lengths.highest_id >= spec.vocab_size:
+        problem = f"token {lengths.highest_id} is in it, the model's embedding has {spec.vocab_size} rows"
+        hint = "the tokenizer has more tokens than the model: give it rows with model.resize_token_embeddings"
+        raise BadInput(lengths.path, problem, hint)
+
+
+def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int, list[str]]:
+    """The padded length to plan for: what the user set, the longest sample, or the model's limit where that is less."""
+    limit = spec.max_position_embeddings
+    if job.max_length is not None:
+        if limit is not None and job.max_length > limit:
+            raise BadInput(
+                "max_length",
+                f"{job.max_length} is more than the model's {limit} positions",
+                f"at most {limit}",
+            )
+        return min(job.max_length, lengths.longest) if lengths else job.max_length, []
+    longest = lengths.longest if lengths else DEFAULT_LENGTH
+    if limit is not None and longest > limit:
+        return limit, [f"samples reach {longest} tokens, the model has {limit} positions: longer ones are cut"]
+    return longest, []
+
+
+def _steps(job: Job, lengths: Lengths | None) -> int:
+    """Optimizer steps."""
+    rows = lengths.rows if lengths else 1000
+    if lengths and job.valid is None:
+        rows -= min(500, max(1, round(rows * HELD_OUT_SHARE)))
+    steps = max(1, round(job.epochs * -(-max(1, rows) // job.batch_size)))
+    return min(steps, job.max_steps or steps)
+
+
+def _unpinned(question: Question, steps: int, scores: Sequence[float] | None) -> str | None:
+    """The setting that, given back to the planner, makes the job fit; None when none does."""
+
+    def fits(**changes: object) -> bool:
+        other = replace(question, job=question.job.model_copy(update=changes), keys={}, heights={}, counts={})
+        try:
+            check_job(other.job, other.spec)
+            found = candidates(other.job, other.profile, other.spec, other.work, steps, scores)
+            return best_that_fits(other, list(found)) is not None
+        except BadInput:
+            return False
+
+    for name in PINS:
+        if (value := getattr(question.job, name)) is not None and fits(**{name: None}):
+            return f"it fits when {name} is left to the planner: drop --set {name}={value}"
+    # full fine-tuning is the user's own wish; what the planner chose itself has had its LoRA candidates
+    return "LoRA would fit: --set tuner=lora" if question.job.tuner == "full" and fits(tuner="lora") else None

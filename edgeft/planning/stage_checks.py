@@ -1,0 +1,164 @@
+"""Do the stages around a training step fit too: quantising, resuming, merging, exporting, and the bundle's device?"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from edgeft.documents import Strict
+from edgeft.errors import BadInput
+from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visible_gpu
+from edgeft.machines.profile import Profile, detect, load_profile
+from edgeft.memory.disk import Disk, plan_disk
+from edgeft.memory.stages import (
+    build,
+    calibrate_phases,
+    file_bytes,
+    host_load,
+    host_train,
+    merge,
+    processes,
+    prove,
+    quantise,
+    resume,
+    stage,
+)
+from edgeft.memory.train_step import Phase, Term
+from edgeft.models.spec import ModelSpec
+from edgeft.planning.costs import Question
+from edgeft.settings import Training
+from edgeft.targets.footprint import (
+    LimitedBy,
+    Weights,
+    bundle_weights,
+    choose_context,
+    kv_cache_bytes_per_token,
+    predict,
+)
+from edgeft.targets.target import Target, load_target
+from edgeft.units import GIB, MIB, show_bytes
+
+
+class Stages(Strict):
+    """What the stages around training take: a plan's forecast of everything after, and beside, the training step."""
+
+    phases: tuple[Phase, ...]
+    disk: tuple[Disk, ...]
+    target: Target
+    context_tokens: int = Field(description="the bundle's context, as the export would choose it")
+    context_limited_by: LimitedBy
+    host_bytes: int | None = Field(description="what the host has for a stage; None: not known")
+    target_bytes: int | None = Field(description="what the named device has for the bundle; None: none named")
+    target_name: str = ""
+    data_bytes: int = Field(description="samples in memory, in the stages that read them")
+
+    def limit_bytes(self, phase: Phase) -> int | None:
+        """What a stage's memory must fit in, where that is known."""
+        return self.target_bytes if phase.where == "target" else self.host_bytes
+
+    def notes(self) -> list[str]:
+        """A line for each stage that may need more of the host than there is, pages of files left out of it."""
+        return [
+            f"{name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes or 0)}: run it elsewhere"
+            for name, need in self.too_large().items()
+        ]
+
+    def too_large(self) -> dict[str, int]:
+        """Bytes that may be needed by each stage for which the host has less; nothing where that is not known."""
+        needs = {phase.name: phase.high_bytes - file_bytes(phase) for phase in self.phases if phase.where == "host"}
+        return {name: need for name, need in needs.items() if self.host_bytes is not None and need > self.host_bytes}
+
+
+def plan_stages(question: Question, training: Training) -> tuple[Stages, list[str]]:
+    """Every stage of a job besides the training step itself, and a note for each that may not fit.
+
+    Raises DoesNotFit when the bundle would not fit the device that the job names, BadInput for an unknown one.
+    """
+    job, profile, spec, data_bytes = question.job, question.profile, question.spec, question.data_bytes
+    target, device = load_target(job.target), target_device(job.device)
+    has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
+    weights = bundle_weights(spec, target)
+    device_bytes = device.budget_bytes if device else None
+    context, limited_by = choose_context(spec, target, weights, device_bytes)
+    phases = [quantise(spec, has)] if training.base_precision == "nf4" else []
+    if profile.device == "cuda":
+        phases += [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
+    phases += [
+        resume(spec, training, has, data_bytes),
+        merge(spec, training, has),
+        *calibrate_phases(question, target),
+        build(question, target),
+        prove(question, training, target),
+        run_bundle(spec, target, weights, context),
+    ]
+    stages = Stages(
+        phases=tuple(phases),
+        disk=plan_disk(spec, training, target),
+        target=target,
+        context_tokens=context,
+        context_limited_by=limited_by,
+        data_bytes=data_bytes,
+        host_bytes=host_memory(profile, question.budget_bytes, usable_memory() if gpu else None),
+        target_bytes=device_bytes,
+        target_name=device.name if device else "",
+    )
+    return stages, stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+
+
+def machine_notes(profile: Profile, peak_bytes: int, gpu: Gpu | None) -> list[str]:
+    """A line when this machine is of the profile's kind and has less than the plan needs: training would refuse."""
+    if profile.device == "cuda":
+        context = round(profile.runtime_memory_gib * GIB)
+        here = Limit(max(0, gpu.free_bytes - context), f"free on {gpu.name} beside a CUDA context") if gpu else None
+    else:
+        here = memory_limit() if profile.device == "cpu" and not profile.memory_limit else None
+    if here is None or here.bytes >= peak_bytes:
+        return []
+    fits = f"--max-memory {here.bytes // MIB}MiB plans for this one"
+    return [
+        f"this machine has {show_bytes(here.bytes)} ({here.reason}), the plan needs {show_bytes(peak_bytes)}: {fits}"
+    ]
+
+
+def target_device(device: str | None) -> Profile | None:
+    """The profile of the device a bundle must fit, or None. Raises BadInput for a training-only host."""
+    if device is None:
+        return None
+    profile = detect(load_profile(device))
+    if "deploy" not in profile.roles:
+        raise BadInput("--device", f"{profile.name} is a training host, not a target device", "see edgeft profiles")
+    return profile
+
+
+def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens: int) -> Phase:
+    """`predict` as a phase on the target device, with that context in use."""
+    found = predict(spec, target, weights, context_tokens)
+    copies = found.weights_bytes - weights.stored_bytes
+    llama = target.runtime == "llama.cpp"
+    one = "of every position of a pass" if target.runtime == "onnxruntime" else "of the last token"
+    holds = "Python, numpy, llama.cpp" if llama else "Python, numpy, ONNX Runtime and its graph"
+    packed = (
+        "matrices rearranged for the processor" if llama else "packed for its kernel, and for the embedding's lookup"
+    )
+    each = kv_cache_bytes_per_token(spec, target)
+    formula = f"{spec.num_attention_heads} heads, one prefill pass x {context_tokens} tokens"
+    scores = [Term(name="attention", bytes=found.scores_bytes, formula=formula)] if found.scores_bytes else []
+    return stage("bundle", "target", [
+        Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
+        Term(name="packed copies" if llama else "head copies", bytes=copies, formula=packed),
+        Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
+        Term(name="logits", bytes=found.logits_bytes, formula=f"{one}, V = {spec.vocab_size}"),
+        *scores,
+        Term(name="runtime", bytes=found.runtime_bytes, formula=holds),
+    ], spec)  # fmt: skip
+
+
+def host_memory(profile: Profile, budget_bytes: int, here_bytes: int | None) -> int | None:
+    """What the stages around training may hold on the host: a CPU's own budget, or a GPU host's main memory.
+
+    `here_bytes` is what this process may have, where the profile's GPU is in this machine; None: not known.
+    """
+    if profile.device != "cuda":
+        return budget_bytes
+    if here_bytes is not None:
+        return here_bytes
+    return round(profile.host_memory_gib * GIB) if profile.host_memory_gib else None

@@ -1,0 +1,152 @@
+"""How does a report read as Markdown? The page's tables without its figures, for a pull request or a wiki."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from edgeft.machines.profile import Profile
+from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
+from edgeft.reporting.summary import Summary
+from edgeft.reporting.words import SYMBOLS, amount, cell_text, difference_text, grouped, signed, symbol
+from edgeft.units import show_bytes, show_count, show_seconds
+
+
+def to_markdown(report: Summary | Matrix) -> str:
+    """The report as Markdown; the same report gives the same text."""
+    blocks = _matrix(report) if isinstance(report, Matrix) else _summary(report)
+    made = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return "\n\n".join([*blocks, f"Made with {made}."]) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text for a Markdown table: no tag, no column and no link of its own."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{letter}" if letter in "|[]*_`\\" else letter for letter in plain)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A table whose cells are escaped here; `numbers` are the columns on the right."""
+    marks = ["---:" if i in numbers else "---" for i in range(len(head))]
+    lines = [[escape(cell) for cell in head], marks, *([escape(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _summary(report: Summary) -> list[str]:
+    name = escape(Path(report.model).name or report.model)
+    stages = (*report.stages, *report.later_stages)
+    blocks = [f"# {name} on {escape(report.profile.name)}", *map(escape, report.headline)]
+    if report.compared:
+        head = ("what", "predicted", "measured", "difference")
+        blocks += ["## Predicted and measured", _table(head, _compared(report), (1, 2, 3))]
+    blocks += ["## Memory in each phase", _table(
+        ("phase", "expected", "high", "limit", "measured"),
+        [(
+            stage.title,
+            show_bytes(stage.expected_bytes),
+            show_bytes(stage.high_bytes),
+            show_bytes(stage.limit_bytes) if stage.limit_bytes is not None else "-",
+            show_bytes(stage.measured_bytes) if stage.measured_bytes is not None else "-",
+        ) for stage in stages],
+        (1, 2, 3, 4),
+    )]  # fmt: skip
+    disk = [(d.stage, d.where, show_bytes(d.peak_bytes), show_bytes(d.kept_bytes)) for d in report.disk]
+    blocks += ["## Disk", _table(("stage", "where", "at most", "stays"), disk, (2, 3))]
+    blocks += ["## How it trains", _table(("", ""), [(setting.name, setting.text) for setting in report.settings])]
+    lost = "\n".join(f"- {escape(line)}" for line in report.gave_up)
+    blocks += ["## Given up to fit", lost or "Nothing: the best way that is known fits."]
+    if report.savings:
+        saved = [(saving.choice, saving.instead_of, show_bytes(saving.bytes)) for saving in report.savings]
+        blocks.append(_table(("choice", "instead of", "saves"), saved, (2,)))
+    blocks += [f"## The best of {report.looked_at:,} ways for each amount of memory", _table(
+        ("way", "points given up", "memory", "a step", "fits"),
+        [(
+            ("chosen: " if option.chosen else "") + option.text,
+            f"{option.quality_cost:.1f}",
+            show_bytes(option.high_bytes),
+            show_seconds(option.seconds_per_step),
+            "yes" if option.fits else "no",
+        ) for option in report.options if option.frontier],
+        (1, 2, 3),
+    )]  # fmt: skip
+    if report.scores:
+        head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", "loss", "perplexity", "exact match")
+        blocks += ["## How good it is", _table(head, _scores(report), (1, 2, 3))]
+    if report.pairs:
+        changes = [
+            (each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
+            for each in report.pairs
+        ]
+        head = ("from", "to", "loss, 95% interval", "exact match, points, 95% interval")
+        blocks.append(_table(head, changes, (2, 3)))
+    if report.devices:
+        cells = [(cell.machine, f"{symbol(cell)} {cell_text(cell)}") for cell in report.devices]
+        blocks += ["## Where the result can run", _table(("device", f"as a bundle of {report.target}"), cells)]
+    if report.notes:
+        blocks += ["## Notes", "\n".join(f"- {escape(note)}" for note in report.notes)]
+    terms = [(s.title, t.name, show_bytes(t.bytes), grouped(t.formula)) for s in stages for t in s.terms]
+    return [*blocks, "## Every term", _table(("phase", "term", "memory", "how it is counted"), terms, (2,))]
+
+
+def _compared(report: Summary) -> list[tuple[str, ...]]:
+    return [
+        (
+            row.what,
+            ("at most " if row.bound else "") + amount(row.predicted, row.unit),
+            amount(row.measured, row.unit),
+            f"{100 * row.measured / row.predicted:.0f}% of the bound" if row.bound else f"{signed(100 * row.error)}%",
+        )
+        for row in report.compared
+    ]
+
+
+def _scores(report: Summary) -> list[tuple[str, ...]]:
+    return [
+        (
+            row.name,
+            f"{row.metrics.loss:.4f}",
+            f"{row.metrics.perplexity:.2f}",
+            "-" if row.metrics.exact_match is None else f"{100 * row.metrics.exact_match:.1f}%",
+        )
+        for row in report.scores
+    ]
+
+
+def _matrix(report: Matrix) -> list[str]:
+    pinned = "".join(f", {escape(key)}={escape(value)}" for key, value in report.settings.items())
+    blocks = [
+        "# Which models fit which machines",
+        f"Training is planned for samples of {report.max_length:,} tokens{pinned}; bundles are {report.target.name}. "
+        f"{SYMBOLS['full']} 16 or 32 bit, all layers; {SYMBOLS['4-bit']} over a 4-bit base, all layers; "
+        f"{SYMBOLS['reduced']} layers or rank given up; {SYMBOLS['none']} does not fit.",
+    ]
+    if report.training_machines:
+        rows = [_row(model, model.training, len(report.training_machines)) for model in report.models]
+        blocks += ["## Fine-tuning", _table(_head(report.training_machines), rows, (1,))]
+    if report.devices:
+        rows = [_row(model, model.devices, len(report.devices)) for model in report.models]
+        blocks += ["## Running", _table(_head(report.devices), rows, (1,))]
+    lines = ["Memory is the high estimate; times and speeds are estimates."]
+    lines += [f"- {escape(text)}: {escape(', '.join(names))}" for text, names in approximate(report).items()]
+    return [*blocks, "\n".join(lines)]
+
+
+def _head(machines: Sequence[Profile]) -> list[str]:
+    return ["model", "parameters", *(f"{m.name}, {show_bytes(m.budget_bytes)}" for m in machines)]
+
+
+def _row(model: ModelRow, cells: Sequence[TrainingCell] | Sequence[DeviceCell], count: int) -> list[str]:
+    size = show_count(model.parameters) if model.parameters else "-"
+    if model.problem:
+        return [model.name, size, f"{SYMBOLS['none']} cannot be planned: {model.problem}", *[""] * (count - 1)]
+    return [model.name, size, *(f"{symbol(cell)} {cell_text(cell)}" for cell in cells)]
+
+
+def approximate(report: Matrix) -> dict[str, list[str]]:
+    """Why some predictions are rougher: each reason with the models it holds for."""
+    found: dict[str, list[str]] = {}
+    for model in report.models:
+        if model.approximate:
+            found.setdefault(model.approximate, []).append(model.name)
+    return found

@@ -1,0 +1,310 @@
+"""Which of these models can be fine-tuned on which machines and shipped to which devices, and how?"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from edgeft.documents import Artifact, Strict, versions
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
+from edgeft.memory.train_step import EXACT_FAMILIES
+from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
+from edgeft.settings import make_job
+from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_context, predict
+from edgeft.targets.target import Target, load_target
+
+# What a plan keeps of the best there is: "full" every layer over a 16- or 32-bit base, "4-bit" every layer over a 4-bit
+# base, "reduced" fewer layers or a lower rank than the best candidate's, "none" that it does not fit.
+Grade = Literal["full", "4-bit", "reduced", "none"]
+
+# Built with onnxruntime-genai 0.18's builder from tiny random models of each. It names Gemma 3 too, but reads one rope
+# type where transformers 5 keeps one for each kind of layer (KeyError: 'rope_type').
+BUILDABLE = frozenset((
+    "GemmaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+    "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM",
+))  # fmt: skip
+WHOLE = 0.01  # share of a layer outside its projections and norms that still counts as none
+
+
+class TrainingCell(Strict):
+    """How one model is fine-tuned on one machine; without a plan `problem` says why, and `need_bytes` what it took."""
+
+    machine: str
+    grade: Grade
+    method: str = Field(default="", description="NF4 LoRA r64, all 32 layers")
+    base_precision: str = ""
+    rank: int = Field(default=0, description="0: every weight trains")
+    trained_layers: int = 0
+    micro_batch_size: int = 0
+    checkpointing: bool = False
+    max_length: int = Field(default=0, description="tokens of the longest sample planned for")
+    need_bytes: int | None = Field(description="high estimate of the plan, or of the smallest candidate when none fits")
+    budget_bytes: int
+    seconds_per_million_tokens: float | None = Field(default=None, description="padded tokens; an estimate")
+    gave_up: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = Field(
+        default=(), description="later stages that need more memory than the machine's host has"
+    )
+    problem: str = ""
+    hint: str = ""
+    fits_at_tokens: int | None = Field(
+        default=None, description="samples of this length would fit, where longer ones do not"
+    )
+
+    @property
+    def fits(self) -> bool:
+        return self.grade != "none"
+
+
+class DeviceCell(Strict):
+    """How one model runs on one device as a bundle of the target; without room for it `problem` says why."""
+
+    machine: str
+    fits: bool
+    context_tokens: int | None = Field(default=None, description="the longest that model, target and memory allow")
+    limited_by: LimitedBy | None = None
+    need_bytes: int | None = Field(
+        default=None, description="of that context, or of the smallest one when nothing fits"
+    )
+    budget_bytes: int
+    weights_bytes: int | None = Field(default=None, description="size of the weights on disk")
+    tokens_per_second_bound: float | None = Field(
+        default=None, description="bandwidth / bytes read per token: never reached"
+    )
+    problem: str = ""
+
+
+class ModelRow(Strict):
+    """One model: its shape, and a cell for each machine. `problem`: the config cannot be read; then without cells."""
+
+    name: str
+    parameters: int | None
+    architecture: str = ""
+    num_hidden_layers: int = 0
+    hidden_size: int = 0
+    vocab_size: int = 0
+    approximate: str = Field(default="", description="why the prediction is rougher than for other models")
+    training: tuple[TrainingCell, ...] = ()
+    devices: tuple[DeviceCell, ...] = ()
+    problem: str = ""
+
+
+class Matrix(Artifact):
+    """matrix.json: every model on every machine; machines by memory, models by parameters."""
+
+    kind: Literal["matrix"] = "matrix"
+    max_length: int = Field(description="tokens of the samples that training is planned for")
+    settings: dict[str, str] = Field(description="what was pinned, as for edgeft plan --set")
+    target: Target
+    training_machines: tuple[Profile, ...]
+    devices: tuple[Profile, ...]
+    models: tuple[ModelRow, ...]
+
+
+def find_models(folder: Path) -> list[tuple[str, str]]:
+    """(name, folder) of every model below `folder`, itself included. Raises BadInput when there is none."""
+    found = sorted(path.parent for path in folder.rglob("config.json")) if folder.is_dir() else []
+    if not found:
+        problem = "holds no config.json" if folder.is_dir() else "no such folder"
+        raise BadInput(folder, problem, "give a folder of model folders, as examples/configs is one")
+    return [(path.relative_to(folder).as_posix() if path != folder else folder.name, str(path)) for path in found]
+
+
+def find_profiles(names: str) -> list[Profile]:
+    """The profiles of `a,b,file.toml`, or every shipped one of `all`, with what they leave to be detected filled in."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise BadInput("--profiles", f"names no profile: {names!r}", "give all, or names as in t4,l4-24gb")
+    profiles = list_profiles() if wanted == ["all"] else [load_profile(name) for name in dict.fromkeys(wanted)]
+    return [detect(profile) for profile in profiles]
+
+
+def make_matrix(
+    models: Sequence[tuple[str, str]],
+    profiles: Sequence[Profile],
+    *,
+    target: str = "ort-int4",
+    settings: dict[str, str] | None = None,
+    workers: int = 1,
+    progress: Callable[[str, int, int, dict[str, float]], None] = lambda *_: None,
+) -> Matrix:
+    """Every model of (name, folder) planned on every profile: for training, as a device, or both, as its roles say.
+
+    Nothing that a model or a machine does stops it: what cannot be planned is a cell that says why. Raises BadInput
+    for settings that no plan could take.
+    """
+    values = dict(settings or {})
+    make_job(**{**values, "model": "any", "profile": "any"})
+    chosen = load_target(target)
+    machines = sorted((p for p in profiles if "train" in p.roles), key=_by_memory)
+    devices = sorted((p for p in profiles if "deploy" in p.roles), key=_by_memory)
+    pinned = values | {"target": target}
+    arguments = [(name, folder, machines, devices, chosen, pinned) for name, folder in models]
+    rows: list[ModelRow] = []
+    for row in _each(arguments, workers):
+        rows.append(row)
+        progress("plan", len(rows), len(models), {})
+    return Matrix(
+        versions=versions(),
+        max_length=int(values.get("max_length") or DEFAULT_LENGTH),
+        settings=values,
+        target=chosen,
+        training_machines=tuple(machines),
+        devices=tuple(devices),
+        models=tuple(sorted(rows, key=lambda row: (row.parameters is None, row.parameters or 0, row.name))),
+    )
+
+
+_Arguments = tuple[str, str, list[Profile], list[Profile], Target, dict[str, str]]
+
+
+def _by_memory(profile: Profile) -> tuple[int, str]:
+    return profile.budget_bytes, profile.name
+
+
+def _each(arguments: Sequence[_Arguments], workers: int) -> Iterable[ModelRow]:
+    """The rows in order, as they are done: a model takes seconds on one core, and shares nothing with the next."""
+    if workers <= 1 or len(arguments) < 4:
+        yield from itertools.starmap(model_row, arguments)
+        return
+    # spawned, not forked: torch may be loaded here, for a model that only transformers can count
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(arguments)), mp_context=context) as pool:
+        yield from pool.map(model_row, *zip(*arguments, strict=True))
+
+
+def model_row(
+    name: str, folder: str, machines: list[Profile], devices: list[Profile], target: Target, settings: dict[str, str]
+) -> ModelRow:
+    """One model on every machine."""
+    try:
+        spec = read_model_spec(folder)
+    except BadInput as problem:
+        return ModelRow(name=name, parameters=None, problem=problem.problem.splitlines()[0])
+    return ModelRow(
+        name=name,
+        parameters=spec.total_parameters,
+        architecture=spec.architecture,
+        num_hidden_layers=spec.num_hidden_layers,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        approximate=why_approximate(spec),
+        training=tuple(training_cell(spec, profile, settings) for profile in machines),
+        devices=tuple(device_cell(spec, target, profile) for profile in devices),
+    )
+
+
+def outside_projections(spec: ModelSpec) -> float:
+    """Share of a decoder layer's parameters in neither projections nor norms: experts kept as one tensor."""
+    inside = sum(linear.parameters for linear in spec.linears) + spec.norm_parameters_per_layer
+    return max(0.0, 1 - inside / spec.layer_parameters[0])
+
+
+def why_approximate(spec: ModelSpec) -> str:
+    """Why a model's prediction is rougher than for a known family, or ""."""
+    if outside_projections(spec) > WHOLE:
+        return "mixture of experts: experts stay in 16 bit without adapters, their activations and time are guessed"
+    if spec.model_type not in EXACT_FAMILIES or spec.counted_from != "config":
+        return "approximated by a Llama of that shape, with a wider margin"
+    return ""
+
+
+def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -> TrainingCell:
+    """What `edgeft plan` would answer for this model and machine."""
+    budget = profile.budget_bytes
+    try:
+        plan = make_plan(
+            make_job(**{**settings, "model": spec.model, "profile": profile.name}), spec=spec, profile=profile
+        )
+    except DoesNotFit as problem:
+        shorter = re.match(r"samples of at most (\d+) tokens would fit", problem.hint)
+        return TrainingCell(
+            machine=profile.name,
+            grade="none",
+            need_bytes=problem.need_bytes,
+            budget_bytes=budget,
+            problem="does not fit",
+            hint=problem.hint,
+            fits_at_tokens=int(shorter[1]) if shorter else None,
+        )
+    except BadInput as problem:
+        return TrainingCell(
+            machine=profile.name,
+            grade="none",
+            need_bytes=None,
+            budget_bytes=budget,
+            problem=f"{problem.where}: {problem.problem}",
+            hint=problem.hint,
+        )
+    training = plan.training
+    return TrainingCell(
+        machine=profile.name,
+        grade=grade(plan),
+        method=method(plan),
+        base_precision=training.base_precision,
+        rank=training.rank,
+        trained_layers=training.active_layers or len(training.trained_layers),
+        micro_batch_size=training.micro_batch_size,
+        checkpointing=training.checkpointing,
+        max_length=training.max_length,
+        need_bytes=plan.peak_bytes,
+        budget_bytes=plan.budget_bytes,
+        seconds_per_million_tokens=plan.seconds_per_step * 1e6 / (training.batch_size * training.max_length),
+        gave_up=plan.gave_up,
+        elsewhere=tuple(dict.fromkeys(name.partition(":")[0] for name in plan.stages.too_large())),
+    )
+
+
+def grade(plan: Plan) -> Grade:
+    """What is left of the best candidate, the first of the frontier."""
+    training, best = plan.training, plan.frontier[0]
+    if training.rank < best.rank or (training.layers != "all" and plan.job.layers is None):
+        return "reduced"
+    return "4-bit" if training.base_precision == "nf4" else "full"
+
+
+def method(plan: Plan) -> str:
+    """`NF4 LoRA r64, all 32 layers`, `BF16 LoRA r64, 8 of 32 layers`, `FP32 full, LISA 4 of 32 layers`."""
+    training, count = plan.training, plan.spec.num_hidden_layers
+    way = f"LoRA r{training.rank}" if training.tuner == "lora" else "full"
+    layers = training.active_layers or len(training.trained_layers)
+    which = "all" if layers == count else f"{'LISA ' if training.layers == 'lisa' else ''}{layers} of"
+    return f"{training.base_precision.upper()} {way}, {which} {count} layers"
+
+
+def device_cell(spec: ModelSpec, target: Target, profile: Profile) -> DeviceCell:
+    """What `edgeft export --device` would find: whether the bundle fits, its context, the bound of its speed."""
+    budget = profile.budget_bytes
+    refused = DeviceCell(machine=profile.name, fits=False, budget_bytes=budget)
+    if outside_projections(spec) > WHOLE:
+        return refused.model_copy(update={"problem": "bundles of mixtures of experts are not predicted"})
+    if spec.architecture not in BUILDABLE:
+        return refused.model_copy(update={"problem": f"the runtime's builder cannot build {spec.architecture}"})
+    weights = bundle_weights(spec, target)
+    try:
+        context, limited_by = choose_context(spec, target, weights, budget)
+    except DoesNotFit:
+        need = predict(spec, target, weights, SMALLEST_CONTEXT).memory_bytes
+        found = {"problem": "does not fit", "need_bytes": need, "weights_bytes": weights.stored_bytes}
+        return refused.model_copy(update=found)
+    expected = predict(spec, target, weights, context, budget, profile.bandwidth_gb_per_second * 1e9)
+    bound = expected.tokens_per_second_bound
+    return DeviceCell(
+        machine=profile.name,
+        fits=True,
+        context_tokens=context,
+        limited_by=limited_by,
+        need_bytes=expected.memory_bytes,
+        budget_bytes=budget,
+        weights_bytes=weights.stored_bytes,
+        tokens_per_second_bound=None if bound is None else float(f"{bound:.3g}"),
+    )

@@ -1,0 +1,486 @@
+"""How do a plan, a run and a bundle read on a screen? Text tables for people; the JSON files are for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from edgeft.machines.profile import Profile
+from edgeft.memory.disk import total
+from edgeft.memory.simulated import Simulation
+from edgeft.memory.train_step import Phase
+from edgeft.models.layer_shares import Shares
+from edgeft.models.metrics import Importance, Metrics, Pair, Promotion, Proof, Sweep, pair
+from edgeft.planning.plan import Plan
+from edgeft.planning.stage_checks import Stages
+from edgeft.reporting.words import difference_text, rung_cells
+from edgeft.units import show_bytes, show_count, show_seconds
+
+if TYPE_CHECKING:
+    from edgeft.exporting.bundle import Bundle, Measurement
+    from edgeft.exporting.choose_target import Comparison
+    from edgeft.exporting.rehearsal import Rehearsal
+    from edgeft.merging.merge import Merged, MergedCheckpoint
+    from edgeft.merging.survival import Survival
+    from edgeft.models.discover import Discovery
+    from edgeft.training.train import TrainResult
+    from edgeft.training.try_plan import Trial
+
+# terms of a step that no tensor of it accounts for
+NOT_TENSORS = ("process", "data", "buffers", "pool", "cuBLAS workspace", "reserved")
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def plan_text(plan: Plan) -> RenderableType:
+    """A plan: what runs, the memory of each phase against the budget, what was given up."""
+    training, spec = plan.training, plan.spec
+    layers = f"{len(training.trained_layers)} of {spec.num_hidden_layers} layers"
+    if training.layers == "lisa":
+        layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
+        layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
+    how = f"LoRA rank {training.rank} in {layers}" if training.tuner == "lora" else f"full fine-tuning of {layers}"
+    rows = [
+        ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
+        ("profile", f"{plan.profile.name}: {plan.profile.description}"),
+        ("method", f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}"),
+        (
+            "batch",
+            f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}, up to "
+            f"{training.max_length} tokens"
+            + (", activations recomputed" if training.checkpointing else "")
+            + (f" in the lower {spec.num_hidden_layers - training.kept_layers} layers" if training.kept_layers else ""),
+        ),
+        (
+            "schedule",
+            f"{training.steps} steps, learning rate {training.learning_rate:g}, {training.optimizer}",
+        ),
+        (
+            "time",
+            f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
+        ),
+        ("scoring", scoring_text(plan)),
+    ]
+    if plan.lengths is not None:
+        rows.insert(2, ("data", plan.lengths.line))
+    rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
+    if plan.importance is not None:
+        rows.insert(4 if plan.lengths else 3, ("importance", importance_text(plan.importance)))
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows:
+        facts.add_row(Text(name, style="bold"), Text(value))
+    table = _table("phase", "where", "expected", "high", "limit", "largest parts")
+    for phase in (*plan.phases, *plan.stages.phases):
+        parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
+        limit = plan.budget_bytes if phase.where == "device" else plan.stages.limit_bytes(phase)
+        table.add_row(
+            phase.name,
+            _memory_of(plan, phase),
+            show_bytes(phase.expected_bytes),
+            show_bytes(phase.high_bytes),
+            show_bytes(limit) if limit is not None else "-",
+            Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
+        )
+    lines = [Text(f"note: {note}") for note in plan.notes]
+    if plan.simulation is not None:
+        lines.insert(0, Text(simulation_line(plan, plan.simulation)))
+    if plan.savings:
+        lines.append(Text("what makes it fit, each by itself:", style="bold"))
+        lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
+    if plan.gave_up:
+        lines.append(Text("given up to fit the budget:", style="bold"))
+        lines += [Text(f"  - {line}") for line in plan.gave_up]
+    return Group(facts, table, *lines)
+
+
+def scoring_text(plan: Plan) -> str:
+    """What scoring before and after training takes, in one line."""
+    rows = plan.scoring.rows
+    if not rows:
+        return "not estimated: no data given"
+    more = ", without answers that must be generated" if plan.scoring.answers else ""
+    return f"about {show_seconds(plan.scoring_seconds)} for {rows} rows before and after training{more} (estimate)"
+
+
+def simulation_line(plan: Plan, simulation: Simulation) -> str:
+    """What a simulated step holds against the closed form's tensors, in one line."""
+    train = next(phase for phase in plan.phases if phase.name == "train")
+    closed = sum(term.bytes for term in train.terms if term.name not in NOT_TENSORS)
+    return (
+        f"simulated step: {show_bytes(simulation.live_peak_bytes)} of tensors at most ({simulation.phase}, "
+        f"{simulation.moment}); the closed form says {show_bytes(closed)}, "
+        f"{100 * (closed / simulation.live_peak_bytes - 1):+.2f}% ({show_seconds(simulation.seconds)})"
+    )
+
+
+def _budget(plan: Plan) -> str:
+    """The training device's budget and which limit decided it."""
+    reason, whole = plan.profile.budget_reason, plan.profile.budget_bytes
+    if plan.budget_bytes < whole:
+        reason = f"as asked for; without, {show_bytes(whole)}: {reason}"
+    return f"{show_bytes(plan.budget_bytes)}: {reason}"
+
+
+def _memory_of(plan: Plan, phase: Phase) -> str:
+    """Whose memory a phase takes: on a CPU all but the bundle's is this machine's."""
+    if phase.where == "target":
+        return plan.stages.target_name or "any device"
+    return "GPU" if phase.where == "device" and plan.profile.device != "cpu" else "host"
+
+
+def _bundle(stages: Stages) -> str:
+    weights = next(term.bytes for term in stages.phases[-1].terms if term.name == "weights")
+    size = f"{stages.target.name}: about {show_bytes(weights)}, context {stages.context_tokens} tokens"
+    return f"{size} (limited by the {stages.context_limited_by})"
+
+
+def _disk(stages: Stages) -> str:
+    """Highest bytes beside the plan when the stages run one after the other, and each stage's own."""
+    each = ", ".join(f"{disk.stage} {show_bytes(disk.peak_bytes)}" for disk in stages.disk if disk.where == "out")
+    cached = "".join(f", and {show_bytes(disk.peak_bytes)} in the cache" for disk in stages.disk if disk.where != "out")
+    return f"up to {show_bytes(total(disk for disk in stages.disk if disk.where == 'out'))} ({each}){cached}"
+
+
+def explain_text(plan: Plan) -> RenderableType:
+    """What else was looked at: the chosen way with one choice changed, and the smallest way of each quality."""
+    changed = _table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
+                     title=f"{plan.looked_at} candidates; the chosen way with one choice changed")  # fmt: skip
+    last = ""
+    for other in plan.alternatives:
+        time = 100 * other.more_seconds_per_step / plan.seconds_per_step if plan.seconds_per_step else 0.0
+        changed.add_row(
+            "" if other.setting == last else other.setting,
+            other.value,
+            show_bytes(other.high_bytes),
+            f"{'+' if other.more_bytes >= 0 else ''}{show_bytes(other.more_bytes)}",
+            f"{time:+.0f}%",
+            f"{other.more_quality_cost:+.1f}",
+            "yes" if other.fits else "no",
+        )
+        last = other.setting
+    best = _table("quality given up", "peak", "time a step", "fits", "way", title="the smallest way of each quality")
+    for row in plan.frontier:
+        rank = f" rank {row.rank}" if row.rank else ""
+        way = f"{row.tuner}{rank}, {row.base_precision}, {row.layers} {row.trained} layers, {row.optimizer}"
+        chosen = row.high_bytes == plan.peak_bytes
+        best.add_row(
+            f"{row.quality_cost:.1f}",
+            show_bytes(row.high_bytes),
+            show_seconds(row.seconds_per_step),
+            "chosen" if chosen else "yes" if row.fits else "no",
+            Text(way, justify="left"),
+        )
+    return Group(changed, best)
+
+
+def trial_text(trial: Trial) -> RenderableType:
+    """Real steps with random weights against the plan."""
+    table = _table("on " + trial.device, "predicted", "at most", "measured", "error")
+    table.add_row("training, peak memory", show_bytes(trial.predicted_bytes), show_bytes(trial.high_bytes),
+                  show_bytes(trial.measured_bytes), f"{100 * trial.error:+.1f}%")  # fmt: skip
+    seconds = trial.estimated_seconds_per_step / trial.measured_seconds_per_step - 1
+    table.add_row("a step of longest samples", f"{show_seconds(trial.estimated_seconds_per_step)} (typical ones)", "-",
+                  show_seconds(trial.measured_seconds_per_step), f"{100 * seconds:+.0f}%")  # fmt: skip
+    return table
+
+
+def importance_text(importance: Importance) -> str:
+    """How layers were scored, every score (* where the layer was chosen), and what the choice has to beat."""
+    scores = (f"{i}{'*' * (i in importance.chosen)} {score:.3g}" for i, score in enumerate(importance.scores))
+    seconds = show_seconds(importance.seconds)
+    text = f"{importance.method} of {importance.rows} rows, {seconds} on the {importance.device}, "
+    text += f"peak {show_bytes(importance.peak_bytes)}: " + ", ".join(scores)
+    if importance.chosen:
+        same = " (the same)" if set(importance.chosen) == set(importance.top) else ""
+        text += f". Chosen {_layers(importance.chosen)}, topmost {_layers(importance.top)}{same}, "
+        text += f"random {_layers(importance.random)}"
+    return text
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    return ",".join(map(str, layers))
+
+
+def profiles_text(profiles: list[Profile]) -> RenderableType:
+    """All shipped profiles, one line each."""
+    table = _table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
+    for profile in profiles:
+        memory = f"{profile.memory_gib:g} GiB" if profile.memory_gib else "detected"
+        bandwidth = f"{profile.bandwidth_gb_per_second:g}" if profile.bandwidth_gb_per_second else "measured"
+        dtypes = " ".join(profile.dtypes) or "measured"
+        table.add_row(
+            profile.name,
+            " ".join(profile.roles),
+            profile.device,
+            memory,
+            dtypes,
+            bandwidth,
+            profile.description,
+        )
+    return table
+
+
+def layers_text(found: Discovery) -> RenderableType:
+    """A model's units, a row for each kind of layer of a stack."""
+    size = f"{show_count(found.total_parameters)} parameters, {show_bytes(found.total_bytes)} in {found.dtype}"
+    table = _table("unit", "module", "parameters", "bytes")
+    table.columns[1].justify = "left"
+    for stack in found.stacks:
+        numbers: dict[tuple[str, int, int], list[str]] = {}
+        for group in stack.groups:
+            several = f"{group.first}-{group.last}" if group.last > group.first else f"{group.first}"
+            numbers.setdefault((group.module, group.parameters, group.bytes), []).append(several)
+        for (module, parameters, layer_bytes), ranges in numbers.items():
+            is_one = ranges[0].isdigit() and len(ranges) == 1
+            word, each = ("layer", "") if is_one else ("layers", " each")
+            table.add_row(
+                f"{stack.name} {word} {', '.join(ranges)}".lstrip(),
+                f"{stack.path}: {module}",
+                show_count(parameters) + each,
+                show_bytes(layer_bytes) + each,
+            )
+    units = {unit.name: unit for unit in found.units}
+    for name in ("embedding", "norm", "other", "head"):
+        unit = units.get(name)
+        lines = list(unit.modules) if unit is not None else []
+        if name == "head" and found.tied_head:
+            lines.append("weight tied to the embedding")
+        if lines:
+            counts = ("", "") if unit is None else (show_count(unit.parameters), show_bytes(unit.bytes))
+            table.add_row(name, "\n".join(lines), *counts)
+    return Group(Text(f"{found.model}: {found.architecture}, {size}"), table)
+
+
+def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:
+    """(loss, perplexity, exact match) as shown."""
+    exact = "-" if metrics.exact_match is None else f"{100 * metrics.exact_match:.1f}%"
+    return f"{metrics.loss:.4f}", f"{metrics.perplexity:.2f}", exact
+
+
+def train_text(result: TrainResult) -> RenderableType:
+    """A training run: scores before and after, memory predicted and measured."""
+    table = _table("scored on", "rows", "loss", "perplexity", "exact match")
+    for name, metrics in (
+        ("validation, base", result.base_valid),
+        ("validation, fine-tuned", result.valid),
+        ("test, base", result.base_test),
+        ("test, fine-tuned", result.test),
+    ):
+        if metrics is not None:
+            table.add_row(name, str(metrics.rows), *metrics_cells(metrics))
+    changes = [
+        Text(f"{name}, base to fine-tuned: loss {difference_text(found.loss)}" + exact_text(found))
+        for name, base, tuned in (
+            ("validation", result.base_valid, result.valid), ("test", result.base_test, result.test)
+        )
+        if base is not None and tuned is not None and (found := pair("base", base, "fine-tuned", tuned)) is not None
+    ]  # fmt: skip
+    speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
+    memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
+    memory += show_bytes(result.measured_peak_bytes)
+    lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
+    if result.cut_rows:
+        lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
+    if result.skipped_steps:
+        lines.append(Text(f"{result.skipped_steps} updates overflowed in fp16 and were made again at a smaller scale"))
+    lines.append(Text(rehearsal_line(result.rehearsal)))
+    lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
+    return Group(table, *lines)
+
+
+def exact_text(found: Pair) -> str:
+    """The paired change of exact match behind that of the loss, where rows have answers."""
+    return f", exact match {difference_text(found.exact_match, 100, 1)} points" if found.exact_match else ""
+
+
+def rehearsal_line(rehearsal: Rehearsal) -> str:
+    """What came of a rehearsal, or why there was none."""
+    if rehearsal.skipped:
+        return f"not rehearsed{f' for {rehearsal.target}' if rehearsal.target else ''}: {rehearsal.skipped}"
+    way = f"{rehearsal.layers} layers went from merge to {rehearsal.target} and answered"
+    return f"rehearsed: {way}, in {show_seconds(rehearsal.seconds)}"
+
+
+def predicted_expected(result: TrainResult) -> int:
+    """The highest phase's expected bytes, which the measured peak is compared with."""
+    return result.predicted_expected_bytes or max(phase.expected_bytes for phase in result.plan.phases)
+
+
+def merge_text(merged: Merged) -> RenderableType:
+    """A merge in two lines, a third when the head is no longer tied."""
+    percent = f"{100 * merged.relative_change:.2f}% of their norm"
+    share = f"{merged.changed_tensors} of {merged.tensors} tensors changed by {percent}"
+    memory = f"peak memory: predicted {show_bytes(merged.predicted_peak_bytes)}, "
+    memory += f"measured {show_bytes(merged.measured_peak_bytes)}"
+    lines = [Text(f"wise_alpha {merged.shares}: {share}, stored in {merged.dtype}"), Text(memory)]
+    if merged.untied_head:
+        lines.append(Text("head and embedding changed apart: they are two tensors now (tie_word_embeddings false)"))
+    lines += [Text(f"note: {note}") for note in merged.notes]
+    return Group(*lines)
+
+
+def ladder_text(proof: Proof) -> RenderableType:
+    """The parity ladder, a line per rung: what was compared, and how far apart it was."""
+    gain = f", {proof.gain_nats:.4f} nats gained over the base" if proof.gain_nats is not None else ""
+    title = f"parity, by validation rows{gain}"
+    columns = ("rung", "against", "compared", "top-1", "or a tie", "mean KL", "loss", "before", "")
+    table = _table(*columns, title=title)
+    for rung in proof.rungs:
+        table.add_row(rung.name, rung.against, rung.compared, *rung_cells(rung), "failed" if rung.problems else "ok")
+    return table
+
+
+def pairs_text(proof: Proof) -> RenderableType:
+    """What each form changed of the one before it on the same rows, with 95% intervals."""
+    title = f"the same {proof.scored_on} rows before and after, 95% intervals"
+    table = _table("from", "to", "loss, nats", "exact match, points", title=title)
+    for each in proof.pairs:
+        table.add_row(each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
+    return table
+
+
+def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | None) -> RenderableType:
+    """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
+    parts: list[RenderableType] = []
+    if bundle.proof is not None:
+        parts.append(ladder_text(bundle.proof))
+        rows = next(iter(bundle.proof.scores.values())).rows
+        table = _table("model", "loss", "perplexity", "exact match", title=f"{rows} {bundle.proof.scored_on} rows")
+        for name, metrics in bundle.proof.scores.items():
+            table.add_row(name, *metrics_cells(metrics))
+        parts.append(table)
+        parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
+    table = _table("", "predicted", "measured")
+    train = merged.train
+    table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
+    table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
+    _add_costs(table, bundle, here)
+    promotion = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
+    return Group(*parts, table, *promotion, _size_text(bundle))
+
+
+def promotion_text(promotion: Promotion) -> RenderableType:
+    """The tensors that got 8 bits, and why those."""
+    before, after = promotion.simulated_before, promotion.simulated
+    title = f"8 bits for {len(promotion.promoted)} of {promotion.considered} tensors, by {promotion.calibration}"
+    table = _table("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
+    for each in promotion.promoted:
+        cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
+        table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
+    kl = f"mean KL by torch {before.mean_kl_nats or 0:.4f} nats without, {after.mean_kl_nats or 0:.4f} with them"
+    return Group(*([table] if promotion.promoted else [Text(title)]), Text(f"{kl}: {promotion.ended}"))
+
+
+def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
+    """What an export of adapters ends with: how near the base and each of them are, and the bundle's costs."""
+    proofs = [proof for proof in (bundle.proof, *(each.proof for each in bundle.adapters.values())) if proof]
+    scores = _table("adapter", "rank", "base loss", "fine-tuned", bundle.target.name, "exact match")
+    for name, adapter in bundle.adapters.items():
+        if adapter.proof is not None:
+            found = adapter.proof.scores
+            last = found[bundle.target.name]
+            match = "-" if last.exact_match is None else f"{100 * last.exact_match:.1f}%"
+            losses = [f"{found[form].loss:.4f}" for form in ("base", "fine-tuned", bundle.target.name)]
+            scores.add_row(name, str(adapter.rank), *losses, match)
+    costs = _table("", "predicted", "measured")
+    _add_costs(costs, bundle, here)
+    return Group(*(ladder_text(proof) for proof in proofs), scores, costs, _size_text(bundle))
+
+
+def _add_costs(table: Table, bundle: Bundle, here: Measurement | None) -> None:
+    if here is not None and here.measured_peak_bytes is not None and here.predicted_peak_bytes is not None:
+        table.add_row(
+            "export, peak memory", show_bytes(here.predicted_peak_bytes), show_bytes(here.measured_peak_bytes)
+        )
+    if here is not None:
+        measured = here.measured
+        table.add_row(
+            "bundle here, peak memory",
+            show_bytes(here.predicted_here_bytes),
+            show_bytes(measured.peak_memory_bytes),
+        )
+        bound = f"at most {measured.bound_tokens_per_second:,.0f} tok/s"
+        table.add_row("bundle here, decode", bound, f"{measured.decode_tokens_per_second:,.0f} tok/s")
+    if bundle.predicted.device_memory_bytes:
+        need = f"{show_bytes(bundle.predicted.memory_bytes)} of {show_bytes(bundle.predicted.device_memory_bytes)}"
+        table.add_row(f"on {bundle.provenance.get('device', 'device')}, full context", need, "-")
+        if bundle.predicted.tokens_per_second_bound:
+            table.add_row(
+                "on the device, decode", f"at most {bundle.predicted.tokens_per_second_bound:,.0f} tok/s", "-"
+            )
+
+
+def _size_text(bundle: Bundle) -> Text:
+    size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
+    return Text(f"{size} (limited by the {bundle.context_limited_by})")
+
+
+def survival_text(survival: Survival) -> RenderableType:
+    """What rounding leaves of a change: per layer, then the tensors that lose most."""
+    title = f"what of the change survives in {survival.target}"
+    table = _table("layer", "tensors", "projection", "cosine", "noise", title=title)
+    for layer in survival.layers:
+        name = "ends" if layer.layer is None else str(layer.layer)
+        cells = (f"{layer.projection:.3f}", f"{layer.cosine:.3f}", f"{layer.noise:.2f}")
+        table.add_row(name, str(layer.tensors), *cells)
+    table.add_row(
+        "all", str(sum(x.tensors for x in survival.layers)), f"{survival.projection:.3f}", f"{survival.cosine:.3f}", ""
+    )
+    by_name = {tensor.name: tensor for tensor in survival.tensors}
+    worst = _table("first to promote to 8 bits", "change in steps", "codes changed", "cosine")
+    for name in survival.promote[:8]:
+        tensor = by_name[name]
+        cells = (f"{tensor.delta_in_steps:.3f}", f"{100 * tensor.codes_changed:.1f}%", f"{tensor.cosine:.3f}")
+        worst.add_row(name, *cells)
+    return Group(table, worst) if survival.promote else Group(table)
+
+
+def sweep_text(sweep: Sweep) -> RenderableType:
+    """A line per share: task and general text as merged and as rounded, the chosen one marked."""
+    title = f"{sweep.task_rows}" + (f", {sweep.general_rows}" if sweep.general_rows else "")
+    columns = ("wise_alpha", "task loss", "exact match", "general loss")
+    table = _table(*columns, *(f"{name}, {sweep.target}" for name in columns[1:]), "", title=title)
+    for point in sweep.points:
+        cells = []
+        for task, general in ((point.task, point.general), (point.rounded_task, point.rounded_general)):
+            loss, _, exact = metrics_cells(task) if task else ("-", "", "-")
+            cells += [loss, exact, f"{general.loss:.4f}" if general else "-"]
+        taken = (sweep.wise_alpha, sweep.groups) == (point.wise_alpha, point.groups)
+        marks = ["taken"] if taken else []
+        on_front = sweep.general_rows and not point.groups and point.wise_alpha in sweep.pareto
+        marks += ["Pareto"] if on_front else []
+        table.add_row(str(point.shares), *cells, ", ".join(marks))
+    shares = Shares(rest=sweep.wise_alpha, groups=sweep.groups)
+    return Group(table, Text(f"wise_alpha {shares} ({sweep.select}): {sweep.why}"))
+
+
+def comparison_text(made: Comparison) -> RenderableType:
+    """Every target that fits side by side, why the others are out, and the one to ship."""
+    table = _table("target", "size", "loss", "exact match", "mean KL", "memory", "decode at most", "decode here")
+    left_out = []
+    for row in made.candidates:
+        if row.scores is None:
+            left_out.append(Text(f"{row.name}: {' '.join(row.problem.split())}"))
+            continue
+        bound, here = row.tokens_per_second_bound, row.tokens_per_second_here
+        exact = row.scores.exact_match
+        table.add_row(
+            ("> " if row.name == made.ship else "  ") + row.name,
+            show_bytes(row.size_bytes),
+            f"{row.scores.loss:.4f}",
+            "-" if exact is None else f"{100 * exact:.1f}%",
+            f"{max(0.0, row.mean_kl_nats):.1e}",
+            show_bytes(row.memory_bytes),
+            f"{bound:,.0f} tok/s" if bound else "-",
+            f"{here:,.0f} tok/s" if here else "-",
+        )
+    return Group(table, *left_out, Text(f"ship {made.ship}: {made.reason}"))

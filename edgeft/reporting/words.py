@@ -1,0 +1,98 @@
+"""How does a number or a cell of a report read? The same words on the page and in Markdown."""
+
+from __future__ import annotations
+
+import re
+
+from edgeft.models.metrics import Difference, Rung
+from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
+from edgeft.units import GIB, show_bytes, show_seconds
+
+SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
+
+
+def symbol(cell: TrainingCell | DeviceCell) -> str:
+    """The mark of a cell, which says without colour what the colour says."""
+    if isinstance(cell, TrainingCell):
+        return SYMBOLS[cell.grade]
+    return SYMBOLS["none" if not cell.fits else "4-bit" if cell.limited_by == "device memory" else "full"]
+
+
+def cell_text(cell: TrainingCell | DeviceCell) -> str:
+    """A cell in one line: `NF4 LoRA r64, all 32 layers, 11.8 of 14.0 GiB` or `does not fit: needs 22.1 of 14.0 GiB`."""
+    memory = "" if cell.need_bytes is None else of_gib(cell.need_bytes, cell.budget_bytes)
+    if isinstance(cell, TrainingCell):
+        if cell.fits:
+            rest = f"; {' and '.join(cell.elsewhere)} elsewhere" if cell.elsewhere else ""
+            return f"{cell.method}, {memory}, {show_pace(cell.seconds_per_million_tokens)}{rest}"
+        shorter = f"; samples of {cell.fits_at_tokens:,} tokens fit" if cell.fits_at_tokens else ""
+        return f"{cell.problem}: needs {memory}{shorter}" if memory else cell.problem
+    if cell.fits:
+        bound = f", at most {show_rate(cell.tokens_per_second_bound)} tok/s" if cell.tokens_per_second_bound else ""
+        return f"context {cell.context_tokens:,}, {memory}{bound}"
+    return f"{cell.problem}: needs {memory}" if memory else cell.problem
+
+
+def of_gib(need: int, budget: int) -> str:
+    """`11.8 of 14.0 GiB`: rounded so that what fits never reads as more than the budget, nor the other way."""
+
+    def digits(value: float) -> int:
+        return 2 if value < 10 else 1
+
+    places, limit_places = digits(need / GIB), digits(budget / GIB)
+    limit = round(budget / GIB, limit_places)
+    shown = round(need / GIB, places)
+    shown = min(shown, limit) if need <= budget else max(shown, limit + 10**-places)
+    return f"{shown:.{places}f} of {limit:.{limit_places}f} GiB"
+
+
+def show_rate(value: float) -> str:
+    """Three digits: `3.31`, `46.1`, `1,008`."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def show_pace(seconds: float | None) -> str:
+    """`35 min/Mtok`: time for a million tokens, two digits."""
+    if seconds is None:
+        return "time unknown"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 0.995 * size:
+            value = float(f"{seconds / size:.2g}")
+            return f"{value:,.{1 if value < 10 else 0}f} {unit}/Mtok"
+    return f"{seconds:.0f} s/Mtok"
+
+
+def grouped(text: str) -> str:
+    """Long numbers in a formula with their thousands apart: `8,030,261,248 in nf4`."""
+    return re.sub(r"(?<![\d.])\d{5,}(?![\d.])", lambda match: f"{int(match[0]):,}", text)
+
+
+def signed(value: float) -> str:
+    """`+1.5`, `-0.1`, `0`."""
+    return "0" if abs(value) < 0.05 else f"{value:+.1f}"
+
+
+def amount(value: float, unit: str) -> str:
+    """A compared number in its unit."""
+    if unit == "bytes":
+        return show_bytes(value)
+    return show_seconds(value) if unit == "seconds" else f"{value:,.0f} {unit}"
+
+
+def rung_cells(rung: Rung) -> tuple[str, ...]:
+    """(top-1 agreement, the same or a tie, mean KL, loss, loss before) as shown; - where a rung has none."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}%"
+
+    kl = "-" if rung.mean_kl_nats is None else f"{max(0.0, rung.mean_kl_nats):.1e}"
+    losses = ("-" if loss is None else f"{loss:.4f}" for loss in (rung.loss, rung.loss_before))
+    return (percent(rung.top1_agreement), percent(rung.top1_or_tie), kl, *losses)
+
+
+def difference_text(found: Difference | None, scale: float = 1.0, digits: int = 4) -> str:
+    """+0.0123 (+0.0100 to +0.0146), and that no difference is shown where the interval covers zero."""
+    if found is None:
+        return "-"
+    middle, low, high = (f"{scale * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
+    return f"{middle} ({low} to {high})" + ("" if found.shown else ": no difference shown")

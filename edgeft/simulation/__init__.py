@@ -1,0 +1,1 @@
+"""What does a training step hold in memory, found by running it without weights?"""

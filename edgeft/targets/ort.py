@@ -1,0 +1,401 @@
+"""How does a checkpoint become an ONNX Runtime GenAI folder, by the runtime's own builder and with which bits?"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy
+
+from edgeft import processes
+from edgeft.data.tokenizer import find_template, write_template
+from edgeft.documents import saving
+from edgeft.errors import BadInput, EdgeftError, MissingExtra
+from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
+from edgeft.models.layer_shares import layer_of
+from edgeft.models.spec import ModelSpec
+from edgeft.targets.footprint import Weights
+from edgeft.targets.target import Target, eight_bit_modules
+
+if TYPE_CHECKING:
+    from edgeft.exporting.calibrate import Codes
+    from edgeft.targets.grid import Encoded
+
+MODEL = "model.onnx"
+HEAD = "/lm_head/MatMul"  # how the builder's name of the head's matmul begins
+LAST = "/lm_head/last"  # how ours of what goes into it does
+# How the builder names the matmuls of a layer; it takes apart what a checkpoint holds fused.
+NODES = {
+    "qkv_proj": ("attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    "gate_up_proj": ("mlp/gate_proj", "mlp/up_proj"),
+    **{name: (f"attn/{name}",) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: (f"mlp/{name}",) for name in ("gate_proj", "up_proj", "down_proj")},
+}
+
+
+def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
+    """model.onnx, its weights, genai_config.json and the tokenizer in `folder`.
+
+    Calibrated `codes` take the place of those that the builder's rounding to nearest made: same grids, same bytes.
+
+    The graph gives logits after the last token of a pass alone: `every_position` undoes that for a proof.
+    Returns the builder's highest resident bytes, 0 where no /proc tells them.
+
+    Raises BadInput for an architecture that the builder does not know, MissingExtra without the runtime.
+    """
+    if spec.model_type == "gemma3_text":
+        problem = "onnxruntime-genai 0.18 cannot build Gemma 3: its builder looks for one kind of rotary positions"
+        raise BadInput(merged, f"{problem}, this model has two", "choose an onnx-portable- or a gguf- target")
+    modules = eight_bit_modules(target, spec.num_hidden_layers, tuple(linear.name for linear in spec.linears))
+    promoted = _nodes(modules)
+    peak = _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, promoted))
+    if target.weight_bits == 8 and spec.tie_word_embeddings:
+        # The builder shares a tied table between embedding and head only where its base type is int4, and
+        # would store an fp32 copy for int8 (10.9 MB instead of 6.9 in ort-int8.toml). So: int4, every matmul
+        # promoted by name; the names come from the first build.
+        names = [node.name.removesuffix("_Q8") for node in _graph(folder).node if node.op_type == "MatMulNBits"]
+        peak = max(peak, _run_builder(merged, folder, _quantisation(target, True, names)))
+    if codes is not None:
+        place_codes(folder, codes, spec)
+    if target.weight_bits == 16:
+        _store_half(folder)
+    _prune_head(folder)
+    _copy_tokenizer(merged, folder)
+    return peak
+
+
+def _nodes(modules: Sequence[str]) -> list[str]:
+    """Names of the builder's matmuls for modules such as layers.0.down_proj."""
+    parts = [module.split(".", 2) for module in modules]
+    return [f"/model/layers.{layer}/{node}/MatMul" for _, layer, name in parts for node in NODES[name]]
+
+
+def _quantisation(target: Target, tied: bool, promoted: Sequence[str]) -> dict[str, Any] | None:
+    """The builder's `quant_config.weights` (None for 16 and 32 bits). `promoted` names the matmuls with 8 bits."""
+    if target.weight_bits >= 16:
+        return None
+    overrides: list[dict[str, Any]] = [{"match": {"name": name}, "type": "int8"} for name in promoted]
+    if target.weight_bits == 4 and target.head_bits == 8:
+        overrides.append({"match": {"preset": "last_matmul"}, "type": "int8"})
+    # In onnxruntime-genai 0.18 only "default" quantises a separate embedding, and only "rtn" can share a tied
+    # 8-bit one (with "default" the graph names a weight that does not exist). Both round to nearest.
+    separate = not tied and target.embedding_bits == 4
+    every = target.weight_bits == 8 and bool(promoted)
+    shared = tied and (target.weight_bits == 4 or every)
+    return {
+        "type": "int8" if target.weight_bits == 8 and not every else "int4",
+        "method": "default" if separate and target.method == "rtn" else target.method,
+        "block_size": target.block_size,
+        "symmetric": target.symmetric,
+        "accuracy_level": target.accuracy_level,
+        "op_types": ["MatMul", "Gather"] if separate or shared else ["MatMul"],
+        "overrides": overrides,
+    }
+
+
+def place_codes(folder: Path, codes: Codes, spec: ModelSpec) -> None:
+    """Write calibrated codes, scales and zero points over those of the graph's matrix products, in its data file.
+
+    Raises EdgeftError where a product of the layers has no codes, or codes of another size.
+    """
+    from edgeft.targets.grid import joined
+
+    nodes = {node.name.rpartition("/MatMul")[0]: node for node in _graph(folder).node if node.op_type == "MatMulNBits"}
+    tensors = {tensor.name: tensor for tensor in _graph(folder).initializer}
+    known = matrices(codes, spec)
+    layers = {name for name in nodes if "/layers." in name}
+    placed = set[str]()
+    with saving(folder), open(folder / f"{MODEL}.data", "r+b") as data:
+        for name in sorted(layers):
+            parts = _elementary(name)
+            if lacking := [part for part in parts if part not in known]:
+                raise EdgeftError(folder, f"there are no codes for {lacking[0]}")
+            whole = joined([known[part]() for part in parts])
+            for stored, made in zip(nodes[name].input[1:], packed(whole), strict=False):
+                _overwrite(data, tensors[stored], made)
+            placed |= set(parts)
+    if placed != set(known):
+        raise EdgeftError(folder, f"the builder's graph has no {sorted(set(known) - placed)[0]}")
+
+
+def matrices(codes: Codes, spec: ModelSpec) -> dict[str, Callable[[], Encoded]]:
+    """The codes of each matrix product by the builder's name of it, read when they are called."""
+    kv = spec.num_key_value_heads * spec.head_dim
+    query = spec.num_attention_heads * spec.head_dim
+    heights = {"qkv_proj": (query, kv, kv), "gate_up_proj": (spec.intermediate_size, spec.intermediate_size)}
+    found: dict[str, Callable[[], Encoded]] = {}
+    for name in codes:
+        projection, first = name.split(".")[-2], 0
+        nodes = NODES[projection]
+        for node, height in zip(nodes, heights.get(projection, (None,)), strict=True):
+            rows = slice(first, None if height is None else first + height)
+            found[f"/model/layers.{layer_of(name)}/{node}"] = functools.partial(_read_rows, codes, name, rows)
+            first += height or 0
+    return found
+
+
+def _read_rows(codes: Codes, name: str, rows: slice) -> Encoded:
+    return codes.read(name).rows(rows)
+
+
+def _elementary(name: str) -> list[str]:
+    """The builder's names of the products that one of its products joins."""
+    if not name.endswith("/qkv_proj"):
+        return [name]
+    return [f"{name.removesuffix('qkv_proj')}{part}_proj" for part in "qkv"]
+
+
+def packed(encoded: Encoded) -> tuple[bytes, bytes, bytes]:
+    """What a MatMulNBits node reads: codes in blocks, fp32 scales, zero points; of 4 bits the first of two is lower."""
+    columns, count = encoded.codes.shape[1], encoded.scale.shape[1]
+    zero: Any = encoded.zero.numpy().astype(numpy.uint8)
+    codes: Any = numpy.repeat(zero, encoded.block_size, axis=1)  # a last block that is not full is filled with zeros
+    codes[:, :columns] = encoded.codes.numpy().astype(numpy.uint8)
+    scale = encoded.scale.numpy().astype("<f4")
+    if encoded.bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+        zero = numpy.pad(zero, ((0, 0), (0, count % 2)))
+        zero = zero[:, ::2] | zero[:, 1::2] << 4
+    return codes.tobytes(), scale.tobytes(), zero.tobytes()
+
+
+def _overwrite(data: BinaryIO, tensor: Any, made: bytes) -> None:
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    if int(external.get("length", -1)) != len(made):
+        raise EdgeftError(tensor.name, f"has {external.get('length')} bytes in the graph, its codes have {len(made)}")
+    data.seek(int(external.get("offset", 0)))
+    data.write(made)
+
+
+def _store_half(folder: Path) -> None:
+    """Store the matrices of an fp32 model in fp16, each followed by a cast that the runtime carries out on loading.
+
+    The builder's own fp16 graph fails on a CPU at the first decoding step: ONNX Runtime 1.31 has no fp16 kernels for
+    its operators there, inserts casts and reuses a buffer of another shape. Raises BadInput for weights beyond 65504.
+    """
+    import onnx
+
+    path = folder / MODEL
+    model = onnx.load(str(path), load_external_data=False)
+    data, half = folder / f"{MODEL}.data", folder / f"{MODEL}.data.half"
+    casts = []
+    with open(data, "rb") as source, saving(folder), open(half, "wb") as out:
+        for tensor in model.graph.initializer:
+            external = {entry.key: entry.value for entry in tensor.external_data}
+            if not external:
+                continue
+            source.seek(int(external.get("offset", 0)))
+            raw = source.read(int(external["length"]))
+            if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and "_cache" not in tensor.name:
+                with numpy.errstate(over="ignore"):
+                    values = numpy.frombuffer(raw, dtype="<f4").astype("<f2")
+                if not numpy.isfinite(values).all():
+                    raise BadInput(tensor.name, "has values beyond the range of fp16", "export with --target ort-fp32")
+                raw, name = values.tobytes(), tensor.name
+                tensor.data_type, tensor.name = onnx.TensorProto.FLOAT16, f"{name}.fp16"
+                casts.append(
+                    onnx.helper.make_node("Cast", [tensor.name], [name], f"/cast/{name}", to=onnx.TensorProto.FLOAT)
+                )
+            out.write(b"\0" * (-out.tell() % 64))
+            placed = {"location": data.name, "offset": str(out.tell()), "length": str(len(raw))}
+            del tensor.external_data[:]
+            for key, value in placed.items():
+                tensor.external_data.add(key=key, value=value)
+            out.write(raw)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*casts, *nodes])
+    kept = [
+        value for value in model.graph.value_info if value.name not in {name for cast in casts for name in cast.output}
+    ]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    with saving(folder):
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        half.replace(data)
+
+
+def _prune_head(folder: Path) -> None:
+    """Let the head see the last position of a pass alone: the others' logits are of no use to a device.
+
+    They would be a sixth of a prefill's time at 135M, and 200 KB per token. The output's second dimension is declared
+    as 1, by which onnxruntime-genai knows it. A graph without a head of that name stays as it is.
+    """
+    import onnx
+
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    head = next((node for node in model.graph.node if node.name.startswith(HEAD)), None)
+    if head is None:
+        return
+    last = onnx.helper.make_tensor(f"{LAST}/index", onnx.TensorProto.INT64, [1], [-1])
+    take = onnx.helper.make_node("Gather", [head.input[0], last.name], [f"{LAST}/output"], f"{LAST}/Gather", axis=1)
+    at = list(model.graph.node).index(head)
+    head.input[0] = take.output[0]
+    model.graph.node.insert(at, take)
+    model.graph.initializer.append(last)
+    _declare_logits(model.graph, 1)
+    with saving(folder):
+        (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def every_position(folder: Path) -> bytes:
+    """The folder's graph with logits after every token, over the same weights: what a proof compares."""
+    import onnx
+
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    take = next((node for node in model.graph.node if node.name == f"{LAST}/Gather"), None)
+    if take is not None:
+        for node in model.graph.node:
+            node.input[:] = [take.input[0] if name == take.output[0] else name for name in node.input]
+        model.graph.node.remove(take)
+        model.graph.initializer.remove(next(each for each in model.graph.initializer if each.name == take.input[1]))
+        _declare_logits(model.graph, "sequence_length")
+    return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
+
+
+def _declare_logits(graph: Any, positions: int | str) -> None:
+    """Declare the logits' second dimension, and leave the shapes of what leads from the head to them to inference."""
+    behind: set[str] = set()
+    for node in graph.node:  # in topological order
+        if node.name.startswith(HEAD) or behind & set(node.input):
+            behind |= set(node.output)
+    kept = [value for value in graph.value_info if value.name not in behind]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    for output in graph.output:
+        if output.name in behind:
+            shape = output.type.tensor_type.shape.dim[1]
+            shape.Clear()
+            setattr(shape, "dim_param" if isinstance(positions, str) else "dim_value", positions)
+
+
+# The builder as a script that, whatever happens to it, leaves its highest resident bytes in a file.
+BUILDER = """
+import os, runpy, shutil
+try:
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+finally:
+    if os.path.exists("/proc/self/status"):
+        shutil.copyfile("/proc/self/status", os.environ["EDGEFT_BUILDER_STATUS"])
+"""
+
+
+def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> int:
+    """Run the builder in its own process: its memory ends with it, its noise goes to a log. Offline.
+
+    Returns its highest resident bytes, 0 where no /proc tells them.
+    """
+    scratch = folder / ".scratch"
+    scratch.mkdir(exist_ok=True)
+    log, status = scratch / "builder.log", scratch / "status"
+    places = ("-i", merged.resolve(), "-o", folder.resolve(), "-c", (scratch / "cache").resolve())
+    command = processes.command(BUILDER, "-e", "cpu", *places)
+    if weights is None:
+        command += ["-p", "fp32"]
+    else:
+        options: dict[str, Any] = {"quant_config": {"io_dtype": "fp32", "weights": weights}}
+        named = [override["match"].get("name", "") for override in weights["overrides"]]
+        if any("/attn/" in name for name in named) and not any("/qkv_proj/" in name for name in named):
+            # The builder packs query, key and value of those layers alone in which none is named, and then wires
+            # the layers behind a packed one wrongly: all of them apart, or all packed.
+            options["optimizations"] = {"fuse_qkv": False}
+        command += ["--builder_config_version", "2", "--target_options", json.dumps(options)]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(scratch.resolve()),
+        # the builder stamps the commit of whatever repository its environment stands in, a user's own, on the graph
+        "GIT_DIR": os.devnull,
+        "PYTHONDONTWRITEBYTECODE": "1", "EDGEFT_BUILDER_STATUS": str(status.resolve()), **MALLOC_ENVIRONMENT,
+    }  # fmt: skip
+    with open(log, "wb") as noise:
+        code = subprocess.run(command, stdout=noise, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if code == 0 and (folder / "genai_config.json").is_file():
+        peak = resident_bytes(highest=True, status=status)
+        shutil.rmtree(scratch)
+        return peak
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
+    if "No module named onnxruntime_genai" in text or "No module named 'onnxruntime_genai'" in text:
+        raise MissingExtra("onnxruntime-genai", "is not installed", "pip install onnxruntime-genai")
+    if "No space left on device" in text:
+        raise OSError(28, "No space left on device")  # `staging` words it
+    if lines[-1].startswith("NotImplementedError"):
+        hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 and 2, Phi-3, SmolLM3, Granite, OLMo, Nemotron"
+        raise BadInput(
+            merged, f"onnxruntime-genai cannot build this architecture: {lines[-1].partition(': ')[2]}", hint
+        )
+    last = "\n".join(lines[-3:])
+    raise EdgeftError(
+        merged,
+        f"onnxruntime-genai's builder failed (exit {code}):\n{last}",
+        "check the checkpoint folder: does transformers load it?",
+    )
+
+
+def _graph(folder: Path) -> Any:
+    """The ONNX graph without its weights."""
+    import onnx
+
+    return onnx.load(str(folder / MODEL), load_external_data=False).graph
+
+
+def read_weights(folder: Path) -> Weights:
+    """Sizes of a model's weights in memory. A token takes one row of the embedding and rotary tables: not read.
+
+    Weights behind a cast count as fp32: the runtime carries the cast out on loading.
+    """
+    graph = _graph(folder)
+    readers: dict[str, set[str]] = {}
+    cast = {}
+    for node in graph.node:
+        if node.op_type == "Cast":
+            cast[node.input[0]] = node.output[0]
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    stored = head = read = 0
+    for tensor in graph.initializer:
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        size = int(external.get("length", len(tensor.raw_data))) * (2 if tensor.name in cast else 1)
+        stored += size
+        if tensor.name.startswith("lm_head"):
+            head += size
+        rows_only = readers.get(cast.get(tensor.name, tensor.name), set()) <= {"Gather", "GatherBlockQuantized"}
+        if not rows_only and not tensor.name.startswith(("cos_cache", "sin_cache")):
+            read += size
+    return Weights(stored, head, read)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+
+
+def _copy_tokenizer(merged: Path, folder: Path) -> None:
+    """The checkpoint's tokenizer, byte for byte, instead of what the builder's transformers made of it.
+
+    The chat template lies in a file of its own as training read it, wherever and with whatever line ends the checkpoint
+    keeps it. tokenizer_config.json stays the builder's: the runtime cannot read the 1e30 that means "no limit" in many.
+    """
+    for name in TOKENIZER_FILES:
+        if (merged / name).is_file():
+            with saving(folder):
+                shutil.copyfile(merged / name, folder / name)
+    write_template(find_template(merged), folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):  # how the builder found it, nothing about the tokenizer
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_limits(folder: Path, context_tokens: int, stop_ids: list[int]) -> None:
+    """Write context limit and stop ids to genai_config.json, where any ONNX Runtime GenAI app reads them."""
+    path = folder / "genai_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["context_length"] = context_tokens
+    config["model"]["eos_token_id"] = stop_ids
+    config["search"]["max_length"] = context_tokens
+    path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

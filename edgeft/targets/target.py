@@ -1,0 +1,162 @@
+"""What should come out of an export: which format, bits, context and tolerances, as its TOML file says?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from edgeft.documents import Strict, invalid, read_toml, shipped_folder, shipped_path
+from edgeft.errors import BadInput, did_you_mean
+
+Runtime = Literal["ort-genai", "llama.cpp", "onnxruntime"]
+Bits = Literal[4, 5, 6, 8, 16, 32]
+
+
+class Tolerance(Strict):
+    """How far an artifact may be from the merged model in fp32 before the export counts as failed."""
+
+    min_top1_agreement: float = Field(
+        ge=0, le=1, description="share of positions with the same likeliest token, or one within 0.1 nats of it"
+    )
+    max_mean_kl_nats: float = Field(ge=0, description="mean KL(merged || artifact) per position")
+    max_gain_lost: float = Field(
+        default=0.1, ge=0, description="the loss may rise by this share of what the fine-tune gained over its base"
+    )
+    max_loss_increase_nats: float = Field(ge=0, description="nor may it rise by more than this, per token")
+    max_exact_match_drop_points: float = Field(ge=0, le=100, description="in points of 100")
+
+
+class Target(Strict):
+    """One kind of artifact."""
+
+    name: str = Field(description="the file's name without .toml")
+    description: str = Field(description="the target in one line")
+    runtime: Runtime = Field(description="what runs it on the device")
+    weight_bits: Bits = Field(description="bits per weight of the matmuls")
+    method: Literal["rtn", "k_quant"] = Field(
+        default="rtn", description="how weights are rounded: to nearest, or fitted"
+    )
+    calibration: Literal["none", "gptq"] = Field(
+        default="none", description="gptq: codes chosen for what the layers' outputs see on training rows"
+    )
+    block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
+        description="weights that share one scale; 0: all of an output"
+    )
+    symmetric: bool = Field(description="no zero points")
+    head_bits: Bits = Field(description="bits per weight of the output head, and of embeddings tied to it")
+    embedding_bits: Bits = Field(description="bits per weight of embeddings that are not tied to the head")
+    mixed_layers: bool = Field(
+        default=False, description="8 bits for value and down projections of a third of the layers"
+    )
+    eight_bit: tuple[str, ...] = Field(default=(), description="modules with 8 bits: a layer, or one projection of it")
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        default=0, description="activations in an ONNX Runtime matmul: 0 or 1 fp32, 4 int8; llama.cpp chooses by type"
+    )
+    opset: int = Field(default=0, description="version of ONNX's operators; 0: what the runtime's own builder writes")
+    context_tokens: int = Field(ge=16, description="longest context; a model or a device may allow less")
+    golden_logit_tolerance: float = Field(gt=0, description="absolute difference that another CPU may show")
+    parity: Tolerance
+
+    @pydantic.model_validator(mode="after")
+    def _buildable(self) -> Target:
+        if self.weight_bits >= 8 and (self.mixed_layers or self.eight_bit):
+            raise ValueError("mixed_layers and eight_bit promote to 8 bits: weight_bits must be less")
+        codes = self.method == "rtn" and self.weight_bits < 16 and self.runtime != "onnxruntime"
+        if self.calibration != "none" and not codes:
+            raise ValueError("calibration needs method rtn, weight_bits below 16, and runtime ort-genai or llama.cpp")
+        if self.runtime == "onnxruntime":
+            return self._portable()
+        if self.block_size == 0 or self.opset:
+            raise ValueError("block_size 0 and opset are for the runtime onnxruntime")
+        return self._onnx() if self.runtime == "ort-genai" else self._gguf()
+
+    def _portable(self) -> Target:
+        if (self.weight_bits, self.head_bits, self.embedding_bits) not in ((32, 32, 32), (8, 8, 32)):
+            raise ValueError("runtime onnxruntime has weight_bits and head_bits 32 or 8, and embedding_bits 32")
+        if self.block_size or self.symmetric or self.method != "rtn" or self.accuracy_level:
+            problem = "runtime onnxruntime rounds each output to nearest with a zero point: block_size 0, "
+            raise ValueError(problem + "symmetric false, method rtn, no accuracy_level")
+        if self.opset < 18:
+            raise ValueError("runtime onnxruntime needs an opset of at least 18")
+        return self
+
+    def _onnx(self) -> Target:
+        if self.weight_bits in (5, 6):
+            raise ValueError("weight_bits 5 and 6 exist for llama.cpp only")
+        if self.head_bits != self.weight_bits and (self.weight_bits, self.head_bits) != (4, 8):
+            raise ValueError("head_bits must equal weight_bits, or be 8 where weight_bits is 4")
+        allowed = {4: (4, 32), 16: (16,)}.get(self.weight_bits, (32,))
+        if self.embedding_bits not in allowed:
+            numbers = " or ".join(map(str, allowed))
+            raise ValueError(f"embedding_bits must be {numbers} where weight_bits is {self.weight_bits}")
+        return self
+
+    def _gguf(self) -> Target:
+        if self.method == "k_quant":
+            if self.weight_bits not in (4, 5, 6) or self.block_size != 256:
+                raise ValueError("k_quant of llama.cpp has weight_bits 4, 5 or 6 and block_size 256")
+            if self.mixed_layers or self.eight_bit:
+                raise ValueError("k_quant of llama.cpp mixes layers itself: no mixed_layers, no eight_bit")
+        elif self.block_size != 32:
+            raise ValueError("block_size must be 32: llama.cpp has no other block but with k_quant")
+        if self.method == "rtn" and self.weight_bits == 6:
+            raise ValueError("weight_bits 6 needs method k_quant")
+        if self.weight_bits == 8 and not self.symmetric:
+            raise ValueError("8 bits of llama.cpp are symmetric")
+        return self
+
+
+def promoted(target: Target, modules: Sequence[str]) -> Target:
+    """The target with 8 bits for these modules too. Raises BadInput where its bits cannot be mixed."""
+    if not modules:
+        return target
+    try:
+        return Target.model_validate(target.model_dump() | {"eight_bit": (*target.eight_bit, *modules)})
+    except pydantic.ValidationError as problem:
+        raise invalid(f"target {target.name}", problem, Target) from None
+
+
+def to_nearest(target: Target) -> Target:
+    """The target on the same grids, each weight rounded to nearest."""
+    return target.model_copy(update={"calibration": "none"})
+
+
+def eight_bit_modules(target: Target, layers: int, projections: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that get 8 bits, as `layers.N.name`: `eight_bit`, whole layers written out, and `mixed_layers`.
+
+    `mixed_layers` are those where a 4-bit error weighs most by llama.cpp's rule: the first and last eighth and every
+    third between. `projections` are the names of one layer's matmuls. Raises BadInput for a module that is not there.
+    """
+    known = {f"layers.{layer}.{name}": None for layer in range(layers) for name in projections}
+    chosen: dict[str, None] = {}
+    for module in target.eight_bit:
+        short = "layers." + module.rpartition("layers.")[2]
+        parts = short.split(".")
+        found = [name for name in known if name == f"layers.{parts[1]}.{parts[-1]}" or short == name.rpartition(".")[0]]
+        if not found:
+            raise BadInput("eight_bit", f"no such module: {module}", did_you_mean(short, known))
+        chosen |= dict.fromkeys(found)
+    if target.mixed_layers:
+        sensitive = [name for name in projections if name in ("v_proj", "qkv_proj", "down_proj")]
+        for i in range(layers):
+            if i < layers / 8 or i >= 7 * layers // 8 or (i - round(layers / 8)) % 3 == 2:
+                chosen |= dict.fromkeys(f"layers.{i}.{name}" for name in sensitive)
+    return tuple(chosen)
+
+
+def list_targets() -> list[Target]:
+    """The shipped targets, by name."""
+    return [
+        load_target(str(path)) for path in sorted(shipped_folder("export").glob("*.toml"), key=lambda path: path.stem)
+    ]
+
+
+def load_target(name_or_path: str) -> Target:
+    """The shipped target of that name, or a user's own file: anything with a slash or ending in .toml.
+
+    Raises BadInput for an unknown name, a file that is no TOML, an unknown key or a value that does not fit.
+    """
+    return read_toml("target", shipped_path("target", "export", name_or_path), Target, ("name",))

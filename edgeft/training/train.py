@@ -1,0 +1,567 @@
+"""How is a plan carried out, so that what was planned is what runs, and a killed run goes on where it stopped?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from edgeft.data.dataset import IGNORED, Sample, TextTokenizer, hold_out, read_samples
+from edgeft.documents import Artifact, Strict, saving, staging, versions
+from edgeft.engine.fp32_layers import DenseTurns
+from edgeft.engine.lisa import state_bytes
+from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
+from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.exporting.rehearsal import NOT_REHEARSED, Rehearsal
+from edgeft.machines import meter
+from edgeft.machines.profile import detect, load_profile
+from edgeft.memory import disk, stages, train_step
+from edgeft.models.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder
+from edgeft.models.evaluate import autocast, evaluate, token_losses
+from edgeft.models.identity import (
+    WEIGHTS,
+    Inputs,
+    changed,
+    check_inputs,
+    differences,
+    weights_sha256,
+    written_files,
+)
+from edgeft.models.metrics import Metrics, UnitRecord
+from edgeft.models.parts import Parts, find_parts, repeat_groups, units
+from edgeft.planning.costs import Question
+from edgeft.planning.plan import HELD_OUT_SHARE, Plan
+from edgeft.settings import Training
+from edgeft.training.out_of_memory import capped, explained
+from edgeft.units import show_bytes
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
+PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+class Deviation(Strict):
+    """Something that could not be done as planned, and what was done instead."""
+
+    what: str
+    planned: str
+    done: str
+
+
+class TrainResult(Artifact):
+    """train.json: what was trained, on what, how well, and how much memory it took."""
+
+    plan: Plan
+    inputs: Inputs
+    files: Inputs
+    deviations: tuple[Deviation, ...]
+    steps: int
+    trained_parameters: int
+    trained_tokens: int
+    micro_batches: int
+    padding: float  # share of the computed tokens that is padding
+    seconds: float
+    tokens_per_second: float
+    predicted_peak_bytes: int  # at most, of what was carried out: not the plan's where a GPU's ran on the CPU
+    predicted_expected_bytes: int = 0  # the highest phase's expected bytes
+    measured_peak_bytes: int
+    phase_peak_bytes: dict[str, int]
+    loss_curve: tuple[tuple[int, float], ...]
+    cut_rows: int
+    base_valid: Metrics
+    valid: Metrics
+    base_test: Metrics | None
+    test: Metrics | None
+    units: tuple[UnitRecord, ...]
+    interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
+    interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
+    skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
+    resumed_at: tuple[int, ...] = ()
+    rehearsal: Rehearsal = NOT_REHEARSED
+
+    @property
+    def training(self) -> Training:
+        """How it was really trained: the plan's choices, but for the deviations."""
+        return deviating(self.plan.training, self.deviations)
+
+    @property
+    def base_sha256(self) -> str:
+        """Of the base's weights."""
+        return self.inputs[WEIGHTS]
+
+
+def deviating(training: Training, deviations: Sequence[Deviation]) -> Training:
+    """A plan's choices with what was done instead of some."""
+    done = {d.what: d.done for d in deviations if d.what in Training.model_fields}
+    return training.model_copy(update=done)
+
+
+@dataclass
+class Data:
+    """The samples of one job; `valid` is held out of the training file when no file is given for it."""
+
+    train: list[Sample]
+    valid: list[Sample]
+    test: list[Sample]
+    tokenizer: TextTokenizer
+
+    @classmethod
+    def read(cls, plan: Plan, *, train: bool = True) -> Data:
+        """The samples of a plan's files. Without `train` no training rows: a proof needs the others."""
+        if plan.job.data is None:
+            raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
+        check_inputs(plan.inputs, plan.job, "plan", PLAN_AGAIN)
+        tokenizer = TextTokenizer(local_folder(plan.job.model))
+
+        def samples(source: str) -> list[Sample]:
+            return read_samples(source, tokenizer, plan.training.max_length)
+
+        valid = samples(plan.job.valid) if plan.job.valid else []
+        found = samples(plan.job.data) if train or not valid else []
+        if not valid:
+            found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
+        test = samples(plan.job.test) if plan.job.test else []
+        if not train:
+            return cls([], valid, test, tokenizer)
+        found = [sample for sample in found if sample.trained_tokens]
+        if not found:
+            hint = "raise max_length: every sample was cut before its first trained token"
+            raise BadInput(plan.job.data, "no sample has a token to train on", hint)
+        meter.give_back()  # what encoding took and left between the samples: half of their size again
+        return cls(found, valid, test, tokenizer)
+
+
+def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:
+    """Compare the chunked loss with the model's own logits on one sample; raises BadInput where they differ.
+
+    It catches a model that does something to its hidden states or logits that edgeft does not know of.
+    """
+    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0)
+    with torch.no_grad(), autocast(device, compute):
+        logits = model(input_ids=torch.tensor([short.ids], device=device), use_cache=False).logits[0, :-1].float()
+    targets = torch.tensor(short.ids[1:], device=device)
+    own = float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    with torch.no_grad():
+        ours = float(token_losses(model, parts, [short], device, compute, 16))
+    # half precision: the model's own logits are rounded once more than ours
+    if abs(own - ours) > (1e-3 if compute == torch.float32 else 2e-2) * max(1.0, abs(own)):
+        name = type(model).__name__
+        raise BadInput(
+            name,
+            f"its own loss on one sample is {own:.4f}, computed in chunks {ours:.4f}",
+            "report this model",
+        )
+
+
+def choose_device(
+    plan: Plan, wanted: str | None, *, emulate: bool = False
+) -> tuple[torch.device, torch.dtype, list[Deviation]]:
+    """(device, compute dtype, deviations): the plan's own, or the CPU in a dtype it computes at full rate.
+
+    `emulate`: on the CPU in the plan's dtypes, slowly: what a GPU's plan computes, seen without one. Raises BadInput
+    when `wanted` names a device that is not there.
+    """
+    training = plan.training
+    here = {"cpu": True, "cuda": cuda_computes(training.compute_dtype), "mps": torch.backends.mps.is_available()}
+    if wanted is not None and not here.get(wanted, False):
+        raise BadInput("--device", f"{wanted} is not available here", "leave --device out to train on the CPU")
+    if wanted is not None and wanted != training.device:
+        raise BadInput("--device", f"the plan is for {training.device}, not {wanted}", "plan with another --profile")
+    compute = DTYPES[training.compute_dtype]
+    if here[training.device] and not emulate:
+        return torch.device(training.device), compute, []
+    instead = {"device": "cpu", "optimizer": "adamw"}
+    if not emulate:
+        kept = "nf4" if training.base_precision == "nf4" else "fp32"
+        instead |= {"compute_dtype": "fp32", "base_precision": kept}
+    deviations = [Deviation(what=what, planned=planned, done=done)
+                  for what, done in instead.items() if (planned := getattr(training, what)) != done]  # fmt: skip
+    return torch.device("cpu"), compute if emulate else torch.float32, deviations
+
+
+def cuda_computes(dtype: str) -> bool:
+    """Whether there is a CUDA device that computes in a dtype at hardware rate."""
+    return torch.cuda.is_available() and (dtype != "bf16" or torch.cuda.get_device_capability() >= (8, 0))
+
+
+def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
+    """The plan as it is carried out: itself, or on the CPU in place of a GPU, with what that takes there.
+
+    Scoring is of the groups that the plan keeps. A family that the closed form does not hold for is simulated anew;
+    raises BadInput where it cannot be.
+    """
+    training = deviating(plan.training, deviations)
+    if training.device == plan.training.device:
+        return plan
+    machine, data_bytes = detect(load_profile("cpu")), plan.stages.data_bytes
+    budget = machine.budget_bytes
+    scorings = {(training.group_tokens, training.max_length): plan.scoring}
+    question = Question(
+        plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget, scorings=scorings
+    )  # fmt: skip
+    if not train_step.known(plan.spec):
+        question.simulate(training)
+    phases = question.phases(training)
+    resume = stages.resume(plan.spec, training, stages.processes(machine), data_bytes)
+    around = tuple(resume if phase.name == "resume" else phase for phase in plan.stages.phases)
+    return plan.model_copy(update={
+        "training": training, "phases": phases, "peak_bytes": max(phase.high_bytes for phase in phases),
+        "budget_bytes": budget, "stages": plan.stages.model_copy(update={"phases": around}),
+    })  # fmt: skip
+
+
+@contextlib.contextmanager
+def tf32(training: Training, device: torch.device) -> Iterator[None]:
+    """Let fp32 products run on tensor cores, which round their inputs to 10 bits (bf16 has 7): CUDA from 8.0 on."""
+    before = torch.get_float32_matmul_precision()
+    if (
+        training.compute_dtype == "fp32"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    ):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def prepare(plan: Plan, device: torch.device, compute: torch.dtype, folder: Path) -> tuple[Any, Parts]:
+    """The base model on its device, frozen, with the attention the plan counts on."""
+    model = load_base(folder, plan.training, device, compute)
+    if plan.training.repeats_groups:
+        repeat_groups(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model, find_parts(model)
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after this step; a second one stops at once.
+
+    Signals are the main thread's alone: training in another one leaves them as they are.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Stop:
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.old = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run that has not ended keeps its checkpoints."""
+    return out.with_name(f".{out.name}.work")
+
+
+def train(
+    plan: Plan, out: Path, *, plan_sha256: str, progress: Progress, wanted_device: str | None = None,
+    rehearsal: Rehearsal = NOT_REHEARSED, emulate: bool = False,
+) -> TrainResult:  # fmt: skip
+    """Run a plan and write `out`/train.json beside what was trained; `rehearsal` is what came of one, to be recorded.
+
+    `emulate` runs a GPU's plan on the CPU in the plan's own dtypes (autocast, scaled gradients): slow, for tests.
+    Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory or disk than
+    the plan needs or memory runs out, EdgeftError when loss, gradients or scores are not finite, KeyboardInterrupt
+    after saving when asked to stop.
+    """
+    disk.require(disk.train_disk(plan.spec, plan.training), out, there=disk.size_of(work_folder(out)))
+    meter.import_all()
+    meter.control_malloc()
+    started = time.monotonic()
+    refuse_several_processes()
+    device, compute, deviations = choose_device(plan, wanted_device, emulate=emulate)
+    here, phase = carried_out(plan, deviations), ["start"]
+
+    def report(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        phase[0] = stage
+        progress(stage, done, total, numbers)
+
+    with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device):
+        session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
+        if not session.scores:  # every checkpoint there was had become unreadable
+            shutil.rmtree(session.work)
+            del session
+            session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
+        session.loop()
+        result = session.finish(out, plan_sha256, rehearsal)
+        del session
+    meter.give_back()
+    progress("done", 1, 1, {"seconds": time.monotonic() - started})
+    return result
+
+
+def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:
+    """`inputs`, kept in a run's work folder. Raises BadInput when the checkpoints there were made from others."""
+    kept = work / "inputs.json"
+    if any(work.glob("step-*")):
+        held = json.loads(kept.read_text()) if kept.is_file() else {}
+        if lines := differences(held, inputs, {WEIGHTS: base}):
+            hint = f"put the files back to go on, or start over: remove {work} and run the same command again"
+            raise changed(f"the checkpoint in {work}", lines, hint)
+    kept.write_text(json.dumps(inputs))
+    return inputs
+
+
+def refuse_several_processes() -> None:
+    """Raise BadInput under torchrun and its like: each process would train, and write, the same run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problem = f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE), training runs in one"
+        raise BadInput("train", problem, "start it without torchrun, accelerate launch or mpirun")
+
+
+@dataclass
+class Session:
+    """One call of `train`: what was read, what runs, and what is said about it at the end."""
+
+    plan: Plan
+    here: Plan  # as it is carried out
+    device: torch.device
+    compute: torch.dtype
+    deviations: list[Deviation]
+    data: Data
+    work: Path
+    progress: Progress
+    run: Run
+    inputs: Inputs
+    scores: dict[str, Any]
+    phases: dict[str, int]
+    resumed: list[int]
+    seconds: float
+    interval_peaks: list[int]
+
+    @property
+    def training(self) -> Training:
+        return self.here.training
+
+    @classmethod
+    def open(
+        cls, plan: Plan, here: Plan, out: Path, plan_sha256: str, progress: Progress, device: torch.device,
+        compute: torch.dtype, deviations: list[Deviation],
+    ) -> Session:  # fmt: skip
+        """Data, model and the newest checkpoint; the base is scored when there is none."""
+        training = here.training
+        going_on = any(work_folder(out).glob("step-*"))
+        check_budget(here, device, going_on=going_on)
+        folder = local_folder(plan.job.model)
+        data = Data.read(plan)
+        work = work_folder(out)
+        with saving(work):
+            work.mkdir(parents=True, exist_ok=True)
+            if (work / "plan.sha256").exists() and (work / "plan.sha256").read_text() != plan_sha256:
+                for old in work.glob("step-*"):  # checkpoints of another plan
+                    shutil.rmtree(old)
+            (work / "plan.sha256").write_text(plan_sha256)
+            inputs = settle_inputs(work, plan.inputs | {WEIGHTS: weights_sha256(folder)}, folder)
+        progress("load", 0, 1, {})
+        model, parts = prepare(here, device, compute, folder)
+        check_head(model, parts, data.train[0], device, compute)
+        phases = {"load": meter.peak_bytes(device)}
+        meter.keep_pool(train_step.pool_bytes(here.spec, training, here.work))
+        fresh: dict[str, Any] = {}
+        if not any(work.glob("step-*")):
+            meter.reset_peak(device)
+            score = scorer(model, parts, data, training, device, compute, progress)
+            fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
+            fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
+            phases["evaluate"] = meter.peak_bytes(device)
+        meter.reset_peak(device)
+        run = make_run(training, device, compute, model, parts, folder, work)
+        resumed = [run.step] if run.step else []
+        if resumed:
+            phases["resume"] = meter.peak_bytes(device)
+            meter.reset_peak(device)
+        before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
+        return cls(
+            plan, here, device, compute, deviations, data, work, progress, run, inputs,
+            before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
+            before["seconds"], before["peaks"],
+        )  # fmt: skip
+
+    def loop(self) -> None:
+        """Every step that is left, with checkpoints; raises KeyboardInterrupt after saving when asked to stop."""
+        run, training, device = self.run, self.training, self.device
+        before, started = self.seconds, time.monotonic()
+
+        def note() -> dict[str, Any]:
+            self.phases["train"] = max(self.phases.get("train", 0), meter.peak_bytes(device), *self.interval_peaks, 0)
+            self.seconds = before + time.monotonic() - started
+            return {"scores": self.scores, "resumed_at": self.resumed, "seconds": self.seconds, "phases": self.phases,
+                    "peaks": self.interval_peaks}  # fmt: skip
+
+        with Stop() as stop:
+            last_saved = time.monotonic()
+            for samples in remaining_steps(training, self.data.train, run.step):
+                if run.lisa is not None and run.lisa.due(run.step):
+                    self.interval_peaks.append(meter.peak_bytes(device))
+                    meter.reset_peak(device)
+                loss = run.train_step(samples)
+                run.curve.append((run.step, round(loss, 6)))
+                spent = before + time.monotonic() - started
+                self.progress("train", run.step, training.steps, {
+                    "loss": loss, "learning_rate": learning_rate(training, run.step - 1),
+                    "tokens_per_second": run.tokens / spent, "bytes_now": meter.bytes_now(device),
+                    "seconds_left": spent / run.step * (training.steps - run.step),
+                })  # fmt: skip
+                due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
+                if training.checkpoint_steps is not None:
+                    due = run.step % training.checkpoint_steps == 0
+                if (due and run.step < training.steps) or stop.asked:
+                    run.save(self.work, note())
+                    last_saved = time.monotonic()
+                if stop.asked:
+                    raise KeyboardInterrupt
+        note()
+        if run.lisa is not None:
+            self.interval_peaks.append(meter.peak_bytes(device))
+            run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
+        run.optimizer.state.clear()  # scoring needs no optimizer states
+        meter.give_back()  # the pool is as full of pages as training made it
+        meter.keep_pool(train_step.pool_bytes(self.plan.spec, training, self.plan.work))
+
+    def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
+        """Score what was trained and write it, whole or not at all."""
+        run, training, device, data = self.run, self.training, self.device, self.data
+        meter.reset_peak(device)
+        score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress)
+        valid = score("valid", data.valid[: training.eval_rows])
+        test = score("test", data.test) if data.test else None
+        self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(device))
+        meter.reset_peak(device)
+        with staging(out) as temporary:
+            if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
+                for unit in (*run.lisa.always, *run.lisa.active):
+                    run.lisa.turns.keep(unit)
+                join_files(map(run.lisa.turns.file, run.lisa.visited()), temporary / CHANGED)
+            else:
+                kept = run.chosen if run.lisa is None else run.lisa.in_memory()
+                save_tuned(run.model, run.parts, training, kept, self.plan.job.model, temporary)
+            self.phases["save"] = meter.peak_bytes(device)
+            base = Checkpoint(local_folder(self.plan.job.model))
+            steps = (
+                run.lisa.steps if run.lisa else dict.fromkeys(trained_units(run.model, run.parts, training), run.step)
+            )
+            changes = unit_changes(temporary, base, run.model, run.parts, training)
+            result = TrainResult(
+                input_sha256=plan_sha256,
+                versions=versions(),
+                plan=self.plan,
+                inputs=self.inputs,
+                files=written_files(temporary, "train.json"),
+                deviations=(*self.deviations, *above(self.here, self.phases, going_on=bool(self.resumed))),
+                steps=run.step,
+                trained_parameters=sum(p.numel() for _, p in run.chosen),
+                trained_tokens=run.tokens,
+                micro_batches=run.micro_batches,
+                padding=round(1 - run.tokens / run.padded_tokens, 4),
+                seconds=round(self.seconds, 2),
+                tokens_per_second=round(run.tokens / self.seconds, 1),
+                predicted_peak_bytes=promise(self.here, going_on=bool(self.resumed)),
+                predicted_expected_bytes=max(phase.expected_bytes for phase in self.here.phases),
+                measured_peak_bytes=max(self.phases.values()),
+                phase_peak_bytes=self.phases,
+                loss_curve=tuple(run.curve),
+                cut_rows=sum(sample.cut_tokens > 0 for sample in data.train),
+                base_valid=Metrics.model_validate(self.scores["base_valid"]),
+                valid=valid,
+                base_test=Metrics.model_validate(self.scores["base_test"]) if self.scores["base_test"] else None,
+                test=test,
+                units=tuple(
+                    UnitRecord(
+                        unit=unit,
+                        steps=steps.get(unit, 0),
+                        relative_change=changes.get(unit, 0.0),
+                    )
+                    for unit in units(run.model, run.parts)
+                ),
+                interval_peak_bytes=tuple(self.interval_peaks),
+                interval_optimizer_bytes=() if run.lisa is None else tuple(run.lisa.optimizer_bytes),
+                skipped_steps=run.skipped_steps,
+                resumed_at=tuple(self.resumed),
+                rehearsal=rehearsal,
+            )
+            result.write(temporary / "train.json")
+        shutil.rmtree(self.work, ignore_errors=True)
+        return result
+
+
+def scorer(
+    model: Any, parts: Parts, data: Data, training: Training, device: torch.device, compute: torch.dtype,
+    progress: Progress,
+) -> Callable[[str, list[Sample]], Metrics]:  # fmt: skip
+    """A function (name, samples) -> Metrics that scores no more at once than a training step holds."""
+
+    def score(name: str, samples: list[Sample]) -> Metrics:
+        found = evaluate(
+            model, parts, samples, data.tokenizer, device=device, compute=compute,
+            chunk_tokens=training.loss_chunk_tokens, group_tokens=training.group_tokens,
+            progress=lambda done, total: progress(name, done, total, {}),
+        )  # fmt: skip
+        if not math.isfinite(found.loss):
+            hint = "plan again in another precision (--set base_precision=fp32) or with a lower learning rate"
+            raise EdgeftError("training", f"the loss of {name} is {found.loss}: nothing is written as a result", hint)
+        return found
+
+    return score
+
+
+def highest(*measured: dict[str, int]) -> dict[str, int]:
+    """Of each phase the highest bytes."""
+    return {name: max(some.get(name, 0) for some in measured) for name in dict.fromkeys(n for m in measured for n in m)}
+
+
+def promise(plan: Plan, *, going_on: bool) -> int:
+    """The most that a plan says of a run; `going_on`: from a checkpoint, whose reading main memory must hold."""
+    resuming = [phase.high_bytes for phase in plan.stages.phases if phase.name == "resume" and going_on]
+    return max([plan.peak_bytes, *(resuming if plan.training.device != "cuda" else [])])
+
+
+def above(plan: Plan, measured: dict[str, int], *, going_on: bool = False) -> list[Deviation]:
+    """A deviation where more memory was taken than the plan promised."""
+    phase, peak = max(measured.items(), key=lambda entry: entry[1])
+    most = promise(plan, going_on=going_on)
+    if peak <= most:
+        return []
+    planned, done = f"at most {show_bytes(most)}", f"{show_bytes(peak)} in phase {phase}"
+    return [Deviation(what=MORE_MEMORY, planned=planned, done=done)]
+
+
+def check_budget(plan: Plan, device: torch.device, *, going_on: bool = False) -> None:
+    """Raise DoesNotFit when this process can really have less than the plan's high estimate.
+
+    `going_on`: from a checkpoint, whose reading on a CPU is held to the same limit.
+    """
+    from edgeft.machines.limits import Limit, memory_limit
+
+    on_gpu = device.type == "cuda"  # of a MIG slice, mem_get_info gives the slice's
+    have = Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if on_gpu else memory_limit()
+    need = promise(plan, going_on=going_on)
+    if need > have.bytes:
+        hint = f"plan for what is there: edgeft plan --max-memory {have.bytes // 2**20}MiB ..."
+        problem = f"needs {show_bytes(need)}, this process can have {show_bytes(have.bytes)} ({have.reason})"
+        raise DoesNotFit("plan", problem, hint)
