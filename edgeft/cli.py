@@ -256,9 +256,10 @@ def train(
         say(f"{folder} is up to date")
         return
     _replaceable(folder, "train.json")
-    from edgeft.exporting.rehearsal import NOT_REHEARSED, rehearse
+    from edgeft.exporting.rehearsal import rehearse
     from edgeft.reporting.terminal import rehearsal_line, train_text
     from edgeft.targets.target import load_target
+    from edgeft.training.result import NOT_REHEARSED
     from edgeft.training.train import MORE_MEMORY, choose_device, work_folder
     from edgeft.training.train import train as run
 
@@ -515,7 +516,7 @@ def export(
     from edgeft.exporting.bundle import Measurement, measurement_path
     from edgeft.exporting.export import export as run
     from edgeft.exporting.export import export_promoted
-    from edgeft.merging.merge import MergedCheckpoint
+    from edgeft.merging.result import MergedCheckpoint
     from edgeft.reporting.terminal import bundle_text
 
     with Reporter() as progress:

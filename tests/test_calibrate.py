@@ -22,7 +22,7 @@ from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.exporting import calibrate as calibrate_module
 from edgeft.exporting.build import ArtifactModel, build_bundle
-from edgeft.exporting.calibrate import DAMPING, Codes, calibrate, chosen_rows, gptq, inverse_factor, put_codes
+from edgeft.exporting.calibrate import DAMPING, calibrate, chosen_rows, gptq, inverse_factor, put_codes
 from edgeft.exporting.export import export
 from edgeft.machines.profile import load_profile
 from edgeft.memory import stages as host
@@ -31,6 +31,7 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.costs import Question
 from edgeft.settings import make_job
+from edgeft.targets.codes import Codes
 from edgeft.targets.gguf_file import build_model as build_gguf
 from edgeft.targets.grid import GGML, Encoded, Grid, joined
 from edgeft.targets.ort import matrices, packed, place_codes

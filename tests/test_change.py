@@ -15,9 +15,11 @@ from test_train import silent
 
 from edgeft.errors import BadInput
 from edgeft.merging import change as change_module
-from edgeft.merging.change import Change, blocks
-from edgeft.merging.merge import MergedForeign, merge
+from edgeft.merging.change import Change
+from edgeft.merging.merge import merge
+from edgeft.merging.result import MergedForeign
 from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.headers import blocks
 
 IDS = torch.arange(3, 60).reshape(3, 19)
 

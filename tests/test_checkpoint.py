@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgeft.documents import Artifact, staging
+from edgeft.engine.base import compute_in, load_base, quantised_folder
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines.meter import LiveBytes
 from edgeft.models.checkpoint import (
@@ -24,12 +25,9 @@ from edgeft.models.checkpoint import (
     Checkpoint,
     TensorFile,
     cache_folder,
-    compute_in,
     copy_side_files,
-    load_base,
     load_plain,
     local_folder,
-    quantised_folder,
     quiet_transformers,
     write_checkpoint,
 )

@@ -19,7 +19,8 @@ from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import load_plain
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.training.train import TrainResult, train, work_folder
+from edgeft.training.result import TrainResult
+from edgeft.training.train import train, work_folder
 
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
@@ -194,8 +195,9 @@ def test_the_change_of_a_4_bit_layer_is_never_rounded(planned: Any, deep_folder:
 def test_frozen_layers_of_a_4_bit_base_stay_4_bit_and_active_ones_are_dense(
     planned: Any, deep_folder: Path, tmp_path: Path
 ) -> None:
+    from edgeft.engine.base import load_base
     from edgeft.engine.fp32_layers import DenseTurns
-    from edgeft.models.checkpoint import Checkpoint, load_base
+    from edgeft.models.checkpoint import Checkpoint
     from edgeft.models.parts import find_parts
 
     training = Plan.read(planned(**MODES["lisa on nf4"])).training

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
 from edgeft.models import evaluate as module
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import (
@@ -26,7 +27,6 @@ from edgeft.models.evaluate import (
     score_group,
     token_losses,
 )
-from edgeft.models.metrics import MAX_ANSWER_TOKENS
 from edgeft.models.parts import find_parts
 
 CPU = torch.device("cpu")

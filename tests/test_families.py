@@ -18,7 +18,8 @@ from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.terminal import NOT_TENSORS
 from edgeft.settings import make_job
 from edgeft.simulation.simulate import simulate
-from edgeft.training.train import Deviation, carried_out
+from edgeft.training.result import Deviation
+from edgeft.training.train import carried_out
 
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 256, "n_layer": 4, "n_head": 4},

@@ -16,17 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeft.data.dataset import Sample
 from edgeft.documents import sha256_file
+from edgeft.engine.base import load_base
 from edgeft.engine.loop import Run, make_run
 from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import DoesNotFit, EdgeftError
 from edgeft.merging.merge import merge
-from edgeft.models.checkpoint import DTYPES, load_base, load_plain
+from edgeft.models.checkpoint import DTYPES, load_plain
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import Training, make_job
 from edgeft.training.out_of_memory import capped
-from edgeft.training.train import TrainResult, prepare, tf32, train
+from edgeft.training.result import TrainResult
+from edgeft.training.train import prepare, tf32, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgeft.engine.base import load_base, quantise, quantised_folder
 from edgeft.errors import BadInput
-from edgeft.models.checkpoint import Checkpoint, load_base, load_plain, quantise, quantised_folder
+from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.headers import is_buffer
 from edgeft.models.spec import read_model_spec
 from edgeft.settings import Training

@@ -17,7 +17,8 @@ from edgeft import cli
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
 from edgeft.exporting.export import export, export_adapters, export_promoted, made_from
-from edgeft.merging.merge import MergedCheckpoint, merge, verify_merged
+from edgeft.merging.merge import merge, verify_merged
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.survival import survival
 from edgeft.merging.sweep import sweep
 from edgeft.models.identity import DATA, SMALL_FILES, WEIGHTS, cached_folder, sha256_of, weights_sha256
@@ -25,7 +26,8 @@ from edgeft.planning.layer_scores import _digest
 from edgeft.planning.plan import Plan, make_plan, request_digest
 from edgeft.settings import Job, make_job
 from edgeft.targets.target import load_target
-from edgeft.training.train import TrainResult, train, work_folder
+from edgeft.training.result import TrainResult
+from edgeft.training.train import train, work_folder
 
 TARGET = load_target("ort-int4")
 ROWS = [

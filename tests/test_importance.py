@@ -20,12 +20,12 @@ import torch
 
 from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
+from edgeft.engine.base import make_nf4
 from edgeft.engine.lisa import draw
 from edgeft.engine.loop import Run, learning_rate, remaining_steps
 from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
-from edgeft.models.checkpoint import make_nf4
 from edgeft.models.metrics import Importance
 from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning import layer_scores

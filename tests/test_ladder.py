@@ -33,7 +33,8 @@ from edgeft.models.metrics import Metrics, pair
 from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
 from edgeft.targets.target import load_target
-from edgeft.training.train import Data, TrainResult
+from edgeft.training.job_data import Data
+from edgeft.training.result import TrainResult
 
 
 def sample(ids: list[int], answer: int) -> Sample:

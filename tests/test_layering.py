@@ -1,51 +1,101 @@
-"""The import rule: planning needs no torch, and nothing inside imports from the package's front door."""
+"""The import rule: packages import downwards only, also inside of functions; planning and reporting need no torch."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "edgeft"
-PLANNING = (
-    "headers", "identity",
-    "errors", "families", "units", "settings", "artifacts", "profile", "machine", "target", "model_spec", "memory",
-    "candidates", "timing", "costs", "explain", "planner", "stages", "host", "footprint", "disk", "budget",
-    "simulation", "depth", "tape", "operations", "dataflow", "groups",
-    "report", "data", "rows", "conversation", "samples", "tokenizer", "scores", "scoring", "importance_plot", "runner",
-    "bundle", "sbom", "sign", "matrix", "records",
-    "summary", "wording", "figures", "pages", "markdown", "schema", "cli",
-)  # fmt: skip
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "edgeft"
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+# | `name` | what is in it | torch |, from what everything stands on to what stands on everything
+ROWS = re.findall(r"^\| `([^|]+)` \| [^|]+ \|([^|]*)\|$", CONTRIBUTING, re.MULTILINE)
+HEIGHT = {name: height for height, (names, _) in enumerate(ROWS) for name in names.split("`, `")}
+TORCH = ("torch", "transformers", "onnxruntime")
 
 
-@pytest.mark.parametrize("module", PLANNING)
-def test_planning_half_imports_no_torch(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'onnxruntime'}"
-    code = f"import sys, edgeft.{module}; bad = {heavy} & set(sys.modules); assert not bad, bad"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name after `edgeft.`."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
 
 
-def test_nothing_imports_from_the_front_door() -> None:
-    for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "edgeft":
-                names = {alias.name for alias in node.names}
-                assert names <= {p.stem for p in PACKAGE.glob("*.py")}, f"{path.name} imports {names} from edgeft"
+MODULES = modules()
 
 
-def test_no_import_cycle_at_import_time() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in PACKAGE.glob("*.py"):
-        found = set()
-        for node in ast.parse(path.read_text()).body:  # top level only: lazy imports are how a verb stays light
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("edgeft"):
-                found |= {a.name for a in node.names} if node.module == "edgeft" else {node.module.split(".")[1]}
-        graph[path.stem] = found
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(what a file imports of edgeft, whether it is there when it runs: not for a type checker alone), lazy or not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    only_typed = {id(inner) for node in typed for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "edgeft":
+            home = node.module.removeprefix("edgeft").removeprefix(".")
+            for alias in node.names:
+                whole = f"{home}.{alias.name}".removeprefix(".")
+                yield (whole if whole in MODULES else home), id(node) not in only_typed
+
+
+def place(module: str) -> str:
+    """The row of the table a module belongs to: its package, or its own name."""
+    return module.split(".")[0]
+
+
+def test_every_package_is_in_the_table_and_the_table_names_no_other() -> None:
+    assert set(HEIGHT) == {place(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards(module: str) -> None:
+    for other, _ in imports(MODULES[module]):
+        assert other, f"{module} imports from edgeft/__init__.py, which is for users"
+        assert other in MODULES, f"{module} imports {other}, which is no module"
+        assert HEIGHT[place(other)] <= HEIGHT[place(module)], f"{module} imports {other}, which stands above it"
+
+
+def test_there_is_no_circle_of_files() -> None:
+    graph = {name: {other for other, runs in imports(path) if runs} for name, path in MODULES.items()}
     done: set[str] = set()
     while len(done) < len(graph):
-        ready = {name for name, needs in graph.items() if name not in done and needs & set(graph) <= done}
-        assert ready, f"a cycle among {sorted(set(graph) - done)}"
+        ready = {name for name, needs in graph.items() if name not in done and needs <= done}
+        assert ready, f"a circle among {sorted(set(graph) - done)}"
         done |= ready
+
+
+def test_what_the_table_says_needs_no_torch_imports_none() -> None:
+    free = [name for names, torch in ROWS for name in names.split("`, `") if not torch.strip()]
+    assert {"cli", "data", "machines", "memory", "planning", "reporting"} <= set(free)
+    named = [module for module in MODULES if place(module) in free and module not in WITH_TORCH]
+    code = "import sys, importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(f'edgeft.{name}')\n"
+    code += f"    bad = set({TORCH}) & set(sys.modules)\n    assert not bad, (name, bad)"
+    done = subprocess.run([sys.executable, "-c", code, *named], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+WITH_TORCH = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", CONTRIBUTING[: CONTRIBUTING.index("## Which file")]))
+
+
+def test_modules_that_are_said_to_need_torch_do() -> None:
+    for module in WITH_TORCH:
+        assert re.search(r"^import torch$", MODULES[module].read_text(encoding="utf-8"), re.MULTILINE), module
+
+
+def test_files_that_a_change_is_sent_to_exist() -> None:
+    table = CONTRIBUTING[CONTRIBUTING.index("## Which file") :]
+    named = set(re.findall(r"`((?:edgeft|export|profiles|bench|tests|docs)/[\w./-]+)`", table))
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_a_change_upwards_would_be_found(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from edgeft.reporting.words import shown\n    import edgeft\n")
+    [(other, runs)] = imports(bad)
+    assert runs and other == "reporting.words" and HEIGHT["reporting"] > HEIGHT["data"]

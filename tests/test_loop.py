@@ -12,9 +12,10 @@ from test_train import plan_file, run  # noqa: F401  (plan_file is a fixture)
 
 from edgeft.data.dataset import Sample
 from edgeft.engine import loop
+from edgeft.engine.base import load_base
 from edgeft.engine.loop import SKIPPED_IN_A_ROW, Run, make_run, make_scaler
 from edgeft.errors import EdgeftError
-from edgeft.models.checkpoint import DTYPES, load_base
+from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan
 from edgeft.settings import Training

@@ -17,7 +17,8 @@ from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.merging.merge import MergedCheckpoint, MergedForeign, base_of, merge
+from edgeft.merging.merge import base_of, merge
+from edgeft.merging.result import MergedCheckpoint, MergedForeign
 from edgeft.models.checkpoint import load_plain
 
 
@@ -66,7 +67,7 @@ def test_alpha_1_is_the_fine_tuned_model_and_half_is_the_mean(
 
 def test_merged_model_gives_the_trained_loss(trained: Path, tmp_path: Path) -> None:
     from edgeft.exporting.parity import score_model
-    from edgeft.training.train import Data
+    from edgeft.training.job_data import Data
 
     merged = merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
     data = Data.read(merged.train.plan)

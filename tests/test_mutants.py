@@ -28,14 +28,16 @@ from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import ProofRows, golden_inputs, prove_bundle
 from edgeft.exporting.parity import Ladder
 from edgeft.exporting.rehearsal import ROUNDED_ALIKE
-from edgeft.merging.merge import MergedCheckpoint, find_trained, merge, verify_merged
+from edgeft.merging.merge import find_trained, merge, verify_merged
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.identity import model_inputs, written_files
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.targets.target import load_target
-from edgeft.training.train import Data, train
+from edgeft.training.job_data import Data
+from edgeft.training.train import train
 
 TUNERS: dict[str, dict[str, Any]] = {
     "lora": {"tuner": "lora", "rank": 4},

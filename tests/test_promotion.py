@@ -29,7 +29,8 @@ from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target, load_target, promoted
-from edgeft.training.train import Data, TrainResult
+from edgeft.training.job_data import Data
+from edgeft.training.result import TrainResult
 
 INT4 = load_target("ort-int4")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

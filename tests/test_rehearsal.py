@@ -15,7 +15,7 @@ from test_train import ROWS
 
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting import rehearsal
-from edgeft.exporting.rehearsal import FILE, ROUNDED_ALIKE, Rehearsal, first_layers, go_through, rehearse
+from edgeft.exporting.rehearsal import FILE, ROUNDED_ALIKE, first_layers, go_through, rehearse
 from edgeft.exporting.small_model import CannotCut, count_layers, cut
 from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import Checkpoint, load_plain
@@ -23,6 +23,7 @@ from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.targets.target import load_target
+from edgeft.training.result import Rehearsal
 
 FP32, INT4 = load_target("ort-fp32"), load_target("ort-int4")
 

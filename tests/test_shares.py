@@ -13,14 +13,15 @@ from test_train import silent
 from edgeft.errors import BadInput
 from edgeft.exporting.outputs import load_tuned, observe_model
 from edgeft.exporting.parity import SAME, compare
-from edgeft.merging.merge import MergedCheckpoint, merge
+from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import Line, group_moves, sweep
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.layer_shares import Group, Shares, equal_groups, layer_of, parse_shares
 from edgeft.reporting.plots import plot_sweep
 from edgeft.targets.target import load_target
-from edgeft.training.train import Data
+from edgeft.training.job_data import Data
 
 
 def test_shares_are_read_as_they_are_written() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample
+from edgeft.engine.base import load_base
 from edgeft.engine.loop import Run, make_run
 from edgeft.errors import BadInput
 from edgeft.machines import meter
@@ -21,7 +22,7 @@ from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.train_step import Workload
 from edgeft.models import checkpoint
-from edgeft.models.checkpoint import DTYPES, load_base
+from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts, repeat_groups
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings import Training

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from edgeft.cli import app
 from edgeft.errors import BadInput
 from edgeft.exporting.parity import score_model
-from edgeft.merging.merge import MergedCheckpoint, merge
+from edgeft.merging.merge import merge
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import Line, choose, general_samples, golden_section, pareto, sweep
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.layer_shares import Shares
@@ -25,7 +26,7 @@ from edgeft.models.metrics import Metrics, Sweep, SweepPoint
 from edgeft.reporting.plots import plot_sweep
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import load_target
-from edgeft.training.train import Data
+from edgeft.training.job_data import Data
 
 INT4 = load_target("ort-int4")
 TEXTS = [{"text": f"lib{i} is a library of the {name}"} for i, name in enumerate(("sea", "land", "air", "sky"))]

@@ -22,7 +22,8 @@ from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import load_plain
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
-from edgeft.training.train import TrainResult, train, work_folder
+from edgeft.training.result import TrainResult
+from edgeft.training.train import train, work_folder
 
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
@@ -114,7 +115,7 @@ def test_adapter_loads_in_plain_peft(plan_file: Any, checkpoint_folder: Path, tm
     from peft import PeftModel
 
     from edgeft.exporting.parity import score_model
-    from edgeft.training.train import Data
+    from edgeft.training.job_data import Data
 
     path = plan_file(epochs=3.0, learning_rate=5e-3)
     result = run(path, tmp_path / "train")
@@ -337,8 +338,8 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
     import bitsandbytes.functional as bnb
 
     from edgeft.data.dataset import Sample
+    from edgeft.engine.base import load_base
     from edgeft.engine.tuners import apply_tuner
-    from edgeft.models.checkpoint import load_base
     from edgeft.models.evaluate import greedy, token_losses
     from edgeft.models.parts import find_parts
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from edgeft.models.metrics import MAX_ANSWER_TOKENS
-
 
 class Size(NamedTuple):
     """Tokens of one row: the whole of it, before its answer (0: nothing is asked), and those that train."""
@@ -124,3 +122,6 @@ def answers(sizes: Sequence[Size], tokens: int) -> Answers:
         longest_prompt=longest,
         rows=max(1, min(len(sizes), tokens // (min(each) + 1))),
     )
+
+
+MAX_ANSWER_TOKENS = 256  # of an answer that are compared

@@ -46,7 +46,7 @@ from edgeft.targets.target import Runtime, Target
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
-    from edgeft.exporting.calibrate import Codes
+    from edgeft.targets.codes import Codes
 
 # What a target needs to be built and proven here: module, package, what to install.
 RUNTIMES = {

@@ -24,9 +24,10 @@ from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.memory import disk, stages
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.memory.train_step import Phase, Workload
-from edgeft.merging.merge import MergedCheckpoint, check_trained, verify_merged
+from edgeft.merging.merge import check_trained, verify_merged
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.peft_folder import lora_scale, read_adapter_config
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.checkpoint import Checkpoint, TensorFile, local_folder
 from edgeft.models.identity import DATA
 from edgeft.models.metrics import Metrics, Promotion, Proof, pair
@@ -35,10 +36,11 @@ from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
 from edgeft.settings import Job
 from edgeft.targets.target import Target, promoted
-from edgeft.training.train import Data, TrainResult
+from edgeft.training.job_data import Data
+from edgeft.training.result import TrainResult
 
 if TYPE_CHECKING:
-    from edgeft.exporting.calibrate import Codes
+    from edgeft.targets.codes import Codes
 
 GOLDEN_PROMPTS = 4
 

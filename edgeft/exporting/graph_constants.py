@@ -173,7 +173,6 @@ def _vectors(file: GraphFile, reference: Reference) -> Iterator[str]:
 
 def _wanted(name: str, reference: Reference, offset: float) -> torch.Tensor | None:
     """A vector of the graph, from the checkpoint; None where the names do not tell which it is."""
-    from edgeft.exporting.stored_codes import BLOCKS, JOINED
 
     weights = reference.weights
     if match := NORM.fullmatch(name):
@@ -201,3 +200,7 @@ def _session(folder: Path, reference: Reference) -> Iterator[str]:
         if what in decoder:
             yield _number("genai_config.json", what, decoder[what], value)
     yield _number("genai_config.json", "vocab_size", document["vocab_size"], config.vocab_size)
+
+
+BLOCKS = {"attn": "self_attn", "mlp": "mlp"}  # the builder's names: transformers'
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}

@@ -13,11 +13,12 @@ import torch
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.engine.base import load_base
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
 from edgeft.machines import meter
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
-from edgeft.models.checkpoint import DTYPES, Checkpoint, TensorFile, load_base, load_plain, local_folder
+from edgeft.models.checkpoint import DTYPES, Checkpoint, TensorFile, load_plain, local_folder
 from edgeft.models.evaluate import (
     EVAL_TOKENS,
     answer_open,
@@ -35,7 +36,7 @@ from edgeft.models.loss import head_transform
 from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
 from edgeft.settings import Training
-from edgeft.training.train import TrainResult
+from edgeft.training.result import TrainResult
 
 WHOLE = Shares()
 CPU = torch.device("cpu")

@@ -42,7 +42,7 @@ from edgeft.models.intervals import paired_losses, paired_rates
 from edgeft.models.metrics import Difference, Metrics, Rung
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target, Tolerance
-from edgeft.training.train import TrainResult
+from edgeft.training.result import TrainResult
 
 TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
 # The same model loaded anew on the same rows: what the loss per token may differ by, in the dtype of its products.

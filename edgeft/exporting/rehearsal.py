@@ -13,16 +13,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from edgeft import processes
-from edgeft.documents import Artifact, Strict, saving, sha256_json
+from edgeft.documents import saving, sha256_json
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.memory import disk, stages
 from edgeft.models.metrics import Rung
 from edgeft.planning.plan import DATA_BYTES, Plan
 from edgeft.targets.target import Target, Tolerance, to_nearest
+from edgeft.training.result import Failure, Rehearsal
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
@@ -43,32 +42,6 @@ ROUNDED_ALIKE = Tolerance(
 )
 NO_NONSENSE = ROUNDED_ALIKE.model_copy(update={"max_mean_kl_nats": 1.0, "max_loss_increase_nats": 2.0})
 ERRORS = {kind.exit_code: kind for kind in (BadInput, DoesNotFit, ParityFailed, MissingExtra)}
-
-
-class Failure(Strict):
-    """Where a rehearsal ended, and why."""
-
-    where: str
-    problem: str
-    hint: str
-    exit_code: int
-
-
-class Rehearsal(Artifact):
-    """What came of it; kept in train.json. `skipped` is the reason where there was none."""
-
-    target: str = ""
-    skipped: str = ""
-    layers: int = Field(default=0, description="of the model that went through")
-    rungs: tuple[Rung, ...] = ()
-    generated_tokens: int = Field(default=0, description="by the bundle, from the first rows' prompts")
-    predicted_peak_bytes: int = Field(default=0, description="at most, of the process and the builder's")
-    measured_peak_bytes: int = Field(default=0, description="of the process alone")
-    seconds: float = 0.0
-    failure: Failure | None = Field(default=None, description="only on the way from process to process")
-
-
-NOT_REHEARSED = Rehearsal(skipped="not asked for")
 
 
 def rehearse(plan: Plan, target: Target, work: Path, plan_sha256: str) -> Rehearsal:

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from edgeft.errors import BadInput
-from edgeft.exporting.graph_constants import constant_problems
+from edgeft.exporting.graph_constants import BLOCKS, JOINED, constant_problems
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.headers import EMBEDDINGS, HEADS
 from edgeft.models.metrics import Rung
@@ -26,8 +26,6 @@ from edgeft.targets.rounding import grid_of, promoted_modules
 from edgeft.targets.target import Target, to_nearest
 
 PLACE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(?:_Q\d)?")
-BLOCKS = {"attn": "self_attn", "mlp": "mlp"}  # the builder's names: transformers'
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 TABLE = "/model/embed_tokens/"
 SHOWN = 4
 

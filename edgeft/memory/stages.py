@@ -8,16 +8,17 @@ processes before they hold a model, and say so. Symbols as in train_step.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+from edgeft.data.dataset import Lengths
 from edgeft.errors import DoesNotFit
 from edgeft.machines.limits import memory_limit
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.disk import learnt_parameters
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
+from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.planning.costs import Question
 from edgeft.settings import Training
 from edgeft.targets.footprint import (
     GGUF_ROWS_BYTES,
@@ -55,9 +56,30 @@ QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops onl
 
 # A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
 # much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
-BLOCK_BYTES, BLOCKS_AT_ONCE = 8 * MIB, 4
+BLOCKS_AT_ONCE = 4
 
 STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Planned(Protocol):
+    """What a stage's memory depends on besides its target: the model, the machine, and the job's rows."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def profile(self) -> Profile: ...
+
+    @property
+    def lengths(self) -> Lengths | None: ...
+
+    @property
+    def work(self) -> train_step.Workload: ...
+
+    @property
+    def data_bytes(self) -> int: ...
+
+
 PARITY_PROMPTS = 64
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 32_768  # at most, of the training data
 CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
@@ -217,19 +239,19 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     ], spec)  # fmt: skip
 
 
-def build(question: Question, target: Target) -> Phase:
+def build(planned: Planned, target: Target) -> Phase:
     """onnxruntime-genai's model builder beside the waiting export: source, fp32 graph, and the quantiser's arrays.
 
     The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
     in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
     """
     if target.runtime == "llama.cpp":
-        return build_gguf(question, target)
+        return build_gguf(planned, target)
     if target.runtime == "onnxruntime":
-        return build_portable(question)
-    spec, has = question.spec, processes(question.profile)
+        return build_portable(planned)
+    spec, has = planned.spec, processes(planned.profile)
     size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
-    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
     builder = has.torch_bytes + BUILDER_IMPORTS_BYTES + BUILDER_BYTES_PER_LAYER * spec.num_hidden_layers
     fused = _fused_weights(spec) * size
     terms = [
@@ -256,7 +278,7 @@ def build(question: Question, target: Target) -> Phase:
     return stage("export: build", "host", terms, spec)
 
 
-def calibrate_phases(question: Question, target: Target) -> tuple[Phase, ...]:
+def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
     """Choosing a target's codes on training rows: the merged model in fp32, layer by layer; none for other targets.
 
     Highest while weights of another dtype are still read beside their fp32 form, or in the matrices whose codes take
@@ -264,8 +286,8 @@ def calibrate_phases(question: Question, target: Target) -> tuple[Phase, ...]:
     """
     if target.calibration == "none":
         return ()
-    spec, lengths = question.spec, question.lengths
-    mean = lengths.mean if lengths else question.work.longest
+    spec, lengths = planned.spec, planned.lengths
+    mean = lengths.mean if lengths else planned.work.longest
     tokens = min(CALIBRATION_TOKENS, int(CALIBRATION_ROWS * mean))
     widest = max(linear.in_features for linear in spec.linears)
     largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
@@ -277,25 +299,25 @@ def calibrate_phases(question: Question, target: Target) -> tuple[Phase, ...]:
         Term(name="rows", bytes=rows, formula=f"{tokens} tokens x {spec.hidden_size} x 4 B"),
         Term(name="one layer", bytes=working, formula=f"H of {widest} inputs, a matrix of {largest // 2}, its codes"),
     ]
-    process = processes(question.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
+    process = processes(planned.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
     found = stage("export: calibrate", "host", [
         _process(process, "Python, torch, transformers, the matrix library's buffers"),
-        Term(name="data", bytes=question.data_bytes, formula="samples as ids"),
+        Term(name="data", bytes=planned.data_bytes, formula="samples as ids"),
         Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
         *max(loading, walking, key=lambda terms: sum(term.bytes for term in terms)),
     ], spec)  # fmt: skip
     return (found,)
 
 
-def build_portable(question: Question) -> Phase:
+def build_portable(planned: Planned) -> Phase:
     """optimum's exporter beside the waiting export: the model in fp32, and the traced graph made, joined and written.
 
     A tied head is a matrix of its own in the graph until its twin is found. Of 5.8M and 135M parameters measured.
     """
-    spec, has = question.spec, processes(question.profile)
+    spec, has = planned.spec, processes(planned.profile)
     head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0
     elements = spec.total_parameters + head
-    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
     builder = has.torch_bytes + OPTIMUM_IMPORTS_BYTES
     return stage("export: build", "host", [
         _process(waiting, "the export itself, its data and tokenizer"),
@@ -305,16 +327,16 @@ def build_portable(question: Question) -> Phase:
     ], spec, margins=2)  # fmt: skip
 
 
-def build_gguf(question: Question, target: Target) -> Phase:
+def build_gguf(planned: Planned, target: Target) -> Phase:
     """A GGUF file written tensor by tensor in the export's own process; k_quant's quantiser follows in another.
 
     Per tensor: itself, itself rearranged, and its stored form twice; a block of rows in fp32 with what gguf makes of
     it. llama.cpp's quantiser maps the fp16 file and holds its largest tensor in fp32. Twice the usual margin: counted
     from what the code allocates, not measured.
     """
-    spec, has = question.spec, processes(question.profile)
+    spec, has = planned.spec, processes(planned.profile)
     size, table = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
-    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + question.data_bytes
+    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
     fitted = target.method == "k_quant"
     bits = 16 if fitted else max(target.weight_bits, target.head_bits, target.embedding_bits)
     blocks = 0 if bits >= 16 else GGUF_TEMPORARIES * min(GGUF_ROWS_BYTES, 4 * table)
@@ -349,13 +371,13 @@ def _quantising(spec: ModelSpec, target: Target) -> tuple[str, int, int, int]:
     return max(moments, key=lambda moment: moment[2] + moment[3])
 
 
-def prove(question: Question, training: Training, target: Target) -> Phase:
+def prove(planned: Planned, training: Training, target: Target) -> Phase:
     """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms.
 
     5 tables of probabilities: those of two forms, and three when they are compared; or one, while the next form is
     loaded. Twice the usual margin: this process uses glibc's own malloc, which kept 0 to 60 MB of freed arrays.
     """
-    spec, lengths, work, has = question.spec, question.lengths, question.work, processes(question.profile)
+    spec, lengths, work, has = planned.spec, planned.lengths, planned.work, processes(planned.profile)
     changed = 4 * learnt_parameters(spec, training)
     lora = training.tuner == "lora"
     file = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
@@ -376,7 +398,7 @@ def prove(question: Question, training: Training, target: Target) -> Phase:
     ]
     return stage("export: prove", "host", [
         _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
-        Term(name="data", bytes=question.data_bytes, formula="samples as arrays of ids, the tokenizer"),
+        Term(name="data", bytes=planned.data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
         Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
         Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),

@@ -15,12 +15,11 @@ from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from edgeft.data.scoring_groups import Answers, Scoring, Shape, Size, scoring
+from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS, Answers, Scoring, Shape, Size, scoring
 from edgeft.documents import Strict
 from edgeft.memory.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
 from edgeft.models.families import FAMILIES
-from edgeft.models.metrics import MAX_ANSWER_TOKENS
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import ENDS, Training
 from edgeft.units import MIB

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgeft.errors import BadInput
-from edgeft.memory.stages import BLOCK_BYTES
 from edgeft.merging.peft_folder import (
     BY_PEFT,
     PART,
@@ -23,21 +22,13 @@ from edgeft.merging.peft_folder import (
     token_indices,
 )
 from edgeft.models.checkpoint import Checkpoint, TensorFile
-from edgeft.models.headers import CONV1D_TYPES, EMBEDDINGS, HEADS
+from edgeft.models.headers import CONV1D_TYPES, EMBEDDINGS, HEADS, blocks
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
 Rows = Callable[[slice], torch.Tensor]
 Step = Callable[[Rows, int], Rows]
 
 Source = AdapterFile | Checkpoint
-
-
-def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a tensor in slices of at most BLOCK_BYTES in fp32, but of one row at least."""
-    rows = shape[0] if shape else 1
-    each = max(1, BLOCK_BYTES // max(1, 4 * torch.Size(shape[1:]).numel()))
-    for first in range(0, rows, each):
-        yield slice(first, min(rows, first + each))
 
 
 def find_tensor(base: Checkpoint, name: str) -> str | None:

@@ -11,22 +11,24 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from edgeft.documents import Artifact, Strict, sha256_file, staging, versions
+from edgeft.documents import sha256_file, staging, versions
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.memory import disk, stages
-from edgeft.merging.change import Change, Rows, blocks
+from edgeft.merging.change import Change, Rows
 from edgeft.merging.peft_folder import read_adapter_config
+from edgeft.merging.result import Merged, MergedCheckpoint, MergedForeign, Trained
 from edgeft.models.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
-from edgeft.models.identity import Inputs, check_files, check_inputs, model_inputs, weights_sha256, written_files
-from edgeft.models.layer_shares import Group, Shares, check_shares, layer_of
+from edgeft.models.headers import blocks
+from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
+from edgeft.models.layer_shares import Shares, check_shares, layer_of
 from edgeft.models.metrics import Sweep
 from edgeft.models.spec import read_model_spec
-from edgeft.training.train import TrainResult
+from edgeft.training.result import TrainResult
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 # what a fine-tune's own folder says about text and its end, where it has the file, goes before the base's
@@ -34,60 +36,6 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")  # fmt: skip
 TRAIN_AGAIN = "put the files back, or train again on these: run edgeft plan and edgeft train once more"
 END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class Trained(Strict):
-    """Where the folder lies that was merged: seen from the merged one, and on this machine."""
-
-    relative: str
-    absolute: str
-
-
-class Merged(Artifact):
-    """merged.json: which share of which change was taken, and what it did to the weights."""
-
-    wise_alpha: float
-    groups: tuple[Group, ...] = ()
-    kind: str
-    dtype: str
-    changed_tensors: int
-    tensors: int
-    untied_head: bool
-    relative_change: float
-    predicted_peak_bytes: int
-    measured_peak_bytes: int
-    seconds: float
-    inputs: Inputs  # of the base
-    files: Inputs  # as they were written beside this document
-    notes: tuple[str, ...] = ()
-
-    @property
-    def shares(self) -> Shares:
-        """The share of every tensor: `wise_alpha`, but for the layers of `groups`."""
-        return Shares(rest=self.wise_alpha, groups=self.groups)
-
-
-class MergedForeign(Merged):
-    """merged.json of an adapter or checkpoint that edgeft did not train."""
-
-    base: str
-    tuned: str
-
-
-class MergedCheckpoint(Merged):
-    """merged.json of what `edgeft train` made, and the sweep that chose the share, where one did."""
-
-    train: TrainResult
-    trained: Trained
-    sweep: Sweep | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read one back. Raises BadInput, for a foreign merge with what is missing."""
-        if path.is_file() and '"train":' not in path.read_text(encoding="utf-8"):
-            hint = "the folder is a standard checkpoint: use it with any tool, or train with edgeft to prove a bundle"
-            raise BadInput(path.parent, "was merged from what edgeft did not train: it has no data to prove with", hint)
-        return super().read(path)
 
 
 def blend(stored: torch.Tensor, tuned: Rows, wise_alpha: float) -> tuple[float, float]:

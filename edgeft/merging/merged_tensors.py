@@ -19,9 +19,8 @@ import torch
 from edgeft.data.dataset import TextTokenizer
 from edgeft.engine.tuners import CHANGED
 from edgeft.errors import BadInput
-from edgeft.merging.change import blocks
 from edgeft.models.checkpoint import Checkpoint, TensorFile
-from edgeft.models.headers import EMBEDDINGS, HEADS
+from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.settings import Training

@@ -17,9 +17,8 @@ from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, sha256_file, versions
 from edgeft.errors import BadInput
-from edgeft.merging.change import blocks
 from edgeft.models.checkpoint import Checkpoint, local_folder
-from edgeft.models.headers import EMBEDDINGS
+from edgeft.models.headers import EMBEDDINGS, blocks
 from edgeft.models.identity import changed as other_files
 from edgeft.models.identity import check_files, differences, model_inputs
 from edgeft.models.layer_shares import layer_of

@@ -24,7 +24,8 @@ from edgeft.models.metrics import Metrics, Select, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target
-from edgeft.training.train import Data, TrainResult
+from edgeft.training.job_data import Data
+from edgeft.training.result import TrainResult
 
 GRID = tuple(round(0.1 * i, 1) for i in range(11))
 GOLDEN = (5**0.5 - 1) / 2

@@ -16,19 +16,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from edgeft import processes
-from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.errors import BadInput
-from edgeft.machines.limits import MALLOC_ENVIRONMENT
-from edgeft.memory import disk
 from edgeft.models.headers import BUFFER, HEADS, LAYER, OTHER_TOWER, Header, check_tied, read_headers, refused
 from edgeft.models.headers import DTYPES as TORCH_NAMES
 from edgeft.models.headers import local_folder as local_folder  # those who load weights import both from here
-from edgeft.models.identity import weights_sha256
-from edgeft.models.spec import read_model_spec
-from edgeft.settings import Training
 
-FORM = 2  # of what `quantise` writes: another number where the same weights would give other codes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
 # What libraries say where a package with faster kernels is missing: no result depends on it.
@@ -232,85 +224,6 @@ def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def load_base(folder: Path, training: Training, device: torch.device, compute: torch.dtype) -> Any:
-    """The base model as the plan keeps it: dense in base_precision, or NF4 with double quantisation.
-
-    Quantising costs tens of seconds per 100M parameters on a CPU, so the NF4 model is kept on disk under the hash of
-    its weights and loaded from there next time.
-    """
-    if training.base_precision != "nf4":
-        # a half-precision base on a device that cannot compute in it is held in the compute dtype instead
-        dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
-        return load_plain(folder, dense).to(device)
-    cached = quantised_folder(folder)
-    if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
-        disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
-        # in a process of its own: what quantising leaves in the heap would count against training
-        code = "import sys; from pathlib import Path; from edgeft.models.checkpoint import quantise; "
-        code += "quantise(*map(Path, sys.argv[1:]))"
-        # large matrices would fragment its heap to twice the size
-        done = processes.run(code, folder, cached, environment=MALLOC_ENVIRONMENT)
-        if done.returncode:
-            reason = processes.reason(done.returncode, done.stderr)
-            raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
-    try:
-        model = load_whole(cached, dtype=compute, device_map={"": device})
-    except BadInput as problem:
-        raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None
-    compute_in(model, compute)
-    return model
-
-
-def compute_in(model: Any, compute: torch.dtype) -> None:
-    """Make a 4-bit model compute in one dtype, forth and back, as plans count on: what is dense is kept in it too.
-
-    transformers leaves what was not quantised in the dtype it was stored in: an fp32 checkpoint would hold more than
-    planned, a bf16 one not run at all in fp32. Every tensor is copied: one that stays mapped keeps all pages of its
-    file resident that loading has touched.
-    """
-    for parameter in model.parameters():
-        dtype = compute if parameter.is_floating_point() else parameter.dtype
-        parameter.data = parameter.data.to(dtype, copy=True)
-        state = getattr(parameter, "quant_state", None)
-        for part in (state, state.state2) if state is not None else ():
-            for name, value in vars(part).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(part, name, value.clone())
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            _compute_in(module, compute)
-
-
-def _compute_in(linear: Any, compute: torch.dtype) -> None:
-    """Let a 4-bit Linear multiply in `compute`, with a backward pass.
-
-    In eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has none: every layer below would get
-    no gradient, and nothing would say so. Its backward pass unpacks to the dtype that was quantised.
-    """
-    linear.compute_dtype, linear.compute_type_is_set = compute, True
-    if getattr(linear.weight, "quant_state", None) is not None:
-        linear.weight.quant_state.dtype = compute
-    linear.train()
-
-
-def make_nf4(linear: Any, compute: torch.dtype) -> Any:
-    """A Linear's 4-bit form (NF4, double quantisation), frozen, as `load_base` has them."""
-    from bitsandbytes import nn
-
-    kinds: Any = nn
-    made = kinds.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=compute, compress_statistics=True,
-        quant_type="nf4", device="meta",
-    )  # fmt: skip
-    weight = linear.weight.detach()
-    made.weight = kinds.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
-    ).to(weight.device)
-    made.bias, made.source_cls = linear.bias, linear.source_cls
-    _compute_in(made, compute)
-    return made
-
-
 def join_files(files: Iterable[Path], out: Path) -> None:
     """One safetensors file with the tensors of several, copied one at a time."""
     sources = [TensorFile(path) for path in files]
@@ -349,25 +262,3 @@ def write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
     text += b" " * (-len(text) % 8)
     writer.write(struct.pack("<Q", len(text)))
     writer.write(text)
-
-
-def quantised_folder(folder: Path) -> Path:
-    """Where the NF4 form of these very weights and this config is kept."""
-    key = sha256_json([FORM, weights_sha256(folder), sha256_file(folder / "config.json")])
-    return cache_folder() / "nf4" / key[:24]
-
-
-def quantise(folder: Path, out: Path) -> None:
-    """Write the NF4 form of a checkpoint to `out`, whole or not at all."""
-    from transformers import BitsAndBytesConfig
-
-    bits_and_bytes: Any = BitsAndBytesConfig
-    config = bits_and_bytes(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    stored = getattr(torch, read_model_spec(str(folder)).dtype)  # whatever config.json says: rounded once, to 4 bits
-    with quiet_transformers(), saving(out), staging(out) as temporary:
-        load_whole(folder, quantization_config=config, device_map={"": "cpu"}, dtype=stored).save_pretrained(temporary)

@@ -42,6 +42,7 @@ WRAPPER = re.compile(r"(_orig_mod|module|_fsdp_wrapped_module|_forward_module|ba
 LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.(.+)")
 LAYER_NUMBER = re.compile(r"(?<![^.])\d+\.")
 SHOWN = 8  # names in a message
+BLOCK_BYTES = 8 * 2**20  # of a tensor in fp32 that are worked on at once
 AGAIN = "copy or download the whole checkpoint again"
 
 
@@ -289,3 +290,11 @@ def _count(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> int:
         for name, shape in shapes.items()
         if not (spec.tie_word_embeddings and name.endswith(HEADS) and not LAYER.fullmatch(name))
     )
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of a tensor in slices of at most BLOCK_BYTES in fp32, but of one row at least."""
+    rows = shape[0] if shape else 1
+    each = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    for first in range(0, rows, each):
+        yield slice(first, min(rows, first + each))

@@ -7,15 +7,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
 from edgeft.documents import Strict
 from edgeft.models.intervals import Interval, paired_losses, paired_rates
 from edgeft.models.layer_shares import Group, Shares
 from edgeft.settings import LayerScore
 
 Select = Literal["best", "bounded", "fixed"]
-
-
-MAX_ANSWER_TOKENS = 256  # of an answer that are compared
 
 
 class Metrics(Strict):

@@ -14,12 +14,14 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.disk import Disk
 from edgeft.memory.simulated import Moment
 from edgeft.memory.train_step import Phase, Term
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.metrics import Metrics, Pair, Proof, pair
 from edgeft.planning.alternatives import Alternative, Saving
 from edgeft.planning.costs import Candidate
 from edgeft.planning.plan import Plan
 from edgeft.reporting.matrix import DeviceCell, device_cell, method
-from edgeft.reporting.read_run import MergeRecord, Run, TrainRecord
+from edgeft.reporting.read_run import Run
+from edgeft.training.result import TrainResult
 from edgeft.units import show_bytes, show_count, show_seconds
 
 CURVE_POINTS = 200  # of a loss curve: what a plot of a page's width can show
@@ -195,7 +197,7 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
     return tuple((part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts)
 
 
-def _scores(train: TrainRecord | None, bundle: Bundle | None) -> tuple[tuple[Scored, ...], str]:
+def _scores(train: TrainResult | None, bundle: Bundle | None) -> tuple[tuple[Scored, ...], str]:
     """(scores of every form of the model, on which rows): the bundle's proof has all of them, a run the first two."""
     if bundle is not None and bundle.proof is not None:
         found, rows = bundle.proof.scores, bundle.proof.scored_on
@@ -208,7 +210,7 @@ def _scores(train: TrainRecord | None, bundle: Bundle | None) -> tuple[tuple[Sco
     return (Scored(name="base", metrics=base.bare), Scored(name="fine-tuned", metrics=tuned.bare)), rows
 
 
-def _pairs(train: TrainRecord | None, bundle: Bundle | None) -> tuple[Pair, ...]:
+def _pairs(train: TrainResult | None, bundle: Bundle | None) -> tuple[Pair, ...]:
     """What each form changed of the one before it on the same rows."""
     if bundle is not None and bundle.proof is not None:
         return bundle.proof.pairs
@@ -315,7 +317,7 @@ def options(plan: Plan) -> tuple[Option, ...]:
 
 
 def compared(
-    plan: Plan, train: TrainRecord, merged: MergeRecord | None, here: Measurement | None
+    plan: Plan, train: TrainResult, merged: MergedCheckpoint | None, here: Measurement | None
 ) -> tuple[Compared, ...]:
     """Predicted against measured, stage after stage."""
     expected = max(phase.expected_bytes for phase in plan.phases)

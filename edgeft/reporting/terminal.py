@@ -23,11 +23,10 @@ from edgeft.units import show_bytes, show_count, show_seconds
 if TYPE_CHECKING:
     from edgeft.exporting.bundle import Bundle, Measurement
     from edgeft.exporting.choose_target import Comparison
-    from edgeft.exporting.rehearsal import Rehearsal
-    from edgeft.merging.merge import Merged, MergedCheckpoint
+    from edgeft.merging.result import Merged, MergedCheckpoint
     from edgeft.merging.survival import Survival
     from edgeft.models.discover import Discovery
-    from edgeft.training.train import TrainResult
+    from edgeft.training.result import Rehearsal, TrainResult
     from edgeft.training.try_plan import Trial
 
 # terms of a step that no tensor of it accounts for

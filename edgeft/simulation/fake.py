@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from edgeft.data.batches import Batch, make_batch
 from edgeft.data.dataset import Sample
 from edgeft.engine import loop
+from edgeft.engine.base import compute_in
 from edgeft.engine.fp32_layers import make_dense
 from edgeft.memory.train_step import PAGED_ELEMENTS
 from edgeft.models import evaluate
-from edgeft.models.checkpoint import DTYPES, compute_in
+from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import Parts, find_parts, repeat_groups
 from edgeft.settings import Training
 

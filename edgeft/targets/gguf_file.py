@@ -23,7 +23,7 @@ from edgeft.targets.grid import GGML, Encoded
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:
-    from edgeft.exporting.calibrate import Codes
+    from edgeft.targets.codes import Codes
 
 MODEL = "model.gguf"
 ORT = "export with an ort- target"

@@ -24,7 +24,7 @@ from edgeft.targets.footprint import Weights
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:
-    from edgeft.exporting.calibrate import Codes
+    from edgeft.targets.codes import Codes
     from edgeft.targets.grid import Encoded
 
 MODEL = "model.onnx"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from edgeft.errors import BadInput
-from edgeft.merging.change import blocks
-from edgeft.models.headers import EMBEDDINGS, HEADS
+from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 from edgeft.targets.footprint import GGUF_TYPES
 from edgeft.targets.grid import GGML, Grid, Method
 from edgeft.targets.target import Target, eight_bit_modules

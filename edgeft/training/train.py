@@ -18,24 +18,23 @@ from typing import Any
 
 import torch
 
-from edgeft.data.dataset import IGNORED, Sample, TextTokenizer, hold_out, read_samples
-from edgeft.documents import Artifact, Strict, saving, staging, versions
+from edgeft.data.dataset import IGNORED, Sample
+from edgeft.documents import saving, staging, versions
+from edgeft.engine.base import load_base
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
-from edgeft.exporting.rehearsal import NOT_REHEARSED, Rehearsal
 from edgeft.machines import meter
 from edgeft.machines.profile import detect, load_profile
 from edgeft.memory import disk, stages, train_step
-from edgeft.models.checkpoint import DTYPES, Checkpoint, join_files, load_base, local_folder
+from edgeft.models.checkpoint import DTYPES, Checkpoint, join_files, local_folder
 from edgeft.models.evaluate import autocast, evaluate, token_losses
 from edgeft.models.identity import (
     WEIGHTS,
     Inputs,
     changed,
-    check_inputs,
     differences,
     weights_sha256,
     written_files,
@@ -43,106 +42,16 @@ from edgeft.models.identity import (
 from edgeft.models.metrics import Metrics, UnitRecord
 from edgeft.models.parts import Parts, find_parts, repeat_groups, units
 from edgeft.planning.costs import Question
-from edgeft.planning.plan import HELD_OUT_SHARE, Plan
+from edgeft.planning.plan import Plan
 from edgeft.settings import Training
+from edgeft.training.job_data import Data
 from edgeft.training.out_of_memory import capped, explained
+from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult, deviating
 from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
-PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"
 Progress = Callable[[str, int, int, dict[str, float]], None]
-
-
-class Deviation(Strict):
-    """Something that could not be done as planned, and what was done instead."""
-
-    what: str
-    planned: str
-    done: str
-
-
-class TrainResult(Artifact):
-    """train.json: what was trained, on what, how well, and how much memory it took."""
-
-    plan: Plan
-    inputs: Inputs
-    files: Inputs
-    deviations: tuple[Deviation, ...]
-    steps: int
-    trained_parameters: int
-    trained_tokens: int
-    micro_batches: int
-    padding: float  # share of the computed tokens that is padding
-    seconds: float
-    tokens_per_second: float
-    predicted_peak_bytes: int  # at most, of what was carried out: not the plan's where a GPU's ran on the CPU
-    predicted_expected_bytes: int = 0  # the highest phase's expected bytes
-    measured_peak_bytes: int
-    phase_peak_bytes: dict[str, int]
-    loss_curve: tuple[tuple[int, float], ...]
-    cut_rows: int
-    base_valid: Metrics
-    valid: Metrics
-    base_test: Metrics | None
-    test: Metrics | None
-    units: tuple[UnitRecord, ...]
-    interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
-    interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
-    skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
-    resumed_at: tuple[int, ...] = ()
-    rehearsal: Rehearsal = NOT_REHEARSED
-
-    @property
-    def training(self) -> Training:
-        """How it was really trained: the plan's choices, but for the deviations."""
-        return deviating(self.plan.training, self.deviations)
-
-    @property
-    def base_sha256(self) -> str:
-        """Of the base's weights."""
-        return self.inputs[WEIGHTS]
-
-
-def deviating(training: Training, deviations: Sequence[Deviation]) -> Training:
-    """A plan's choices with what was done instead of some."""
-    done = {d.what: d.done for d in deviations if d.what in Training.model_fields}
-    return training.model_copy(update=done)
-
-
-@dataclass
-class Data:
-    """The samples of one job; `valid` is held out of the training file when no file is given for it."""
-
-    train: list[Sample]
-    valid: list[Sample]
-    test: list[Sample]
-    tokenizer: TextTokenizer
-
-    @classmethod
-    def read(cls, plan: Plan, *, train: bool = True) -> Data:
-        """The samples of a plan's files. Without `train` no training rows: a proof needs the others."""
-        if plan.job.data is None:
-            raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
-        check_inputs(plan.inputs, plan.job, "plan", PLAN_AGAIN)
-        tokenizer = TextTokenizer(local_folder(plan.job.model))
-
-        def samples(source: str) -> list[Sample]:
-            return read_samples(source, tokenizer, plan.training.max_length)
-
-        valid = samples(plan.job.valid) if plan.job.valid else []
-        found = samples(plan.job.data) if train or not valid else []
-        if not valid:
-            found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
-        test = samples(plan.job.test) if plan.job.test else []
-        if not train:
-            return cls([], valid, test, tokenizer)
-        found = [sample for sample in found if sample.trained_tokens]
-        if not found:
-            hint = "raise max_length: every sample was cut before its first trained token"
-            raise BadInput(plan.job.data, "no sample has a token to train on", hint)
-        meter.give_back()  # what encoding took and left between the samples: half of their size again
-        return cls(found, valid, test, tokenizer)
 
 
 def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:

@@ -1,0 +1,49 @@
+"""Which rows does a job train on, which is it judged by? Read once, as samples. (no torch)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeft.data.dataset import Sample, TextTokenizer, hold_out, read_samples
+from edgeft.errors import BadInput
+from edgeft.machines import meter
+from edgeft.models.headers import local_folder
+from edgeft.models.identity import check_inputs
+from edgeft.planning.plan import HELD_OUT_SHARE, Plan
+
+PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"
+
+
+@dataclass
+class Data:
+    """The samples of one job; `valid` is held out of the training file when no file is given for it."""
+
+    train: list[Sample]
+    valid: list[Sample]
+    test: list[Sample]
+    tokenizer: TextTokenizer
+
+    @classmethod
+    def read(cls, plan: Plan, *, train: bool = True) -> Data:
+        """The samples of a plan's files. Without `train` no training rows: a proof needs the others."""
+        if plan.job.data is None:
+            raise BadInput("plan", "was made without training data", "plan again with --data FILE (make: data=FILE)")
+        check_inputs(plan.inputs, plan.job, "plan", PLAN_AGAIN)
+        tokenizer = TextTokenizer(local_folder(plan.job.model))
+
+        def samples(source: str) -> list[Sample]:
+            return read_samples(source, tokenizer, plan.training.max_length)
+
+        valid = samples(plan.job.valid) if plan.job.valid else []
+        found = samples(plan.job.data) if train or not valid else []
+        if not valid:
+            found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
+        test = samples(plan.job.test) if plan.job.test else []
+        if not train:
+            return cls([], valid, test, tokenizer)
+        found = [sample for sample in found if sample.trained_tokens]
+        if not found:
+            hint = "raise max_length: every sample was cut before its first trained token"
+            raise BadInput(plan.job.data, "no sample has a token to train on", hint)
+        meter.give_back()  # what encoding took and left between the samples: half of their size again
+        return cls(found, valid, test, tokenizer)
