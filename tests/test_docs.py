@@ -49,10 +49,10 @@ def test_verbs_of_the_readme_are_the_verbs_there_are() -> None:
 
 def test_modules_of_the_readme_are_the_modules_there_are() -> None:
     block = README[README.index("## The code") :]
-    named = {
-        line[4:].split()[0].removeprefix("edgeft/") for line in block.splitlines() if line.startswith("    edgeft/")
+    lines = [line[4:].split()[0] for line in block.splitlines() if line.startswith("    edgeft/")]
+    assert {line.removeprefix("edgeft/") for line in lines} == {
+        path.parent.name for path in (ROOT / "edgeft").glob("*/__init__.py")
     }
-    assert named == {path.parent.name for path in (ROOT / "edgeft").glob("*/__init__.py")}
 
 
 def test_files_that_the_readme_names_exist() -> None:
