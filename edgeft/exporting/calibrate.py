@@ -9,7 +9,7 @@ runtime's packed kernels know none.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,14 +23,13 @@ from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATIO
 from edgeft.merging.change import find_tensor
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.parts import find_parts, is_linear
+from edgeft.progress import Progress
 from edgeft.targets.codes import Codes
 from edgeft.targets.grid import Encoded, Fitted, Grid
 from edgeft.targets.rounding import grids_of, round_
 from edgeft.targets.target import Target, to_nearest
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 def calibrate(

@@ -34,6 +34,7 @@ from edgeft.models.metrics import Metrics, Promotion, Proof, pair
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
+from edgeft.progress import Progress
 from edgeft.settings import Job
 from edgeft.targets.target import Target, promoted
 from edgeft.training.job_data import Data
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
 
 GOLDEN_PROMPTS = 4
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 def export(

@@ -40,6 +40,7 @@ from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.intervals import paired_losses, paired_rates
 from edgeft.models.metrics import Difference, Metrics, Rung
+from edgeft.progress import Progress
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target, Tolerance
 from edgeft.training.result import TrainResult
@@ -68,7 +69,6 @@ SAME = Tolerance(
     max_exact_match_drop_points=0.5,
 )  # fmt: skip
 
-Progress = Callable[[str, int, int, dict[str, float]], None]
 HINTS = {
     "trained": "train again: what lies in train/ is not what was scored",
     "original": "4 or 16 bits hid weights that the fine-tune leans on: plan with --set base_precision=fp32",

@@ -12,7 +12,7 @@ costs as much and orders worse (0.00060 and 0.00179). What would be lost altoget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.metrics import Promoted, Promotion
 from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.progress import Progress
 from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.grid import Grid
 from edgeft.targets.ort import TOKENIZER_FILES
@@ -45,8 +46,6 @@ LOST_COSINE = 0.3  # between a change and what arrives of it: the noise is then 
 USED = (0.9, 0.5)  # the second after a bundle failed that the first had let pass
 # Beside its weights a bundle holds the graph (9 to 11 kB a layer measured), configs, bill of materials and manifest.
 GRAPH_BYTES, GRAPH_BYTES_PER_LAYER, OTHER_BYTES = 10_000, 13_000, 48_000
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 def file_bytes(spec: ModelSpec, target: Target, folder: Path) -> int:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from edgeft.models.identity import check_files, check_inputs, model_inputs, weig
 from edgeft.models.layer_shares import Shares, check_shares, layer_of
 from edgeft.models.metrics import Sweep
 from edgeft.models.spec import read_model_spec
+from edgeft.progress import Progress
 from edgeft.training.result import TrainResult
 
-Progress = Callable[[str, int, int, dict[str, float]], None]
 # what a fine-tune's own folder says about text and its end, where it has the file, goes before the base's
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
               "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +23,10 @@ from edgeft.models.identity import changed as other_files
 from edgeft.models.identity import check_files, differences, model_inputs
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.spec import read_model_spec
+from edgeft.progress import Progress
 from edgeft.targets.grid import Grid
 from edgeft.targets.rounding import grid_of, promoted_modules
 from edgeft.targets.target import Target
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 class TensorSurvival(Strict):

@@ -22,6 +22,7 @@ from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares, check_shares, equal_groups, layer_of
 from edgeft.models.metrics import Metrics, Select, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
+from edgeft.progress import Progress
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
@@ -37,8 +38,6 @@ GENERAL_TOKENS = 512  # longest general text
 # of 79; under half of the cost 73 and 77% are left. A careful fine-tune costs less than 0.1, which then binds nothing.
 GENERAL_SHARE = 0.5
 GROUP_STEP, GROUP_ROUNDS = 0.2, 3  # how far a group's share moves at a time, and how often at most
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 def sweep(

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pydantic
@@ -23,9 +22,9 @@ from edgeft.models.metrics import Importance
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.candidates import check_job, needs_importance
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import Progress
 from edgeft.settings import Job
 
-Progress = Callable[[str, int, int, dict[str, float]], None]
 # of a job, what holds for the training that scores its layers as well; the rest is LoRA in all layers, as planned
 KEPT = ("model", "data", "valid", "profile", "base_precision", "micro_batch_size", "batch_size", "max_length",
         "checkpointing", "kept_layers", "loss_chunk_tokens", "optimizer", "weight_decay", "max_grad_norm", "seed",

@@ -33,10 +33,11 @@ from edgeft.models.evaluate import autocast, by_length, token_losses
 from edgeft.models.metrics import Importance
 from edgeft.models.parts import Parts, is_linear
 from edgeft.planning.plan import Plan
+from edgeft.progress import Progress
 from edgeft.settings import LayerScore, Training
 from edgeft.training.gradients import watched
 from edgeft.training.job_data import Data
-from edgeft.training.train import Progress, carried_out, check_budget, check_head, choose_device, prepare
+from edgeft.training.train import carried_out, check_budget, check_head, choose_device, prepare
 
 CALIBRATION_ROWS = 64  # training rows that gradient and hidden read, drawn by the seed
 SHORT_STEPS = 30  # optimizer steps of a short training: ablation makes one, progressive one per layer it adds

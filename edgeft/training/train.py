@@ -43,6 +43,7 @@ from edgeft.models.metrics import Metrics, UnitRecord
 from edgeft.models.parts import Parts, find_parts, repeat_groups, units
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
+from edgeft.progress import Progress
 from edgeft.settings import Training
 from edgeft.training.job_data import Data
 from edgeft.training.out_of_memory import capped, explained
@@ -51,7 +52,6 @@ from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
-Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:
