@@ -1,10 +1,12 @@
 """edgeft: fine-tune a language model inside a memory budget and ship it to a small device, proven equal.
 
-    plan = edgeft.make_plan(edgeft.make_job(model="folder", data="rows.jsonl", profile="t4"))
+    plan = edgeft.plan(model="folder", data="rows.jsonl", profile="t4", rank=16)   # print(plan) is the table
+    trained = edgeft.train(plan, "build/t4/train")
+    merged = edgeft.merge(trained, wise_alpha=0.6)
     with edgeft.wise(model, 0.5):  # a live model, half way between base and fine-tuned
         model.generate(...)
 
-The stages: edgeft.training.train.train, edgeft.merging.merge.merge, edgeft.exporting.export.export.
+`edgeft.api` says what each function takes, gives and raises.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
+    from edgeft.api import SweepOptions, merge, plan, report, run, train, verify
     from edgeft.merging.wise import wise
     from edgeft.planning.plan import make_plan
-    from edgeft.settings import make_job
+    from edgeft.results import Bundle, Merged, MergedForeign, Plan, TrainResult
+    from edgeft.settings import Job, make_job
 
 __version__ = "0.1.0"
-__all__ = ["make_job", "make_plan", "wise"]
+__all__ = ["Bundle", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult", "make_job", "make_plan",
+           "merge", "plan", "report", "run", "train", "verify", "wise"]  # fmt: skip
+HOMES = {"Job": "settings", "make_job": "settings", "make_plan": "planning.plan", "wise": "merging.wise"}
+HOMES |= dict.fromkeys(("Bundle", "Merged", "MergedForeign", "Plan", "TrainResult"), "results")
 
 
 def __getattr__(name: str) -> Any:
     """Import what is named on first use only: importing edgeft costs nothing."""
     import importlib
 
-    homes = {"make_job": "settings", "make_plan": "planning.plan", "wise": "merging.wise"}
-    if name in homes:
-        return getattr(importlib.import_module(f"edgeft.{homes[name]}"), name)
+    if name in __all__:
+        return getattr(importlib.import_module(f"edgeft.{HOMES.get(name, 'api')}"), name)
     raise AttributeError(f"module 'edgeft' has no attribute {name!r}")

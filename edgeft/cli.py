@@ -6,28 +6,28 @@ file dates. torch is imported by the verbs that need it only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
 
+from edgeft import api, current
 from edgeft.documents import Artifact, cache_folder, sha256_file, sha256_json
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.models.headers import local_folder
-from edgeft.models.identity import cached_folder, changed_files, changed_inputs, differences, model_inputs, sha256_of
-from edgeft.settings import Job, make_job, parse_settings
-from edgeft.units import parse_bytes, show_bytes, show_seconds
+from edgeft.progress import Reporter
+from edgeft.settings import parse_settings
+from edgeft.units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
+    from edgeft.models.metrics import Sweep
     from edgeft.planning.plan import Plan
 
 app = typer.Typer(
@@ -53,52 +53,6 @@ def show(as_json: bool, artifact: Artifact, text: RenderableType) -> None:
 
 def say(message: str) -> None:
     stderr.print(message, soft_wrap=True, markup=False)
-
-
-class Reporter:
-    """Progress on stderr: a bar on a terminal, in a log a plain line at most every ten seconds."""
-
-    def __init__(self, budget_bytes: int = 0) -> None:
-        self.budget, self.stage, self.last = budget_bytes, "", 0.0
-        self.bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            console=stderr, transient=True,
-        )  # fmt: skip
-        self.task: Any = None
-
-    def __enter__(self) -> Reporter:
-        if stderr.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if stderr.is_terminal:
-            self.bar.stop()
-
-    def __call__(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        text = self.describe(numbers)
-        if stderr.is_terminal:
-            if stage != self.stage:
-                if self.task is not None:
-                    self.bar.remove_task(self.task)
-                self.task = self.bar.add_task(stage, total=total, numbers="")
-            self.bar.update(self.task, completed=done, total=total, numbers=text)
-        elif stage != "done" and (stage != self.stage or time.monotonic() - self.last > 10 or (done == total and text)):
-            stderr.print(f"{stage} {done}/{total} {text}".rstrip(), soft_wrap=True, markup=False)
-            self.last = time.monotonic()
-        self.stage = stage
-
-    def describe(self, numbers: dict[str, float]) -> str:
-        parts = []
-        if "loss" in numbers:
-            parts.append(f"loss {numbers['loss']:.4f} lr {numbers['learning_rate']:.1e}")
-            parts.append(f"{numbers['tokens_per_second']:,.0f} tok/s")
-        if "bytes_now" in numbers:
-            budget = f" of {show_bytes(self.budget)}" if self.budget else ""
-            parts.append(show_bytes(numbers["bytes_now"]) + budget)
-        if "seconds_left" in numbers:
-            parts.append(f"{show_seconds(numbers['seconds_left'])} left")
-        return ", ".join(parts)
 
 
 def default_out(profile: str, stage: str) -> Path:
@@ -140,82 +94,37 @@ def plan(
 
     Needs no torch, data or weights, except where layers are chosen by what they do on the data (layer_score).
     """
-    from edgeft.planning.candidates import needs_importance
-    from edgeft.planning.plan import Plan, make_plan, request_digest
-    from edgeft.reporting.terminal import explain_text, plan_text
-
-    def shown(plan: Plan) -> RenderableType:
-        return Group(plan_text(plan), explain_text(plan)) if explain else plan_text(plan)
-
-    def done(plan: Plan) -> None:
-        _say_shortages(plan, path)
-        show(as_json, plan, shown(plan))
-        if verify_here:
-            if str(path) == "-":
-                raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
-            _try_out(path, as_json)
-
     values = parse_settings(settings or [])
     if max_memory is not None:
         values["max_memory_bytes"] = parse_bytes(max_memory)
     if max_seconds is not None:
         values["max_seconds"] = max_seconds
-    job = make_job(**{**values, "model": model, "profile": profile, "data": data, "valid": valid, "test": test})
+    values |= {"model": model, "profile": profile, "data": data, "valid": valid, "test": test}
     path = out or default_out(profile, "plan.json")
-    if str(path) != "-" and path.is_file():
-        try:
-            old = Plan.read(path)
-        except EdgeftError:
-            old = None
-        digest = request_digest(job, cached_folder(model))
-        if old is not None and old.request_sha256 == digest and (old.simulation or not simulate):
-            say(f"{path} is up to date")
-            done(old)
-            return
-    importance = None
-    if needs_importance(job):
-        from edgeft.planning.layer_scores import score_layers
+    written = None if str(path) == "-" else path
+    if verify_here and written is None:
+        raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
+    with stopping("no plan was made"), Reporter(stderr) as progress:
+        made = api.plan(out=written, simulate=simulate, progress=progress, say=say, **values)
+    _say_shortages(made, path)
+    from edgeft.reporting.terminal import explain_text
 
-        with Reporter() as progress:
-            try:
-                importance = score_layers(job, progress)
-            except KeyboardInterrupt:
-                say("\nstopped; no plan was made")
-                raise typer.Exit(130) from None
-    made = make_plan(job, importance=importance)
-    if simulate:
-        from edgeft.simulation.simulate import simulate as run_step
+    show(as_json, made, Group(made.text(), explain_text(made)) if explain else made.text())
+    if written is not None and verify_here:
+        trial = api.try_plan(written, say)
+        from edgeft.reporting.terminal import trial_text
 
-        say("simulating the step")
-        made = made.model_copy(update={"simulation": run_step(made.spec, made.training, made.work)})
-    if str(path) != "-":
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise BadInput(path, f"cannot write: {problem.strerror}", "choose another place with --out") from None
-        made.write(path)
-    done(made)
+        show(as_json, trial, trial_text(trial))
 
 
-def _try_out(plan_file: Path, as_json: bool) -> None:
-    """Measure a plan's steps in a process of their own: this one must not carry torch, nor its memory count."""
-    import subprocess
-
-    from edgeft import processes
-
-    out = plan_file.with_name("trial.json")
-    say("measuring the plan's steps with random weights")
-    command = processes.command("from edgeft.training.try_plan import main; main()", plan_file, out)
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    if as_json:
-        sys.stdout.write(out.read_text())
-        return
-    from edgeft.reporting.terminal import trial_text
-    from edgeft.training.try_plan import Trial
-
-    stdout.print(trial_text(Trial.read(out)))
+@contextlib.contextmanager
+def stopping(what: str) -> Iterator[None]:
+    """Ctrl-C is said with what it leaves, and ends with its exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nstopped; {what}")
+        raise typer.Exit(130) from None
 
 
 def _say_shortages(made: Plan, path: Path) -> None:
@@ -243,73 +152,16 @@ def train(
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
     from edgeft.machines.limits import settle_allocator
-    from edgeft.machines.profile import why_absent
     from edgeft.planning.plan import Plan
 
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
-    folder = out or plan_file.parent / "train"
-    digest = sha256_file(plan_file)
-    if _current(folder / "train.json", digest) and _same_inputs(
-        folder, json.loads((folder / "train.json").read_text())
-    ):
-        say(f"{folder} is up to date")
-        return
-    _replaceable(folder, "train.json")
-    from edgeft.exporting.rehearsal import rehearse
-    from edgeft.reporting.terminal import rehearsal_line, train_text
-    from edgeft.targets.target import load_target
-    from edgeft.training.result import NOT_REHEARSED
-    from edgeft.training.train import MORE_MEMORY, choose_device, work_folder
-    from edgeft.training.train import train as run
-
-    _, _, deviations = choose_device(made, device)
-    if deviations:
-        say(f"WARNING: profile {made.profile.name}: {why_absent(made.profile)}.")
-        changes = ", ".join(f"{d.what} {d.done} instead of {d.planned}" for d in deviations)
-        say(f"WARNING: the same plan runs on this machine's CPU, much slower: {changes}. It is recorded in train.json.")
-    else:
-        each = show_seconds(made.seconds_per_step)
-        scoring = f"and {show_seconds(made.scoring_seconds)} of scoring before and after it"
-        say(f"about {show_seconds(made.seconds)} of training ({each} a step) {scoring} are estimated")
-    if made.lengths is not None:
-        say("; ".join([f"{made.lengths.path}: {made.lengths.line}", *made.lengths.remarks]))
-    rehearsed = NOT_REHEARSED
-    if rehearsal:
-        named = made.job.target if target in (None, "all-that-fit") else target
-        rehearsed = rehearse(made, load_target(str(named)), work_folder(folder), digest)
-        say(rehearsal_line(rehearsed))
-    with Reporter(made.budget_bytes) as progress:
-        try:
-            result = run(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
-        except KeyboardInterrupt:
-            say("\nstopped; the last step is kept: run the same command again to go on")
-            raise typer.Exit(130) from None
-    for deviation in result.deviations:
-        if deviation.what == MORE_MEMORY:
-            say(f"WARNING: training took {deviation.done}, {deviation.planned} were planned: report this plan.json")
-    show(as_json, result, train_text(result))
-
-
-def _current(path: Path, input_sha256: str) -> bool:
-    """Whether a stage's JSON names this input. Reads two keys, not the whole type: it must not import torch."""
-    try:
-        return bool(json.loads(path.read_text())["input_sha256"] == input_sha256)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _same_inputs(folder: Path, train: dict[str, Any], files: dict[str, str] | None = None) -> bool:
-    """Whether a folder's files, and what was trained on, are still as recorded; else says what is not.
-
-    `train` is what train.json says; `files` are those of the folder where it is a later stage's.
-    """
-    job = Job.model_validate(train["plan"]["job"])
-    lines = changed_inputs(train.get("inputs", {}), job)
-    lines += changed_files(train.get("files", {}) if files is None else files, folder)
-    for line in lines:
-        say(f"not up to date: {folder}: {line}")
-    return not lines
+    with stopping("the last step is kept: run the same command again to go on"), Reporter(stderr) as progress:
+        progress.budget_bytes = made.budget_bytes
+        result = api.train(
+            plan_file, out, device=device, rehearsal=rehearsal, target=target, progress=progress, say=say
+        )
+    show(as_json, result, result.text())
 
 
 @app.command()
@@ -340,77 +192,30 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge base and fine-tune into a standard checkpoint folder, tensor by tensor."""
-    folder = out or trained.parent / "merged"
-    from edgeft.models.layer_shares import Shares, parse_shares
-
-    shares, digest = parse_shares(wise_alpha), _digest(trained, base)
-    if sweep and shares.groups:
-        raise BadInput("--wise-alpha", "a sweep takes one share to measure as well", "search groups with --groups")
-    options = {
-        "select": select, "general": general, "max_general_increase_nats": max_general_increase, "golden": golden,
-        "target": target, "wise_alpha": shares.rest, "groups": groups,
-    }  # fmt: skip
-    if sweep and base is not None:
-        raise BadInput("--sweep", "needs the validation rows of `edgeft train`", "leave out --base")
     if not sweep and any((select, general, max_general_increase, golden, target, plot, groups > 1)):
         raise BadInput("--select, --general, --groups, --golden, --target, --plot", "belong to a sweep", "add --sweep")
-    texts = sha256_file(Path(general)) if general and Path(general).is_file() else ""
-    request = sha256_json([digest, options, texts])
-    held = json.loads((folder / "merged.json").read_text()) if _current(folder / "merged.json", digest) else {}
-    swept = (held.get("sweep") or {}).get("request_sha256")
-    taken = Shares(rest=held.get("wise_alpha", -1.0), groups=tuple(held.get("groups", ())))
-    if (swept == request if sweep else taken == shares) and _same_merge(folder, held):
-        say(f"{folder} is up to date")
-        return
-    _replaceable(folder, "merged.json")
-    from edgeft.merging.merge import merge as run
-    from edgeft.reporting.terminal import merge_text
-
-    with Reporter() as progress:
-        found = _sweep(trained, options, request, plot, progress) if sweep else None
-        alpha = Shares(rest=found.wise_alpha, groups=found.groups) if found else shares
-        made = run(trained, folder, wise_alpha=alpha, progress=progress, base=base, input_sha256=digest, sweep=found)
-    show(as_json, made, merge_text(made))
-
-
-def _same_merge(folder: Path, merged: dict[str, Any]) -> bool:
-    """Whether a merged folder, and the base in it, are still as recorded; else says what is not."""
-    if "train" in merged:
-        return _same_inputs(folder, merged["train"], merged.get("files", {}))
-    lines = changed_files(merged.get("files", {}), folder)
-    lines += differences(merged.get("inputs", {}), model_inputs(local_folder(merged["base"]), weights=True), {})
-    for line in lines:
-        say(f"not up to date: {folder}: {line}")
-    return not lines
-
-
-def _sweep(trained: Path, options: dict[str, Any], request: str, plot: Path | None, progress: Reporter) -> Any:
-    """Measure and choose a share; the table goes to stderr, since stdout is the merge's."""
-    from edgeft.merging.sweep import sweep as run
-    from edgeft.reporting.terminal import sweep_text
-    from edgeft.targets.target import load_target
-
+    options: Any = {
+        "select": select, "general": general, "max_general_increase_nats": max_general_increase, "golden": golden,
+        "target": target, "groups": groups,
+    }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
-    if given.setdefault("select", "best") not in ("best", "bounded", "fixed"):
-        raise BadInput("--select", f"must be best, bounded or fixed, got {given['select']!r}")
-    target = load_target(given.pop("target", "ort-int4"))
-    found = run(trained, target, **given, request_sha256=request, progress=progress)
+    with Reporter(stderr) as progress:
+        made = api.merge(
+            trained, out, wise_alpha=wise_alpha, base=base, sweep=api.SweepOptions(**given) if sweep else None,
+            progress=progress, say=say, swept=lambda found: _show_sweep(found, plot),
+        )  # fmt: skip
+    show(as_json, made, made.text())
+
+
+def _show_sweep(found: Sweep, plot: Path | None) -> None:
+    """The table goes to stderr, since stdout is the merge's."""
+    from edgeft.reporting.terminal import sweep_text
+
     if plot is not None:
         from edgeft.reporting.plots import plot_sweep
 
         plot_sweep(found, plot)
     stderr.print(sweep_text(found))
-    return found
-
-
-def _digest(trained: Path, base: str | None) -> str:
-    """The hash of a merge's input: train.json, or every file of an adapter or checkpoint and the base's name."""
-    if base is None and (trained / "train.json").is_file():
-        return sha256_file(trained / "train.json")
-    if base is None and not (trained / "adapter_config.json").is_file():
-        raise BadInput(trained / "train.json", "no such file", "run edgeft train PLAN first, or name the --base")
-    files = [path for pattern in ("*.safetensors", "*.bin", "*.json") for path in sorted(trained.glob(pattern))]
-    return sha256_json([base, *map(sha256_file, files)])
 
 
 @app.command()
@@ -427,7 +232,7 @@ def survival(
     from edgeft.reporting.terminal import survival_text
     from edgeft.targets.target import load_target
 
-    with Reporter() as progress:
+    with Reporter(stderr) as progress:
         found = run(merged, load_target(target), base=base, progress=progress)
     found.write(out or merged.parent / "survival.json")
     if plot is not None:
@@ -504,22 +309,23 @@ def export(
     device_name = load_profile(device).name if device else ""
     read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
     request = sha256_json([json.loads(wanted.model_dump_json()), limit, read]) if auto_promote else None
-    if _current(folder / "bundle.json", sha256_file(merged / "merged.json")):
+    if current.held(folder / "bundle.json", sha256_file(merged / "merged.json")):
         held = json.loads((folder / "bundle.json").read_text())
         asked = (held.get("promotion") or {}).get("request_sha256")
         same = asked == request if auto_promote else held["target"] == json.loads(wanted.model_dump_json())
         small = limit is None or held["size_bytes"] + (folder / "bundle.json").stat().st_size <= limit
-        if same and small and held["provenance"]["device"] == device_name and _same_bundle(folder, held, merged, train):
+        same = same and small and held["provenance"]["device"] == device_name
+        if same and current.same_bundle(folder, held, merged, train, say):
             say(f"{folder} is up to date")
             return
-    _replaceable(folder, "bundle.json")
+    current.replaceable(folder, "bundle.json")
     from edgeft.exporting.bundle import Measurement, measurement_path
     from edgeft.exporting.export import export as run
     from edgeft.exporting.export import export_promoted
     from edgeft.merging.result import MergedCheckpoint
     from edgeft.reporting.terminal import bundle_text
 
-    with Reporter() as progress:
+    with Reporter(stderr) as progress:
         if request is not None:
             bundle = export_promoted(
                 merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit,
@@ -533,20 +339,6 @@ def export(
     show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
 
 
-def _same_bundle(folder: Path, bundle: dict[str, Any], merged: Path, train: dict[str, Any] | None) -> bool:
-    """Whether a bundle's files, the merged folder and what was trained on are still as recorded."""
-    files = {name: entry["sha256"] for name, entry in bundle["files"].items()}
-    lines = [line for name in files for line in _changed_file(folder / name, files[name])]
-    for line in lines:
-        say(f"not up to date: {folder}: {line}")
-    held = json.loads((merged / "merged.json").read_text())
-    return not lines and train is not None and _same_inputs(merged, train, held.get("files", {}))
-
-
-def _changed_file(path: Path, digest: str) -> list[str]:
-    return [] if path.is_file() and sha256_of(path) == digest else [f"{path.name}: is not as it was written"]
-
-
 def _export_encoder(
     folder: Path, target: str, out: Path, texts: Path | None, device: str | None, as_json: bool
 ) -> None:
@@ -555,7 +347,7 @@ def _export_encoder(
 
     if texts is None:
         raise BadInput("--texts", "is missing: an encoder is proven on real texts", "--texts FILE, a text on each line")
-    _replaceable(out, "bundle.json")
+    current.replaceable(out, "bundle.json")
     made = export_encoder(folder, load_target(target), out, texts=read_texts(texts), device=device)
     proof = made.encoder_proof
     assert proof is not None
@@ -588,18 +380,18 @@ def adapters(
     folder = out or next(iter(folders.values())).parent / "adapters"
     device_name = load_profile(device).name if device else ""
     digest = adapters_digest({name: sha256_file(place / "train.json") for name, place in folders.items()})
-    if _current(folder / "bundle.json", digest):
+    if current.held(folder / "bundle.json", digest):
         held = json.loads((folder / "bundle.json").read_text())
         same = held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name
         recorded = {place: json.loads((place / "train.json").read_text()) for place in folders.values()}
-        if same and all(_same_inputs(place, train) for place, train in recorded.items()):
+        if same and all(current.same_training(place, train, say) for place, train in recorded.items()):
             say(f"{folder} is up to date")
             return
-    _replaceable(folder, "bundle.json")
+    current.replaceable(folder, "bundle.json")
     from edgeft.exporting.export import export_adapters as run
     from edgeft.reporting.terminal import adapters_text
 
-    with Reporter() as progress:
+    with Reporter(stderr) as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
     show(as_json, bundle, adapters_text(bundle, Measurement.read(measurement_path(folder.resolve()))))
 
@@ -613,8 +405,8 @@ def _export_all(merged: Path, out: Path, device: str | None, trained: Path | Non
 
     target_device(device)  # what is wrong for every target is said once
     verify_merged(merged, trained)
-    _replaceable(out, COMPARISON)
-    with Reporter() as progress:
+    current.replaceable(out, COMPARISON)
+    with Reporter(stderr) as progress:
         made = compare_targets(
             merged,
             out,
@@ -622,12 +414,6 @@ def _export_all(merged: Path, out: Path, device: str | None, trained: Path | Non
             build=lambda target, folder: run(merged, target, folder, device=device, progress=progress, train=trained),
         )
     show(as_json, made, comparison_text(made))
-
-
-def _replaceable(out: Path, document: str) -> None:
-    """Refuse to replace a folder that no stage wrote: it may be somebody's model."""
-    if out.is_dir() and any(out.iterdir()) and not (out / document).is_file():
-        raise BadInput(out, f"exists and holds no {document}: it will not be replaced", "give an empty or new --out")
 
 
 def _need(path: Path, command: str) -> None:
@@ -715,7 +501,7 @@ def report(
     if models is not None:
         found, pinned = find_models(models), [text.partition("=") for text in settings or []]
         parse_settings(settings or [])  # a misspelt key is an error, not a cell
-        with Reporter() as progress:
+        with Reporter(stderr) as progress:
             made = make_matrix(
                 found,
                 find_profiles(machines),

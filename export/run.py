@@ -79,6 +79,7 @@ class RunError(Exception):
     exit_code = 1
 
     def __init__(self, where: object, problem: str, hint: str = "") -> None:
+        self.where, self.problem, self.hint = str(where), problem, hint
         super().__init__(f"{where}: {problem}" + (f"\n\nhint: {hint}" if hint else ""))
 
 
@@ -1431,20 +1432,29 @@ def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> 
             raise RunError("prompt", f"this model does {runner.task}: it takes a text, no conversation")
         print(encoded(runner, prompt, options.json))
         return 0
-    runner.use(options.adapter)
-    text, plain = prompt_text(runner, options, prompt)
-    ids = runner.encode(text, plain)
+    if options.json:
+        print(json.dumps(reply(runner, options, prompt)))
+        return 0
     piece = runner.engine.decoder()
-    tokens = runner.stream(
-        ids, options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
-    made = []
-    for token in tokens:
-        made.append(token)
-        if not options.json:
-            print(piece(token), end="", flush=True)
-    print(json.dumps({"text": runner.decode(made), "ids": made, "prompt_ids": ids}) if options.json else "")
+    for token in continued(runner, options, prompt)[1]:
+        print(piece(token), end="", flush=True)
+    print()
     return 0
+
+
+def continued(runner: Runner, options: argparse.Namespace, prompt: str | None) -> tuple[list[int], Iterator[int]]:
+    """(the prompt's ids, the answer's as they come)."""
+    runner.use(options.adapter)
+    ids = runner.encode(*prompt_text(runner, options, prompt))
+    sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    return ids, runner.stream(ids, options.max_tokens, **sampling)
+
+
+def reply(runner: Runner, options: argparse.Namespace, prompt: str | None) -> dict[str, Any]:
+    """The whole answer to one prompt or conversation: its text, its ids and the prompt's."""
+    ids, tokens = continued(runner, options, prompt)
+    made = list(tokens)
+    return {"text": runner.decode(made), "ids": made, "prompt_ids": ids}
 
 
 def _at_least(smallest: float, kind: type) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import edgeft.models.identity
-from edgeft import cli
+from edgeft import current
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
 from edgeft.exporting.export import export, export_adapters, export_promoted, made_from
@@ -295,14 +295,12 @@ def held(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("role", [WEIGHTS, "tokenizer.json", "training data", "adapter"])
-def test_a_training_on_changed_files_is_not_up_to_date(
-    role: str, line: Path, plant: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli._same_inputs(line / "train", held(line / "train" / "train.json")) and not capsys.readouterr().err
+def test_a_training_on_changed_files_is_not_up_to_date(role: str, line: Path, plant: Any) -> None:
+    said: list[str] = []
+    assert current.same_training(line / "train", held(line / "train" / "train.json"), said.append) and not said
     name = plant(role).name
-    assert not cli._same_inputs(line / "train", held(line / "train" / "train.json"))
-    said = capsys.readouterr().err
-    assert said.startswith("not up to date: ") and (role in said or name in said)
+    assert not current.same_training(line / "train", held(line / "train" / "train.json"), said.append)
+    assert said[0].startswith("not up to date: ") and any(role in line or name in line for line in said)
 
 
 @pytest.mark.parametrize("role", [WEIGHTS, "chat_template.jinja", *MERGED])
@@ -315,13 +313,13 @@ def test_a_merge_of_changed_files_is_not_up_to_date(
         folder = tmp_path / "merged"
         merge(line / "train", folder, wise_alpha=1.0, progress=silent, base=str(line / "base"))
     document = held(folder / "merged.json")
-    assert cli._same_merge(folder, document)
+    assert current.same_merge(folder, document, print)
     if kind == "foreign" and role in MERGED:
         with open(folder / file_of(line, role).name, "ab") as file:
             file.write(b"\n")
     else:
         plant(role)
-    assert not cli._same_merge(folder, document)
+    assert not current.same_merge(folder, document, print)
 
 
 @pytest.mark.parametrize("role", [WEIGHTS, "training data", *MERGED, "its own"])
@@ -329,12 +327,12 @@ def test_a_bundle_of_changed_files_is_not_up_to_date(role: str, line: Path, plan
     (tmp_path / "model.onnx").write_text("graph")
     bundle = {"files": {"model.onnx": {"sha256": sha256_file(tmp_path / "model.onnx")}}}
     train_json = held(line / "train" / "train.json")
-    assert cli._same_bundle(tmp_path, bundle, line / "merged", train_json)
+    assert current.same_bundle(tmp_path, bundle, line / "merged", train_json, print)
     if role == "its own":
         (tmp_path / "model.onnx").write_text("other")
     else:
         plant(role)
-    assert not cli._same_bundle(tmp_path, bundle, line / "merged", train_json)
+    assert not current.same_bundle(tmp_path, bundle, line / "merged", train_json, print)
 
 
 def test_a_hub_model_is_known_by_its_snapshot(line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,12 @@ def measurement_path(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}.measured.json")
 
 
+def measurement_of(bundle: Path) -> Measurement | None:
+    """What the export of a bundle folder measured on this machine, where that is still beside it."""
+    path = measurement_path(bundle.resolve())
+    return Measurement.read(path) if path.is_file() else None
+
+
 def adapters_digest(train_sha256: Mapping[str, str]) -> str:
     """What a bundle of adapters was made from, as one hash: each one's name and train.json."""
     return sha256_json(dict(train_sha256))

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from edgeft.merging.result import Merged, MergedCheckpoint
     from edgeft.merging.survival import Survival
     from edgeft.models.discover import Discovery
-    from edgeft.training.result import Rehearsal, TrainResult
-    from edgeft.training.try_plan import Trial
+    from edgeft.training.result import Rehearsal, TrainResult, Trial
 
 # terms of a step that no tensor of it accounts for
 NOT_TENSORS = ("process", "data", "buffers", "pool", "cuBLAS workspace", "reserved")
@@ -347,7 +346,7 @@ def pairs_text(proof: Proof) -> RenderableType:
     return table
 
 
-def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | None) -> RenderableType:
+def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measurement | None) -> RenderableType:
     """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
     parts: list[RenderableType] = []
     if bundle.proof is not None:
@@ -359,9 +358,10 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint, here: Measurement | No
         parts.append(table)
         parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
     table = _table("", "predicted", "measured")
-    train = merged.train
-    table.add_row("training, peak memory", show_bytes(predicted_expected(train)), show_bytes(train.measured_peak_bytes))
-    table.add_row("merge, peak memory", show_bytes(merged.predicted_peak_bytes), show_bytes(merged.measured_peak_bytes))
+    if merged is not None:
+        trained = predicted_expected(merged.train), merged.train.measured_peak_bytes
+        table.add_row("training, peak memory", *map(show_bytes, trained))
+        table.add_row("merge, peak memory", *map(show_bytes, (merged.predicted_peak_bytes, merged.measured_peak_bytes)))
     _add_costs(table, bundle, here)
     promotion = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
     return Group(*parts, table, *promotion, _size_text(bundle))

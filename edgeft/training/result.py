@@ -93,3 +93,15 @@ def deviating(training: Training, deviations: Sequence[Deviation]) -> Training:
     """A plan's choices with what was done instead of some."""
     done = {d.what: d.done for d in deviations if d.what in Training.model_fields}
     return training.model_copy(update=done)
+
+
+class Trial(Artifact):
+    """What the steps of a plan took here; `error` is predicted / measured - 1, None where the device is not planned."""
+
+    device: str
+    predicted_bytes: int
+    high_bytes: int
+    measured_bytes: int
+    error: float
+    estimated_seconds_per_step: float
+    measured_seconds_per_step: float

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
-from edgeft.documents import Artifact, sha256_file, versions
+from edgeft.documents import sha256_file, versions
 from edgeft.engine.loop import make_run
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
@@ -19,22 +19,11 @@ from edgeft.memory import train_step
 from edgeft.models.checkpoint import local_folder
 from edgeft.planning.plan import Plan
 from edgeft.training.out_of_memory import capped, explained
+from edgeft.training.result import Trial
 from edgeft.training.train import check_budget, choose_device, prepare, tf32
 from edgeft.units import show_bytes
 
 STEPS = 3  # the first has no optimizer states yet, the second is the highest, the third is timed
-
-
-class Trial(Artifact):
-    """What the steps of a plan took here; `error` is predicted / measured - 1, None where the device is not planned."""
-
-    device: str
-    predicted_bytes: int
-    high_bytes: int
-    measured_bytes: int
-    error: float
-    estimated_seconds_per_step: float
-    measured_seconds_per_step: float
 
 
 def trial(plan: Plan, plan_sha256: str = "") -> Trial:

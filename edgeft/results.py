@@ -1,0 +1,107 @@
+"""What does a stage give back in Python? Its JSON document, which knows its folder and reads as on a screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PrivateAttr
+
+from edgeft.documents import Artifact
+from edgeft.errors import BadInput
+from edgeft.exporting import bundle as bundles
+from edgeft.merging import result as merges
+from edgeft.planning import plan as plans
+from edgeft.training import result as trainings
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class OnDisk(Artifact):
+    """A stage's document that knows where it lies, and reads as it does on a screen."""
+
+    _path: Path | None = PrivateAttr(None)
+
+    @classmethod
+    def at(cls, path: Path | None, document: Artifact) -> Self:
+        """The document as this type, lying in `path`."""
+        made = cls.model_construct(document.model_fields_set, **dict(document))
+        made._path = path
+        return made
+
+    @property
+    def path(self) -> Path:
+        """The JSON file. Raises BadInput for a plan that was not written."""
+        if self._path is None:
+            raise BadInput(type(self).__name__, "lies in no file", "give out= to the function that makes it")
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the stage, which holds the JSON file."""
+        return self.path.parent
+
+    def text(self) -> Any:
+        """What the command line prints, for a rich console."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, highlight=False)
+        with console.capture() as shown:
+            console.print(self.text())
+        return shown.get()
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+class Plan(OnDisk, plans.Plan):
+    """plan.json: how a job runs on a profile, what that takes, and what else was looked at."""
+
+    def text(self) -> Any:
+        from edgeft.reporting.terminal import plan_text
+
+        return plan_text(self)
+
+
+class TrainResult(OnDisk, trainings.TrainResult):
+    """train.json: what was trained, on what, how well, and how much memory it took."""
+
+    def text(self) -> Any:
+        from edgeft.reporting.terminal import train_text
+
+        return train_text(self)
+
+
+class Merged(OnDisk, merges.MergedCheckpoint):
+    """merged.json of what edgeft trained: which share of the change was taken, and what it did."""
+
+    def text(self) -> Any:
+        from edgeft.reporting.terminal import merge_text
+
+        return merge_text(self)
+
+
+class MergedForeign(OnDisk, merges.MergedForeign):
+    """merged.json of an adapter or checkpoint that edgeft did not train."""
+
+    def text(self) -> Any:
+        from edgeft.reporting.terminal import merge_text
+
+        return merge_text(self)
+
+
+class Bundle(OnDisk, bundles.Bundle):
+    """bundle.json: what runs on the device, what it was made from, and its proof."""
+
+    _merged: merges.MergedCheckpoint | None = PrivateAttr(None)
+
+    def text(self) -> Any:
+        from edgeft.reporting.terminal import bundle_text
+
+        return bundle_text(self, self._merged, bundles.measurement_of(self.folder))
