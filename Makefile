@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -162,6 +162,9 @@ bench-sweep:  ## the share of the fine-tune that a sweep takes on the default jo
 rows ?= 1000
 bench-smollm2: .venv/installed-dev  ## a real 135M model from a package through the whole line: int8, int4, calibrated (rows=200 is shorter)
 	$(py) bench/smollm2.py --rows $(rows)
+
+bench-house: .venv/installed  ## counts of the source: files, circles, places that know a tuner, now and before packages
+	@$(py) bench/house.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \
