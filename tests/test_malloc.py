@@ -27,11 +27,11 @@ glibc_only = pytest.mark.skipif(
 STEPS = """if True:
     import gc, json, resource, sys
     import torch
-    from edgeft import ledger
+    from edgeft.machines import meter
     torch.set_num_threads(1)
-    assert ledger.control_malloc()
-    assert ledger.keep_pool(int(sys.argv[1])) == bool(int(sys.argv[1]))
-    before = ledger.rss_bytes()
+    assert meter.control_malloc()
+    assert meter.keep_pool(int(sys.argv[1])) == bool(int(sys.argv[1]))
+    before = meter.rss_bytes()
     def step(count):
         kept = [torch.ones(2**18) for _ in range(count)]  # a MiB each
         return sum(float(value[0]) for value in kept)
@@ -39,9 +39,9 @@ STEPS = """if True:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(int(sys.argv[2]))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    held = ledger.rss_bytes() - before
-    ledger.give_back()
-    print(json.dumps([faults, held, ledger.rss_bytes() - before]))
+    held = meter.rss_bytes() - before
+    meter.give_back()
+    print(json.dumps([faults, held, meter.rss_bytes() - before]))
 """
 
 
@@ -69,7 +69,7 @@ def test_a_pool_holds_no_more_than_its_size() -> None:
 
 def test_the_compiler_is_not_loaded_and_still_there() -> None:
     code = (
-        "import torch; before = torch.compile; from edgeft import ledger; ledger.import_all(); import sys;"
+        "import torch; before = torch.compile; from edgeft.machines import meter; meter.import_all(); import sys;"
         "assert torch.compile is before and 'bitsandbytes' in sys.modules;"
         "assert 'torch._inductor.compile_fx' not in sys.modules"
     )

@@ -177,8 +177,8 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
     """Once glibc has seen a large array freed it keeps the next ones: small ones between them hold their pages."""
     code = """if True:
         import numpy
-        from edgeft.budget import resident_bytes
-        from edgeft.ledger import give_back
+        from edgeft.machines.limits import resident_bytes
+        from edgeft.machines.meter import give_back
         numpy.ones(2**21)
         before = resident_bytes()
         arrays = [(numpy.ones(2**17), numpy.ones(64)) for _ in range(200)]

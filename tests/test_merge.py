@@ -123,13 +123,13 @@ def test_another_base_is_refused_with_every_shape(plan_file: Any, tmp_path: Path
 MEASURE = """
 import sys, pathlib
 import torch, transformers, edgeft.merging.merge as m
-from edgeft import ledger
-from edgeft.checkpoint import Checkpoint
-import edgeft.model_spec
+from edgeft.machines import meter
+from edgeft.models.checkpoint import Checkpoint
+import edgeft.models.spec
 edgeft.models.spec.check_weights = lambda folder, spec: None  # a few tensors stand for the model's
-ledger.control_malloc()
+meter.control_malloc()
 base, tuned, out, alpha = *map(pathlib.Path, sys.argv[1:4]), float(sys.argv[4])
-before = ledger.rss_bytes()
+before = meter.rss_bytes()
 made = m.merge(tuned, out, wise_alpha=alpha, progress=lambda *_: None, base=str(base))
 source = Checkpoint(base)
 largest = max(torch.Size(source.shape(n)).numel() * source.itemsize(n) for n in source.owner)
