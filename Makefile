@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -165,6 +165,9 @@ bench-smollm2: .venv/installed-dev  ## a real 135M model from a package through 
 
 bench-house: .venv/installed  ## counts of the source: files, circles, places that know a tuner, now and before packages
 	@$(py) bench/house.py
+
+first-page: .venv/installed  ## what README shows of a plan, text and picture, as it is now
+	@$(py) bench/first_page.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \

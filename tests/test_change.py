@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_train import silent
 
 from edgeft.errors import BadInput
-from edgeft.merging import change as change_module
 from edgeft.merging.change import Change
 from edgeft.merging.merge import merge
 from edgeft.merging.result import MergedForeign
+from edgeft.models import headers
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.headers import blocks
 
@@ -241,7 +241,7 @@ def test_blocks_change_no_result(bases: dict[str, Path], tmp_path: Path, monkeyp
             model.save_pretrained(tmp_path / case)
         tensors = []
         for size in (8 * 2**20, 4 * 32 * 5):
-            monkeypatch.setattr(change_module, "BLOCK_BYTES", size)
+            monkeypatch.setattr(headers, "BLOCK_BYTES", size)
             merge(tmp_path / case, tmp_path / "out", wise_alpha=0.7, progress=silent, base=str(base))
             tensors.append(load_file(tmp_path / "out" / "model.safetensors"))
         assert len(list(blocks((96, 32)))) > 10

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edgeft.documents import Artifact, staging
+from edgeft.documents import Artifact, cache_folder, staging
 from edgeft.engine.base import compute_in, load_base, quantised_folder
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines.meter import LiveBytes
@@ -24,14 +24,12 @@ from edgeft.models.checkpoint import (
     SAFETENSORS_DTYPES,
     Checkpoint,
     TensorFile,
-    cache_folder,
     copy_side_files,
     load_plain,
-    local_folder,
     quiet_transformers,
     write_checkpoint,
 )
-from edgeft.models.headers import weight_files
+from edgeft.models.headers import local_folder, weight_files
 from edgeft.models.identity import weights_sha256
 from edgeft.settings import Training
 

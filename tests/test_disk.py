@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
 
+from edgeft.engine import base
 from edgeft.errors import DoesNotFit
 from edgeft.memory import disk
 from edgeft.memory.disk import Disk, require, shortages, total
 from edgeft.memory.train_step import Term
 from edgeft.merging.merge import merge
-from edgeft.models import checkpoint
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
@@ -110,7 +110,7 @@ def test_quantising_asks_the_disk_of_the_cache(
     training = make_plan(make_job(model=str(checkpoint_folder), profile="cpu-8gb", base_precision="nf4")).training
     free(1000)
     with pytest.raises(DoesNotFit, match=r"the quantise stage writes up to (?s:.*) or set XDG_CACHE_HOME"):
-        checkpoint.load_base(checkpoint_folder, training, torch.device("cpu"), torch.float32)
+        base.load_base(checkpoint_folder, training, torch.device("cpu"), torch.float32)
     assert not (tmp_path / "cache").exists()
 
 

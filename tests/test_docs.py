@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,9 @@ from edgeft.settings import Job
 from edgeft.targets.target import list_targets
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+FIRST = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = "\n".join([FIRST, *(page.read_text(encoding="utf-8") for page in PAGES)])
 MAKEFILE = (ROOT / "Makefile").read_text()
 COMMANDS = [line.strip().split("  #")[0] for line in README.splitlines() if line.startswith("    ")]
 MAKE = [c for c in (part.strip() for line in COMMANDS for part in line.split("&&")) if c.startswith("make ")]
@@ -47,12 +50,36 @@ def test_verbs_of_the_readme_are_the_verbs_there_are() -> None:
     assert named == verbs
 
 
-def test_modules_of_the_readme_are_the_modules_there_are() -> None:
-    block = README[README.index("## The code") :]
-    lines = [line[4:].split()[0] for line in block.splitlines() if line.startswith("    edgeft/")]
-    assert {line.removeprefix("edgeft/") for line in lines} == {
-        path.parent.name for path in (ROOT / "edgeft").glob("*/__init__.py")
-    }
+def test_the_first_page_shows_what_the_command_prints() -> None:
+    """After a change to a plan or its words: make first-page, and look at it."""
+    page = subprocess.run(
+        [sys.executable, "-c", "import first_page; print(first_page.output())"], cwd=ROOT / "bench",
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert page.stdout.strip() in FIRST and len(FIRST.splitlines()) < 160
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES])
+def test_every_page_begins_with_an_example_and_the_first_page_leads_to_it(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    first = text.split("\n\n")[1]
+    assert first.startswith(("    ", "```python")) and f"(docs/{page})" in FIRST
+
+
+def test_commands_of_the_pages_are_understood() -> None:
+    for command in COMMANDS:
+        words = shlex.split(command) if command.startswith("edgeft ") else []
+        flags = {word for word in words if word.startswith("--")}
+        if words and flags:
+            shown = subprocess.run([sys.executable, "-m", "edgeft", words[1], "--help"], capture_output=True, text=True,
+                                   env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+            assert all(flag in shown.stdout for flag in flags), command
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_files_that_the_readme_names_exist() -> None:

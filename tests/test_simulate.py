@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample
+from edgeft.engine import base
 from edgeft.engine.base import load_base
 from edgeft.engine.loop import Run, make_run
 from edgeft.errors import BadInput
@@ -21,7 +22,6 @@ from edgeft.machines import meter
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.train_step import Workload
-from edgeft.models import checkpoint
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts, repeat_groups
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -170,10 +170,10 @@ def test_simulated_equals_real(way: str, llama: ModelSpec, cache: Path, monkeypa
     layers, trained, changes = WAYS[way]
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     training = plan_of(llama, layers, **changes)
-    quantised = checkpoint.quantised_folder(Path(llama.model))
+    quantised = base.quantised_folder(Path(llama.model))
     if training.base_precision == "nf4" and not quantised.exists():
         quantised.parent.mkdir(parents=True)
-        checkpoint.quantise(Path(llama.model), quantised)
+        base.quantise(Path(llama.model), quantised)
     check(llama, training, Workload(48, trained))
 
 

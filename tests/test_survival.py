@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from edgeft.cli import app
 from edgeft.errors import BadInput, MissingExtra
-from edgeft.merging import change as change_module
 from edgeft.merging.survival import Survival, layer_of, survival
+from edgeft.models import headers
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.reporting.plots import plot_survival
 from edgeft.targets.rounding import grid_of
@@ -50,7 +50,7 @@ def test_against_onnxruntime_on_whole_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     merged = tuned(bases[kind], tmp_path / "merged", 0.02, lambda name: "layers.0.input" not in name)
-    monkeypatch.setattr(change_module, "BLOCK_BYTES", 4 * 32 * 7)  # seven rows at a time
+    monkeypatch.setattr(headers, "BLOCK_BYTES", 4 * 32 * 7)  # seven rows at a time
     found = survival(merged, INT4)
     before, after = Checkpoint(bases[kind]), Checkpoint(merged)
     assert {tensor.name for tensor in found.tensors} == {n for n in after.owner if "layers.0.input" not in n}
