@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -68,6 +68,13 @@ check: .venv/installed-dev  ## format, lint, types
 	$(py) -m ruff format --check edgeft export tests bench examples
 	$(py) -m ruff check edgeft export tests bench examples
 	$(py) -m mypy
+
+# a minute: no child process, no runtime, no training run
+fast := batches budget compare data depth discover families figures grid groups intervals layering loss model_spec \
+  rows samples settings stacks summary tape target timing
+test-fast: .venv/installed-dev  ## what a change breaks first, in a minute
+	OMP_NUM_THREADS=1 $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets' \
+	  $(fast:%=tests/test_%.py)
 
 test: .venv/installed-dev  ## every test that a CPU can pass in minutes
 	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets'
