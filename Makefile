@@ -181,7 +181,7 @@ report: .venv/installed  ## which models fit which machines: build/report/matrix
 	  $(foreach pair,$(set),--set '$(pair)') --out build/report/matrix.html
 
 schemas: .venv/installed  ## write the JSON Schemas again after a change to what plan.json or a report holds
-	@for name in plan report; do $(edgeft) schema $$name >edgeft/reporting/schemas/.$$name.tmp && \
+	@for name in plan report; do $(edgeft) show schema $$name >edgeft/reporting/schemas/.$$name.tmp && \
 	  mv edgeft/reporting/schemas/.$$name.tmp edgeft/reporting/schemas/$$name.schema.json || exit 1; done
 
 # Tensors of a fixed size come and go every step: keeping their memory mapped is worth 60% on a CPU.

@@ -67,7 +67,7 @@ def plan(
     *, out: str | Path | None = None, simulate: bool = False, progress: Progress = silent, say: Say = quiet,
     **settings: object,
 ) -> Plan:  # fmt: skip
-    """How to train inside a profile's memory; `settings` are those of `edgeft settings`, `model` at least.
+    """How to train inside a profile's memory; `settings` are those of `edgeft show settings`, `model` at least.
 
     With `out` it is written there as plan.json, or read where it is current. Needs no torch, except for layers that
     are chosen by what they do on the data. Raises BadInput, and DoesNotFit when nothing fits.

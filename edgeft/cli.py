@@ -7,6 +7,7 @@ file dates. torch is imported by the verbs that need it only.
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ def default_out(profile: str, stage: str) -> Path:
 def plan(
     model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id")],
     profile: Annotated[
-        str, typer.Option(help="hardware profile: a name from `edgeft profiles`, or a TOML file")
+        str, typer.Option(help="hardware profile: a name from `edgeft show profiles`, or a TOML file")
     ] = "cpu",
     data: Annotated[str | None, typer.Option(help="training data: jsonl, csv, parquet or a hub dataset id")] = None,
     valid: Annotated[
@@ -72,7 +73,7 @@ def plan(
     ] = None,
     test: Annotated[str | None, typer.Option(help="test data, scored before and after every stage")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft settings")
+        list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft show settings")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="memory budget, as in 9GiB; the profile's when absent")] = None,
     max_seconds: Annotated[
@@ -447,23 +448,28 @@ def verify(
 
 
 @app.command()
-def keygen(out: Annotated[Path, typer.Option(help="the private key's file; the public one gets .pub")]) -> None:
-    """Make an Ed25519 key pair that signs bundles."""
-    from edgeft.exporting.sign import keygen as run
-    from edgeft.exporting.sign import public_key_path
-
-    stdout.print(run(out))
-    say(f"keep {out} to yourself; give {public_key_path(out)} to those who verify, by another way than the bundle")
-
-
-@app.command()
 def sign(
-    bundle: Annotated[Path, typer.Argument(help="bundle folder")],
-    key: Annotated[Path, typer.Option(help="private key that `edgeft keygen` wrote")],
+    bundle: Annotated[Path | None, typer.Argument(help="bundle folder")] = None,
+    key: Annotated[Path | None, typer.Option(help="private key that --new-key wrote")] = None,
+    new_key: Annotated[
+        Path | None, typer.Option(help="make an Ed25519 key pair: the private key's file; the public one gets .pub")
+    ] = None,
 ) -> None:
     """Sign a bundle's manifest, which names every file by its hash (exit 4 when a file is not as exported)."""
+    from edgeft.exporting.sign import keygen, public_key_path
     from edgeft.exporting.sign import sign as run
 
+    if new_key is not None:
+        public = public_key_path(new_key)
+        stdout.print(keygen(new_key))
+        say(f"keep {new_key} to yourself; give {public} to those who verify, by another way than the bundle")
+    if bundle is None and new_key is None:
+        raise BadInput("sign", "no bundle was given", "edgeft sign BUNDLE --key KEY, or --new-key KEY to make one")
+    if bundle is None:
+        return
+    key = key or new_key
+    if key is None:
+        raise BadInput("--key", "is missing", "name the private key; --new-key KEY makes one")
     stdout.print(run(bundle, key))
     say(f"signed {bundle}; verify with: edgeft verify {bundle} --public-key {key}.pub")
 
@@ -551,17 +557,41 @@ def data(
         stdout.print(data_text(found), soft_wrap=True, markup=False)
 
 
-@app.command()
-def schema(name: Annotated[str, typer.Argument(help="plan or report")]) -> None:
-    """Print the JSON Schema of a document that other programs read."""
-    from edgeft.reporting.schema import schema_text
+class Shown(enum.StrEnum):
+    """What `edgeft show` lists."""
 
-    sys.stdout.write(schema_text(name))
+    profiles = "profiles"
+    targets = "targets"
+    settings = "settings"
+    layers = "layers"
+    schema = "schema"
 
 
-@app.command()
-def profiles(as_json: JsonOption = False) -> None:
-    """List the shipped hardware profiles."""
+@app.command("show")
+def show_what(
+    what: Annotated[Shown, typer.Argument(help="profiles, targets, settings; layers MODEL; schema plan or report")],
+    name: Annotated[str | None, typer.Argument(help="of a model (folder or hub id), or of a document")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List what can be named: machines, targets, settings; a model's layers and sizes; a document's JSON Schema."""
+    needed = {Shown.layers: "a model", Shown.schema: "a document: plan or report"}
+    if (name is None) == (what in needed):
+        raise BadInput(f"show {what}", f"needs {needed[what]}" if what in needed else f"takes no name, got {name!r}")
+    if what is Shown.profiles:
+        _show_profiles(as_json)
+    elif what is Shown.targets:
+        _show_targets(as_json)
+    elif what is Shown.settings:
+        _show_settings(as_json)
+    elif what is Shown.layers:
+        _show_layers(str(name), as_json)
+    else:
+        from edgeft.reporting.schema import schema_text
+
+        sys.stdout.write(schema_text(str(name)))
+
+
+def _show_profiles(as_json: bool) -> None:
     from edgeft.machines.profile import list_profiles
     from edgeft.reporting.terminal import profiles_text
 
@@ -572,25 +602,18 @@ def profiles(as_json: JsonOption = False) -> None:
         stdout.print(profiles_text(found))
 
 
-@app.command()
-def targets(as_json: JsonOption = False) -> None:
-    """List the shipped export targets."""
+def _show_targets(as_json: bool) -> None:
     from edgeft.targets.target import list_targets
 
     found = list_targets()
     if as_json:
         sys.stdout.write(json.dumps([target.model_dump() for target in found]) + "\n")
-    else:
-        for target in found:
-            stdout.print(f"{target.name:12} {target.description}")
+        return
+    for target in found:
+        stdout.print(f"{target.name:20} {target.description}", soft_wrap=True)
 
 
-@app.command()
-def layers(
-    model: Annotated[str, typer.Argument(help="folder of a Hugging Face checkpoint, or a hub id")],
-    as_json: JsonOption = False,
-) -> None:
-    """Show which layers, embeddings and head a model has, and their sizes, from its config.json alone."""
+def _show_layers(model: str, as_json: bool) -> None:
     from edgeft.models.discover import discover
     from edgeft.reporting.terminal import layers_text
 
@@ -601,14 +624,22 @@ def layers(
         stdout.print(layers_text(found))
 
 
-@app.command()
-def settings() -> None:
-    """List every setting that `edgeft plan --set key=value` takes, with its meaning and default."""
+def _show_settings(as_json: bool) -> None:
     from edgeft.settings import Job
 
+    if as_json:
+        sys.stdout.write(json.dumps(Job.model_json_schema()["properties"]) + "\n")
+        return
     for name, field in Job.model_fields.items():
         default = "required" if field.is_required() else "planned" if field.default is None else f"{field.default}"
         stdout.print(f"{name:18} {default:10} {field.description}", soft_wrap=True, markup=False)
+
+
+# what these were called before 0.2
+MOVED = {
+    "profiles": "show profiles", "targets": "show targets", "settings": "show settings", "layers": "show layers",
+    "schema": "show schema", "keygen": "sign --new-key FILE",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -617,6 +648,8 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
+        if len(sys.argv) > 1 and sys.argv[1] in MOVED:
+            raise BadInput(f"edgeft {sys.argv[1]}", "is another command now", f"edgeft {MOVED[sys.argv[1]]}")
         app()
     except EdgeftError as problem:
         if os.environ.get("EDGEFT_TRACEBACK"):

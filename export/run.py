@@ -1006,8 +1006,8 @@ KEY_PREFIX = bytes.fromhex(
 
 
 def read_public_key(path: Path) -> bytes:
-    """The 32 bytes of an Ed25519 public key in PEM, as `edgeft keygen` and openssl write it. Raises RunError."""
-    hint = "give the .pub file that edgeft keygen wrote"
+    """The 32 bytes of an Ed25519 public key in PEM, as `edgeft sign --new-key` and openssl write it. Raises RunError."""
+    hint = "give the .pub file that edgeft sign --new-key wrote"
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, ValueError) as problem:

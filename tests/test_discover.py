@@ -1,4 +1,4 @@
-"""Is what `edgeft layers` says of a config what the model is, to the byte, and is what it cannot tell refused?"""
+"""Is what `edgeft show layers` says of a config what the model is, to the byte, and is what it cannot tell refused?"""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def test_the_table(tmp_path: Path) -> None:
 
 def test_the_verb(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False))
-    done = CliRunner().invoke(app, ["layers", folder, "--json"])
+    done = CliRunner().invoke(app, ["show", "layers", folder, "--json"])
     assert done.exit_code == 0 and Discovery.model_validate_json(done.stdout) == discover(folder)
-    shown = CliRunner().invoke(app, ["layers", folder])
+    shown = CliRunner().invoke(app, ["show", "layers", folder])
     assert shown.exit_code == 0 and "layers 0-2" in shown.stdout and "lm_head" in shown.stdout
 
 

@@ -41,7 +41,7 @@ def test_nothing_of_the_current_folder_is_imported(hostile: Path) -> None:
 def test_the_command_line_does_not_import_it_either(hostile: Path) -> None:
     (hostile / "edgeft.py").unlink()  # this one name the user's folder decides: `python -m edgeft` means it
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    command = [sys.executable, "-m", "edgeft", "targets"]
+    command = [sys.executable, "-m", "edgeft", "show", "targets"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "ort-int4" in done.stdout

@@ -89,5 +89,7 @@ def test_unknown_document() -> None:
 
 
 def test_the_verb_prints_the_schema() -> None:
-    done = subprocess.run([sys.executable, "-m", "edgeft", "schema", "plan"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeft", "show", "schema", "plan"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout == shipped_schema("plan")

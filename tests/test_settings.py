@@ -16,7 +16,7 @@ from edgeft.units import GIB, KIB, MIB, parse_bytes, show_bytes, show_count, sho
 
 @pytest.mark.parametrize("name", Job.model_fields)
 def test_every_setting_is_described(name: str) -> None:
-    """`edgeft settings` prints these: a lower-case phrase, no sentence."""
+    """`edgeft show settings` prints these: a lower-case phrase, no sentence."""
     description = Job.model_fields[name].description
     assert description and len(description) >= 9
     assert not description.endswith(".") and description.strip() == description

@@ -257,7 +257,10 @@ def test_any_changed_byte_of_the_signature_file_is_found(copy: Path) -> None:
         (None, r"key\.pub: cannot be read"),
         ("", r"key\.pub: is no public key in PEM"),
         ("-----BEGIN PUBLIC KEY-----\n!\n-----END PUBLIC KEY-----", r"key\.pub: is no Ed25519 public key"),
-        (pem(KEY + b"x"), r"key\.pub: is no Ed25519 public key\n\nhint: give the \.pub file that edgeft keygen wrote"),
+        (
+            pem(KEY + b"x"),
+            r"key\.pub: is no Ed25519 public key\n\nhint: give the \.pub file that edgeft sign --new-key wrote",
+        ),
         (pem(KEY).replace("PUBLIC", "PRIVATE"), r"key\.pub: is no public key in PEM"),
     ],
 )
@@ -337,7 +340,10 @@ def test_a_file_that_is_no_private_key_is_refused(copy: Path, key: Path) -> None
 
     bad = copy.parent / "bad"
     cases = [
-        (public_key_path(key).read_bytes(), r"bad: is no private key in PEM\n\nhint: give the file that edgeft keygen"),
+        (
+            public_key_path(key).read_bytes(),
+            r"bad: is no private key in PEM\n\nhint: give the file that edgeft sign --new-key",
+        ),
         (written(ed25519.Ed25519PrivateKey.generate(), b"word"), r"bad: is encrypted"),
         (written(ec.generate_private_key(ec.SECP256R1()), None), r"bad: is no Ed25519 key"),
     ]
@@ -356,7 +362,7 @@ def test_the_verbs(copy: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "edgeft", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    made = edgeft("keygen", "--out", tmp_path / "k")
+    made = edgeft("sign", "--new-key", tmp_path / "k")
     assert made.returncode == 0
     assert edgeft("sign", copy, "--key", tmp_path / "k").stdout == made.stdout
     good = edgeft("verify", copy, "--public-key", tmp_path / "k.pub", "--no-replay")

@@ -73,7 +73,7 @@ def sign(bundle: Path, key: Path) -> str:
     if problems := runner.check_files(bundle):
         problem = "is not what was exported, and will not be signed:\n" + "\n".join(problems)
         raise ParityFailed(bundle, problem, "export it again")
-    hint = "give the file that edgeft keygen wrote, not its .pub"
+    hint = "give the file that edgeft sign --new-key wrote, not its .pub"
     try:
         secret = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except OSError as problem:

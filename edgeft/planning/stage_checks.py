@@ -125,7 +125,9 @@ def target_device(device: str | None) -> Profile | None:
         return None
     profile = detect(load_profile(device))
     if "deploy" not in profile.roles:
-        raise BadInput("--device", f"{profile.name} is a training host, not a target device", "see edgeft profiles")
+        raise BadInput(
+            "--device", f"{profile.name} is a training host, not a target device", "see edgeft show profiles"
+        )
     return profile
 
 
