@@ -112,3 +112,37 @@ def test_the_graph_bears_the_builders_version_and_no_commit_of_the_users_reposit
     expected = onnxruntime_genai.__version__ + (f"+{commit[:7]}" if commit else "")
     graph = onnx.load(str(bundle("ort-int4") / "model.onnx"), load_external_data=False)
     assert (graph.producer_name, graph.producer_version) == ("onnxruntime-genai", expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads", "cores", "loadavg", "spins"),
+    [
+        ("", 2, 2, "0.01 0.1 0.1 1/99 7", True),
+        ("", 2, 2, "0.01 0.1 0.1 2/99 7", False),  # somebody else runs now
+        ("", 2, 4, "3.00 0.1 0.1 3/99 7", True),
+        ("", 1, 4, "0.00 0.0 0.0 1/99 7", False),  # alone there is nobody to wait for
+        ("", 4, 2, "0.00 0.0 0.0 1/99 7", False),
+        ("", 2, 2, "", False),  # nothing tells
+        ("1", 2, 2, "9.00 9.0 9.0 9/99 7", True),
+        ("0", 2, 2, "0.00 0.0 0.0 1/99 7", False),
+    ],
+)
+def test_threads_spin_where_each_has_a_core(
+    asked: str, threads: int, cores: int, loadavg: str, spins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_module()
+    monkeypatch.setenv("EDGEFT_SPIN", asked)
+    monkeypatch.setattr(runner, "usable_cores", lambda: cores)
+    if loadavg:
+        (tmp_path / "loadavg").write_text(loadavg)
+    found = runner.spinning(threads, tmp_path, cores)
+    assert found["session.intra_op.allow_spinning"] == ("1" if spins else "0")
+
+
+def test_a_quota_forbids_spinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_module()
+    monkeypatch.delenv("EDGEFT_SPIN", raising=False)
+    monkeypatch.setattr(runner, "usable_cores", lambda: 2)  # of four
+    (tmp_path / "loadavg").write_text("0.00 0.0 0.0 1/99 7")
+    assert runner.spinning(2, tmp_path, 4)["session.intra_op.allow_spinning"] == "0"
+    assert runner.spinning(2, tmp_path, 2)["session.intra_op.allow_spinning"] == "1"
