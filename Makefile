@@ -122,7 +122,7 @@ bench-closed-form: .venv/installed  ## the planner's closed form against the sim
 	$(py) bench/closed_form.py
 
 bench-time: .venv/installed  ## estimated against measured seconds of a step, on a quiet machine
-	$(py) bench/time.py
+	$(py) bench/step_time.py
 
 bench-trainer: .venv/installed  ## time and memory beside PEFT + Trainer, the same job by both, on a quiet machine
 	$(py) bench/trainer.py

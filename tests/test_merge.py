@@ -20,6 +20,8 @@ from edgeft.errors import BadInput
 from edgeft.merging.merge import base_of, merge
 from edgeft.merging.result import MergedCheckpoint, MergedForeign
 from edgeft.models.checkpoint import load_plain
+from edgeft.models.evaluate import evaluate
+from edgeft.models.parts import find_parts
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -66,12 +68,12 @@ def test_alpha_1_is_the_fine_tuned_model_and_half_is_the_mean(
 
 
 def test_merged_model_gives_the_trained_loss(trained: Path, tmp_path: Path) -> None:
-    from edgeft.exporting.parity import score_model
     from edgeft.training.job_data import Data
 
     merged = merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
     data = Data.read(merged.train.plan)
-    scores = score_model(load_plain(tmp_path / "merged"), data.valid[:4], data.tokenizer, lambda done, total: None)
+    model = load_plain(tmp_path / "merged")
+    scores = evaluate(model, find_parts(model), data.valid[:4], data.tokenizer, device=torch.device("cpu"))
     assert scores.loss == pytest.approx(merged.train.valid.loss, rel=1e-5)
     assert MergedCheckpoint.read(tmp_path / "merged" / "merged.json") == merged
 

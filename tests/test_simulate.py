@@ -329,7 +329,41 @@ def test_hidden_bytes_are_those_of_the_operation_itself() -> None:
     assert outside.peak_bytes == inside.peak_bytes > 192 * 64 * 4
 
 
-def test_a_model_that_branches_on_values_is_refused(tmp_path: Path) -> None:
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128},
+    "olmoe": {"num_experts": 4},
+    "gpt_oss": {"num_local_experts": 4},  # stacked in its files too
+}
+
+
+@pytest.mark.parametrize("way", [{}, {"checkpointing": True, "batch_size": 4}, NF4, HALF], ids=str)
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_take_what_a_real_step_does(kind: str, way: dict[str, Any], tmp_path: Path) -> None:
+    spec = save_model(tmp_path, kind, num_experts_per_tok=2, **EXPERTS[kind])
+    modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
+    check(spec, plan_of(spec, ALL, target_modules=modules, **way), Workload(48, 47))
+
+
+def test_experts_on_a_gpu_without_grouped_products_keep_more(tmp_path: Path) -> None:
+    spec = save_model(tmp_path, "mixtral", num_experts_per_tok=2, **EXPERTS["mixtral"])
+    attention = {"target_modules": ("q_proj", "v_proj"), "device": "cuda"}
+    half = plan_of(spec, ALL, base_precision="fp16", compute_dtype="fp16", **attention)
+    peaks = [
+        simulate(spec, one, Workload(48, 47)).live_peak_bytes for one in (half, plan_of(spec, ALL, **attention, **HALF))
+    ]
+    assert peaks[0] > peaks[1]
+
+
+def test_what_chooses_experts_carries_no_adapter(tmp_path: Path) -> None:
+    spec = save_model(tmp_path, "qwen2_moe", num_experts_per_tok=2, **EXPERTS["qwen2_moe"])
+    assert [linear.name for linear in spec.linears if linear.role == "other"] == ["shared_expert_gate"]
+
+
+def test_a_model_that_branches_on_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    monkeypatch.setattr(MixtralExperts, "forward", lambda self, hidden, *rest: hidden + hidden[hidden > 0].sum())
     spec = save_model(tmp_path, "mixtral", num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(BadInput, match="cannot be simulated"):
         simulate(spec, plan_of(spec, ALL), Workload(48, 47))

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 from edgeft.cli import app
 from edgeft.errors import BadInput
-from edgeft.exporting.parity import score_model
 from edgeft.merging.merge import merge
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import Line, choose, general_samples, golden_section, pareto, sweep
 from edgeft.models.checkpoint import load_plain
+from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Metrics, Sweep, SweepPoint
+from edgeft.models.parts import find_parts
 from edgeft.reporting.plots import plot_sweep
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import load_target
@@ -64,7 +65,7 @@ def test_a_point_is_the_merge_and_the_export_at_that_share(trained: Path, tmp_pa
     model = load_plain(tmp_path / "merged")
 
     def same(metrics: Metrics | None, samples: Sequence[Any]) -> bool:
-        found = score_model(model, samples, data.tokenizer, lambda done, total: None)
+        found = evaluate(model, find_parts(model), samples, data.tokenizer, device=torch.device("cpu"))
         assert metrics is not None and metrics == metrics.bare  # no rows in merged.json
         return metrics.loss == pytest.approx(found.loss, rel=1e-6) and metrics.exact_match == found.exact_match
 
@@ -95,7 +96,9 @@ def test_the_line_of_an_untied_or_transposed_model(
 
 def point(share: float, loss: float, exact: float | None, general: float | None = None, rows: int = 100) -> SweepPoint:
     def metrics(loss: float, exact: float | None) -> Metrics:
-        return Metrics(rows=rows, loss=loss, perplexity=math.exp(loss), exact_match=exact)
+        right = round(rows * (exact or 0.0))
+        marks = "1" * right + "0" * (rows - right) if exact is not None else ""  # who is right here is right there
+        return Metrics(rows=rows, loss=loss, perplexity=math.exp(loss), exact_match=exact, row_exact=marks)
 
     worse = metrics(loss + 9, 0.0)  # before rounding: must not count
     text = metrics(general, None) if general is not None else None
@@ -109,22 +112,31 @@ def test_rules_of_choice() -> None:
         point(0.0, 6.0, 0.0, 3.00), point(0.4, 0.6, 0.70, 3.08), point(0.6, 0.4, 0.79, 3.4),
         point(0.8, 0.3, 0.80, 3.9), point(1.0, 0.5, 0.82, 5.0),
     ]  # fmt: skip
-    assert choose(curve, "best", 1.0, 0.1)[0] == 0.6  # 0.82 - 0.038 <= 0.79, and general text suffers least
+    assert (
+        choose(curve, "best", 1.0, 0.1)[0] == 0.6
+    )  # three rows fewer than the best show no difference, and general text suffers least
     why = choose(curve, "best", 1.0, 0.1)[1]
-    assert why == "lowest general loss of 3 within one standard error (3.8 points) of the best exact match"
+    assert why == "lowest general loss of 3 whose rows show no difference in exact match from the best (95% interval)"
     alone = [point(p.wise_alpha, *(p.shipped[0].loss, p.shipped[0].exact_match)) for p in curve]
     assert choose(alone, "best", 1.0, 0.1)[0] == 0.8  # no general text: the lowest loss
     assert choose(curve, "bounded", 1.0, 0.1)[0] == 0.4
     assert choose(curve, "bounded", 1.0, 0.01) == (
         0.0,
-        "lowest general loss of 1 within one standard error (0.0 points) of the best exact match, general loss at "
-        "most 0.01 nats over the base's (1 of 5 shares)",
+        "lowest general loss of 1 whose rows show no difference in exact match from the best (95% interval), general "
+        "loss at most 0.01 nats over the base's (1 of 5 shares)",
     )
     assert choose(curve, "fixed", 0.123, 0.1) == (0.123, "as given")
     texts = [point(share, loss, None, 3.0) for share, loss in ((0.0, 3.0), (0.5, 2.0), (1.0, 2.1))]
     assert choose(texts, "best", 1.0, 0.1) == (0.5, "lowest loss")
     assert pareto(curve) == (0.0, 0.4, 0.6, 0.8)
     assert pareto(alone) == (0.8,)
+
+
+def test_rows_too_few_to_show_anything_choose_no_other_than_the_best() -> None:
+    few = [point(0.0, 6.0, 0.25, 3.0, rows=4), point(0.5, 0.6, 0.5, 3.1, rows=4), point(1.0, 0.5, 0.75, 5.0, rows=4)]
+    assert choose(few, "best", 1.0, 0.1)[0] == 1.0
+    many = [point(p.wise_alpha, p.shipped[0].loss, p.shipped[0].exact_match, 3 + p.wise_alpha, rows=400) for p in few]
+    assert choose(many, "best", 1.0, 0.1)[0] == 1.0  # a difference is shown: general text has no say
 
 
 def test_golden_section_finds_a_valley_in_few_steps() -> None:

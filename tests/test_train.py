@@ -20,6 +20,8 @@ from edgeft.engine.loop import learning_rate
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import load_plain
+from edgeft.models.evaluate import evaluate
+from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.training.result import TrainResult
@@ -114,14 +116,14 @@ def test_adapter_loads_in_plain_peft(plan_file: Any, checkpoint_folder: Path, tm
     """Any tool of the ecosystem can pick the adapter up: PEFT's model gives the loss edgeft wrote down."""
     from peft import PeftModel
 
-    from edgeft.exporting.parity import score_model
     from edgeft.training.job_data import Data
 
     path = plan_file(epochs=3.0, learning_rate=5e-3)
     result = run(path, tmp_path / "train")
     model = PeftModel.from_pretrained(load_plain(checkpoint_folder), str(tmp_path / "train"))
     data = Data.read(Plan.read(path))
-    scores = score_model(model.get_base_model(), data.valid[:4], data.tokenizer, lambda done, total: None)
+    base = model.get_base_model()
+    scores = evaluate(base, find_parts(base), data.valid[:4], data.tokenizer, device=torch.device("cpu"))
     assert scores.loss == pytest.approx(result.valid.loss, rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, sta
 from edgeft.errors import BadInput
 from edgeft.machines.limits import MALLOC_ENVIRONMENT
 from edgeft.memory import disk
-from edgeft.models.checkpoint import DTYPES, load_plain, load_whole, quiet_transformers
+from edgeft.models.checkpoint import DTYPES, Checkpoint, load_plain, load_whole, quiet_transformers
 from edgeft.models.identity import weights_sha256
 from edgeft.models.spec import read_model_spec
 from edgeft.settings import Training
@@ -29,7 +29,9 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
     if training.base_precision != "nf4":
         # a half-precision base on a device that cannot compute in it is held in the compute dtype instead
         dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
-        return load_plain(folder, dense).to(device)
+        model = load_plain(folder, dense)
+        leave_files(model, Checkpoint(folder))
+        return model.to(device)
     cached = quantised_folder(folder)
     if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
         disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
@@ -47,6 +49,18 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None
     compute_in(model, compute)
     return model
+
+
+def leave_files(model: Any, files: Checkpoint) -> None:
+    """Give a model that was put together from pieces (its experts, say) memory of its own for the rest of it too.
+
+    Weights that are what the files hold are pages of them. One that stays so keeps all pages of its file resident that
+    loading has read, those of the pieces as well: experts would be there twice.
+    """
+    if all(files.find(name) is not None for name, _ in model.named_parameters()):
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def compute_in(model: Any, compute: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,8 @@ ALL_THAT_FIT = "all-that-fit"
 COMPARISON = "comparison.json"
 # The rule: of those that pass their parity and fit, all whose loss and exact match are this near to the best one's are
 # as good; of these the one whose decoding reads the fewest bytes per token (a device's memory bounds its speed), then
-# the smallest. 0.01 nats are 1% of perplexity; exact match may be a point less, or one standard error of the best's.
+# the smallest. 0.01 nats are 1% of perplexity; exact match may be a point less, or more where the same rows show no
+# difference from the best.
 AS_GOOD_LOSS_NATS, AS_GOOD_EXACT_MATCH_POINTS = 0.01, 1.0
 
 
@@ -109,15 +109,19 @@ def choose(candidates: list[Candidate]) -> tuple[str, str]:
         reasons = "\n".join(f"{candidate.name}: {candidate.problem}" for candidate in candidates)
         raise BadInput("targets", f"none can be shipped\n{reasons}", "choose a larger device or a smaller model")
     loss = min(scores.loss for _, scores in built)
-    exact, rows = max((scores.exact_match or 0.0, scores.rows) for _, scores in built)
-    points = max(AS_GOOD_EXACT_MATCH_POINTS, 100 * math.sqrt(exact * (1 - exact) / rows))
+    best_match = max((scores for _, scores in built), key=lambda scores: scores.exact_match or 0.0)
+    exact = best_match.exact_match or 0.0
     rounding = 1e-9  # 0.90 - 0.89 is more than 0.01
     good = [
         candidate
         for candidate, scores in built
         if scores.loss - loss <= AS_GOOD_LOSS_NATS + rounding
-        and 100 * (exact - (scores.exact_match or 0.0)) <= points + rounding
+        and (
+            100 * (exact - (scores.exact_match or 0.0)) <= AS_GOOD_EXACT_MATCH_POINTS + rounding
+            or scores.as_exact_as(best_match)
+        )
     ] or [min(built, key=lambda pair: pair[1].loss)[0]]
     best = min(good, key=lambda candidate: (candidate.bytes_per_token, candidate.size_bytes))
-    limits = f"{AS_GOOD_LOSS_NATS:g} nats and {points:.1f} points of the best"
-    return best.name, f"of {len(good)} targets within {limits}, it reads the fewest bytes per token"
+    limits = f"{AS_GOOD_LOSS_NATS:g} nats and {AS_GOOD_EXACT_MATCH_POINTS:g} point of the best"
+    shown = "or shown no worse by the same rows"
+    return best.name, f"of {len(good)} targets within {limits}, {shown}, it reads the fewest bytes per token"

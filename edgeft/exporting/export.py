@@ -163,7 +163,7 @@ def make_proof(ladder: Ladder, scores: Mapping[str, Metrics], source: str, form:
         positions=len(form.log_probabilities),
         rungs=tuple(ladder.rungs),
         scored_on=source,
-        scores={name: found.bare for name, found in scores.items()},
+        scores={name: found.marked for name, found in scores.items()},
         pairs=tuple(found for found in pairs if found is not None),
         gain_nats=ladder.gain.nats if ladder.gain.shown else None,
     )

@@ -295,12 +295,3 @@ def exact_match_problem(merged: Form, made: Form, tolerance: Tolerance, rows: sl
     low, high = (-100 * end for end in paired_rates(before, after)[:0:-1])
     reach = f"95% interval {low:.1f} to {high:.1f}"
     return f"exact match falls by {drop:.1f} points ({reach}), at most {tolerance.max_exact_match_drop_points:g}"
-
-
-def score_model(
-    model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer, progress: Callable[[int, int], None]
-) -> Metrics:
-    """Metrics of a torch model on the CPU in fp32."""
-    every = slice(None)
-    form = observe_model("scored", model, samples, tokenizer, answers=every, progress=progress)
-    return form.metrics(samples, tokenizer)

@@ -17,7 +17,7 @@ from edgeft.models.spec import ModelSpec
 from edgeft.settings import Training
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
-# half of the shapes of bench/time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
+# half of the shapes of bench/step_time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
 MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
 FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
 

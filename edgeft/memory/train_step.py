@@ -455,7 +455,7 @@ def phases(
     weights = weight_bytes(spec, training)
     weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
     stored = spec.total_parameters * STORED_BYTES.get(spec.dtype, 4) if training.base_precision != "nf4" else weights
-    if training.base_precision != "nf4" and stored == weights:
+    if training.base_precision != "nf4" and stored == weights and not spec.stacked:
         stored = 0  # weights that stay as they are stored stay pages of their file
     load = [*start, weights_term]
     if training.device == "cuda" and training.base_precision == "nf4":

@@ -130,7 +130,7 @@ def sweep(
         task_rows=f"{len(rows)} validation rows",
         general_rows=f"{len(texts)} rows of {general}" if general else None,
         max_general_increase_nats=bound,
-        points=curve,
+        points=tuple(point.bare for point in curve),
         pareto=pareto([point for point in curve if not point.groups]),
         seconds=round(time.monotonic() - started, 2),
     )
@@ -175,7 +175,7 @@ def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sa
 def _score(model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer) -> Metrics | None:
     if not samples:
         return None
-    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu")).bare
+    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu")).marked
 
 
 def general_increase(point: SweepPoint, base: SweepPoint) -> float:
@@ -188,9 +188,9 @@ def choose(
 ) -> tuple[float, str]:
     """(share, why), one share for all layers. Scores are those after rounding, where that was measured.
 
-    best: the highest exact match; whatever lies within one standard error of it counts as equal, and of those the
-    one that keeps general text best is taken, or without general text the one of lowest loss. Rows without a prompt
-    have no exact match: the lowest loss. bounded: the same among the shares whose general loss is at most so many
+    best: the highest exact match; those that the rows show no difference from count as equal, and of them the one that
+    keeps general text best is taken, or without general text the one of lowest loss. Rows without a prompt have no
+    exact match: the lowest loss. bounded: the same among the shares whose general loss is at most so many
     nats above the base's; the base is always among them. fixed: as given.
     """
     if select == "fixed":
@@ -210,17 +210,30 @@ def choose_point(
     scored = [point for point in allowed if point.shipped[0].exact_match is not None]
     equal, least, why = allowed, task_loss, "lowest loss"
     if scored:
-        best = max(point.shipped[0].exact_match or 0.0 for point in scored)
-        error = (best * (1 - best) / scored[0].shipped[0].rows) ** 0.5
-        equal = [point for point in scored if (point.shipped[0].exact_match or 0.0) >= best - error]
+        equal = as_exact_as_the_best(scored, base)
         if all(point.shipped[1] is not None for point in equal):
             least, why = general_loss, "lowest general loss"
-        why += f" of {len(equal)} within one standard error ({100 * error:.1f} points) of the best exact match"
+        why += f" of {len(equal)} whose rows show no difference in exact match from the best (95% interval)"
     chosen = min(equal, key=lambda point: (least(point), point.wise_alpha, len(point.groups)))
     if select == "bounded":
         why += f", general loss at most {max_general_increase_nats:g} nats over the base's"
         why += f" ({len(allowed)} of {len(curve)} shares)"
     return chosen, why
+
+
+def as_exact_as_the_best(scored: Sequence[SweepPoint], base: SweepPoint) -> list[SweepPoint]:
+    """The points whose rows show no difference in exact match from the best point's, but do show one from the base's.
+
+    Rows too few to tell the best from the base show nothing of the others: then those of its very exact match.
+    """
+    best = max((point.shipped[0] for point in scored), key=lambda scores: scores.exact_match or 0.0)
+    if best.as_exact_as(base.shipped[0]):
+        return [point for point in scored if point.shipped[0].exact_match == best.exact_match]
+    return [
+        point
+        for point in scored
+        if point.shipped[0].as_exact_as(best) and not point.shipped[0].as_exact_as(base.shipped[0])
+    ]
 
 
 def search_groups(

@@ -37,7 +37,23 @@ class Metrics(Strict):
     @property
     def bare(self) -> Metrics:
         """The same scores without the rows."""
-        return self.model_copy(update={"row_losses": (), "row_tokens": (), "row_exact": ""})
+        return self.marked.model_copy(update={"row_exact": ""})
+
+    @property
+    def marked(self) -> Metrics:
+        """The same scores with which rows are exact, of each row's own numbers nothing else."""
+        return self.model_copy(update={"row_losses": (), "row_tokens": ()})
+
+    def as_exact_as(self, other: Metrics) -> bool:
+        """Whether the rows show no difference in exact match; without both forms' rows, whether it is the same."""
+        if not self.row_exact or len(self.row_exact) != len(other.row_exact):
+            return self.exact_match == other.exact_match
+        return not exact_interval(other, self).shown
+
+
+def exact_interval(first: Metrics, second: Metrics) -> Interval:
+    """How much more rows are exact under the second form than under the first, from each row under both."""
+    return paired_rates(*([bit == "1" for bit in each.row_exact] for each in (first, second)))
 
 
 class Difference(Strict):
@@ -73,7 +89,7 @@ def pair(before: str, first: Metrics, after: str, second: Metrics) -> Pair | Non
         return None
     exact = None
     if first.row_exact and second.row_exact:
-        exact = paired_rates(*([bit == "1" for bit in each.row_exact] for each in (first, second)))
+        exact = exact_interval(first, second)
     loss = paired_losses(first.row_losses, second.row_losses, first.row_tokens)
     match = Difference.of(exact) if exact else None
     return Pair(before=before, after=after, loss=Difference.of(loss), exact_match=match)
@@ -194,6 +210,12 @@ class SweepPoint(Strict):
     def shares(self) -> Shares:
         """The shares of all tensors."""
         return Shares(rest=self.wise_alpha, groups=self.groups)
+
+    @property
+    def bare(self) -> SweepPoint:
+        """The same point without the rows."""
+        scores = ("task", "general", "rounded_task", "rounded_general")
+        return self.model_copy(update={name: found.bare for name in scores if (found := getattr(self, name))})
 
     @property
     def shipped(self) -> tuple[Metrics, Metrics | None]:

@@ -281,7 +281,7 @@ def _from_meta_model(path: Path) -> dict[str, Any]:
     layers = [sum(p.numel() for _, p in parameters_of[f"layer {i}"]) for i in range(len(found.layers))]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     modules = dict(found.layers[0].named_modules())
-    linears = _guess_roles({name: m for name, m in modules.items() if is_linear(m)}, hidden, heads * head_dim)
+    linears = _guess_roles({n: m for n, m in modules.items() if is_linear(m)}, hidden, heads * head_dim, head_dim)
     inputs = {role: sum(x.out_features for x in linears if x.role == role) for role in ("attention_in", "mlp_in")}
     intermediate = max((x.in_features for x in linears if x.role == "mlp_out"), default=4 * hidden)
     # Falcon and others name their key-value heads in their own ways; the width of q, k and v together tells.
@@ -333,11 +333,12 @@ def _stacked(net: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _guess_roles(modules: dict[str, Any], hidden: int, query: int) -> tuple[Linear, ...]:
+def _guess_roles(modules: dict[str, Any], hidden: int, query: int, head_dim: int) -> tuple[Linear, ...]:
     """A layer's projections, in order, with the role their shapes imply; "other" when they imply none.
 
-    The MLP's width is the largest that leads back to the hidden size. The last projection from the query
-    heads' width to the hidden size is the attention's output. Names lose their module unless two clash.
+    What is narrower than a head, as what chooses experts, has none. The MLP's width is the largest that leads back to
+    the hidden size. The last projection from the query heads' width to the hidden size is the attention's output. Names
+    lose their module unless two clash.
     """
     # Conv1D (GPT-2's linear) keeps its weight as in x out, nn.Linear as out x in.
     shapes = {n: tuple(m.weight.shape)[:: 1 if type(m).__name__ == "Conv1D" else -1] for n, m in modules.items()}
@@ -346,7 +347,8 @@ def _guess_roles(modules: dict[str, Any], hidden: int, query: int) -> tuple[Line
     leaves = Counter(name.rpartition(".")[2] for name in modules)
     linears = []
     for name, (inner, outer) in shapes.items():
-        role: Role = "attention_in" if inner == hidden else "other"
+        projects = inner == hidden and outer >= head_dim
+        role: Role = "attention_in" if projects else "other"
         if (inner, outer) == (width, hidden):
             role = "mlp_out"
         elif inner == hidden and outer in (width, 2 * width):

@@ -160,6 +160,45 @@ def _is_half(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """torch's product of each expert's rows with its matrix, in sizes alone: torch's own takes bf16 alone.
+
+    Rows are kept for the matrices' gradients only where those train.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        wants_rows, wants_matrices, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if wants_matrices else None, matrices if wants_rows else None, offsets)
+        ctx.shapes = rows.shape, matrices.shape, None
+        return rows.new_empty(rows.shape[0], matrices.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pairs = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+        return tuple(gradients[0].new_empty(shape) if wanted else None for wanted, shape in pairs)
+
+
+def _grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, _GroupedProduct.apply(rows, matrices, offs))  # type: ignore[no-untyped-call]
+
+
+def _experts(training: Training) -> Iterator[Any]:
+    """What lets transformers' experts run on fake tensors, as they do on the planned device.
+
+    CUDA before capability 8.0 has no grouped product: transformers' own takes its place, which keeps more. fp16 and
+    fp32 do not say what the capability is, and are taken for that.
+    """
+    try:
+        from transformers.integrations import moe
+    except ImportError:  # before transformers 5 every model went through its experts one by one
+        return
+    if training.device == "cuda" and training.compute_dtype != "bf16":
+        yield mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
+    elif hasattr(nn.functional, "grouped_mm"):
+        yield mock.patch.object(nn.functional, "grouped_mm", _grouped_mm)
+
+
 def _eight_bit_optimizer(training: Training, device: torch.device, groups: Sequence[list[nn.Parameter]]) -> Any:
     """bitsandbytes' 8-bit AdamW making its states as on CUDA; its update, which holds nothing of its own, left out."""
     with _disable_current_modes():
@@ -189,6 +228,8 @@ def as_planned(training: Training, fake: FakeTensorMode, started: Callable[[], N
         stack.enter_context(mock.patch.object(evaluate, "make_batch", fake_batch))
         # transformers takes fake tensors for the tracing of a graph and would make masks that it leaves out otherwise
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
+        for replaced in _experts(training):
+            stack.enter_context(replaced)
         stack.enter_context(fake)
         if training.device == "cuda":
             functional, on_cpu = nn.functional, torch.is_autocast_cpu_enabled
