@@ -3,6 +3,7 @@
     plan = edgeft.plan(model="folder", data="rows.jsonl", profile="t4", rank=16)   # print(plan) is the table
     trained = edgeft.train(plan, "build/t4/train")
     merged = edgeft.merge(trained, wise_alpha=0.6)
+    bundle = edgeft.export(merged, device="raspberrypi5-8gb")
     with edgeft.wise(model, 0.5):  # a live model, half way between base and fine-tuned
         model.generate(...)
 
@@ -20,15 +21,15 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
-    from edgeft.api import SweepOptions, merge, plan, report, run, train, verify
+    from edgeft.api import SweepOptions, export, merge, plan, report, run, train, verify
     from edgeft.merging.wise import wise
     from edgeft.planning.plan import make_plan
     from edgeft.results import Bundle, Merged, MergedForeign, Plan, TrainResult
     from edgeft.settings import Job, make_job
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult", "make_job", "make_plan",
-           "merge", "plan", "report", "run", "train", "verify", "wise"]  # fmt: skip
+__all__ = ["Bundle", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult", "export", "make_job",
+           "make_plan", "merge", "plan", "report", "run", "train", "verify", "wise"]  # fmt: skip
 HOMES = {"Job": "settings", "make_job": "settings", "make_plan": "planning.plan", "wise": "merging.wise"}
 HOMES |= dict.fromkeys(("Bundle", "Merged", "MergedForeign", "Plan", "TrainResult"), "results")
 

@@ -12,6 +12,8 @@ edgeft.errors.EdgeftError.
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,19 +23,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgeft import current, processes
 from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput, EdgeftError, ParityFailed
+from edgeft.exporting import bundle as bundles
 from edgeft.merging import result as merges
 from edgeft.models.identity import cached_folder
 from edgeft.models.layer_shares import Shares, parse_shares
 from edgeft.planning import plan as plans
 from edgeft.progress import Progress, Say, silent
 from edgeft.results import Bundle, Merged, MergedForeign, OnDisk, Plan, TrainResult
-from edgeft.settings import Job, make_job
+from edgeft.settings import AUTO, Job, make_job
 from edgeft.targets.runner import runner_module
 from edgeft.training import result as trainings
-from edgeft.units import show_seconds
+from edgeft.units import parse_bytes, show_seconds
 
 if TYPE_CHECKING:
     from edgeft.models.metrics import Sweep
+    from edgeft.targets.target import Target
     from edgeft.training.result import Trial
 
 
@@ -143,7 +147,7 @@ def train(
     current.replaceable(folder, "train.json")
     from edgeft.exporting.rehearsal import rehearse
     from edgeft.reporting.terminal import rehearsal_line
-    from edgeft.targets.target import load_target
+    from edgeft.targets.target import candidates
     from edgeft.training.train import MORE_MEMORY, choose_device, work_folder
     from edgeft.training.train import train as carry_out
 
@@ -152,7 +156,7 @@ def train(
     rehearsed = trainings.NOT_REHEARSED
     if rehearsal:
         named = made.job.target if target in (None, "all-that-fit") else target
-        rehearsed = rehearse(made, load_target(str(named)), work_folder(folder), digest)
+        rehearsed = rehearse(made, candidates(str(named))[0], work_folder(folder), digest)
         say(rehearsal_line(rehearsed))
     result = carry_out(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
     for deviation in result.deviations:
@@ -256,6 +260,84 @@ def _sweep(source: Path, sweep: SweepOptions, shares: Shares, request: str, prog
     return measure(
         source, load_target(sweep.target), **options, wise_alpha=shares.rest, request_sha256=request, progress=progress
     )
+
+
+def export(
+    merged: Merged | str | Path, out: str | Path | None = None, *, target: str | None = None,
+    device: str | None = None, promote: Sequence[str] = (), repair: str | None = None,
+    size_budget: int | str | None = None, calibration: str | None = None, train: Path | None = None,
+    progress: Progress = silent, say: Say = quiet,
+) -> Bundle:  # fmt: skip
+    """The on-device bundle of a merged checkpoint, proven to be what was trained; a current one is read.
+
+    `target` is a name, a TOML file, or "auto" (the plan's when absent): the smallest that keeps the fine-tune within
+    `size_budget` (bytes, or "5MiB") and `device`. With repair="auto" a named target may become 1.1 times its size.
+    `train` is the folder that was merged, where `merged` does not say. Raises ParityFailed, DoesNotFit, BadInput.
+    """
+    from edgeft.exporting.repair import check_calibration, export_named, export_smallest
+
+    source = merged.folder if isinstance(merged, OnDisk) else Path(merged)
+    record = source / "merged.json"
+    job = (json.loads(record.read_text(encoding="utf-8")).get("train") or {"plan": {"job": {}}})["plan"]["job"]
+    asked, device = target or job.get("target", AUTO), device or job.get("device")
+    found, climbs, same_size = _wanted(asked, promote, repair)
+    limit = parse_bytes(size_budget) if isinstance(size_budget, str) else size_budget
+    folder = Path(out) if out is not None else source.parent / "bundle"
+    read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
+    targets = [json.loads(each.model_dump_json()) for each in found]
+    request = sha256_json([targets, same_size, limit, read]) if climbs else ""
+    if _exported(folder, source, request or targets[0], limit, device, say):
+        say(f"{folder} is up to date")
+    else:
+        current.replaceable(folder, "bundle.json")
+        check_calibration(found, calibration)
+        common: dict[str, Any] = {
+            "device": device, "progress": progress, "size_budget_bytes": limit, "calibration": calibration,
+            "train": train,
+        }  # fmt: skip
+        if climbs:
+            export_smallest(source, found, folder, asked=asked, request_sha256=request, same_size=same_size, **common)
+        else:
+            named = f"--target {shlex.quote(asked)}" + (f" --promote {','.join(promote)}" if promote else "")
+            export_named(source, found[0], folder, asked=named, **common)
+    made = Bundle.at(folder / "bundle.json", bundles.Bundle.read(folder / "bundle.json"))
+    made._merged = merges.MergedCheckpoint.read(record)
+    return made
+
+
+def _wanted(asked: str, promote: Sequence[str], repair: str | None) -> tuple[tuple[Target, ...], bool, bool]:
+    """(what an export may end in, whether it climbs, whether all must be of about the size of the first)."""
+    from edgeft.targets.target import calibrated, candidates, promoted
+
+    if repair not in (None, "none", "auto"):
+        raise BadInput("--repair", f"must be none or auto, got {repair!r}")
+    found = candidates(asked)
+    if len(found) > 1:
+        if promote or repair == "none":
+            hint = "name a target: --target ort-int4"
+            raise BadInput("--promote" if promote else "--repair none", "is for a target that is named", hint)
+        return found, True, False
+    target = promoted(found[0], list(promote))
+    better = calibrated(target) if repair == "auto" else None
+    return (target, better) if better else (target,), repair == "auto", repair == "auto"
+
+
+def _exported(
+    folder: Path, merged: Path, wanted: str | dict[str, Any], limit: int | None, device: str | None, say: Say
+) -> bool:
+    """Whether a folder's bundle is what was asked for (a request's hash, or a target) and still as recorded."""
+    from edgeft.machines.profile import load_profile
+
+    held = current.held(folder / "bundle.json", sha256_file(merged / "merged.json"))
+    if not held or held.get("failed"):
+        return False
+    asked = (held.get("repair") or {}).get("request_sha256") if isinstance(wanted, str) else held["target"]
+    small = limit is None or held["size_bytes"] + (folder / "bundle.json").stat().st_size <= limit
+    device_name = load_profile(device).name if device else ""
+    if asked != wanted or not small or held["provenance"]["device"] != device_name:
+        return False
+    train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
+    return current.same_bundle(folder, held, merged, train, say)
 
 
 def report(run: OnDisk | str | Path, out: str | Path | None = None) -> list[Path]:

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console, Group, RenderableType
 
 from edgeft import api, current
-from edgeft.documents import Artifact, cache_folder, sha256_file, sha256_json
+from edgeft.documents import Artifact, cache_folder, sha256_file
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.progress import Reporter
 from edgeft.settings import parse_settings
@@ -248,20 +248,27 @@ def export(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
     target: Annotated[
         str | None,
-        typer.Option(help="a name in export/, a TOML file, or all-that-fit to compare them; the plan's when absent"),
+        typer.Option(
+            help="auto: the smallest that keeps the fine-tune; a name in export/ or a TOML file; all-that-fit: compare "
+            "them; the plan's when absent"
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
     ] = None,
     promote: Annotated[str | None, typer.Option(help="modules with 8 bits: layers.0,layers.3.mlp.down_proj")] = None,
-    auto_promote: Annotated[
-        bool, typer.Option("--auto-promote", help="8 bits for the tensors that are worth most, until parity passes")
-    ] = False,
-    size_budget: Annotated[
-        str | None, typer.Option(help="most that the bundle may take, as in 5MiB; alone: the largest target that fits")
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="none: the target as it is; auto: what keeps the fine-tune, at most 1.1 times its size; none for a "
+            "target that is named"
+        ),
     ] = None,
+    auto_promote: Annotated[bool, typer.Option("--auto-promote", hidden=True)] = False,
+    size_budget: Annotated[str | None, typer.Option(help="most that the bundle may take, as in 5MiB")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="data file to measure --auto-promote on; the training data when absent")
+        str | None,
+        typer.Option(help="data file that codes and 8-bit tensors are chosen on; the training data when absent"),
     ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="an encoder's: texts to prove it with, a line each or .jsonl")
@@ -284,60 +291,23 @@ def export(
             _export_encoder(merged, target or "onnx-portable-fp32", folder, texts, device, as_json)
             return
     _need(merged / "merged.json", "edgeft merge TRAIN")
-    from edgeft.machines.profile import load_profile
-    from edgeft.targets.target import load_target, promoted
-
+    if auto_promote:
+        raise BadInput("--auto-promote", "is a part of repair now", "leave it out, or name a target with --repair auto")
     train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
     planned = train["plan"]["job"] if train else {}
     device = device or planned.get("device")
-    if calibration is not None and not auto_promote:
-        raise BadInput("--calibration", "is what --auto-promote measures on", "add --auto-promote")
     if target == "all-that-fit":
-        if auto_promote or size_budget is not None:
-            hint = "name one target, or leave --auto-promote and --size-budget out"
+        if repair == "auto" or size_budget is not None or calibration is not None:
+            hint = "name one target, or leave --repair, --size-budget and --calibration out"
             raise BadInput("--target all-that-fit", "builds every target as it is", hint)
         _export_all(merged, out or merged.parent / "bundles", device, trained, as_json)
         return
-    wanted = load_target(target or planned.get("target", "ort-int4"))
-    limit = parse_bytes(size_budget) if size_budget is not None else None
-    if limit is not None and target is None and not auto_promote:
-        from edgeft.exporting.promotion import most_precise
-
-        wanted = most_precise(merged, wanted.runtime, limit)
-        say(f"{wanted.name} is the largest target of {wanted.runtime} in {show_bytes(limit)}")
-    wanted = promoted(wanted, [name for name in (promote or "").split(",") if name])
-    folder = out or merged.parent / "bundle"
-    device_name = load_profile(device).name if device else ""
-    read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
-    request = sha256_json([json.loads(wanted.model_dump_json()), limit, read]) if auto_promote else None
-    if current.held(folder / "bundle.json", sha256_file(merged / "merged.json")):
-        held = json.loads((folder / "bundle.json").read_text())
-        asked = (held.get("promotion") or {}).get("request_sha256")
-        same = asked == request if auto_promote else held["target"] == json.loads(wanted.model_dump_json())
-        small = limit is None or held["size_bytes"] + (folder / "bundle.json").stat().st_size <= limit
-        same = same and small and held["provenance"]["device"] == device_name
-        if same and current.same_bundle(folder, held, merged, train, say):
-            say(f"{folder} is up to date")
-            return
-    current.replaceable(folder, "bundle.json")
-    from edgeft.exporting.bundle import Measurement, measurement_path
-    from edgeft.exporting.export import export as run
-    from edgeft.exporting.export import export_promoted
-    from edgeft.merging.result import MergedCheckpoint
-    from edgeft.reporting.terminal import bundle_text
-
     with Reporter(stderr) as progress:
-        if request is not None:
-            bundle = export_promoted(
-                merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit,
-                calibration=calibration, request_sha256=request, train=trained,
-            )  # fmt: skip
-        else:
-            bundle = run(
-                merged, wanted, folder, device=device, progress=progress, size_budget_bytes=limit, train=trained
-            )
-    here = Measurement.read(measurement_path(folder.resolve()))
-    show(as_json, bundle, bundle_text(bundle, MergedCheckpoint.read(merged / "merged.json"), here))
+        bundle = api.export(
+            merged, out, target=target, device=device, promote=[name for name in (promote or "").split(",") if name],
+            repair=repair, size_budget=size_budget, calibration=calibration, train=trained, progress=progress, say=say,
+        )  # fmt: skip
+    show(as_json, bundle, bundle.text())
 
 
 def _export_encoder(

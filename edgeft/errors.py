@@ -36,6 +36,12 @@ class ParityFailed(EdgeftError):
     exit_code = 4
 
 
+class QualityLost(ParityFailed):
+    """What was exported is what was trained, but rounding has cost too much of it (exit 4); `rows` showed it."""
+
+    rows = "validation"
+
+
 class MissingExtra(EdgeftError):
     """A package that this verb needs is not installed (exit 5)."""
 

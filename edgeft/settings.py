@@ -15,6 +15,7 @@ from edgeft.documents import Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
+AUTO = "auto"  # as a target: the smallest artifact that keeps the fine-tune
 Tuner = Literal["lora", "full"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Layers = Literal["all", "sparse", "lisa"]
@@ -98,7 +99,8 @@ class Job(Strict):
     eval_rows: int = Field(200, ge=1, description="validation rows scored during training")
 
     target: str = Field(
-        "ort-int4", description="what the plan counts on being exported: a name in export/ or a TOML file"
+        AUTO,
+        description="what is exported: a name in export/, a TOML file, or auto: the smallest that keeps the fine-tune",
     )
     device: str | None = Field(None, description="target device profile that the bundle must fit")
 

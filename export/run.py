@@ -197,6 +197,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "labels": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
     "task": lambda value: value in ("text-generation", "text-classification", "feature-extraction"),
     "golden": lambda value: isinstance(value, list),
+    "failed": lambda value: isinstance(value, str),
 }
 
 
@@ -847,9 +848,14 @@ def check_files(bundle: Path) -> list[str]:
     except RunError as problem:
         return [str(problem).split("\n\nhint: ")[0]]
     found = _entries(bundle)
-    return _manifest_faults(raw, manifest) + _file_faults(
-        bundle, manifest["files"], found, {*manifest["files"], *found}
-    )
+    faults = _manifest_faults(raw, manifest) + failed_proof(manifest)
+    return faults + _file_faults(bundle, manifest["files"], found, {*manifest["files"], *found})
+
+
+def failed_proof(manifest: dict[str, Any]) -> list[str]:
+    """A line if the export kept this bundle although it is not good enough, to be looked at."""
+    why = " ".join(str(manifest.get("failed") or "").split())
+    return [f"proof: this bundle FAILED it and is not to be shipped: {why!r:.400}"] if why else []
 
 
 def check_loaded(bundle: Path, raw: bytes, manifest: dict[str, Any]) -> list[str]:
@@ -1559,6 +1565,8 @@ def main(argv: list[str] | None = None) -> int:
         trusted = read_public_key(options.public_key) if options.public_key else None
         if options.verify:
             return check(options, trusted)
+        for line in failed_proof(read_manifest(options.bundle)):
+            print(f"WARNING: {line}", file=sys.stderr)
         if options.bench:
             made = bench(options.bundle, adapter=options.adapter, trusted=trusted, check=not options.no_check)
             print(json.dumps(made) if options.json else show_bench(made))

@@ -315,12 +315,12 @@ def test_every_verb_explains_itself(verb: str) -> None:
 
 
 def test_lists(tmp_path: Path) -> None:
-    names = {entry["name"] for entry in json.loads(edgeft("profiles", "--json").stdout)}
+    names = {entry["name"] for entry in json.loads(edgeft("show", "profiles", "--json").stdout)}
     assert {"cpu", "t4", "raspberrypi5-8gb"} <= names
-    assert {entry["name"] for entry in json.loads(edgeft("targets", "--json").stdout)} >= {
+    assert {entry["name"] for entry in json.loads(edgeft("show", "targets", "--json").stdout)} >= {
         "ort-int4",
         "ort-int8",
         "ort-fp32",
     }
-    shown: Any = edgeft("settings").stdout
+    shown: Any = edgeft("show", "settings").stdout
     assert "learning_rate" in shown and "peak learning rate" in shown

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_train import ROWS, run, silent
-from typer.testing import CliRunner
 
-from edgeft.cli import app
-from edgeft.data.dataset import TextTokenizer
-from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
-from edgeft.exporting import export as stage
+from edgeft.errors import BadInput, DoesNotFit
 from edgeft.exporting.build import ArtifactModel, build_bundle
 from edgeft.exporting.bundle import GoldenInput
-from edgeft.exporting.export import export, export_promoted
-from edgeft.exporting.outputs import observe_artifact, observe_model
+from edgeft.exporting.export import export
+from edgeft.exporting.outputs import observe_model
 from edgeft.exporting.parity import compare
-from edgeft.exporting.promotion import Rounding, answers, choose, file_bytes, mean_kl, measure, most_precise, tightened
+from edgeft.exporting.promotion import Rounding, answers, choose, file_bytes, mean_kl, measure, tightened
 from edgeft.merging.merge import merge
 from edgeft.merging.survival import survival
 from edgeft.models.checkpoint import Checkpoint, load_plain
@@ -142,59 +137,11 @@ def test_a_size_ends_it_and_too_little_is_refused(merged: Path) -> None:
         choose(found, data.valid, size_budget_bytes=10240)
 
 
-def test_the_bundle_is_what_was_simulated_and_says_why(merged: Path, tmp_path: Path) -> None:
-    none, every = kl_of(merged, set()), kl_of(merged, {f"layers.{i}.{n}" for i in range(2) for n in MODULES})
-    wanted = strict(INT4, every + 0.6 * (none - every))
-    out = tmp_path / "bundle"
-    bundle = export_promoted(merged, wanted, out, device=None, progress=silent, request_sha256="asked")
-    assert bundle.promotion is not None and bundle.promotion.request_sha256 == "asked"
-    modules = {each.module for each in bundle.promotion.promoted}
-    assert modules and set(bundle.target.eight_bit) == modules
-    folder = sum(path.stat().st_size for path in out.iterdir())
-    assert 0 <= bundle.promotion.predicted_bytes - folder < 60_000  # the graph's share is an upper bound
-    data, tokenizer = samples(merged), TextTokenizer(merged)
-    model = Rounding(merged, INT4, TrainResult.read(merged.parent / "train" / "train.json").plan.spec)
-    model.as_bundle(modules)
-    simulated = observe_model("simulated", model.model, data.valid, tokenizer)
-    rung = compare(simulated, observe_artifact("artifact", ArtifactModel(out), data.valid, tokenizer), INT4.parity)
-    assert rung.mean_kl_nats < 0.3 * none
-    assert bundle.proof is not None and bundle.proof.rungs[-1].mean_kl_nats <= wanted.parity.max_mean_kl_nats
-
-
-def test_a_bundle_that_fails_is_built_once_more_with_more_promoted(
-    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[set[str]] = []
-
-    def failing(folder: Path, target: Target, out: Path, **options: Any) -> Any:
-        asked.append(set(target.eight_bit))
-        raise ParityFailed("parity ladder", "mean KL", "a hint")
-
-    monkeypatch.setattr(stage, "export", failing)
-    monkeypatch.setattr("edgeft.exporting.promotion.USED", (1.0, 0.02))
-    wanted = strict(INT4, 0.9 * kl_of(merged, set()))
-    with pytest.raises(ParityFailed) as caught:
-        export_promoted(merged, wanted, tmp_path / "bundle", device=None, progress=silent)
-    assert len(asked) == 2 and asked[0] < asked[1]
-    assert re.search(rf"hint: {len(asked[1])} of 14 tensors got 8 bits, then .*: export to a larger", str(caught.value))
-
-
 def test_a_bundle_over_its_size_is_not_written(merged: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     with pytest.raises(DoesNotFit, match=r"^--size-budget: the bundle for ort-int4 is .*, the budget 50.0 KiB"):
         export(merged, INT4, out, device=None, progress=silent, size_budget_bytes=51200)
     assert not out.exists()
-
-
-def test_the_largest_precision_that_fits(merged: Path) -> None:
-    names = ("ort-int4", "ort-int4-mixed", "ort-int8", "ort-fp16", "ort-fp32")
-    spec = TrainResult.read(merged.parent / "train" / "train.json").plan.spec
-    sizes = {name: file_bytes(spec, load_target(name), merged) for name in names}
-    assert list(sizes.values()) == sorted(sizes.values())
-    for name, size in sizes.items():
-        assert most_precise(merged, "ort-genai", size).name == name
-    with pytest.raises(DoesNotFit, match=r"^--size-budget: a bundle for ort-int4 takes "):
-        most_precise(merged, "ort-genai", sizes["ort-int4"] - 1)
 
 
 def test_a_rounding_that_torch_does_not_know_is_refused(merged: Path) -> None:
@@ -206,27 +153,6 @@ def test_a_tightened_tolerance_leaves_a_share() -> None:
     half = tightened(INT4.parity, 0.5)
     assert half.min_top1_agreement == pytest.approx(1 - 0.5 * (1 - INT4.parity.min_top1_agreement))
     assert half.max_mean_kl_nats == 0.5 * INT4.parity.max_mean_kl_nats
-
-
-def test_the_verb_chooses_a_target_by_size_and_names_what_does_not_go_together(merged: Path, tmp_path: Path) -> None:
-    def edgeft(*arguments: object) -> Any:
-        return CliRunner().invoke(app, ["export", str(merged), "--out", str(tmp_path / "bundle"), *map(str, arguments)])
-
-    spec = TrainResult.read(merged.parent / "train" / "train.json").plan.spec
-    budget = f"{file_bytes(spec, load_target('ort-int8'), merged) / 2**10 + 1:.0f}KiB"
-    done = edgeft("--size-budget", budget)
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert "ort-int8 is the largest target of ort-genai in " in done.stderr
-    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["target"]["name"] == "ort-int8"
-    assert "is up to date" in edgeft("--size-budget", budget).stderr
-    for arguments, message in (
-        (("--calibration", "x.jsonl"), "--calibration: is what --auto-promote measures on\n\nhint: add --auto-promote"),
-        (("--target", "all-that-fit", "--auto-promote"), "builds every target as it is"),
-        (("--size-budget", "9KiB"), "--size-budget: a bundle for ort-int4 takes "),
-        (("--target", "ort-int8", "--auto-promote"), "no tensor of it has 4 bits"),
-    ):
-        done = edgeft(*arguments)
-        assert isinstance(done.exception, EdgeftError) and message in str(done.exception), done.exception
 
 
 def test_fitted_rounding_can_be_named_in_a_target_file(checkpoint_folder: Path, tmp_path: Path) -> None:

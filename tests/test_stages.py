@@ -54,8 +54,18 @@ def term(found: Phase, name: str) -> int:
 
 def test_every_stage_is_planned_and_its_terms_add_up() -> None:
     names = {
-        "cpu-16gb": ["resume", "merge", "export: build", "export: prove", "bundle"],
-        "t4": ["quantise", "load", "train", "resume", "merge", "export: build", "export: prove", "bundle"],
+        "cpu-16gb": ["resume", "merge", "export: calibrate", "export: build", "export: prove", "bundle"],
+        "t4": [
+            "quantise",
+            "load",
+            "train",
+            "resume",
+            "merge",
+            "export: calibrate",
+            "export: build",
+            "export: prove",
+            "bundle",
+        ],
     }
     for profile, model in (("cpu-16gb", SMALL), ("t4", LLAMA)):
         made = plan(model, profile)
@@ -73,7 +83,7 @@ def test_a_gpu_hosts_own_memory_is_the_limit_of_its_stages() -> None:
     made = plan(LLAMA, "t4")
     assert made.stages.host_bytes == 16 * GIB  # as profiles/t4.toml says of the usual host
     notes = [note for note in made.notes if "the host has" in note]
-    assert [note.split(" may need ")[0] for note in notes] == ["export: build", "export: prove"]
+    assert [note.split(" may need ")[0] for note in notes] == ["export: calibrate", "export: build", "export: prove"]
     # the checkpoint's 15 GiB are pages of a file: they do not count against the host
     assert phase(made, "quantise").high_bytes > 16 * GIB
     assert term(phase(made, "quantise"), "weight file") == made.spec.total_parameters * 2
@@ -224,19 +234,17 @@ def test_an_export_takes_target_and_device_from_the_plan(
     from typer.testing import CliRunner
 
     from edgeft.cli import app
-    from edgeft.exporting import export as module
+    from edgeft.exporting import repair as module
 
     run(plan_file(max_steps=1, target="ort-int8", device="laptop-16gb"), tmp_path / "train")
     merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
     asked: list[tuple[str, str | None]] = []
 
-    def stand_in(
-        merged: Path, target: Any, out: Path, *, device: str | None, progress: Any, size_budget_bytes: None, train: None
-    ) -> None:
+    def stand_in(merged: Path, target: Any, out: Path, *, device: str | None, **_: Any) -> None:
         asked.append((target.name, device))
         raise BadInput("test", "asked enough")
 
-    monkeypatch.setattr(module, "export", stand_in)
+    monkeypatch.setattr(module, "export_named", stand_in)
     CliRunner().invoke(app, ["export", str(tmp_path / "merged")])
     CliRunner().invoke(app, ["export", str(tmp_path / "merged"), "--target", "ort-fp32"])
     assert asked == [("ort-int8", "laptop-16gb"), ("ort-fp32", "laptop-16gb")]

@@ -31,6 +31,7 @@ from edgeft.exporting.bundle import (
     Measured,
     Measurement,
     PromptFormat,
+    failed_path,
     measurement_path,
     readme,
 )
@@ -38,7 +39,7 @@ from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
 from edgeft.machines.environment import cpu_model, cpuinfo
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
-from edgeft.models.metrics import Metrics, Promotion, Proof
+from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import read_model_spec
 from edgeft.targets.footprint import Weights, choose_context, predict
 from edgeft.targets.runner import RUNNER, runner_module
@@ -213,6 +214,8 @@ def build_bundle(
     sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (),
     promotion: Promotion | None = None,
+    repair: Repair | None = None,
+    keep_failed: bool = False,
     size_budget_bytes: int | None = None,
     rows: Mapping[str, Metrics] | None = None,
     codes: Callable[[Path], Codes] | None = None,
@@ -222,7 +225,8 @@ def build_bundle(
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
-    `codes` makes those of a calibrated target in a folder of its own.
+    `codes` makes those of a calibrated target in a folder of its own. With `keep_failed` a bundle whose proof fails
+    lies in `failed_path(out)` afterwards, its manifest says why; one that passes removes it.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
@@ -284,6 +288,7 @@ def build_bundle(
             golden=[],
             provenance=provenance or {},
             promotion=promotion,
+            repair=repair,
             predicted=predict(
                 spec, target, weights, context_tokens, device_memory_bytes, device_bandwidth_bytes_per_second
             ),
@@ -296,7 +301,12 @@ def build_bundle(
         bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, written)})
         bundle.write(folder / MANIFEST)
         if prove is not None:
-            bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
+            try:
+                bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
+            except ParityFailed as problem:
+                if keep_failed:
+                    _keep_failed(folder, bundle, problem, failed_path(out.resolve()))
+                raise
             bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
         peak = max(waiting + builder, resident_bytes(highest=True)) or None
@@ -304,6 +314,8 @@ def build_bundle(
     path = measurement_path(out.resolve())
     with saving(path):
         path.unlink(missing_ok=True)  # of the bundle that was here before
+        if keep_failed and (failed_path(out.resolve()) / MANIFEST).is_file():
+            shutil.rmtree(failed_path(out.resolve()))
     if measured is not None:
         here = predict(spec, target, weights, measured.prompt_tokens + measured.new_tokens)
         Measurement(
@@ -317,6 +329,16 @@ def build_bundle(
             seconds=time.perf_counter() - start,
         ).write(path)
     return Bundle.read(out / MANIFEST)
+
+
+def _keep_failed(folder: Path, bundle: Bundle, problem: ParityFailed, place: Path) -> None:
+    """Move a bundle that failed its proof to `place`, its manifest saying so. Raises BadInput for somebody's folder."""
+    if place.exists() and not (place / MANIFEST).is_file():
+        raise BadInput(place, f"exists and holds no {MANIFEST}: it will not be replaced", "give another --out")
+    bundle.model_copy(update={"failed": f"{problem.where}: {problem.problem}"}).write(folder / MANIFEST)
+    with saving(place):
+        shutil.rmtree(place, ignore_errors=True)
+        folder.replace(place)
 
 
 def environment(runtime: Runtime) -> Environment:

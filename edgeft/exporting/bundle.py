@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, saving, sha256_json
 from edgeft.exporting.sbom import NEEDED
-from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof
+from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof, Repair
 from edgeft.targets.footprint import LimitedBy, Predicted
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target
@@ -135,6 +135,11 @@ def measurement_of(bundle: Path) -> Measurement | None:
     return Measurement.read(path) if path.is_file() else None
 
 
+def failed_path(bundle: Path) -> Path:
+    """Where a bundle that fails its proof is kept: beside the folder that it was meant for."""
+    return bundle.with_name(f"{bundle.name}.failed")
+
+
 def adapters_digest(train_sha256: Mapping[str, str]) -> str:
     """What a bundle of adapters was made from, as one hash: each one's name and train.json."""
     return sha256_json(dict(train_sha256))
@@ -189,7 +194,9 @@ class Bundle(Artifact):
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")
     predicted: Predicted
     proof: Proof | None = None
+    failed: str = Field(default="", description="why its proof failed: not to be shipped, kept to be looked at")
     promotion: Promotion | None = Field(default=None, description="how the 8-bit tensors were chosen, where they were")
+    repair: Repair | None = Field(default=None, description="what else was considered, where the target was chosen")
     task: Task = Field(default="text-generation", description="an encoder gives a label or an embedding")
     labels: list[str] = Field(default=[], description="of a text-classification, in the order of its logits")
     encoder_proof: EncoderProof | None = None

@@ -14,12 +14,12 @@ import numpy
 from edgeft.data.dataset import Row, Sample, TextTokenizer, read_rows, read_samples
 from edgeft.data.rows import each_row
 from edgeft.documents import sha256_file
-from edgeft.errors import BadInput, ParityFailed
+from edgeft.errors import BadInput, QualityLost
 from edgeft.exporting.adapters import AdapterSource
-from edgeft.exporting.build import ArtifactModel, build_bundle, need_runtime
+from edgeft.exporting.build import ArtifactModel, build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
-from edgeft.exporting.parity import HINTS, Gain, Ladder, compare, exact_match_problem, first
+from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first
 from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.memory import disk, stages
 from edgeft.memory.stages import PARITY_PROMPTS
@@ -30,13 +30,13 @@ from edgeft.merging.peft_folder import lora_scale, read_adapter_config
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.checkpoint import Checkpoint, TensorFile, local_folder
 from edgeft.models.identity import DATA
-from edgeft.models.metrics import Metrics, Promotion, Proof, pair
+from edgeft.models.metrics import Metrics, Promotion, Proof, Repair, pair
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
 from edgeft.settings import Job
-from edgeft.targets.target import Target, promoted
+from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
 
@@ -46,31 +46,54 @@ if TYPE_CHECKING:
 GOLDEN_PROMPTS = 4
 
 
-def export(
-    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
-    promotion: Promotion | None = None, size_budget_bytes: int | None = None, train: Path | None = None,
-) -> Bundle:  # fmt: skip
-    """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
+@dataclass(frozen=True)
+class Chosen:
+    """What is known of a target that was chosen by simulation: all that was considered, promotions, codes."""
 
-    `train` is the folder that was merged, where merged.json does not find it.
+    repair: Repair
+    promotion: Promotion | None = None
+    codes: Codes | None = None
 
-    Raises ParityFailed (exit 4), and then writes nothing, when the artifact is not the model that was trained;
-    DoesNotFit when the device, this machine or its disk has no room; BadInput for an unknown device or a missing merge.
+
+def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibrate: bool = True) -> int:
+    """Expected highest bytes of an export; `computed`: this process has used torch. Codes may have been made already.
+
+    Raises DoesNotFit where this machine has too little memory or disk for a stage of it.
     """
-    merged, trained = verify_merged(merged_folder, train)
-    profile = target_device(device)
-    plan = merged.train.plan
     longest = plan.training.max_length
     work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
     data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
     question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
-    phases = (stages.build(question, target), stages.prove(question, plan.training, target))
-    # who chose promotions has computed with torch: what that leaves in the process waits beside the builder too
-    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if promotion is not None else 0
-    calibrating = stages.calibrate_phases(question, target)
-    for phase, more in zip((*phases, *calibrating), (waiting, 0, 0), strict=False):
-        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + more)
+    phases = [stages.build(question, target), stages.prove(question, plan.training, target)]
+    # what computing leaves in the process waits beside the builder too
+    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if computed else 0
+    phases += stages.calibrate_phases(question, target) if calibrate else ()
+    more = (waiting, *(0 for _ in phases[1:]))
+    for phase, beside in zip(phases, more, strict=True):
+        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + beside)
     disk.require(disk.export_disk(plan.spec, target), out)
+    return max(phase.expected_bytes + beside for phase, beside in zip(phases, more, strict=True))
+
+
+def export(
+    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
+    chosen: Chosen | None = None, size_budget_bytes: int | None = None, train: Path | None = None,
+    calibration: str | None = None, keep_failed: bool = False,
+) -> Bundle:  # fmt: skip
+    """Build, prove and write the bundle of a merged checkpoint; `device` names the profile it must fit.
+
+    `train` is the folder that was merged, where merged.json does not find it. Codes are chosen on rows of the file
+    `calibration`, or of the training data. With `keep_failed` a bundle that fails lies beside `out` (build_bundle).
+
+    Raises ParityFailed (exit 4), and then writes no `out`, when the artifact is not the model that was trained, of it
+    QualityLost when rounding alone is to blame; DoesNotFit when the device, this machine or its disk has no room;
+    BadInput for an unknown device or a missing merge.
+    """
+    merged, trained = verify_merged(merged_folder, train)
+    profile = target_device(device)
+    plan = merged.train.plan
+    has_codes = chosen is not None and chosen.codes is not None
+    expected_bytes = check_room(plan, target, out, computed=chosen is not None, calibrate=not has_codes)
     data = Data.read(plan, train=False)
     tokenizer = TextTokenizer(merged_folder)
     rows = ProofRows.of(data, plan)
@@ -100,16 +123,16 @@ def export(
             **merged.train.inputs,
             "device": profile.name if profile else "",
         }
-        | ({"calibration": f"{target.calibration}, the first training rows"} if calibrating else {}),
+        | ({"calibration": f"{target.calibration}, {rows_of(calibration)}"} if target.calibration != "none" else {}),
         prove=prove,
-        predicted_peak_bytes=max(
-            phases[0].expected_bytes + waiting, *(phase.expected_bytes for phase in (phases[1], *calibrating))
-        ),
+        predicted_peak_bytes=expected_bytes,
         sources=made_from(merged.train, merged_folder),
-        promotion=promotion,
+        promotion=chosen.promotion if chosen else None,
+        repair=chosen.repair if chosen else None,
+        keep_failed=keep_failed,
         size_budget_bytes=size_budget_bytes,
         rows=kept,
-        codes=calibration(merged_folder, target, plan, progress),
+        codes=_codes(merged_folder, target, plan, chosen, calibration, progress),
     )
 
 
@@ -131,7 +154,11 @@ def prove_bundle(
     for name, form in zip(("merged", target.name), made, strict=True):
         scores[name] = form.metrics(rows.every, tokenizer, rows.scored)
     if problem := exact_match_problem(*made, target.parity, rows.scored):
-        raise ParityFailed("parity ladder, exact match of the artifact", problem, HINTS["artifact"])
+        lost = QualityLost(
+            f"parity ladder, exact match of the artifact on {rows.source} rows", problem, HINTS["artifact"]
+        )
+        lost.rows = rows.source
+        raise lost
     return make_proof(ladder, scores, rows.source, made[0]), scores
 
 
@@ -169,15 +196,36 @@ def make_proof(ladder: Ladder, scores: Mapping[str, Metrics], source: str, form:
     )
 
 
-def calibration(merged_folder: Path, target: Target, plan: Plan, progress: Progress) -> Callable[[Path], Codes] | None:
-    """What makes the codes of a calibrated target from the first training rows; None for any other target."""
+def rows_of(calibration: str | None) -> str:
+    """Which rows codes are chosen on, for the manifest: a file by its content, no path of this machine."""
+    if calibration is None:
+        return "the first training rows"
+    path = Path(calibration)
+    return f"{path.name}, sha256 {sha256_file(path)[:12]}" if path.is_file() else calibration
+
+
+def calibration_samples(merged_folder: Path, plan: Plan, calibration: str | None, rows: int) -> list[Sample]:
+    """The first samples with something to train on, of the file or else of the training data."""
+    if calibration is None:
+        return Data.read(plan).train[:rows]
+    found = read_samples(calibration, TextTokenizer(merged_folder), plan.training.max_length, rows)
+    return [sample for sample in found if sample.trained_tokens]
+
+
+def _codes(
+    merged_folder: Path, target: Target, plan: Plan, chosen: Chosen | None, calibration: str | None, progress: Progress
+) -> Callable[[Path], Codes] | None:
+    """What makes the codes of a calibrated target, or has them already; None for any other target."""
     if target.calibration == "none":
         return None
 
     def make(folder: Path) -> Codes:
         from edgeft.exporting.calibrate import calibrate
 
-        return calibrate(merged_folder, target, Data.read(plan).train, folder, progress)
+        if chosen is not None and chosen.codes is not None:
+            return chosen.codes
+        samples = calibration_samples(merged_folder, plan, calibration, stages.CALIBRATION_ROWS)
+        return calibrate(merged_folder, target, samples, folder, progress)
 
     return make
 
@@ -185,53 +233,6 @@ def calibration(merged_folder: Path, target: Target, plan: Plan, progress: Progr
 def process_bytes(phase: Phase) -> int:
     """What a stage's own process holds before it has a model."""
     return sum(term.bytes for term in phase.terms if term.name == "process")
-
-
-def export_promoted(
-    merged_folder: Path, target: Target, out: Path, *, device: str | None, progress: Progress,
-    size_budget_bytes: int | None = None, calibration: str | None = None, request_sha256: str = "",
-    train: Path | None = None,
-) -> Bundle:  # fmt: skip
-    """`export` with 8 bits where they are worth most, until the parity gate passes or `size_budget_bytes` ends.
-
-    `calibration` is a data file; the first training rows when absent. Built once; a second time, with more promoted,
-    where the first bundle fails its proof. Raises as `export` and `promotion.measure` do, DoesNotFit for a budget that
-    the target alone exceeds.
-    """
-    from edgeft.exporting.promotion import CALIBRATION_ROWS, USED, choose, measure
-
-    merged, _ = verify_merged(merged_folder, train)
-    need_runtime(target)
-    data, tokenizer = Data.read(merged.train.plan), TextTokenizer(merged_folder)
-    samples = data.train[:CALIBRATION_ROWS]
-    if calibration is not None:
-        longest = merged.train.plan.training.max_length
-        samples = read_samples(calibration, tokenizer, longest, CALIBRATION_ROWS)
-        samples = [sample for sample in samples if sample.trained_tokens]
-    described = f"{len(samples)} rows of {calibration or 'the training data'}"
-    measured = measure(merged_folder, target, samples, described, progress)
-    gate, gain = ProofRows.of(data, merged.train.plan).trained, Gain.of(merged.train.base_valid, merged.train.valid)
-    del data
-    failed: ParityFailed | None = None
-    before: Promotion | None = None
-    for used in USED:
-        chosen = choose(
-            measured, gate, gain, size_budget_bytes=size_budget_bytes, used=used, progress=progress
-        ).model_copy(update={"request_sha256": request_sha256})
-        if before is not None and chosen.promoted == before.promoted:
-            break  # nothing more can be promoted
-        wanted = promoted(target, [each.module for each in chosen.promoted])
-        try:
-            return export(
-                merged_folder, wanted, out, device=device, progress=progress, promotion=chosen,
-                size_budget_bytes=size_budget_bytes, train=train,
-            )  # fmt: skip
-        except ParityFailed as problem:
-            failed, before = problem, chosen
-    assert failed is not None and before is not None
-    hint = f"{len(before.promoted)} of {before.considered} tensors got 8 bits, then {before.ended}"
-    hint += ": raise --size-budget" if before.size_budget_bytes is not None else ": export to a larger target"
-    raise ParityFailed(failed.where, failed.problem, hint) from None
 
 
 def made_from(result: TrainResult, folder: Path) -> list[Component]:

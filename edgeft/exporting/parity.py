@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer
-from edgeft.errors import BadInput, ParityFailed
+from edgeft.errors import BadInput, ParityFailed, QualityLost
 from edgeft.exporting.outputs import (
     Artifact,
     Form,
@@ -176,11 +176,12 @@ def trained_rung(form: Form, recorded: Metrics, compute: torch.dtype, where: str
 
 
 def check(rung: Rung) -> Rung:
-    """The rung itself. Raises ParityFailed (exit 4) with every tolerance that it breaks."""
+    """The rung itself. Raises ParityFailed (exit 4) with every tolerance that it breaks; QualityLost on the last."""
     if rung.problems:
         where = f"parity ladder, rung {rung.name!r} against {rung.against!r}"
         hint = HINTS["rounded"] if rung.against == "rounded" else HINTS.get(rung.name, HINTS["artifact"])
-        raise ParityFailed(where, "\n".join(rung.problems), hint)
+        kind = QualityLost if (rung.name, rung.against) == ("artifact", "merged") else ParityFailed
+        raise kind(where, "\n".join(rung.problems), hint)
     return rung
 
 

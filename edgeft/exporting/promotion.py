@@ -1,7 +1,8 @@
-"""Which tensors of a fine-tuned model are worth 8 bits, and which precision fits a size?
+"""Which tensors of a fine-tuned model are worth 8 bits, and how many of them fit a size?
 
-Everything is decided in torch with weights rounded as the export rounds them; the bundle is built once, and the ladder
-proves it. A second build happens only where the first one's proof failed.
+Everything is decided in torch with weights rounded as the export rounds them, calibrated ones by their codes. Those of
+a promoted tensor are to nearest here; the export calibrates them, and the rest on what they give: repair.py simulates
+that before anything is built.
 
 The order is by what each tensor costs alone: the mean KL of the model's answers on calibration rows with that tensor in
 4 bits and all others exact, per byte that 8 bits would add. Measured on the example, half of the layers' bytes promoted
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,10 +38,13 @@ from edgeft.targets.grid import Grid
 from edgeft.targets.ort import TOKENIZER_FILES
 from edgeft.targets.rounding import grid_of, round_
 from edgeft.targets.runner import RUNNER
-from edgeft.targets.target import Target, Tolerance, eight_bit_modules, list_targets, promoted
+from edgeft.targets.target import Target, Tolerance, eight_bit_modules, promoted, to_nearest
 from edgeft.units import show_bytes
 
-CALIBRATION_ROWS = 32
+if TYPE_CHECKING:
+    from edgeft.targets.codes import Codes
+
+SENSITIVITY_ROWS = 32
 LOST_COSINE = 0.3  # between a change and what arrives of it: the noise is then three times the change
 # Of the target's tolerance, what the simulated bundle may use: activations in 8 bits and another CPU add a little.
 USED = (0.9, 0.5)  # the second after a bundle failed that the first had let pass
@@ -56,18 +60,6 @@ def file_bytes(spec: ModelSpec, target: Target, folder: Path) -> int:
     side = [folder / name for name in (*TOKENIZER_FILES, "tokenizer_config.json")] + [shipped_folder("export") / RUNNER]
     sizes = sum(path.stat().st_size for path in side if path.is_file())
     return stored + sizes + GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * spec.num_hidden_layers + OTHER_BYTES
-
-
-def most_precise(merged: Path, runtime: str, size_budget_bytes: int, targets: Sequence[Target] | None = None) -> Target:
-    """The largest of a runtime's shipped targets whose bundle fits. Raises DoesNotFit (exit 3) with the smallest."""
-    spec = read_model_spec(str(merged))
-    known = [target for target in targets or list_targets() if target.runtime == runtime]
-    sizes = {target.name: file_bytes(spec, target, merged) for target in known}
-    fitting = [target for target in known if sizes[target.name] <= size_budget_bytes]
-    if not fitting:
-        name = min(sizes, key=lambda name: sizes[name])
-        raise too_small(name, sizes[name], size_budget_bytes)
-    return max(fitting, key=lambda target: (sizes[target.name], target.weight_bits))
 
 
 def too_small(name: str, need_bytes: int, size_budget_bytes: int) -> DoesNotFit:
@@ -89,13 +81,13 @@ class Tensor:
 class Rounding:
     """A merged model in fp32 whose decoder layers' tensors can be rounded to 4 or 8 bits, or given back."""
 
-    def __init__(self, merged: Path, target: Target, spec: ModelSpec) -> None:
-        self.spec, self.checkpoint = spec, Checkpoint(merged)
+    def __init__(self, merged: Path, target: Target, spec: ModelSpec, codes: Codes | None = None) -> None:
+        self.spec, self.checkpoint, self.codes = spec, Checkpoint(merged), codes
         self.model: Any = load_plain(merged)
         self.parameters = dict(self.model.named_parameters())
         names = tuple(linear.name for linear in spec.linears)
         self.given = set(eight_bit_modules(target, spec.num_hidden_layers, names))
-        plain = target.model_copy(update={"mixed_layers": False, "eight_bit": ()})
+        plain = plainly(target)
         self.tensors: list[Tensor] = []
         self.others: list[Tensor] = []  # head and embedding: rounded, never promoted
         for name, parameter in self.parameters.items():
@@ -116,6 +108,9 @@ class Rounding:
     @torch.no_grad()
     def rounded(self, tensor: Tensor, *, eight: bool) -> None:
         """The tensor as a bundle computes with it."""
+        if self.codes is not None and tensor.stored in self.codes and (not eight or tensor.module in self.given):
+            self.parameters[tensor.name].copy_(self.codes.read(tensor.stored).weight())
+            return
         self.exact(tensor)
         round_(self.parameters[tensor.name].data, tensor.grid.in_eight_bits() if eight else tensor.grid)
 
@@ -125,6 +120,11 @@ class Rounding:
             self.rounded(tensor, eight=tensor.grid.bits == 8)
         for tensor in self.tensors:
             self.rounded(tensor, eight=tensor.module in modules | self.given)
+
+
+def plainly(target: Target) -> Target:
+    """The target with every tensor in its own bits, to nearest."""
+    return to_nearest(target).model_copy(update={"mixed_layers": False, "eight_bit": ()})
 
 
 def answers(model: Any, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
@@ -158,23 +158,23 @@ class Measured:
     merged: Path
     spec: ModelSpec
     calibration: str
+    codes: Codes | None = None
 
 
 def measure(
-    merged: Path, target: Target, samples: Sequence[Sample], described: str, progress: Progress = lambda *_: None
-) -> Measured:
+    merged: Path, target: Target, samples: Sequence[Sample], described: str, progress: Progress = lambda *_: None,
+    codes: Codes | None = None,
+) -> Measured:  # fmt: skip
     """Every 4-bit tensor of the decoder layers, measured alone on the samples; one pass over them for each.
 
-    Raises BadInput for a target without 4-bit weights or whose rounding is not computed here, and for a merge that does
-    not name its base.
+    `codes` are those of a calibrated target. Raises BadInput for a target without 4-bit weights or whose rounding is
+    not computed here, and for a merge that does not name its base.
     """
     if target.weight_bits != 4:
-        hint = "choose ort-int4, or leave --auto-promote out"
-        raise BadInput(f"target {target.name}", "no tensor of it has 4 bits: nothing can be promoted", hint)
+        raise BadInput(f"target {target.name}", "no tensor of it has 4 bits: nothing can be promoted")
     spec = read_model_spec(str(merged))
-    plain = target.model_copy(update={"mixed_layers": False, "eight_bit": ()})
-    survives = {found.name: found for found in survival(merged, plain).tensors}
-    model = Rounding(merged, target, spec)
+    survives = {found.name: found for found in survival(merged, plainly(target)).tensors}
+    model = Rounding(merged, target, spec, codes)
     exact = list(answers(model.model, samples))
     samples = samples[: len(exact)]
     found = []
@@ -187,7 +187,7 @@ def measure(
         found.append(_facts(tensor, kl, survives.get(tensor.stored), model.parameters[tensor.name].numel()))
     progress("sensitivity", len(candidates), len(candidates), {})
     order = sorted(found, key=lambda each: (each.why != "lost", -each.mean_kl_nats / each.extra_bytes, each.tensor))
-    return Measured(tuple(order), target, merged, spec, described)
+    return Measured(tuple(order), target, merged, spec, described, codes)
 
 
 def _facts(tensor: Tensor, kl: float, arrives: TensorSurvival | None, parameters: int) -> Promoted:
@@ -225,7 +225,7 @@ def choose(
         for count in range(len(measured.order) + 1)
         if size_budget_bytes is None or size(count) <= size_budget_bytes
     )
-    model = Rounding(merged, target, spec)
+    model = Rounding(merged, target, spec, measured.codes)
     exact = observe_model("merged", model.model, gate)
     tolerance = tightened(target.parity, used)
     seen: dict[int, Form] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +13,14 @@ from edgeft.memory import train_step
 from edgeft.memory.train_step import STORED_BYTES, Term
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import ENDS, Training
-from edgeft.targets.footprint import bundle_weights
+from edgeft.targets.footprint import bundle_weights, linear_weights
 from edgeft.targets.target import Target
 from edgeft.units import show_bytes
 
 CHECKPOINTS_KEPT = 2
 SIDE_FILES_BYTES = 40_000_000  # tokenizer, template, graph and configs; of tokenizers Gemma's is the largest, 33 MB
+CODE_BYTES = 1.25  # of a weight's calibrated code: a byte, and scale and zero point of its block of 32
+CODES_KEPT = 2  # sets of codes that choosing a target keeps at a time
 TENSOR_BYTES = 1_200  # names, headers and padding of one trained parameter and its two states in a checkpoint
 
 
@@ -32,9 +34,14 @@ class Disk(Strict):
     kept_bytes: int
 
 
-def plan_disk(spec: ModelSpec, training: Training, target: Target) -> tuple[Disk, ...]:
-    """Every stage's disk. A stage writes beside what it replaces: an earlier result is not counted as room."""
-    found = [train_disk(spec, training), merge_disk(spec), export_disk(spec, target)]
+def plan_disk(spec: ModelSpec, training: Training, targets: Sequence[Target]) -> tuple[Disk, ...]:
+    """Every stage's disk. A stage writes beside what it replaces: an earlier result is not counted as room.
+
+    Of several targets that the export chooses among, the one that takes most.
+    """
+    sets = CODES_KEPT if len(targets) > 1 else 1
+    export = max((export_disk(spec, target, sets) for target in targets), key=lambda each: each.peak_bytes)
+    found = [train_disk(spec, training), merge_disk(spec), export]
     return (nf4_disk(spec, training), *found) if training.base_precision == "nf4" else tuple(found)
 
 
@@ -92,8 +99,8 @@ def merge_disk(spec: ModelSpec, files_bytes: int | None = None) -> Disk:
     return Disk(stage="merge", where="out", terms=terms, peak_bytes=size + side.bytes, kept_bytes=size + side.bytes)
 
 
-def export_disk(spec: ModelSpec, target: Target) -> Disk:
-    """The bundle, and what its making writes and leaves out.
+def export_disk(spec: ModelSpec, target: Target, code_sets: int = 1) -> Disk:
+    """The bundle, and what its making writes and leaves out; `code_sets`: calibrated forms that lie there at a time.
 
     The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too; fp16 is written
     from a model in fp32, and llama.cpp's quantiser reads one in fp16.
@@ -112,13 +119,18 @@ def export_disk(spec: ModelSpec, target: Target) -> Disk:
         first, what = 2 * spec.total_parameters, "the fp16 model that is quantised"
     elif target.runtime == "ort-genai" and target.weight_bits == 8 and spec.tie_word_embeddings:
         first, what = 4 * spec.vocab_size * spec.hidden_size, "an fp32 table that the second build leaves out"
+    codes = 0 if target.calibration == "none" else int(code_sets * CODE_BYTES * linear_weights(spec))
     terms = (
         Term(name="weights", bytes=stored, formula="as stored in the bundle"),
         Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most"),
         Term(name="first build", bytes=first, formula=what),
+        *(
+            [Term(name="codes", bytes=codes, formula=f"{code_sets} x {linear_weights(spec)} x {CODE_BYTES} B")]
+            * bool(codes)
+        ),
     )
     kept = stored + SIDE_FILES_BYTES
-    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + first, kept_bytes=kept)
+    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + first + codes, kept_bytes=kept)
 
 
 def free_bytes(folder: Path) -> int:

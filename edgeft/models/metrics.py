@@ -144,7 +144,6 @@ class Promoted(Strict):
 class Promotion(Strict):
     """How a bundle's 8-bit tensors were chosen; `simulated` is what torch said of it before it was built."""
 
-    request_sha256: str = Field(default="", description="of what was asked for: another request, another choice")
     calibration: str
     size_budget_bytes: int | None
     predicted_bytes: int
@@ -154,6 +153,31 @@ class Promotion(Strict):
     simulated: Rung
     ended: str
     promoted: tuple[Promoted, ...]
+
+
+class Attempt(Strict):
+    """One artifact that was considered, against the merged model on the same validation rows.
+
+    Its differences are those of PyTorch on the very weights that it would hold; None: not known.
+    """
+
+    name: str
+    predicted_bytes: int = Field(description="of the whole bundle")
+    loss: Difference | None = Field(default=None, description="nats per token")
+    exact_match: Difference | None = Field(default=None, description="a share of 1")
+    built: bool = Field(default=False, description="whether it became a bundle, which its ladder then decided on")
+    decision: Literal["passes", "fails", "skipped"]
+    reason: str
+
+
+class Repair(Strict):
+    """How an artifact was chosen: all that were considered, in their order; the last one is the bundle's."""
+
+    request_sha256: str = Field(default="", description="of what was asked for: another request, another choice")
+    asked: str = Field(description="the target that was asked for: auto, or the one that was repaired")
+    compared: str = Field(description="on which rows")
+    by_test_rows: bool = Field(default=False, description="a bundle failed on test rows: they took part in the choice")
+    attempts: tuple[Attempt, ...]
 
 
 class EncoderProof(Strict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import Field
 
 from edgeft.documents import Strict
@@ -25,6 +27,7 @@ from edgeft.memory.stages import (
 from edgeft.memory.train_step import Phase, Term
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
+from edgeft.planning.expected import expected
 from edgeft.settings import Training
 from edgeft.targets.footprint import (
     LimitedBy,
@@ -34,7 +37,7 @@ from edgeft.targets.footprint import (
     kv_cache_bytes_per_token,
     predict,
 )
-from edgeft.targets.target import Target, load_target
+from edgeft.targets.target import Target, candidates
 from edgeft.units import GIB, MIB, show_bytes
 
 
@@ -43,7 +46,7 @@ class Stages(Strict):
 
     phases: tuple[Phase, ...]
     disk: tuple[Disk, ...]
-    target: Target
+    target: Target = Field(description="what is exported, or expected to be where the export chooses")
     context_tokens: int = Field(description="the bundle's context, as the export would choose it")
     context_limited_by: LimitedBy
     host_bytes: int | None = Field(description="what the host has for a stage; None: not known")
@@ -71,10 +74,15 @@ class Stages(Strict):
 def plan_stages(question: Question, training: Training) -> tuple[Stages, list[str]]:
     """Every stage of a job besides the training step itself, and a note for each that may not fit.
 
+    Where the export chooses its target, host and disk are planned for whichever takes most of it.
+
     Raises DoesNotFit when the bundle would not fit the device that the job names, BadInput for an unknown one.
     """
     job, profile, spec, data_bytes = question.job, question.profile, question.spec, question.data_bytes
-    target, device = load_target(job.target), target_device(job.device)
+    found, device = candidates(job.target), target_device(job.device)
+    # 16 and 32 bits are for the rare case that 8 lose too much: the export looks for their room when it comes to that
+    likely = [each for each in found if each.weight_bits <= max(8, found[0].weight_bits)]
+    target, why = expected(spec, likely)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     weights = bundle_weights(spec, target)
     device_bytes = device.budget_bytes if device else None
@@ -85,14 +93,14 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     phases += [
         resume(spec, training, has, data_bytes),
         merge(spec, training, has),
-        *calibrate_phases(question, target),
-        build(question, target),
-        prove(question, training, target),
+        *_largest(calibrate_phases(question, each) for each in likely),
+        *_largest((build(question, each),) for each in likely),
+        *_largest((prove(question, training, each),) for each in likely),
         run_bundle(spec, target, weights, context),
     ]
     stages = Stages(
         phases=tuple(phases),
-        disk=plan_disk(spec, training, target),
+        disk=plan_disk(spec, training, likely),
         target=target,
         context_tokens=context,
         context_limited_by=limited_by,
@@ -101,7 +109,14 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         target_bytes=device_bytes,
         target_name=device.name if device else "",
     )
-    return stages, stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+    said = [why] if why else []
+    return stages, said + stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+
+
+def _largest(phases: Iterable[tuple[Phase, ...]]) -> tuple[Phase, ...]:
+    """Of one stage for several targets the phase that takes most; none where no target has that stage."""
+    found = [phase for each in phases for phase in each]
+    return (max(found, key=lambda phase: phase.high_bytes),) if found else ()
 
 
 def machine_notes(profile: Profile, peak_bytes: int, gpu: Gpu | None) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgeft.machines.profile import Profile
 from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.reporting.summary import Summary
-from edgeft.reporting.words import SYMBOLS, amount, cell_text, difference_text, grouped, signed, symbol
+from edgeft.reporting.words import SYMBOLS, amount, attempt_cells, cell_text, difference_text, grouped, signed, symbol
 from edgeft.units import show_bytes, show_count, show_seconds
 
 
@@ -80,6 +80,11 @@ def _summary(report: Summary) -> list[str]:
         ]
         head = ("from", "to", "loss, 95% interval", "exact match, points, 95% interval")
         blocks.append(_table(head, changes, (2, 3)))
+    if report.repair:
+        columns = ("artifact", "bundle", "loss, 95% interval", "exact match, points, 95% interval", "")
+        rows = [attempt_cells(each) for each in report.repair.attempts]
+        blocks += ["## What was considered for the device", f"Against the merged model on {report.repair.compared}."]
+        blocks.append(_table(columns, rows, (1, 2, 3)))
     if report.devices:
         cells = [(cell.machine, f"{symbol(cell)} {cell_text(cell)}") for cell in report.devices]
         blocks += ["## Where the result can run", _table(("device", f"as a bundle of {report.target}"), cells)]

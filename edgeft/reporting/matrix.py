@@ -20,7 +20,7 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_context, predict
-from edgeft.targets.target import Target, load_target
+from edgeft.targets.target import Target, candidates
 
 # What a plan keeps of the best there is: "full" every layer over a 16- or 32-bit base, "4-bit" every layer over a 4-bit
 # base, "reduced" fewer layers or a lower rank than the best candidate's, "none" that it does not fit.
@@ -144,7 +144,7 @@ def make_matrix(
     """
     values = dict(settings or {})
     make_job(**{**values, "model": "any", "profile": "any"})
-    chosen = load_target(target)
+    chosen = candidates(target)[0]
     machines = sorted((p for p in profiles if "train" in p.roles), key=_by_memory)
     devices = sorted((p for p in profiles if "deploy" in p.roles), key=_by_memory)
     pinned = values | {"target": target}

@@ -14,6 +14,7 @@ from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
     SYMBOLS,
     amount,
+    attempt_cells,
     difference_text,
     grouped,
     of_gib,
@@ -89,6 +90,7 @@ def _environment() -> jinja2.Environment:
         "answer": lambda value: {"True": "yes", "False": "no"}.get(value, value),
         "signed_bytes": lambda value: ("+" if value > 0 else "") + show_bytes(value),
         "rung_cells": rung_cells,
+        "attempt": attempt_cells,
         "difference": difference_text,
         "words": lambda value: value.replace("_", " "),
     }  # fmt: skip

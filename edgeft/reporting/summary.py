@@ -15,7 +15,7 @@ from edgeft.memory.disk import Disk
 from edgeft.memory.simulated import Moment
 from edgeft.memory.train_step import Phase, Term
 from edgeft.merging.result import MergedCheckpoint
-from edgeft.models.metrics import Metrics, Pair, Proof, pair
+from edgeft.models.metrics import Metrics, Pair, Proof, Repair, pair
 from edgeft.planning.alternatives import Alternative, Saving
 from edgeft.planning.costs import Candidate
 from edgeft.planning.plan import Plan
@@ -124,6 +124,7 @@ class Summary(Artifact):
     scored_on: str = ""
     pairs: tuple[Pair, ...] = Field(default=(), description="of forms on the same scored rows, with 95% intervals")
     proof: Proof | None = None
+    repair: Repair | None = Field(default=None, description="what was considered, where the export chose its target")
     loss_curve: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...]
 
@@ -173,6 +174,7 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         scored_on=scored_on,
         pairs=_pairs(train, bundle),
         proof=bundle.proof if bundle else None,
+        repair=bundle.repair if bundle else None,
         loss_curve=_thinned(train.loss_curve) if train else (),
         notes=tuple(said),
     )

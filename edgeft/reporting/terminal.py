@@ -14,10 +14,10 @@ from edgeft.memory.disk import total
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.train_step import Phase
 from edgeft.models.layer_shares import Shares
-from edgeft.models.metrics import Importance, Metrics, Pair, Promotion, Proof, Sweep, pair
+from edgeft.models.metrics import Importance, Metrics, Pair, Promotion, Proof, Repair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.words import difference_text, rung_cells
+from edgeft.reporting.words import attempt_cells, difference_text, rung_cells
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -363,8 +363,22 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
         table.add_row("training, peak memory", *map(show_bytes, trained))
         table.add_row("merge, peak memory", *map(show_bytes, (merged.predicted_peak_bytes, merged.measured_peak_bytes)))
     _add_costs(table, bundle, here)
-    promotion = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
-    return Group(*parts, table, *promotion, _size_text(bundle))
+    chosen = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
+    chosen += [repair_text(bundle.repair, here)] if bundle.repair is not None else []
+    return Group(*parts, table, *chosen, _size_text(bundle))
+
+
+def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:
+    """All that was considered, what each costs in bytes, and what of it was measured here."""
+    title = f"{repair.asked}: against the merged model on {repair.compared}, by PyTorch, 95% intervals"
+    table = _table("artifact", "bundle", "loss, nats", "exact match, points", "tok/s here", "", title=title)
+    for each in repair.attempts:
+        name, *costs, decided = attempt_cells(each)
+        last = each is repair.attempts[-1]
+        speed = f"{here.measured.decode_tokens_per_second:,.0f}" if here is not None and last else "-"
+        table.add_row(name, *costs, speed, decided)
+    by_test = "A bundle failed on test rows, so they took part in the choice: its test scores flatter it a little."
+    return Group(table, *([Text(by_test)] if repair.by_test_rows else []))
 
 
 def promotion_text(promotion: Promotion) -> RenderableType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from edgeft.models.metrics import Difference, Rung
+from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
 from edgeft.units import GIB, show_bytes, show_seconds
 
@@ -96,3 +96,10 @@ def difference_text(found: Difference | None, scale: float = 1.0, digits: int = 
         return "-"
     middle, low, high = (f"{scale * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
     return f"{middle} ({low} to {high})" + ("" if found.shown else ": no difference shown")
+
+
+def attempt_cells(found: Attempt) -> tuple[str, str, str, str, str]:
+    """(artifact, bundle's size, loss, exact match in points, what was decided) of one that was considered."""
+    decided = found.reason if found.decision == "passes" else f"{found.decision}: {found.reason}"
+    size, match = show_bytes(found.predicted_bytes), difference_text(found.exact_match, 100, 1)
+    return found.name, size, difference_text(found.loss), match, decided

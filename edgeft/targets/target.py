@@ -10,9 +10,11 @@ from pydantic import Field
 
 from edgeft.documents import Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
+from edgeft.settings import AUTO
 
 Runtime = Literal["ort-genai", "llama.cpp", "onnxruntime"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
+SMALLEST = "ort-int4"  # where the search for the smallest artifact that keeps the fine-tune starts
 
 
 class Tolerance(Strict):
@@ -122,6 +124,32 @@ def promoted(target: Target, modules: Sequence[str]) -> Target:
 def to_nearest(target: Target) -> Target:
     """The target on the same grids, each weight rounded to nearest."""
     return target.model_copy(update={"calibration": "none"})
+
+
+def calibrated(target: Target) -> Target | None:
+    """The target on the same grids with calibrated codes: as small, nearer to the model. None where there is none."""
+    name = f"{target.name}-calibrated"
+    shipped = next((each for each in list_targets() if each.name == name), None)
+    of_layers = target.weight_bits == 4 and target.method == "rtn" and not target.mixed_layers
+    if target.calibration != "none" or not of_layers or (shipped is None and target.runtime != "ort-genai"):
+        return None
+    changes: dict[str, object] = {"name": name, "calibration": "gptq"}
+    return target.model_copy(update=changes | ({"description": shipped.description} if shipped else {}))
+
+
+def climb(target: Target) -> tuple[Target, ...]:
+    """What to try when a target loses too much: itself, calibrated, then its runtime's shipped ones of more bits."""
+    more = [each for each in list_targets() if each.runtime == target.runtime and each.weight_bits > target.weight_bits]
+    better = calibrated(target)
+    return (target, *([better] if better else []), *sorted(more, key=lambda each: each.weight_bits))
+
+
+def candidates(name_or_path: str) -> tuple[Target, ...]:
+    """What an export to this name may end in, the smallest first: one target, or for `auto` all that it climbs to.
+
+    Raises as `load_target` does.
+    """
+    return climb(load_target(SMALLEST)) if name_or_path == AUTO else (load_target(name_or_path),)
 
 
 def eight_bit_modules(target: Target, layers: int, projections: tuple[str, ...]) -> tuple[str, ...]:
