@@ -212,7 +212,7 @@ def outside_projections(spec: ModelSpec) -> float:
 def why_approximate(spec: ModelSpec) -> str:
     """Why a model's prediction is rougher than for a known family, or ""."""
     if outside_projections(spec) > WHOLE:
-        return "mixture of experts: experts stay in 16 bit without adapters, their activations and time are guessed"
+        return "mixture of experts: experts stay in 16 bit without adapters, their time is guessed"
     if spec.model_type not in EXACT_FAMILIES or spec.counted_from != "config":
         return "approximated by a Llama of that shape, with a wider margin"
     return ""

@@ -1,0 +1,131 @@
+"""Do the README's numbers lie in bench/results, and can every file there be made again by a Make target?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+README = " ".join(" ".join(page.read_text(encoding="utf-8") for page in PAGES).split())
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+# made before a record named its commit; each leaves this list when it is made again
+WITHOUT_COMMIT = {"closed_form", "cuda", "decode", "large", "lisa", "methods", "rates", "sparse", "stages", "sweep",
+                  "time"}  # fmt: skip
+# drawn from the results of another file
+PICTURES = {"planner": "planner", "sparse": "sparse", "sweep": "sweep", "survival": "sweep"}
+GPU_TRAINERS = ("PEFT", "LitGPT", "torchtune")
+
+
+def result(name: str) -> dict[str, Any]:
+    return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def scripts() -> dict[str, str]:
+    """Result: the Make target whose script records it."""
+    found = {}
+    for target, recipe in re.findall(r"^(bench-[a-z0-9-]+):[^\n]*\n((?:\t[^\n]*\n)+)", MAKEFILE, re.M):
+        for script in re.findall(r"bench/\w+\.py", recipe):
+            for name in re.findall(r'record\(\s*"(\w+)"', (ROOT / script).read_text(encoding="utf-8")):
+                found[name] = target
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.iterdir()), ids=lambda path: path.name)
+def test_a_make_target_makes_every_result_again(path: Path) -> None:
+    made_by = scripts()
+    if path.suffix == ".svg":
+        assert PICTURES[path.stem] in made_by
+        assert any(f"{path.stem}.svg" in script.read_text() for script in (ROOT / "bench").glob("*.py"))
+        return
+    assert path.suffix == ".json" and made_by[path.stem] in MAKEFILE
+    environment = result(path.stem)["environment"]
+    assert environment["cpu"] and environment["cores"] and {"torch", "transformers"} <= environment["versions"].keys()
+    if path.stem not in WITHOUT_COMMIT:
+        assert re.fullmatch(r"[0-9a-f]{7,40}", environment["git"]["commit"])
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}%"
+
+
+def spread(name: str, runs: int, mean: float, errors: Sequence[float], digits: int = 1) -> tuple[str, str]:
+    """The row of the table of errors that begins with `name`."""
+    least, most = f"{100 * min(errors):+.1f}%", f"{100 * max(errors):+.1f}%"
+    return name, f"| {runs} | {percent(mean, digits)} | {least} | {most} |"
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """(words of a row of the README's table of errors, what stands behind them), from the records."""
+    planner = result("planner")["summary"]["all"]
+    ends = [planner["most_under"], planner["most_over"]]
+    yield spread("make bench-planner`)", planner["runs"], planner["mean_absolute_error"], ends)
+    stages = result("stages")
+    errors = [row["error"] for row in stages["rows"]]
+    yield spread("make bench-stages`)", len(errors), stages["summary"]["mean_absolute_error"], errors)
+    form = result("closed_form")
+    errors = [row["error"] for row in form["worst"]]
+    yield spread(
+        "make bench-closed-form`)", form["summary"]["plans"], form["summary"]["mean_absolute_error"], errors, 2
+    )
+    published = result("published")["summary"]
+    cpu = published["125M on a CPU resident"]
+    yield spread("make bench-published`)", cpu["rows"], cpu["mean_absolute_error"], [cpu["least"], cpu["most"]], 2)
+    gpu = [published[name] for name in GPU_TRAINERS]
+    count = sum(part["rows"] for part in gpu)
+    mean = sum(part["rows"] * part["mean_absolute_error"] for part in gpu) / count
+    yield spread("PEFT, LitGPT, torchtune", count, mean, [part[end] for part in gpu for end in ("least", "most")])
+
+
+def sentences() -> Iterator[str]:
+    """What the README says in words and small tables, from the records."""
+    example, mib = result("example"), 2**20
+    for name, scores in example["scores"].items():
+        yield f"| {name} | {scores['loss']:.4f} | {percent(scores['exact_match'])} |"
+    for name, stage, measured in (
+        ("training", "training", "measured_bytes"), ("merge", "merge", "measured_bytes"),
+        ("bundle", "bundle", "peak_memory_bytes"),
+    ):  # fmt: skip
+        numbers = example[stage]["predicted_bytes"] / mib, example[stage][measured] / mib
+        yield f"| {name}, peak memory | {numbers[0]:.0f} MiB | {numbers[1]:.0f} MiB |"
+    rate = round(example["bundle"]["decode_tokens_per_second"], -3)
+    yield f"The bundle is {example['bundle_bytes'] / mib:.1f} MiB and decodes about {rate:,.0f} tokens a second"
+    planner = result("planner")
+    cases = planner["summary"]["all"]["runs"] + sum(planner["not_run"].values())
+    yield f"`make bench-planner` has {cases} cases"
+    steps = result("time")["summary"]["all"]
+    yield f"typically off by a factor of {steps['typical_factor']:.1f} in {steps['runs']} runs"
+    decode = next(row for row in result("decode")["rows"] if (row["form"], row["threads"]) == ("ort-int4", 1))
+    speed, prompt = (decode[f"{kind}_per_cpu_second_of_gguf-q4_0"]["median"] for kind in ("decode", "prefill"))
+    yield f"`ort-int4` decodes at {speed:.2f} and reads a prompt at {prompt:.2f} times the speed"
+    yield f"in {decode['peak_bytes'] / mib:.0f} MiB (`make bench-decode`"
+    swept = result("sweep")["sweep"]
+    points = {point["wise_alpha"]: point["rounded_general"]["loss"] for point in swept["points"]}
+    taken = swept["wise_alpha"]
+    yield f"the sweep takes {taken:g}:"
+    yield f"loss on other text is {points[taken]:.2f} instead of {points[1.0]:.2f} (base {points[0.0]:.2f})"
+
+
+def not_found(readme: str) -> list[str]:
+    """The records' sentences and rows that the README has not."""
+    missing = [sentence for sentence in sentences() if sentence not in readme]
+    return missing + [
+        f"{name} {row}" for name, row in rows() if not re.search(re.escape(name) + r"[^|]*" + re.escape(row), readme)
+    ]
+
+
+def test_numbers_of_the_readme_are_the_recorded_ones() -> None:
+    assert not_found(README) == []
+
+
+def test_another_number_would_be_seen() -> None:
+    for recorded in [*sentences(), *(row for _, row in rows())]:
+        digits = [place for place, letter in enumerate(recorded) if letter.isdigit()]
+        wrong = "".join("0123456789"[(int(c) + 1) % 10] if n == digits[-1] else c for n, c in enumerate(recorded))
+        assert len(not_found(README.replace(recorded, wrong))) == 1, recorded
