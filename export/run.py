@@ -333,8 +333,15 @@ class OnnxRuntimeGenAI:
         """
         return self.tokenizer.create_stream().decode  # type: ignore[no-any-return]
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+        if not tools:
+            return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+        # onnxruntime-genai 0.18 rewrites tools before a template sees them: other keys, "str" for "string"
+        runtime("jinja2", "jinja2")
+        template, special = read_template(self.bundle)
+        if template is None:
+            raise RunError(self.bundle / TEMPLATE, "no such file")
+        return apply_template(template, messages, special, tools)
 
     def start(self, max_tokens: int) -> OnnxSession:
         return OnnxSession(self, max_tokens)
@@ -364,7 +371,9 @@ class OnnxSession:
         return rows
 
 
-def apply_template(template: str, messages: list[dict[str, Any]], special: dict[str, str]) -> str:
+def apply_template(
+    template: str, messages: list[dict[str, Any]], special: dict[str, str], tools: list[Any] | None = None
+) -> str:
     """A chat template's text for messages, by jinja2 in its sandbox: templates are programs from strangers."""
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
@@ -385,7 +394,7 @@ def apply_template(template: str, messages: list[dict[str, Any]], special: dict[
     environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     compiled = environment.from_string(template)
-    return str(compiled.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **special))
+    return str(compiled.render(messages=messages, add_generation_prompt=True, tools=tools, documents=None, **special))
 
 
 def read_template(bundle: Path) -> tuple[str | None, dict[str, str]]:
@@ -463,10 +472,10 @@ class OnnxRuntime:
             hint = "only bundles of onnxruntime-genai hold adapters"
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         if self.template is None:
             raise RunError(self.bundle / TEMPLATE, "no such file")
-        return apply_template(self.template, messages, self.special)
+        return apply_template(self.template, messages, self.special, tools)
 
     def start(self, max_tokens: int) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(self)
@@ -575,7 +584,7 @@ class LlamaCpp:
             hint = "only bundles of onnxruntime-genai hold adapters"
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         """By the template in the file and jinja2, which llama-cpp-python needs itself."""
         template = self.api.llama_model_chat_template(self.model, None)
         if not template:
@@ -585,7 +594,7 @@ class LlamaCpp:
             token = getattr(self.api, f"llama_vocab_{name}")(self.vocab)
             text = self.api.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
             special[f"{name}_token"] = text.decode("utf-8")
-        return apply_template(template.decode("utf-8"), messages, special)
+        return apply_template(template.decode("utf-8"), messages, special, tools)
 
     def start(self, max_tokens: int) -> LlamaSession:
         return LlamaSession(self, max_tokens)
@@ -699,10 +708,12 @@ class Runner:
         piece = self.engine.decoder()
         return "".join(piece(token) for token in ids)
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The chat template's text for messages [{role, content}, ...], up to where the answer starts."""
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+        """The chat template's text for messages [{role, content}, ...] and tools, up to where the answer starts."""
         try:
-            return str(self.engine.render(messages))
+            return str(self.engine.render(messages, tools))
+        except RunError:
+            raise
         except Exception as problem:
             hint = "use --plain if this model has no chat template"
             raise RunError("chat template", f"cannot be applied: {problem}", hint) from None
@@ -1400,33 +1411,46 @@ def read_input() -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_messages(path: Path) -> list[dict[str, Any]]:
-    """A conversation from a JSON file, `-` is standard input: [{"role": ..., "content": ...}, ...]. Raises RunError."""
+def read_messages(path: Path) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """(a conversation, its tools) from a JSON file, `-` is standard input. Raises RunError.
+
+    [{"role": ..., "content": ...}, ...] or, as a row of training data has them, {"messages": [...], "tools": [...]}.
+    """
     hint = 'give a list as in [{"role": "user", "content": "hello"}]'
     try:
         raw = read_input().encode("utf-8") if str(path) == "-" else read_limited(path)
     except OSError as problem:
         raise RunError(path, f"cannot be read: {problem.strerror or problem}", hint) from None
-    messages = parse_json(path, raw, hint)
+    messages, tools = parse_json(path, raw, hint), None
+    if isinstance(messages, dict) and "messages" in messages:
+        unknown = sorted(messages.keys() - {"messages", "tools"})
+        if unknown:
+            raise RunError(path, f"has keys that are not used: {', '.join(unknown)}", "give messages and tools alone")
+        messages, tools = messages["messages"], messages.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RunError(path, "'tools' is no list of objects", "give them as the training rows have them")
     if not isinstance(messages, list) or not messages:
         raise RunError(path, "is no list of messages", hint)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RunError(path, f"message {number} has no 'role': {message!r:.80}", hint)
-    return messages
+    return messages, tools or None
 
 
-def conversation(options: argparse.Namespace, prompt: str | None, own_system: str | None) -> list[dict[str, Any]]:
-    """What the chat template gets: --messages or the prompt, behind the system message, which is the bundle's own.
+def conversation(
+    options: argparse.Namespace, prompt: str | None, own_system: str | None
+) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """What the chat template gets: --messages or the prompt, behind the system message, the bundle's own; and tools.
 
     --system takes its place; where that is empty there is none. A conversation that has one keeps it.
     """
-    messages = [{"role": "user", "content": prompt}] if prompt is not None else read_messages(options.messages)
+    given = ([{"role": "user", "content": prompt}], None) if prompt is not None else read_messages(options.messages)
+    messages, tools = given
     has_one = messages[0]["role"] == "system"
     if has_one and options.system is not None:
         raise RunError("--system", "the conversation has a system message already", "give one of the two")
     system = own_system if options.system is None else options.system
-    return messages if has_one or not system else [{"role": "system", "content": system}, *messages]
+    return (messages if has_one or not system else [{"role": "system", "content": system}, *messages]), tools
 
 
 def encoded(runner: Runner, text: str, as_json: bool) -> str:
@@ -1458,7 +1482,7 @@ def prompt_text(runner: Runner, options: argparse.Namespace, prompt: str | None)
         raise RunError("--messages", "this model continues plain prompts", "add --chat")
     if not chat:
         return str(prompt), True
-    return runner.render(conversation(options, prompt, trained.get("system"))), False
+    return runner.render(*conversation(options, prompt, trained.get("system"))), False
 
 
 def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import edgeft
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.planning.plan import Plan as PlanDocument
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [{"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc')[i % 2]}"} for i in range(24)]
 
 
@@ -78,3 +80,21 @@ def test_importing_costs_nothing_and_names_are_there() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[], True]
     assert (Path(edgeft.__file__).parent / "py.typed").is_file()
+
+
+def example(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_of_six_models_names_them_all() -> None:
+    lines = example("six_models.py").splitlines()
+    assert len(lines) == 6 and all("GiB" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_line_and_of_a_share(tmp_path: Path) -> None:
+    assert "ort-int4" in example("line.py", tmp_path)
+    assert "taken: " in example("share.py", tmp_path)

@@ -297,6 +297,20 @@ def test_the_runtime_gets_the_template_as_training_read_it(name: str, tmp_path: 
     assert runner_module().verify(tmp_path / "bundle") == []
 
 
+def test_tools_reach_the_template_on_the_device_as_in_training(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    template = "{% if tools %}TOOLS {{ tools | length }} {{ tools[0].function.name }}\n{% endif %}" + TEMPLATE
+    (folder / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "how warm?"}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    build_bundle(folder, load_target("ort-fp32"), tmp_path / "bundle", prompts=[], measure=False)
+    runner = runner_module().Runner(tmp_path / "bundle")
+    expected = TextTokenizer(folder).render(messages, True, tools=tools)
+    assert runner.render(messages, tools) == expected and expected.startswith("TOOLS 1 weather")
+    assert not runner.render(messages).startswith("TOOLS")
+
+
 def test_answers_end_where_the_chat_template_ends_them() -> None:
     tokenizer = TextTokenizer(checkpoint())
     assert tokenizer.eos_ids == [0]

@@ -508,6 +508,25 @@ def test_the_system_message_that_was_trained_is_given_and_can_be_replaced(
     assert "add --chat" in prompt_ids(capsys, copy, "--messages", str(path), "--plain")
 
 
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "weather"}, "'tools' is no list of objects"),
+        ({"messages": [{"role": "user", "content": "x"}], "tool": []}, "has keys that are not used: tool"),
+        ({"messages": []}, "is no list of messages"),
+        ({"tools": []}, "is no list of messages"),
+    ],
+)
+def test_a_conversation_with_tools_is_read_or_refused(document: Any, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(RUNNER.RunError, match=problem):
+        RUNNER.read_messages(path)
+    user, tools = {"role": "user", "content": "x"}, [{"type": "function"}]
+    path.write_text(json.dumps({"messages": [user], "tools": tools}), encoding="utf-8")
+    assert RUNNER.read_messages(path) == ([user], tools)
+
+
 def golden_of(folder: Path, change: Callable[[dict[str, Any]], None]) -> tuple[list[str], list[str]]:
     """(problems, notes) of a bundle whose first golden vector was changed, hashes and all."""
     reseal(folder, lambda manifest: change(manifest["golden"][0]))
