@@ -16,7 +16,8 @@ import edgeft.models.identity
 from edgeft import current
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
-from edgeft.exporting.export import export, export_adapters, export_promoted, made_from
+from edgeft.exporting.export import export, export_adapters, made_from
+from edgeft.exporting.repair import export_smallest
 from edgeft.merging.merge import merge, verify_merged
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.survival import survival
@@ -112,7 +113,9 @@ STAGES: dict[str, Callable[[Path, Path], Any]] = {
     "sweep": lambda line, out: sweep(line / "train", TARGET, select="best"),
     "survival": lambda line, out: survival(line / "merged", TARGET),
     "export": lambda line, out: export(line / "merged", TARGET, out, device=None, progress=silent),
-    "promotion": lambda line, out: export_promoted(line / "merged", TARGET, out, device=None, progress=silent),
+    "repair": lambda line, out: export_smallest(
+        line / "merged", [TARGET], out, asked="auto", device=None, progress=silent
+    ),
     "adapters": lambda line, out: export_adapters({"a": line / "train"}, TARGET, out, device=None, progress=silent),
 }
 MERGED = ("merged weights", "merged tokenizer")
@@ -124,7 +127,7 @@ READS: dict[str, tuple[str, ...]] = {
     "sweep": (WEIGHTS, *SMALL_FILES, *ADAPTER, *DATA),
     "survival": (WEIGHTS, *SMALL_FILES, *MERGED),
     "export": (WEIGHTS, *SMALL_FILES, *ADAPTER, *MERGED, *DATA),
-    "promotion": (WEIGHTS, *SMALL_FILES, *ADAPTER, *MERGED, *DATA),
+    "repair": (WEIGHTS, *SMALL_FILES, *ADAPTER, *MERGED, *DATA),
     "adapters": (WEIGHTS, *SMALL_FILES, *ADAPTER, *DATA),
 }
 
