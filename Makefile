@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -73,11 +73,11 @@ check: .venv/installed-dev  ## format, lint, types
 fast := batches budget compare data depth discover families figures grid groups intervals layering loss model_spec \
   rows samples settings stacks summary tape target timing
 test-fast: .venv/installed-dev  ## what a change breaks first, in a minute
-	OMP_NUM_THREADS=1 $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets' \
+	OMP_NUM_THREADS=1 $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets and not arm64' \
 	  $(fast:%=tests/test_%.py)
 
 test: .venv/installed-dev  ## every test that a CPU can pass in minutes
-	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets'
+	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets and not arm64'
 
 # optimum wants an older transformers than edgeft: it has an environment of its own, which borrows torch and all that
 # fits from .venv (found after its own packages).
@@ -112,6 +112,12 @@ test-mutants: .venv/installed-dev  ## plant every fault into what was trained, m
 
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
+
+arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify --on` (once, in the cache)
+	@$(edgeft) arm64
+
+test-arm64: .venv/installed-dev  ## the tests that run a bundle on an emulated Raspberry Pi 5 (after make arm64)
+	OMP_NUM_THREADS=1 $(py) -m pytest -m arm64
 
 bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
 from edgeft import api, current
 from edgeft.documents import Artifact, cache_folder, sha256_file
@@ -406,15 +407,55 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="bundle folder")],
     public_key: Annotated[Path | None, typer.Option(help="the bundle must be signed by this key (PEM)")] = None,
     no_replay: Annotated[bool, typer.Option("--no-replay", help="hashes and signature only")] = False,
+    on: Annotated[
+        str | None, typer.Option(help="on the emulated processor of this profile, as raspberrypi5-8gb (make arm64)")
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="--on: rows to answer there and here; the test data of the plan beside it")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="--on: how many of them; 32")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="--on: seconds after which to give up; 900")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs).
 
     By edgeft's own run.py. A bundle of another version of edgeft carries another one: that is noted, and no fault.
+    With --on the same under emulation of a device's processor, in the runtime's build for it; the result is written
+    beside the bundle.
     """
+    if on is not None:
+        if no_replay:
+            raise BadInput("--no-replay", "leaves out what --on is for", "give one of the two")
+        _verify_on(bundle, on, public_key, {"data": test, "rows": rows, "timeout": timeout}, as_json)
+        return
+    if any(value is not None for value in (test, rows, timeout)):
+        raise BadInput("--test, --rows, --timeout", "belong to --on", "add --on PROFILE")
     options = [*(["--public-key", str(public_key)] if public_key else []), *(["--no-replay"] if no_replay else [])]
     options += ["--json"] if as_json else []
     raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify", *options]))
+
+
+def _verify_on(bundle: Path, on: str, public_key: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    from edgeft.exporting.device_check import refuse, verify_on
+
+    runner = _runner()
+    try:
+        trusted = runner.read_public_key(public_key) if public_key else None
+    except runner.RunError as problem:
+        say(str(problem))
+        raise typer.Exit(problem.exit_code) from None
+    given = {name: value for name, value in options.items() if value is not None}
+    made = verify_on(bundle, on, **given, trusted=trusted, say=say)
+    show(as_json, made, Text(made.text()))
+    refuse(made, bundle)
+
+
+@app.command()
+def arm64() -> None:
+    """Set up the emulated aarch64 machine that `edgeft verify --on` runs bundles on: QEMU, a small Debian, wheels."""
+    from edgeft.exporting.emulation import set_up
+
+    stdout.print(str(set_up(say).folder), soft_wrap=True, markup=False)
 
 
 @app.command()

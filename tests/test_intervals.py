@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from edgeft.models.intervals import Interval, paired_losses, paired_rates, student
+from edgeft.models.intervals import Interval, paired_losses, paired_rates, share, student
 
 
 def test_quantiles_of_student() -> None:
@@ -71,3 +71,13 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
         paired_losses([1.0, 2.0], [1.0, 2.0, 3.0], [1, 1])
     with pytest.raises(ValueError, match="0 and 0 rows are no pairs"):
         paired_rates([], [])
+
+
+def test_a_share_of_few_is_uncertain_also_where_it_is_none_or_all() -> None:
+    """Wilson's intervals as published: 0 of 10 reaches to 0.2775, 5 of 10 from 0.2366 to 0.7634."""
+    assert share(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
+    assert share(5, 10) == pytest.approx((0.5, 0.2366, 0.7634), abs=1e-4)
+    assert share(10, 10) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-4)
+    for count, total in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="is no share"):
+            share(count, total)

@@ -23,6 +23,37 @@ Detected = pydantic.BeforeValidator(lambda value: 0 if value == "detected" else 
 DetectedTable = pydantic.BeforeValidator(lambda value: {} if value == "detected" else value)
 
 
+class Emulation(Strict):
+    """What stands for a device's processor where the device is not: QEMU's name of it, and what its system tells.
+
+    Runtimes choose their kernels by these files. In names and contents {n} is a processor's number, {last} the
+    highest one; a file with {n} in its name is there for each of them.
+    """
+
+    cpu: str = Field(min_length=1, description="the processor as `qemu-aarch64 -cpu help` lists it")
+    cpuinfo: str = Field(min_length=1, description="/proc/cpuinfo's lines of one processor")
+    cpuinfo_end: str = Field("", description="/proc/cpuinfo's lines behind those of all processors")
+    files: dict[str, str] = Field({}, description="files of /proc and /sys by name: what they hold")
+
+    @pydantic.field_validator("files")
+    @classmethod
+    def _of_the_kernel(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not name.startswith(("/proc/", "/sys/")) or ".." in name.split("/") or name.endswith("/"):
+                raise PydanticCustomError("file", "names begin with /proc/ or /sys/ and stay there")
+        return value
+
+    def contents(self, cores: int) -> dict[str, str]:
+        """Every file by its name, for a device of so many cores."""
+
+        def told(text: str, n: int) -> str:
+            return text.replace("{n}", str(n)).replace("{last}", str(cores - 1))
+
+        found = {told(name, n): told(text, n) + "\n" for name, text in self.files.items() for n in range(cores)}
+        blocks = [told(self.cpuinfo, n).rstrip("\n") for n in range(cores)] + [told(self.cpuinfo_end, 0).rstrip("\n")]
+        return found | {"/proc/cpuinfo": "\n\n".join(block for block in blocks if block) + "\n"}
+
+
 class Profile(Strict):
     """One machine. 0 (in TOML: "detected") stands for what `detect` has still to find out, on a CPU only.
 
@@ -42,6 +73,7 @@ class Profile(Strict):
     bandwidth_gb_per_second: Annotated[float, Detected] = Field(ge=0, description="memory, 10^9 bytes/s")
     # 10^12 dense operations a second, for each dtype that runs at hardware rate
     matmul_tflops: Annotated[dict[Dtype, Annotated[float, Field(gt=0)]], DetectedTable]
+    emulation: Emulation | None = Field(None, description="its processor emulated, for `edgeft verify --on`")
     memory_limit: str = Field("", description="what limits a detected memory; written by detect(), not by hand")
     probe: Probe | None = Field(None, description="written by detect(), not by hand")
 

@@ -72,3 +72,16 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     up, down = (gained + 1) / (rows + 2), (lost + 1) / (rows + 2)
     reach = Z * math.sqrt((up + down - (up - down) ** 2) / (rows + 2))
     return Interval((gained - lost) / rows, max(-1.0, up - down - reach), min(1.0, up - down + reach))
+
+
+def share(count: int, total: int) -> Interval:
+    """A share with its 95% interval (Wilson's score interval), which says something of 0 and of all, too.
+
+    Raises ValueError for a count that is no share of the total.
+    """
+    if not 0 <= count <= total or not total:
+        raise ValueError(f"{count} of {total} is no share")
+    rate, extra = count / total, Z**2 / total
+    middle = (rate + extra / 2) / (1 + extra)
+    reach = math.sqrt(rate * (1 - rate) * extra + extra**2 / 4) / (1 + extra)
+    return Interval(rate, max(0.0, middle - reach), min(1.0, middle + reach))
