@@ -14,8 +14,9 @@ import pytest
 from edgeft import processes
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
-# An interpreter by its own name: the bundle's run.py as a device starts it, and optimum's own Python. Both with -P.
-OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py"}
+# An interpreter by its own name: the bundle's run.py as a device starts it, the script that is compared with an emulated
+# device's, pip for its wheels, and optimum's own Python. All with -P.
+OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py", "device_check.py", "emulation.py"}
 
 
 @pytest.fixture
