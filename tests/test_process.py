@@ -14,8 +14,7 @@ import pytest
 from edgeft import processes
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
-# An interpreter by its own name: the bundle's run.py as a device starts it, the script that is compared with an emulated
-# device's, pip for its wheels, and optimum's own Python. All with -P.
+# Those that start Python by its own name, with -P: run.py, what is compared with an emulated device, pip, optimum.
 OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py", "device_check.py", "emulation.py"}
 
 
