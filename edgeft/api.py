@@ -22,27 +22,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgeft import current, processes
 from edgeft.documents import sha256_file, sha256_json
-from edgeft.errors import BadInput, EdgeftError, ParityFailed
+from edgeft.errors import BadInput, EdgeftError, ParityFailed, of_exit_code
 from edgeft.exporting import bundle as bundles
 from edgeft.merging import result as merges
 from edgeft.models.identity import cached_folder
 from edgeft.models.layer_shares import Shares, parse_shares
 from edgeft.planning import plan as plans
-from edgeft.progress import Progress, Say, silent
+from edgeft.progress import Progress, Say, quiet, silent
 from edgeft.results import Bundle, Merged, MergedForeign, OnDisk, Plan, TrainResult
-from edgeft.settings import AUTO, Job, make_job
+from edgeft.settings import ALL_THAT_FIT, AUTO, Job, make_job
 from edgeft.targets.runner import runner_module
 from edgeft.training import result as trainings
 from edgeft.units import parse_bytes, show_seconds
 
 if TYPE_CHECKING:
     from edgeft.models.metrics import Sweep
+    from edgeft.reporting.summary import Summary
     from edgeft.targets.target import Target
     from edgeft.training.result import Trial
-
-
-def quiet(sentence: str) -> None:
-    """A Say that says nothing."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +119,7 @@ def try_plan(plan_file: Path, say: Say = quiet) -> Trial:
         processes.command("from edgeft.training.try_plan import main; main()", plan_file, out), check=False
     )
     if done.returncode:
-        error = EdgeftError(plan_file, "its trial ended early: see above")
-        error.exit_code = done.returncode
-        raise error
+        raise of_exit_code(done.returncode, plan_file, "its trial ended early: see above")
     return Trial.read(out)
 
 
@@ -155,7 +150,7 @@ def train(
     _announce(made, deviations, say)
     rehearsed = trainings.NOT_REHEARSED
     if rehearsal:
-        named = made.job.target if target in (None, "all-that-fit") else target
+        named = made.job.target if target in (None, ALL_THAT_FIT) else target
         rehearsed = rehearse(made, candidates(str(named))[0], work_folder(folder), digest)
         say(rehearsal_line(rehearsed))
     result = carry_out(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
@@ -278,7 +273,7 @@ def export(
 
     source = merged.folder if isinstance(merged, OnDisk) else Path(merged)
     record = source / "merged.json"
-    job = (json.loads(record.read_text(encoding="utf-8")).get("train") or {"plan": {"job": {}}})["plan"]["job"]
+    job = planned_job(source)
     asked, device = target or job.get("target", AUTO), device or job.get("device")
     found, climbs, same_size = _wanted(asked, promote, repair)
     limit = parse_bytes(size_budget) if isinstance(size_budget, str) else size_budget
@@ -303,6 +298,12 @@ def export(
     made = Bundle.at(folder / "bundle.json", bundles.Bundle.read(folder / "bundle.json"))
     made._merged = merges.MergedCheckpoint.read(record)
     return made
+
+
+def planned_job(merged: Path) -> dict[str, Any]:
+    """The settings that a merged folder was planned with; {} of one that edgeft did not train."""
+    train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
+    return dict(train["plan"]["job"]) if train else {}
 
 
 def _wanted(asked: str, promote: Sequence[str], repair: str | None) -> tuple[tuple[Target, ...], bool, bool]:
@@ -336,22 +337,26 @@ def _exported(
     device_name = load_profile(device).name if device else ""
     if asked != wanted or not small or held["provenance"]["device"] != device_name:
         return False
-    train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
-    return current.same_bundle(folder, held, merged, train, say)
+    return current.same_bundle(folder, held, merged, say)
 
 
 def report(run: OnDisk | str | Path, out: str | Path | None = None) -> list[Path]:
     """One page on a plan and the stages after it: the paths of HTML, Markdown and JSON that were written."""
-    from edgeft.reporting.matrix import find_profiles
     from edgeft.reporting.pages import write_report
-    from edgeft.reporting.read_run import read_run
-    from edgeft.reporting.summary import summarise
 
     source = run.path if isinstance(run, OnDisk) else Path(run)
     source = source / "plan.json" if source.is_dir() else source
+    return write_report(summary(source), Path(out) if out is not None else source.parent / "report.html")
+
+
+def summary(plan_file: Path) -> Summary:
+    """What a report on a plan and the stages after it says, beside every device that edgeft ships a profile of."""
+    from edgeft.reporting.matrix import find_profiles
+    from edgeft.reporting.read_run import read_run
+    from edgeft.reporting.summary import summarise
+
     devices = [profile for profile in find_profiles("all") if "deploy" in profile.roles]
-    made = summarise(read_run(source), sorted(devices, key=lambda profile: profile.budget_bytes))
-    return write_report(made, Path(out) if out is not None else source.parent / "report.html")
+    return summarise(read_run(plan_file), sorted(devices, key=lambda profile: profile.budget_bytes))
 
 
 def run(
@@ -369,7 +374,7 @@ def run(
     try:
         made = runner.reply(runner.Runner(folder), runner.parse([*given, "--", prompt]), prompt)
     except runner.RunError as problem:
-        raise _as_own(problem) from None
+        raise of_exit_code(problem.exit_code, problem.where, problem.problem, problem.hint) from None
     return str(made["text"])
 
 
@@ -386,14 +391,8 @@ def verify(
         trusted = runner.read_public_key(Path(public_key)) if public_key is not None else None
         problems = runner.verify(folder, trusted, replay, notes)
     except runner.RunError as problem:
-        raise _as_own(problem) from None
+        raise of_exit_code(problem.exit_code, problem.where, problem.problem, problem.hint) from None
     for note in notes:
         say(f"note: {note}")
     if problems:
         raise ParityFailed(folder, "not what was exported\n" + "\n".join(problems))
-
-
-def _as_own(problem: Any) -> EdgeftError:
-    error = EdgeftError(problem.where, problem.problem, problem.hint)
-    error.exit_code = problem.exit_code
-    return error

@@ -25,7 +25,7 @@ from edgeft import api, current
 from edgeft.documents import Artifact, cache_folder, sha256_file
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.progress import Reporter
-from edgeft.settings import parse_settings
+from edgeft.settings import ALL_THAT_FIT, parse_settings
 from edgeft.units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
@@ -294,13 +294,11 @@ def export(
     _need(merged / "merged.json", "edgeft merge TRAIN")
     if auto_promote:
         raise BadInput("--auto-promote", "is a part of repair now", "leave it out, or name a target with --repair auto")
-    train = json.loads((merged / "merged.json").read_text()).get("train")  # none where edgeft did not train
-    planned = train["plan"]["job"] if train else {}
-    device = device or planned.get("device")
-    if target == "all-that-fit":
+    if target == ALL_THAT_FIT:
         if repair == "auto" or size_budget is not None or calibration is not None:
             hint = "name one target, or leave --repair, --size-budget and --calibration out"
-            raise BadInput("--target all-that-fit", "builds every target as it is", hint)
+            raise BadInput(f"--target {ALL_THAT_FIT}", "builds every target as it is", hint)
+        device = device or api.planned_job(merged).get("device")
         _export_all(merged, out or merged.parent / "bundles", device, trained, as_json)
         return
     with Reporter(stderr) as progress:
@@ -344,7 +342,7 @@ def adapters(
             raise BadInput("adapters", f"cannot use {text!r}", "give each one as NAME=TRAIN, with a name of its own")
         folders[name] = Path(place)
         _need(folders[name] / "train.json", "edgeft train PLAN")
-    from edgeft.exporting.bundle import Measurement, adapters_digest, measurement_path
+    from edgeft.exporting.bundle import adapters_digest, measurement_of
     from edgeft.machines.profile import load_profile
     from edgeft.targets.target import load_target
 
@@ -352,8 +350,7 @@ def adapters(
     folder = out or next(iter(folders.values())).parent / "adapters"
     device_name = load_profile(device).name if device else ""
     digest = adapters_digest({name: sha256_file(place / "train.json") for name, place in folders.items()})
-    if current.held(folder / "bundle.json", digest):
-        held = json.loads((folder / "bundle.json").read_text())
+    if held := current.held(folder / "bundle.json", digest):
         same = held["target"] == json.loads(wanted.model_dump_json()) and held["provenance"]["device"] == device_name
         recorded = {place: json.loads((place / "train.json").read_text()) for place in folders.values()}
         if same and all(current.same_training(place, train, say) for place, train in recorded.items()):
@@ -365,7 +362,7 @@ def adapters(
 
     with Reporter(stderr) as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
-    show(as_json, bundle, adapters_text(bundle, Measurement.read(measurement_path(folder.resolve()))))
+    show(as_json, bundle, adapters_text(bundle, measurement_of(folder)))
 
 
 def _export_all(merged: Path, out: Path, device: str | None, trained: Path | None, as_json: bool) -> None:
@@ -509,8 +506,7 @@ def report(
     from edgeft.machines.limits import usable_cores
     from edgeft.reporting.matrix import Matrix, find_models, find_profiles, make_matrix
     from edgeft.reporting.pages import write_report
-    from edgeft.reporting.read_run import read_run
-    from edgeft.reporting.summary import Summary, summarise
+    from edgeft.reporting.summary import Summary
 
     made: Summary | Matrix
     if models is not None and plan_file is not None:
@@ -532,8 +528,7 @@ def report(
         if plan_file is None:
             raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
         source = plan_file / "plan.json" if plan_file.is_dir() else plan_file
-        devices = [profile for profile in find_profiles("all") if "deploy" in profile.roles]
-        made = summarise(read_run(source), sorted(devices, key=lambda profile: profile.budget_bytes))
+        made = api.summary(source)
         path = out or source.parent / "report.html"
     written = write_report(made, path)
     if as_json:
@@ -558,7 +553,7 @@ def data(
 
     folder = Path(model)
     if not folder.is_dir():
-        from edgeft.models.checkpoint import local_folder
+        from edgeft.models.headers import local_folder
 
         folder = local_folder(model)
     found = report_data(file, TextTokenizer(folder), max_length, rows)

@@ -38,14 +38,12 @@ def same_merge(folder: Path, merged: dict[str, Any], say: Say) -> bool:
     return _unchanged(folder, lines, say)
 
 
-def same_bundle(folder: Path, bundle: dict[str, Any], merged: Path, train: dict[str, Any] | None, say: Say) -> bool:
+def same_bundle(folder: Path, bundle: dict[str, Any], merged: Path, say: Say) -> bool:
     """Whether a bundle's files, the merged folder and what was trained on are still as recorded; else says what not."""
+    recorded = json.loads((merged / "merged.json").read_text(encoding="utf-8"))
     files = {name: entry["sha256"] for name, entry in bundle["files"].items()}
     lines = [f"{name}: is not as it was written" for name, digest in files.items() if not _is(folder / name, digest)]
-    if not _unchanged(folder, lines, say) or train is None:
-        return False
-    recorded = json.loads((merged / "merged.json").read_text(encoding="utf-8"))
-    return same_merge(merged, recorded | {"train": train}, say)
+    return _unchanged(folder, lines, say) and "train" in recorded and same_merge(merged, recorded, say)
 
 
 def merge_digest(trained: Path, base: str | None) -> str:

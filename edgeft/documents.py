@@ -191,7 +191,7 @@ def cache_folder() -> Path:
 def shipped_folder(name: str) -> Path:
     """`profiles` or `export`: at the top of a checkout, inside the package when installed from a wheel.
 
-    `edgeft.exporting.export` is a module, so a wheel holds the targets as `export_targets`.
+    `edgeft.export` is a function, so a wheel holds the targets as `export_targets`.
     """
     package = Path(__file__).resolve().parent
     inside = package / ("export_targets" if name == "export" else name)

@@ -48,6 +48,14 @@ class MissingExtra(EdgeftError):
     exit_code = 5
 
 
+def of_exit_code(code: int, where: object, problem: str, hint: str = "") -> EdgeftError:
+    """The error of the kind that ends with this exit code, as another process or run.py gave it; any other keeps it."""
+    kinds = {kind.exit_code: kind for kind in (BadInput, DoesNotFit, ParityFailed, MissingExtra)}
+    error = kinds.get(code, EdgeftError)(where, problem, hint)
+    error.exit_code = code
+    return error
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or the sorted list of what is known when nothing is near."""
     names = sorted(known)

@@ -20,6 +20,10 @@ def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None
     """A Progress that shows nothing."""
 
 
+def quiet(sentence: str) -> None:
+    """A Say that says nothing."""
+
+
 class Reporter:
     """Progress on a console: a bar on a terminal, in a log a plain line at most every ten seconds."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,9 @@ class OnDisk(Artifact):
         """The folder of the stage, which holds the JSON file."""
         return self.path.parent
 
+    @abstractmethod
     def text(self) -> Any:
         """What the command line prints, for a rich console."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -78,22 +79,19 @@ class TrainResult(OnDisk, trainings.TrainResult):
         return train_text(self)
 
 
-class Merged(OnDisk, merges.MergedCheckpoint):
+class _OfMerge(OnDisk, merges.Merged):
+    def text(self) -> Any:
+        from edgeft.reporting.terminal import merge_text
+
+        return merge_text(self)
+
+
+class Merged(_OfMerge, merges.MergedCheckpoint):
     """merged.json of what edgeft trained: which share of the change was taken, and what it did."""
 
-    def text(self) -> Any:
-        from edgeft.reporting.terminal import merge_text
 
-        return merge_text(self)
-
-
-class MergedForeign(OnDisk, merges.MergedForeign):
+class MergedForeign(_OfMerge, merges.MergedForeign):
     """merged.json of an adapter or checkpoint that edgeft did not train."""
-
-    def text(self) -> Any:
-        from edgeft.reporting.terminal import merge_text
-
-        return merge_text(self)
 
 
 class Bundle(OnDisk, bundles.Bundle):

@@ -15,7 +15,8 @@ from edgeft.documents import Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
-AUTO = "auto"  # as a target: the smallest artifact that keeps the fine-tune
+# as a target: the smallest artifact that keeps the fine-tune; every one that fits, side by side
+AUTO, ALL_THAT_FIT = "auto", "all-that-fit"
 Tuner = Literal["lora", "full"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Layers = Literal["all", "sparse", "lisa"]

@@ -292,7 +292,8 @@ class OnnxRuntimeGenAI:
         try:
             settings = self.og.Config(str(bundle))
             # onnxruntime-genai's own choice is half the cores
-            session = {"intra_op_num_threads": usable_threads(), **spinning(usable_threads())}
+            threads = usable_threads()
+            session = {"intra_op_num_threads": threads, **spinning(threads)}
             settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             if graph is not None:
                 settings.add_model_data(config["model"]["decoder"]["filename"], graph)
@@ -425,8 +426,8 @@ class OnnxRuntime:
             raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
         tokenizers = runtime("tokenizers", "tokenizers")
         options = self.ort.SessionOptions()
-        options.intra_op_num_threads = usable_threads()
-        for name, value in spinning(usable_threads()).items():
+        options.intra_op_num_threads = threads = usable_threads()
+        for name, value in spinning(threads).items():
             options.add_session_config_entry(name, value)
         options.log_severity_level = 3  # errors: what it warns of is no matter of a user's
         try:
@@ -1235,9 +1236,14 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB elsewhere
 
 
+def all_cores() -> int:
+    """Cores by this process's affinity, whatever its quota."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores this process may keep busy: its affinity and each cgroup's quota, rounded down; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = all_cores()
     for folder in _cpu_cgroups(proc, cgroup):
         quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")  # v1, -1: none
         with contextlib.suppress(OSError, ValueError):  # v2: "200000 100000", or "max 100000" for no quota
@@ -1284,9 +1290,8 @@ def spinning(threads: int, proc: Path = Path("/proc"), cores: int | None = None)
     other work at this moment. EDGEFT_SPIN=1 or 0 decides instead.
     """
     asked = os.environ.get("EDGEFT_SPIN", "")
-    total = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = total if cores is None else cores
-    free = cores == min(cores, usable_cores()) and 1 < threads <= cores - busy_threads(proc, cores)
+    cores = all_cores() if cores is None else cores
+    free = usable_cores() >= cores and 1 < threads <= cores - busy_threads(proc, cores)
     if asked == "0" or not (asked == "1" or free):
         return {"session.intra_op.allow_spinning": "0"}
     return {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": str(SPIN_MICROSECONDS)}
@@ -1444,8 +1449,10 @@ def conversation(
 
     --system takes its place; where that is empty there is none. A conversation that has one keeps it.
     """
-    given = ([{"role": "user", "content": prompt}], None) if prompt is not None else read_messages(options.messages)
-    messages, tools = given
+    if prompt is None:
+        messages, tools = read_messages(options.messages)
+    else:
+        messages, tools = [{"role": "user", "content": prompt}], None
     has_one = messages[0]["role"] == "system"
     if has_one and options.system is not None:
         raise RunError("--system", "the conversation has a system message already", "give one of the two")

@@ -18,6 +18,7 @@ from edgeft.errors import BadInput
 from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import load_plain
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.settings import make_job
 from edgeft.training.result import TrainResult
 from edgeft.training.train import train, work_folder
@@ -38,10 +39,6 @@ MODES: dict[str, dict[str, Any]] = {
     "sparse on nf4": {"tuner": "full", "layers": "sparse", "trained_layers": "1,3", "base_precision": "nf4"},
     "sparse adapters": {"tuner": "lora", "rank": 4, "layers": "sparse", "trained_layers": "0,2"},
 }
-
-
-def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-    """A progress report that nobody reads."""
 
 
 @pytest.fixture(scope="module")

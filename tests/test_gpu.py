@@ -25,6 +25,7 @@ from edgeft.models.checkpoint import DTYPES, load_plain
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.settings import Training, make_job
 from edgeft.training.out_of_memory import capped
 from edgeft.training.result import TrainResult
@@ -38,10 +39,6 @@ ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
 ]
 LISA = {"tuner": "full", "layers": "lisa", "active_layers": 1, "lisa_interval": 2}
-
-
-def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-    """A progress report that nobody reads."""
 
 
 @pytest.fixture(scope="module")

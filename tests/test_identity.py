@@ -25,6 +25,7 @@ from edgeft.merging.sweep import sweep
 from edgeft.models.identity import DATA, SMALL_FILES, WEIGHTS, cached_folder, sha256_of, weights_sha256
 from edgeft.planning.layer_scores import _digest
 from edgeft.planning.plan import Plan, make_plan, request_digest
+from edgeft.progress import silent
 from edgeft.settings import Job, make_job
 from edgeft.targets.target import load_target
 from edgeft.training.result import TrainResult
@@ -34,10 +35,6 @@ TARGET = load_target("ort-int4")
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(24)
 ]
-
-
-def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-    """A progress report that nobody reads."""
 
 
 def carry_out(folder: Path, out: Path, progress: Any = silent) -> TrainResult:
@@ -329,13 +326,12 @@ def test_a_merge_of_changed_files_is_not_up_to_date(
 def test_a_bundle_of_changed_files_is_not_up_to_date(role: str, line: Path, plant: Any, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("graph")
     bundle = {"files": {"model.onnx": {"sha256": sha256_file(tmp_path / "model.onnx")}}}
-    train_json = held(line / "train" / "train.json")
-    assert current.same_bundle(tmp_path, bundle, line / "merged", train_json, print)
+    assert current.same_bundle(tmp_path, bundle, line / "merged", print)
     if role == "its own":
         (tmp_path / "model.onnx").write_text("other")
     else:
         plant(role)
-    assert not current.same_bundle(tmp_path, bundle, line / "merged", train_json, print)
+    assert not current.same_bundle(tmp_path, bundle, line / "merged", print)
 
 
 def test_a_hub_model_is_known_by_its_snapshot(line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.settings import make_job
 from edgeft.training.result import TrainResult
 from edgeft.training.train import train, work_folder
@@ -30,10 +31,6 @@ from edgeft.training.train import train, work_folder
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
 ]
-
-
-def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-    """A progress report that nobody reads."""
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATIO
 from edgeft.merging.change import find_tensor
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.parts import find_parts, is_linear
-from edgeft.progress import Progress
+from edgeft.progress import Progress, silent
 from edgeft.targets.codes import Codes
 from edgeft.targets.grid import Encoded, Fitted, Grid
 from edgeft.targets.rounding import grids_of, round_
@@ -33,7 +33,7 @@ DAMPING = 0.01  # of H's mean diagonal, added to its diagonal
 
 
 def calibrate(
-    merged: Path, target: Target, samples: Sequence[Sample], folder: Path, progress: Progress = lambda *_: None
+    merged: Path, target: Target, samples: Sequence[Sample], folder: Path, progress: Progress = silent
 ) -> Codes:
     """Calibrated codes of every matrix of the decoder layers, written into `folder`.
 

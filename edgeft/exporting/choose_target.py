@@ -17,7 +17,6 @@ from edgeft.targets.target import Target, list_targets
 if TYPE_CHECKING:
     from edgeft.exporting.bundle import Bundle
 
-ALL_THAT_FIT = "all-that-fit"
 COMPARISON = "comparison.json"
 # The rule: of those that pass their parity and fit, all whose loss and exact match are this near to the best one's are
 # as good; of these the one whose decoding reads the fewest bytes per token (a device's memory bounds its speed), then
@@ -84,10 +83,9 @@ def compare_targets(
 
 
 def _measured(target: Target, bundle: Bundle, folder: Path) -> Candidate:
-    from edgeft.exporting.bundle import Measurement, measurement_path
+    from edgeft.exporting.bundle import measurement_of
 
-    beside = measurement_path(folder.resolve())
-    here = Measurement.read(beside).measured if beside.is_file() else None
+    here = measurement_of(folder)
     assert bundle.proof is not None
     return Candidate(
         name=target.name,
@@ -98,7 +96,7 @@ def _measured(target: Target, bundle: Bundle, folder: Path) -> Candidate:
         memory_bytes=bundle.predicted.memory_bytes,
         bytes_per_token=bundle.weight_bytes_per_token,
         tokens_per_second_bound=bundle.predicted.tokens_per_second_bound,
-        tokens_per_second_here=here.decode_tokens_per_second if here else None,
+        tokens_per_second_here=here.measured.decode_tokens_per_second if here else None,
     )
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from edgeft.data.dataset import read_samples
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.documents import Artifact, Strict, invalid, sha256_file, versions
-from edgeft.errors import BadInput, EdgeftError, ParityFailed
+from edgeft.errors import BadInput, EdgeftError, ParityFailed, of_exit_code
 from edgeft.exporting import emulation
 from edgeft.exporting.bundle import MANIFEST
 from edgeft.exporting.emulation import Machine
@@ -36,6 +36,7 @@ from edgeft.machines.profile import Emulation, Profile
 from edgeft.models.identity import DATA
 from edgeft.models.intervals import share
 from edgeft.models.metrics import Difference
+from edgeft.progress import Say, quiet
 from edgeft.targets.runner import runner_module
 from edgeft.units import show_bytes, show_seconds
 
@@ -43,7 +44,6 @@ ROWS, ANSWER_TOKENS = 32, 32
 TIMEOUT_SECONDS = 900.0
 SCRIPT = Path(__file__).with_name("device_script.py")
 Result = dict[str, Any]  # what device_script.py wrote
-Say = Callable[[str], None]
 
 
 class Target(pydantic.BaseModel):
@@ -71,9 +71,7 @@ class Manifest(pydantic.BaseModel):
         try:
             return cls.model_validate(runner.read_manifest(bundle))
         except runner.RunError as problem:
-            where, _, said = str(problem).partition(": ")
-            said, _, hint = said.partition("\n\nhint: ")
-            raise (ParityFailed if problem.exit_code == 4 else BadInput)(where, said, hint) from None
+            raise of_exit_code(problem.exit_code, problem.where, problem.problem, problem.hint) from None
         except pydantic.ValidationError as problem:
             raise invalid(bundle / MANIFEST, problem, cls) from None
 
@@ -182,7 +180,7 @@ def result_path(bundle: Path, profile: str) -> Path:
 
 def verify_on(
     bundle: Path, on: str, *, data: Path | None = None, rows: int = ROWS, timeout: float = TIMEOUT_SECONDS,
-    trusted: bytes | None = None, say: Say = lambda text: None,
+    trusted: bytes | None = None, say: Say = quiet,
 ) -> DeviceCheck:  # fmt: skip
     """Run a bundle under emulation of a profile's processor, and compare; writes the result beside it.
 

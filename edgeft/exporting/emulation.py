@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from edgeft.documents import Artifact, cache_folder, sha256_json, staging
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.exporting.sbom import NEEDED
 from edgeft.machines.profile import Emulation, Profile, list_profiles, load_profile
+from edgeft.progress import Say
 
 FORMAT = 1  # of the folder: counted up when what lies in it changes
 DEBIAN = ("python3", "libstdc++6")  # onnxruntime asks for the second
@@ -35,7 +36,6 @@ RUNTIMES = ("ort-genai", "onnxruntime")  # llama.cpp's package is published as s
 FIRST_GLIBC = 17  # the oldest that wheels for aarch64 are built for is 2.17
 SET_UP = "run `make arm64` once (`edgeft arm64`): it fetches about 200 MB and takes a minute"
 KEPT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # of this machine's environment
-Say = Callable[[str], None]
 
 
 class Setup(Artifact):
@@ -75,6 +75,11 @@ class Machine:
         return found[-1]
 
     @property
+    def ready(self) -> bool:
+        """Whether `set_up` came to its end here."""
+        return (self.folder / "setup.json").is_file()
+
+    @property
     def setup(self) -> Setup:
         return Setup.read(self.folder / "setup.json")
 
@@ -101,7 +106,7 @@ def find_machine(runtime: str) -> Machine:
         raise BadInput("--on", f"{package} has no wheel for aarch64, {runtime!r} bundles cannot run there emulated",
                        "verify an ort- or onnx-portable- bundle, or this one on the device itself")  # fmt: skip
     found = machine()
-    if not (found.folder / "setup.json").is_file():
+    if not found.ready:
         raise MissingExtra("--on", "no emulated aarch64 machine is set up for the runtimes installed here", SET_UP)
     return found
 
@@ -121,7 +126,7 @@ def set_up(say: Say) -> Machine:
     Raises MissingExtra where a tool of Debian's is missing, EdgeftError naming what could not be had.
     """
     found, start = machine(), time.monotonic()
-    if (found.folder / "setup.json").is_file():
+    if found.ready:
         return found
     with staging(found.folder) as folder:
         made = Machine(folder)

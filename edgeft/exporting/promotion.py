@@ -32,7 +32,7 @@ from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.metrics import Promoted, Promotion
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.progress import Progress
+from edgeft.progress import Progress, silent
 from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.grid import Grid
 from edgeft.targets.ort import TOKENIZER_FILES
@@ -162,7 +162,7 @@ class Measured:
 
 
 def measure(
-    merged: Path, target: Target, samples: Sequence[Sample], described: str, progress: Progress = lambda *_: None,
+    merged: Path, target: Target, samples: Sequence[Sample], described: str, progress: Progress = silent,
     codes: Codes | None = None,
 ) -> Measured:  # fmt: skip
     """Every 4-bit tensor of the decoder layers, measured alone on the samples; one pass over them for each.
@@ -206,7 +206,7 @@ def _facts(tensor: Tensor, kl: float, arrives: TensorSurvival | None, parameters
 
 def choose(
     measured: Measured, gate: Sequence[Sample], gain: Gain = UNKNOWN, *, size_budget_bytes: int | None = None,
-    used: float = USED[0], progress: Progress = lambda *_: None,
+    used: float = USED[0], progress: Progress = silent,
 ) -> Promotion:  # fmt: skip
     """As few promotions as make the simulated bundle pass the parity gate, or all that the size allows.
 

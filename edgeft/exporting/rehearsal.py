@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from edgeft import processes
 from edgeft.documents import saving, sha256_json
-from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
+from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed, of_exit_code
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.memory import disk, stages
 from edgeft.models.metrics import Rung
 from edgeft.planning.plan import DATA_BYTES, Plan
+from edgeft.progress import silent
 from edgeft.targets.target import Target, Tolerance, to_nearest
 from edgeft.training.result import Failure, Rehearsal
 from edgeft.units import show_bytes
@@ -41,7 +42,6 @@ ROUNDED_ALIKE = Tolerance(
     min_top1_agreement=0.0, max_mean_kl_nats=0.03, max_loss_increase_nats=0.5, max_exact_match_drop_points=100.0
 )
 NO_NONSENSE = ROUNDED_ALIKE.model_copy(update={"max_mean_kl_nats": 1.0, "max_loss_increase_nats": 2.0})
-ERRORS = {kind.exit_code: kind for kind in (BadInput, DoesNotFit, ParityFailed, MissingExtra)}
 
 
 def rehearse(plan: Plan, target: Target, work: Path, plan_sha256: str) -> Rehearsal:
@@ -87,10 +87,9 @@ def _in_a_process(plan: Plan, target: Target, scratch: Path) -> Rehearsal:
 
 
 def _as_error(failure: Failure, target: Target) -> EdgeftError:
-    kind = ERRORS.get(failure.exit_code, EdgeftError)
     hint = f"{failure.hint}; " if failure.hint else ""
     hint += "name another target (edgeft train --target), or train all the same with --no-rehearsal"
-    return kind(f"rehearsal for {target.name}: {failure.where}", failure.problem, hint)
+    return of_exit_code(failure.exit_code, f"rehearsal for {target.name}: {failure.where}", failure.problem, hint)
 
 
 def main() -> None:
@@ -156,7 +155,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
         return skip(f"the first {PROMPTS} rows of {source} have no token to train on within max_length")
     reset_resident_peak()
     change_at_random(base, training, tuned)
-    made = merge(tuned, merged, wise_alpha=1.0, progress=lambda *_: None, base=str(base))
+    made = merge(tuned, merged, wise_alpha=1.0, progress=silent, base=str(base))
     if not made.relative_change:
         raise ParityFailed("merge", "a change of every adapter left the base as it was", "report this model")
     golden, chat = golden_inputs(plan.job, tokenizer)
@@ -188,7 +187,7 @@ def prove_excerpt(
     from edgeft.models.spec import read_model_spec
 
     exact = target.weight_bits >= 16
-    ladder = Ladder(target, tokenizer, lambda *_: None, rungs)
+    ladder = Ladder(target, tokenizer, silent, rungs)
     ladder.add(merged_rung(base, tuned, merged, training, Shares()))
     tied = read_model_spec(str(merged)).tie_word_embeddings
     form, _ = ladder.climb_artifact(

@@ -366,19 +366,17 @@ class Operations:
         return self.one(x, size, size, saves_result=True)
 
     def scores(self, query: Value, key: Value, size: float) -> Value:
-        sizes = [query.size, key.size]
-
-        def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
-            second = Storage(tape, sizes[1])
-            return [Storage(tape, sizes[0]), second]
-
-        return self.tape.run(size, [query, key], [query, key], back)
+        return self.product(query, key, size)
 
     def weighted_sum(self, weights: Value, value: Value, size: complex) -> Value:
-        sizes = [weights.size, value.size]
+        return self.product(weights, value, size)
+
+    def product(self, left: Value, right: Value, size: complex) -> Value:
+        """A matrix product of two values, which keeps both; on the way back the right one's gradient is made first."""
+        sizes = [left.size, right.size]
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             second = Storage(tape, sizes[1])
             return [Storage(tape, sizes[0]), second]
 
-        return self.tape.run(size, [weights, value], [weights, value], back)
+        return self.tape.run(size, [left, right], [left, right], back)

@@ -23,7 +23,7 @@ from edgeft.models.identity import changed as other_files
 from edgeft.models.identity import check_files, differences, model_inputs
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.spec import read_model_spec
-from edgeft.progress import Progress
+from edgeft.progress import Progress, silent
 from edgeft.targets.grid import Grid
 from edgeft.targets.rounding import grid_of, promoted_modules
 from edgeft.targets.target import Target
@@ -94,9 +94,7 @@ class _Sums:
         return (self.lost / self.dd) ** 0.5 if self.dd else 0.0
 
 
-def survival(
-    merged: Path, target: Target, *, base: str | None = None, progress: Progress = lambda *_: None
-) -> Survival:
+def survival(merged: Path, target: Target, *, base: str | None = None, progress: Progress = silent) -> Survival:
     """How much of the change between a merge's base and the merge survives the rounding of `target`.
 
     Streams rows of both checkpoints: memory does not grow with the model. Raises BadInput when the base is unknown or

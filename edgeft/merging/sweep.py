@@ -22,7 +22,7 @@ from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares, check_shares, equal_groups, layer_of
 from edgeft.models.metrics import Metrics, Select, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
-from edgeft.progress import Progress
+from edgeft.progress import Progress, silent
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
@@ -51,7 +51,7 @@ def sweep(
     golden: bool = False,
     groups: int = 1,
     request_sha256: str = "",
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Sweep:
     """Measure shares of what `edgeft train` wrote, on a grid of tenths or by golden-section search, and choose one.
 

@@ -43,7 +43,7 @@ class FoundStack(Strict):
 
 
 class FoundUnit(Strict):
-    """What lies outside the stacks, as `architectures.units` divides it; `modules` own the parameters."""
+    """What lies outside the stacks, as `parts.units` divides it; `modules` own the parameters."""
 
     name: Outside
     modules: tuple[str, ...]

@@ -28,7 +28,7 @@ class Stack:
     layers: Layers
 
     def unit(self, number: int) -> str:
-        """`layer 3`, or `encoder layer 3`: the layer's key in `architectures.units`."""
+        """`layer 3`, or `encoder layer 3`: the layer's key in `parts.units`."""
         return f"{self.name} layer {number}".lstrip()
 
 

@@ -20,7 +20,7 @@ from edgeft.errors import BadInput
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
-from edgeft.models.headers import has_weights
+from edgeft.models.headers import has_weights, local_folder
 from edgeft.models.identity import Inputs, cached_folder, data_inputs, model_inputs
 from edgeft.models.metrics import Importance
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -273,11 +273,7 @@ def _read_lengths(job: Job, spec: ModelSpec, folder: Path | None) -> tuple[Lengt
         note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
         return None, 0, (), [note]
     if folder is None:
-        from edgeft.models.checkpoint import (
-            local_folder,
-        )  # a hub model: its tokenizer must be fetched to measure the data
-
-        folder = local_folder(job.model)
+        folder = local_folder(job.model)  # a hub model: its tokenizer must be fetched to measure the data
     tokenizer = TextTokenizer(folder)
     sources = [source for source in (job.data, job.valid, job.test) if source]
     every, sizes = zip(*(measure_rows(source, tokenizer, job.max_length) for source in sources), strict=True)

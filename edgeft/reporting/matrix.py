@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
 from edgeft.memory.train_step import EXACT_FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
+from edgeft.progress import Progress, silent
 from edgeft.settings import make_job
 from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_context, predict
 from edgeft.targets.target import Target, candidates
@@ -135,7 +136,7 @@ def make_matrix(
     target: str = "ort-int4",
     settings: dict[str, str] | None = None,
     workers: int = 1,
-    progress: Callable[[str, int, int, dict[str, float]], None] = lambda *_: None,
+    progress: Progress = silent,
 ) -> Matrix:
     """Every model of (name, folder) planned on every profile: for training, as a device, or both, as its roles say.
 
