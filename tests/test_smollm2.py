@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -59,10 +60,22 @@ def test_differences_are_paired(smollm2: ModuleType) -> None:
 
 def test_what_calibration_recovers_is_of_the_loss_that_nearest_adds(smollm2: ModuleType) -> None:
     losses = {"merged": 1.0, "ort-int4": 1.5, "ort-int4-calibrated": 1.1}
-    forms = {name: {"scores": [(loss, True), (loss + 1, False)], "taken": {}} for name, loss in losses.items()}
+    forms = {
+        name: {"scores": [(loss, True), (loss + 1, False)], "general": [loss, 3.0], "taken": {}}
+        for name, loss in losses.items()
+    }
     found = smollm2.summary(forms)
     assert found["calibration_recovers_of_nearest_loss"] == pytest.approx(0.8)
     assert found["forms"]["ort-int4"]["exact_match"] == 0.5
+    assert found["forms"]["ort-int4"]["general_loss_to_merged"]["difference"] == 0.25
+
+
+def test_general_loss_is_a_mean_over_all_tokens_after_the_first(smollm2: ModuleType) -> None:
+    likely: Any = lambda ids: torch.nn.functional.one_hot(torch.tensor([*ids[1:], 0]), 6).float() * 3  # noqa: E731
+    even: Any = lambda ids: torch.zeros(len(ids), 6)  # noqa: E731
+    assert smollm2.text_loss([[1, 2, 3]], even) == [pytest.approx(math.log(6))]
+    norm = float(torch.tensor([3.0, 0, 0, 0, 0, 0]).logsumexp(0))
+    assert smollm2.text_loss([[1, 2, 3], [4, 5]], likely) == [pytest.approx(norm - 3)] * 2
 
 
 def test_without_the_package_the_line_that_gets_it_is_named(
@@ -84,6 +97,9 @@ def test_the_real_model_goes_through_the_whole_line(
     monkeypatch.setattr(smollm2, "ROWS", {"train": 32, "valid": 16})
     monkeypatch.setattr(smollm2, "SETTINGS", smollm2.SETTINGS | {"max_steps": 2, "eval_rows": 8})
     monkeypatch.setattr(smollm2, "TARGETS", ("ort-int4", "ort-int4-calibrated"))
+    monkeypatch.setattr(smollm2, "TASKS", ("purposes",))
+    monkeypatch.setattr(smollm2, "GENERAL_ROWS", 2)
+    monkeypatch.setattr(smollm2, "ROUNDS", 1)
     monkeypatch.setattr(smollm2, "Kept", lambda name: InMemory())
     cached = BENCH.parent / "build" / "smollm2"
     if list(cached.glob("*.whl")):
@@ -92,8 +108,10 @@ def test_the_real_model_goes_through_the_whole_line(
         result = smollm2.bench(8)
     except MissingExtra as missing:
         pytest.skip(f"not run: {missing}")
-    forms = result["forms"]
-    assert result["rows"] == 8 and set(forms) == {"base", "tuned", "merged", "ort-int4", "ort-int4-calibrated"}
+    found = result["tasks"]["purposes"]
+    forms = found["forms"]
+    assert found["rows"] == 8 and set(forms) == {"base", "tuned", "merged", "ort-int4", "ort-int4-calibrated", "auto"}
+    assert forms["auto"]["attempts"][-1]["decision"] == "passes"
     apart = abs(forms["tuned"]["row_loss_to_merged"]["difference"])
     assert apart < 0.03 * forms["merged"]["row_loss"]  # merged is stored in bf16
     sizes = [forms[name]["bundle_bytes"] for name in ("ort-int4", "ort-int4-calibrated")]
