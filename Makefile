@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -194,6 +194,17 @@ schemas: .venv/installed  ## write the JSON Schemas again after a change to what
 pretrain: .venv/installed  ## make the example model again from its text (about an hour)
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
 	  $(py) examples/pretrain.py --out build/debian-tiny
+
+# The tests run against the wheel alone: the folder they run in has no edgeft of its own.
+release: .venv/installed-dev  ## build sdist and wheel into dist/, plan and run the pipeline's tests by the wheel alone
+	rm -rf dist build/release && mkdir -p build/release
+	$(py) -m build --outdir dist .
+	$(PYTHON) -m venv build/release/.venv
+	wheel=$$(ls dist/*.whl) && build/release/.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt "$$wheel[dev]"
+	cp -r tests examples export pyproject.toml build/release/
+	cd build/release && .venv/bin/edgeft plan --model examples/debian-tiny --data examples/debian-sections/train.jsonl
+	cd build/release && OMP_NUM_THREADS=1 .venv/bin/python -P -m pytest tests/test_pipeline.py -m 'not slow and not targets'
 
 clean:  ## remove what the stages made, not .venv
 	rm -rf build

@@ -150,11 +150,12 @@ def _process(count: int, what: str) -> Term:
     return Term(name="process", bytes=count, formula=what)
 
 
-def quantise(spec: ModelSpec, has: Processes) -> Phase:
-    """A base made NF4, in a process of its own on the host: the file it reads and the codes it makes."""
+def quantise(spec: ModelSpec, has: Processes, data_bytes: int) -> Phase:
+    """A base made NF4, in a process of its own beside the training that waits: the file it reads, the codes it makes."""
     codes = linear_weights(spec) * NF4_BYTES
     return stage("quantise", "host", [
         _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
+        Term(name="waiting", bytes=has.training_bytes + data_bytes, formula="training itself, its data and tokenizer"),
         _file(spec),
         Term(name="NF4 codes", bytes=int(codes), formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B"),
     ], spec)  # fmt: skip

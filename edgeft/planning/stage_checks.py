@@ -87,7 +87,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     weights = bundle_weights(spec, target)
     device_bytes = device.budget_bytes if device else None
     context, limited_by = choose_context(spec, target, weights, device_bytes)
-    phases = [quantise(spec, has)] if training.base_precision == "nf4" else []
+    phases = [quantise(spec, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
         phases += [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
     phases += [

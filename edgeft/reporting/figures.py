@@ -25,7 +25,7 @@ GRADES: dict[Grade, tuple[str, str]] = {  # colour, marker: told apart without c
 # A term has one colour in every phase and figure; light and dark alternate in the order of a stack.
 COLOURS = {
     "process": "#7b8794", "runtime": "#7b8794", "cuBLAS workspace": "#7b8794", "CUDA": "#a9b2bd",
-    "builder": "#a9b2bd", "buffers": "#a9b2bd",
+    "builder": "#a9b2bd", "buffers": "#a9b2bd", "waiting": "#a9b2bd",
     "data": "#c9d0d8", "reserved": "#d8dde3",
     "weights": "#1f4e79", "model": "#1f4e79",
     "weight file": "#9dbbd8", "head copies": "#9dbbd8",
