@@ -61,7 +61,7 @@ FOLDER = ROOT / "build" / "smollm2"
 ROUNDS = 3  # of measuring each bundle's speed
 
 Score = tuple[float, bool]  # of a row: nats of its trained tokens, whether its answer is exact
-Logits = Callable[[list[int]], torch.Tensor]  # of a row's ids: (tokens, words)
+Logits = Callable[[list[int], int], torch.Tensor]  # of a row's ids, from a position on: (tokens, words)
 
 
 def wheel(folder: Path) -> Path:
@@ -125,7 +125,7 @@ def score(rows: Sequence[Sample], stop_ids: Sequence[int], logits: Logits) -> li
     for done, row in enumerate(rows):
         ids, labels = list(row.ids), list(row.labels)
         at = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORED]
-        given = torch.log_softmax(logits(ids)[at].float(), dim=-1)
+        given = torch.log_softmax(logits(ids, at[0])[[i - at[0] for i in at]].float(), dim=-1)
         wanted = torch.tensor([ids[i + 1] for i in at])
         end = next((i for i, token in enumerate(wanted.tolist()) if token in stop_ids), len(at) - 1)
         right = bool((given.argmax(dim=-1) == wanted)[: end + 1].all())
@@ -137,15 +137,17 @@ def score(rows: Sequence[Sample], stop_ids: Sequence[int], logits: Logits) -> li
 
 def text_loss(rows: Sequence[list[int]], logits: Logits) -> list[float]:
     """Each text's nats a token."""
-    return [float(torch.nn.functional.cross_entropy(logits(ids)[:-1].float(), torch.tensor(ids[1:]))) for ids in rows]
+    cost = torch.nn.functional.cross_entropy
+    return [float(cost(logits(ids, 0)[:-1].float(), torch.tensor(ids[1:]))) for ids in rows]
 
 
 def by_torch(model: Any) -> Logits:
     """Logits of a torch model in fp32."""
 
     @torch.no_grad()
-    def logits(ids: list[int]) -> torch.Tensor:
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]  # type: ignore[no-any-return]
+    def logits(ids: list[int], first: int) -> torch.Tensor:
+        kept = len(ids) - first
+        return model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=kept).logits[0]  # type: ignore[no-any-return]
 
     return logits
 
@@ -191,7 +193,9 @@ def calibrate_here(folder: Path, out: Path) -> None:
 def weighed(out: Path) -> tuple[Logits, dict[str, Any]]:
     """A bundle as it answers, and what it weighs."""
     model = ArtifactModel(out)
-    return lambda ids: torch.from_numpy(model.logits(ids)), {"bundle_bytes": Bundle.read(out / MANIFEST).size_bytes}
+    return lambda ids, first: torch.from_numpy(model.logits(ids, first)), {
+        "bundle_bytes": Bundle.read(out / MANIFEST).size_bytes
+    }
 
 
 def artifact(folder: Path, name: str) -> tuple[Logits, dict[str, Any]]:

@@ -39,7 +39,7 @@ def test_a_row_is_exact_up_to_its_end_token_and_its_loss_counts_every_token(smol
     sample = Sample([4, 5, 1, 2], [IGNORED, 5, 1, 2], 1)  # 1 ends an answer, 2 is a newline behind it
 
     def logits(likely: list[int]) -> Any:
-        return lambda ids: torch.nn.functional.one_hot(torch.tensor([*likely, 0]), 6).float() * 3
+        return lambda ids, first: torch.nn.functional.one_hot(torch.tensor([*likely, 0])[first:], 6).float() * 3
 
     def one(likely: list[int]) -> tuple[float, bool]:
         return smollm2.score([sample], [1], logits(likely))[0]  # type: ignore[no-any-return]
@@ -71,8 +71,8 @@ def test_what_calibration_recovers_is_of_the_loss_that_nearest_adds(smollm2: Mod
 
 
 def test_general_loss_is_a_mean_over_all_tokens_after_the_first(smollm2: ModuleType) -> None:
-    likely: Any = lambda ids: torch.nn.functional.one_hot(torch.tensor([*ids[1:], 0]), 6).float() * 3  # noqa: E731
-    even: Any = lambda ids: torch.zeros(len(ids), 6)  # noqa: E731
+    likely: Any = lambda ids, _: torch.nn.functional.one_hot(torch.tensor([*ids[1:], 0]), 6).float() * 3  # noqa: E731
+    even: Any = lambda ids, _: torch.zeros(len(ids), 6)  # noqa: E731
     assert smollm2.text_loss([[1, 2, 3]], even) == [pytest.approx(math.log(6))]
     norm = float(torch.tensor([3.0, 0, 0, 0, 0, 0]).logsumexp(0))
     assert smollm2.text_loss([[1, 2, 3], [4, 5]], likely) == [pytest.approx(norm - 3)] * 2
