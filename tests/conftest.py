@@ -1,26 +1,18 @@
-"""Shared fixtures: a tiny real tokenizer, a tiny real checkpoint, and a writer of data files."""
+"""Shared fixtures: a tiny real tokenizer and checkpoint, plans and a merge of it, and a writer of data files."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CHAT_TEMPLATE, ROWS, SECTIONS, WriteRows, run
 
-ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ROOT / "examples" / "debian-sections"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-WriteRows = Callable[[str, Iterable[Any]], Path]
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +90,48 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return path
 
     return write
+
+
+@pytest.fixture
+def plan_file(checkpoint_folder: Path, write_rows: WriteRows, tmp_path: Path) -> Any:
+    """Writes the plan of a job on ROWS and gives its path."""
+    from edgeft.planning.plan import make_plan
+    from edgeft.settings import make_job
+
+    def write(**settings: Any) -> Path:
+        data = write_rows("rows.jsonl", ROWS)
+        values = {"profile": "cpu-8gb", "batch_size": 4, "epochs": 1.0, "rank": 4, "eval_rows": 4, **settings}
+        path = tmp_path / "plan.json"
+        make_plan(make_job(model=str(checkpoint_folder), data=str(data), **values)).write(path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The checkpoints of `peft_models.base_model` by their kind."""
+    from peft_models import base_model
+
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("llama", "tied", "gpt2"):
+        base_model(kind).save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in ("llama", "tied", "gpt2")}
+
+
+@pytest.fixture(scope="session")
+def merged_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Path) -> Path:
+    """The merge of a trained adapter on the tiny untied model, beside its run, plan and rows. Not to be written to."""
+    from edgeft.merging.merge import merge
+    from edgeft.planning.plan import make_plan
+    from edgeft.progress import silent
+    from edgeft.settings import make_job
+
+    folder = tmp_path_factory.mktemp("promotion")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pins: dict[str, Any] = {"epochs": 8.0, "learning_rate": 1e-2, "batch_size": 4, "rank": 4, "eval_rows": 4}
+    job = make_job(model=str(checkpoint_folder), data=str(folder / "rows.jsonl"), profile="cpu-8gb", **pins)
+    make_plan(job).write(folder / "plan.json")
+    run(folder / "plan.json", folder / "train")
+    merge(folder / "train", folder / "merged", wise_alpha=1.0, progress=silent)
+    return folder / "merged"

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bundles import PROMPTS, bundle, checkpoint, reference, reseal, save_tokenizer, script, seal, some_ids, workplace
 from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
-from test_bundle import PROMPTS, bundle, checkpoint, reference, save_tokenizer, some_ids, workplace
-from test_run import reseal, script, seal
-from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
+from tiny import run
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from edgeft.data.dataset import TextTokenizer
@@ -30,6 +29,7 @@ from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export_adapters
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import make_plan
+from edgeft.progress import silent
 from edgeft.reporting.terminal import adapters_text
 from edgeft.settings import make_job
 from edgeft.targets.ort import read_weights
@@ -378,7 +378,7 @@ def test_two_trainings_become_one_bundle_that_is_proven_for_each(
 def test_what_cannot_be_switched_to_is_refused_by_name(
     trained: dict[str, Path],
     checkpoint_folder: Path,
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     tmp_path: Path,
 ) -> None:
     def attempt(**folders: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import EXAMPLES
 
 import edgeft
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.planning.plan import Plan as PlanDocument
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [{"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc')[i % 2]}"} for i in range(24)]
 
 

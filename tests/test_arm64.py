@@ -12,8 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
-from test_bundle import DATA, bundle
-from test_run import reseal
+from bundles import DATA, bundle, reseal
 from typer.testing import CliRunner
 
 from edgeft.cli import app

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import CONFIGS, ROOT
 
 from edgeft.machines import limits
 from edgeft.machines.limits import memory_limit, reset_resident_peak, resident_bytes, settle_allocator, visible_gpu
@@ -17,8 +18,7 @@ from edgeft.planning.plan import make_plan
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
 
-ROOT = Path(__file__).resolve().parent.parent
-LLAMA = ROOT / "examples" / "configs" / "llama-3.1-8b"
+LLAMA = CONFIGS / "llama-3.1-8b"
 
 
 @pytest.fixture

@@ -1,18 +1,15 @@
 """Does a bundle hold the model that was merged, in all three shipped targets, and say what it needs?"""
 
-import atexit
-import functools
 import json
 import shutil
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from bundles import PROMPTS, bundle, checkpoint, reference, save_tokenizer, some_ids, torch_logits
+from tiny import CHAT_TEMPLATE, ROOT
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
@@ -29,88 +26,6 @@ from edgeft.targets.footprint import bundle_weights, choose_context, kv_cache_by
 from edgeft.targets.ort import read_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, load_target
-
-DATA = Path(__file__).parent.parent / "examples" / "debian-sections" / "valid.jsonl"
-ROWS = [json.loads(line)["prompt"] for line in DATA.read_text(encoding="utf-8").splitlines()[:400]]
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PROMPTS = [
-    GoldenInput(text=ROWS[0]),
-    GoldenInput(text="Größe: naïve 12.5%\n\n  → ünïcode <|im_start|> x"),
-    GoldenInput(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": ROWS[1]}]),
-]
-
-
-@functools.cache
-def workplace() -> Path:
-    """One folder for the session, shared by the test modules that import this one."""
-    folder = Path(tempfile.mkdtemp(prefix="edgeft bundles "))  # a path with a space, throughout
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def save_tokenizer(folder: Path, words: int = 600) -> int:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=words, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(ROWS, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "model_max_length": 1e30,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return tokenizer.get_vocab_size()
-
-
-@functools.cache
-def checkpoint(tied: bool = True) -> Path:
-    """A random two-layer Llama; weights large enough for logits with clear winners."""
-    folder = workplace() / ("tied" if tied else "untied")
-    folder.mkdir()
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(folder), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=tied, initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@functools.cache
-def bundle(name: str) -> Path:
-    """The bundle of the tied checkpoint for a shipped target. Copy it before changing anything."""
-    out = workplace() / f"bundle {name}"
-    build_bundle(
-        checkpoint(), load_target(name), out, prompts=PROMPTS, device_memory_bytes=2**30,
-        device_bandwidth_bytes_per_second=1e9, input_sha256="ab" * 32, provenance={"merged": "cd" * 32},
-    )  # fmt: skip
-    return out
-
-
-@functools.cache
-def reference() -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32).eval()
-
-
-def torch_logits(ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        return reference()(torch.tensor([ids])).logits[0].numpy()
-
-
-def some_ids(count: int) -> list[int]:
-    ids = [token for row in TextTokenizer(checkpoint()).encode(ROWS) for token in row]
-    return ids[:count]
 
 
 def mean_kl(ids: list[int], name: str) -> float:
@@ -133,7 +48,7 @@ def test_a_bundle_of_each_target_verifies_and_says_where_it_comes_from(name: str
     assert {path.name for path in bundle(name).iterdir()} == {*made.files, "bundle.json"}
     for file in ("tokenizer.json", "chat_template.jinja"):
         assert made.files[file].sha256 == sha256_file(checkpoint() / file)
-    assert (bundle(name) / "run.py").read_bytes() == (Path(__file__).parent.parent / "export/run.py").read_bytes()
+    assert (bundle(name) / "run.py").read_bytes() == (ROOT / "export/run.py").read_bytes()
     assert made.size_bytes == sum(path.stat().st_size for path in bundle(name).iterdir() if path.name in made.files)
     assert (made.context_tokens, made.context_limited_by) == (512, "model")
     assert made.predicted.kv_cache_bytes == 2 * 2 * 1 * 32 * 4 * 512  # K and V, layers, heads, head_dim, fp32
@@ -281,7 +196,7 @@ def test_the_runtime_gets_the_template_as_training_read_it(name: str, tmp_path: 
     folder = tmp_path / "model"
     shutil.copytree(checkpoint(), folder)
     (folder / "chat_template.jinja").unlink()
-    text = "{# a note\n of two lines #}\n" + TEMPLATE
+    text = "{# a note\n of two lines #}\n" + CHAT_TEMPLATE
     text = json.dumps({"chat_template": text}) if name.endswith(".json") else text.replace("\n", "\r\n")
     (folder / name).write_bytes(text.encode())
     messages = [{"role": "user", "content": "one?"}]
@@ -300,7 +215,7 @@ def test_the_runtime_gets_the_template_as_training_read_it(name: str, tmp_path: 
 def test_tools_reach_the_template_on_the_device_as_in_training(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint(), folder)
-    template = "{% if tools %}TOOLS {{ tools | length }} {{ tools[0].function.name }}\n{% endif %}" + TEMPLATE
+    template = "{% if tools %}TOOLS {{ tools | length }} {{ tools[0].function.name }}\n{% endif %}" + CHAT_TEMPLATE
     (folder / "chat_template.jinja").write_text(template)
     messages = [{"role": "user", "content": "how warm?"}]
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -328,7 +243,7 @@ def test_another_tokenizer_or_template_than_in_training_stops_the_export(tmp_pat
         _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1])
     assert caught.value.exit_code == 4
     shutil.copyfile(checkpoint() / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
-    (tmp_path / "other" / "chat_template.jinja").write_text(TEMPLATE.replace("\n", "\n\n"), encoding="utf-8")
+    (tmp_path / "other" / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("\n", "\n\n"), encoding="utf-8")
     with pytest.raises(ParityFailed, match=r"^chat template: the runtime renders '<\|im_start\|>system"):
         _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:])
 

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bundle import PROMPTS, ROWS, checkpoint, some_ids, workplace
-from test_gguf import EXAMPLE, dequantised, model_folder
-from test_promotion import merged  # noqa: F401
-from test_promotion import samples as training_data
-from test_rounding import graph_weights
+from bundles import PROMPTS, ROWS, checkpoint, model_folder, some_ids, workplace
+from runtimes import dequantised, graph_weights
+from tiny import EXAMPLE, job_data
 
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
@@ -292,7 +290,7 @@ def test_a_fused_checkpoints_codes_are_taken_apart(tmp_path: Path) -> None:
 
 
 def test_an_export_calibrates_on_the_training_rows_alone(
-    merged: Path,  # noqa: F811
+    merged_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -307,8 +305,10 @@ def test_an_export_calibrates_on_the_training_rows_alone(
     loose = INT4.parity.model_copy(update={"min_top1_agreement": 0.0, "max_mean_kl_nats": 9.0})
     loose = loose.model_copy(update={"max_loss_increase_nats": 9.0, "max_exact_match_drop_points": 100.0})
     wanted = INT4.model_copy(update={"parity": loose})
-    bundle = export(merged, wanted, tmp_path / "bundle", device=None, progress=lambda stage, *_: stages.append(stage))
-    assert [row.ids for row in seen] == [row.ids for row in training_data(merged).train]
+    bundle = export(
+        merged_folder, wanted, tmp_path / "bundle", device=None, progress=lambda stage, *_: stages.append(stage)
+    )
+    assert [row.ids for row in seen] == [row.ids for row in job_data(merged_folder).train]
     assert bundle.target.calibration == "gptq" and bundle.provenance["calibration"].startswith("gptq, ")
     assert stages.count("calibrate") == 2 + 1  # layers, and the end
 

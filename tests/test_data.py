@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, SECTIONS, WriteRows
+from tiny import CHAT_TEMPLATE, SECTIONS, WriteRows
 
 from edgeft.data.dataset import (
     COLUMNS,

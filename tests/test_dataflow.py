@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_simulate import HALF, NF4, plan_of, save_model
+from tiny import CONFIGS, HALF, NF4, plan_of, save_model
 from transformers import AutoConfig
 
 from edgeft.memory import dataflow
@@ -16,7 +16,6 @@ from edgeft.memory.train_step import Workload, step_terms
 from edgeft.models.spec import read_model_spec
 from edgeft.simulation import simulate
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 TOKENS = 40
 FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
 WAYS: dict[str, dict[str, Any]] = {

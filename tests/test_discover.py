@@ -11,6 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors import safe_open
+from tiny import CONFIGS, EXAMPLE
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -18,8 +19,7 @@ from edgeft.errors import BadInput
 from edgeft.models.discover import Discovery, LayerGroup, discover, meta_model
 from edgeft.reporting.terminal import layers_text
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "examples" / "debian-tiny"
+TINY = EXAMPLE
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
 BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = BERT | {"num_key_value_heads": 2, "head_dim": 8}
@@ -149,7 +149,7 @@ def test_the_verb(tmp_path: Path) -> None:
 
 
 def test_no_memory_is_taken_for_weights() -> None:
-    model = meta_model(str(ROOT / "examples" / "configs" / "llama-3.1-8b"))
+    model = meta_model(str(CONFIGS / "llama-3.1-8b"))
     assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}
 
 

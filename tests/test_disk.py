@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
+from tiny import CONFIGS, run
 
 from edgeft.engine import base
 from edgeft.errors import DoesNotFit
@@ -17,10 +17,10 @@ from edgeft.memory.disk import Disk, require, shortages, total
 from edgeft.memory.train_step import Term
 from edgeft.merging.merge import merge
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
 
-CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "configs"
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -74,7 +74,7 @@ def test_a_plan_warns_of_each_disk(tmp_path: Path, free: Any) -> None:
 
 
 def test_every_stage_refuses_before_it_writes(
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     tmp_path: Path,
     free: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -117,7 +117,7 @@ def test_quantising_asks_the_disk_of_the_cache(
 @pytest.mark.parametrize("settings", [{"tuner": "lora"}, {"tuner": "full"}, {"layers": "lisa", "active_layers": 1}])
 def test_training_writes_no_more_than_was_planned(
     settings: dict[str, Any],
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     tmp_path: Path,
 ) -> None:
     """Three checkpoints at a time at most, each of the planned size, and a result of the planned size."""

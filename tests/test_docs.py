@@ -7,15 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import BENCH, ROOT
 
 from edgeft.machines.profile import list_profiles
 from edgeft.settings import Job
 from edgeft.targets.target import list_targets
 
-ROOT = Path(__file__).resolve().parent.parent
 FIRST = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 README = "\n".join([FIRST, *(page.read_text(encoding="utf-8") for page in PAGES)])
@@ -51,7 +50,7 @@ def test_verbs_of_the_readme_are_the_verbs_there_are() -> None:
 def test_the_first_page_shows_what_the_command_prints() -> None:
     """After a change to a plan or its words: make first-page, and look at it."""
     page = subprocess.run(
-        [sys.executable, "-c", "import first_page; print(first_page.output())"], cwd=ROOT / "bench",
+        [sys.executable, "-c", "import first_page; print(first_page.output())"], cwd=BENCH,
         capture_output=True, text=True, check=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert page.stdout.strip() in FIRST and len(FIRST.splitlines()) < 160

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import DATA, bundle
-from test_run import reseal
+from bundles import DATA, bundle, reseal
 from typer.testing import CliRunner
 
 from edgeft.cli import app

@@ -7,15 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 from edgeft.machines import environment as own
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def test_what_a_result_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = json.loads(json.dumps(own.environment(REPOSITORY)))
+    found = json.loads(json.dumps(own.environment(ROOT)))
     assert {"cpu", "features", "cores", "threads", "system", "versions", "load_average"} <= set(found)
     assert found["threads"] == 3 and found["cpu"]
     assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= set(found["versions"])

@@ -6,9 +6,9 @@ import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from tiny import CONFIGS
 
 from edgeft.memory.simulated import Moment
 from edgeft.memory.train_step import Term
@@ -19,8 +19,6 @@ from edgeft.reporting.read_run import Run
 from edgeft.reporting.summary import Option, Stage, Summary, summarise
 from edgeft.settings import make_job
 from edgeft.units import GIB
-
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
 def stage(name: str, sizes: dict[str, float], limit: float | None = 10, measured: int | None = None) -> Stage:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bundle import PROMPTS, ROWS, checkpoint, save_tokenizer, workplace
+from bundles import MODELS, PROMPTS, ROWS, SHAPE, checkpoint, model_folder, save_tokenizer, workplace
+from runtimes import PARTS, dequantised, tensors
+from tiny import EXAMPLE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgeft.data.dataset import TextTokenizer
@@ -38,46 +40,6 @@ needs_llama = pytest.mark.skipif(
 FULL = Target.model_validate(
     load_target("gguf-f16").model_dump() | {"weight_bits": 32, "head_bits": 32, "embedding_bits": 32}
 )
-SHAPE = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0,
-    "pad_token_id": 0, "initializer_range": 0.3,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
-    "llama3": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "qwen2": {"model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True},
-    "qwen2 yarn": {"model_type": "qwen2", "head_dim": 16, "rope_parameters": YARN},
-    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},
-    "gemma": {"model_type": "gemma"},
-    "gemma2": {"model_type": "gemma2", "sliding_window": 16, "query_pre_attn_scalar": 32},
-    "gemma3": {"model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 32,
-               "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
-    "phi3": {"model_type": "phi3", "head_dim": 16, "resid_pdrop": 0.0},
-}  # fmt: skip
-
-
-@functools.cache
-def model_folder(kind: str) -> Path:
-    folder = workplace() / f"gguf {kind}"
-    folder.mkdir()
-    given = SHAPE | {"vocab_size": save_tokenizer(folder)} | MODELS[kind]
-    if kind == "phi3":
-        given.pop("head_dim")
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", ".bias")):  # not all ones or zeros
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
 
 
 @functools.cache
@@ -96,26 +58,9 @@ def written(kind: str, name: str = "full") -> tuple[Path, Any]:
     return folder, read_weights(folder)
 
 
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the file as fp32."""
-    reader = gguf.GGUFReader(str(folder / "model.gguf"))
-    return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(tensor.shape[::-1]))
-        for tensor in reader.tensors
-    }
-
-
 def keys(folder: Path) -> dict[str, Any]:
     reader = gguf.GGUFReader(str(folder / "model.gguf"))
     return {name: field.contents() for name, field in reader.fields.items()}
-
-
-PARTS = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "input_layernorm": "attn_norm",
-}  # fmt: skip
 
 
 def expected_tensors(kind: str) -> dict[str, np.ndarray]:
@@ -497,28 +442,6 @@ def test_a_changed_weight_or_another_tokenizer_is_found(tmp_path: Path) -> None:
     assert runner_module().verify(tmp_path / "b") == [
         "model.gguf: changed since the export", "golden vectors: not replayed, the files above come first",
     ]  # fmt: skip
-
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "debian-tiny"
-
-
-def dequantised(folder: Path) -> Any:
-    """The example's model in torch with the very weights of its GGUF file."""
-    model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
-    given, head = tensors(folder), model.config.head_dim
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            part = next((theirs for part, theirs in PARTS.items() if f".{part}.weight" in name), None)
-            if part is not None:
-                array = given[f"blk.{name.split('.')[2]}.{part}.weight"]
-                if part in ("attn_q", "attn_k"):
-                    places = [h * head + half * head // 2 + i for h in range(len(array) // head)
-                              for i in range(head // 2) for half in (0, 1)]  # fmt: skip
-                    array = array[np.argsort(places)]
-                value.copy_(torch.from_numpy(array.copy()))
-            elif "embed_tokens" in name:
-                value.copy_(torch.from_numpy(given["token_embd.weight"].copy()))
-    return model
 
 
 @needs_llama

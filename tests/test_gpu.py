@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import EXAMPLE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeft.data.dataset import Sample
@@ -33,7 +34,6 @@ from edgeft.training.train import prepare, tf32, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "debian-tiny"
 CUDA = torch.device("cuda")
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from runtimes import by_onnxruntime
 
 from edgeft.targets.gguf_file import packed
 from edgeft.targets.grid import GGML, Encoded, Fitted, Grid
@@ -22,40 +21,6 @@ def awkward(rows: int, columns: int) -> torch.Tensor:
     weight[6] = torch.arange(columns) % 16 - 7.5
     weight[7] = (torch.arange(columns) % 31) / 2.0
     return weight
-
-
-def by_onnxruntime(weight: torch.Tensor, grid: Grid) -> tuple[Any, Any, Any]:
-    """(codes, scale, zero point) by ONNX Runtime's own quantisers."""
-    from onnxruntime.capi import _pybind_state as kernels
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer as Default
-    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor
-
-    rows, columns = weight.shape
-    count = -(-columns // grid.block_size)
-    padded = np.zeros((rows, count * grid.block_size), dtype=np.float32)
-    padded[:, :columns] = weight.numpy()
-    if grid.method == "rtn":
-        scheme = "sym" if grid.symmetric else "asym"
-        codes, scale, zero = quant_tensor(padded, grid.bits, grid.block_size, scheme, "uint", 1)
-    elif grid.method == "gather":
-        slices = padded.reshape(rows * count, grid.block_size)
-        codes, scale, zero = Default.quant_slice_asymmetric(slices)
-    else:
-        each = 8 // grid.bits
-        codes = np.zeros((rows, count, grid.block_size // each), dtype=np.uint8)
-        zero = np.zeros((rows, -(-count // each)), dtype=np.uint8)
-        scale = np.zeros((rows, count), dtype=np.float32)
-        kernel = kernels.quantize_matmul_4bits if grid.bits == 4 else kernels.quantize_matmul_8bits
-        kernel(codes, np.ascontiguousarray(padded.T), scale, zero, grid.block_size, rows, columns, grid.symmetric)
-        codes, zero = unpacked(codes, grid.bits), unpacked(zero, grid.bits)[:, :count]
-        if grid.symmetric:
-            zero = np.full((rows, count), 2 ** (grid.bits - 1))
-    return codes.reshape(rows, -1)[:, :columns], scale.reshape(rows, count), zero.reshape(rows, count)
-
-
-def unpacked(packed: Any, bits: int) -> Any:
-    rows = packed.shape[0]
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, -1) if bits == 4 else packed.reshape(rows, -1)
 
 
 GRIDS = [

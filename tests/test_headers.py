@@ -256,11 +256,12 @@ def test_a_head_that_memory_and_files_name_apart_trains_and_merges(
     tokenizer_folder: Path, tmp_path: Path, write_rows: Any
 ) -> None:
     """GPT-NeoX's files say embed_out, transformers 5 says lm_head."""
-    from test_train import ROWS, run, silent
+    from tiny import ROWS, run
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from edgeft.merging.merge import merge
     from edgeft.planning.plan import make_plan
+    from edgeft.progress import silent
     from edgeft.settings import make_job
 
     config = GPTNeoXConfig(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import CONFIGS
 
 from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
@@ -526,7 +527,7 @@ def test_layers_are_scored_as_lora_in_all_of_them_trains(job_of: Any) -> None:
 
 def test_only_hidden_states_do_without_all_layers() -> None:
     """A budget in which LoRA trains in a few layers only, its rank, precision and micro-batch pinned."""
-    configs = str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b")
+    configs = str(CONFIGS / "llama-3.1-8b")
     job = make_job(model=configs, profile="t4", layers="sparse", base_precision="nf4", rank=64, micro_batch_size=4,
                    checkpointing=False, max_length=1024)  # fmt: skip
     fits = make_plan(job.model_copy(update={"layers": "sparse", "max_memory_bytes": 14 * 2**30}))

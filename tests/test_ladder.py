@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_bundle import PROMPTS, bundle, checkpoint, reference, some_ids
-from test_train import ROWS, run, silent
+from bundles import PROMPTS, bundle, checkpoint, reference, some_ids
+from tiny import ROWS, run
 from transformers import AutoModelForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
@@ -31,6 +31,7 @@ from edgeft.merging.merged_tensors import merged_rung
 from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Metrics, pair
 from edgeft.planning.plan import make_plan
+from edgeft.progress import silent
 from edgeft.settings import make_job
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data

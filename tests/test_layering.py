@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edgeft"
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # | `name` | what is in it | torch |, from what everything stands on to what stands on everything
@@ -99,3 +99,9 @@ def test_a_change_upwards_would_be_found(tmp_path: Path) -> None:
     bad.write_text("def f():\n    from edgeft.reporting.words import shown\n    import edgeft\n")
     [(other, runs)] = imports(bad)
     assert runs and other == "reporting.words" and HEIGHT["reporting"] > HEIGHT["data"]
+
+
+def test_no_test_file_imports_another() -> None:
+    """What several share lies in tests/tiny.py and its neighbours; fixtures lie in tests/conftest.py."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert not re.search(r"^\s*(?:from|import) (?:tests\.)?(?:test_|conftest)", path.read_text(), re.MULTILINE), path

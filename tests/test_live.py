@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_change import IDS, OTHERS, TUNERS, bases, logits, peft_model, shaken  # noqa: F401  (bases is a fixture)
-from test_train import silent
+from peft_models import IDS, OTHERS, TUNERS, logits, peft_model, shaken
 
 import edgeft
 from edgeft.errors import BadInput
@@ -20,6 +19,7 @@ from edgeft.machines.meter import LiveBytes
 from edgeft.merging.merge import merge
 from edgeft.merging.wise import LINEAR, wise
 from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.progress import silent
 
 Bases = dict[str, Path]
 
@@ -42,7 +42,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 @pytest.mark.parametrize("inject", [False, True], ids=["PeftModel", "injected"])
 @pytest.mark.parametrize("case", TUNERS)
-def test_wise_is_the_merged_checkpoint(case: str, inject: bool, bases: Bases, tmp_path: Path) -> None:  # noqa: F811
+def test_wise_is_the_merged_checkpoint(case: str, inject: bool, bases: Bases, tmp_path: Path) -> None:
     folder = bases[TUNERS[case][0]]
     model = peft_model(case, folder, inject)
     with warnings.catch_warnings():
@@ -79,7 +79,7 @@ def test_every_kind_that_counts_as_linear_is_tested() -> None:
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_kinds_of_adapters_against_peft(kind: str, bases: Bases) -> None:  # noqa: F811
+def test_other_kinds_of_adapters_against_peft(kind: str, bases: Bases) -> None:
     """Half way is the model whose weights lie half way between the base's and PEFT's merged ones."""
     import peft
 
@@ -106,7 +106,7 @@ def test_other_kinds_of_adapters_against_peft(kind: str, bases: Bases) -> None: 
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
-def test_weights_that_trained_themselves(kind: str, bases: Bases, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_that_trained_themselves(kind: str, bases: Bases, tmp_path: Path) -> None:
     model = load_plain(bases[kind])
     shaken(model, lambda name: "layers.1" in name or "h.0" in name or "embed" in name or "wte" in name)
     model.save_pretrained(tmp_path / "tuned")
@@ -123,7 +123,7 @@ def test_weights_that_trained_themselves(kind: str, bases: Bases, tmp_path: Path
         assert torch.equal(logits(untrained), logits(load_plain(bases[kind])))
 
 
-def test_a_model_that_trains_on_afterwards(bases: Bases) -> None:  # noqa: F811
+def test_a_model_that_trains_on_afterwards(bases: Bases) -> None:
     """Gradients and optimizer keep to the same parameters: a step after a block is the step without it."""
     ends = []
     for blocks in (0, 2):
@@ -141,7 +141,7 @@ def test_a_model_that_trains_on_afterwards(bases: Bases) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "modules saved", "ia3", "tokens"])
-def test_nothing_is_copied(case: str, bases: Bases) -> None:  # noqa: F811
+def test_nothing_is_copied(case: str, bases: Bases) -> None:
     model = peft_model(case, bases[TUNERS[case][0]])
     where = [parameter.data_ptr() for parameter in model.parameters()]
     with LiveBytes() as live:
@@ -152,7 +152,7 @@ def test_nothing_is_copied(case: str, bases: Bases) -> None:  # noqa: F811
             assert [parameter.data_ptr() for parameter in model.parameters()] == where
 
 
-def test_half_the_change_is_not_half_the_magnitude(bases: Bases) -> None:  # noqa: F811
+def test_half_the_change_is_not_half_the_magnitude(bases: Bases) -> None:
     """PEFT's rescale_adapter_scale scales only LoRA's part: DoRA's magnitudes and saved modules stay as they are."""
     from peft.helpers import rescale_adapter_scale
 
@@ -166,7 +166,7 @@ def test_half_the_change_is_not_half_the_magnitude(bases: Bases) -> None:  # noq
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "modules saved", "full"])
-def test_a_block_in_a_block_counts_from_the_fine_tuned_model(case: str, bases: Bases) -> None:  # noqa: F811
+def test_a_block_in_a_block_counts_from_the_fine_tuned_model(case: str, bases: Bases) -> None:
     options: dict[str, Any] = {}
     if case == "full":
         model = load_plain(bases["llama"])
@@ -201,7 +201,7 @@ def test_a_block_in_a_block_counts_from_the_fine_tuned_model(case: str, bases: B
     assert same(state(model), before)
 
 
-def test_generate_and_exceptions(bases: Bases) -> None:  # noqa: F811
+def test_generate_and_exceptions(bases: Bases) -> None:
     model = peft_model("dora", bases["llama"])
     before = state(model)
     with pytest.raises(RuntimeError, match="inside"), wise(model, 0.4):
@@ -210,7 +210,7 @@ def test_generate_and_exceptions(bases: Bases) -> None:  # noqa: F811
     assert same(state(model), before)
 
 
-def test_gradients_are_those_of_the_merged_model(bases: Bases) -> None:  # noqa: F811
+def test_gradients_are_those_of_the_merged_model(bases: Bases) -> None:
     model = peft_model("dora", bases["llama"])
     embedded = model.get_input_embeddings()(IDS).detach()
     folded = copy.deepcopy(model).merge_and_unload()
@@ -229,7 +229,7 @@ def test_gradients_are_those_of_the_merged_model(bases: Bases) -> None:  # noqa:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["lora", "dora", "modules saved", "tied: tokens", "biases of all"])
-def test_on_a_gpu(case: str, bases: Bases) -> None:  # noqa: F811
+def test_on_a_gpu(case: str, bases: Bases) -> None:
     folder = bases[TUNERS[case][0]]
     here, there = peft_model(case, folder), peft_model(case, folder).to("cuda")
     options: dict[str, Any] = {"base": folder} if needs_base(case) else {}
@@ -253,7 +253,7 @@ def refused(model: Any, message: str, alpha: float = 0.5, **options: Any) -> Non
     assert before == [p.data_ptr() for p in model.parameters()]
 
 
-def test_what_cannot_be_scaled_says_why(bases: Bases, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_scaled_says_why(bases: Bases, tmp_path: Path) -> None:
     import peft
 
     llama = bases["llama"]

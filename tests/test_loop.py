@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import plan_file, run  # noqa: F401  (plan_file is a fixture)
+from tiny import run
 
 from edgeft.data.dataset import Sample
 from edgeft.engine import loop
@@ -26,7 +26,7 @@ LISA = {"tuner": "full", "layers": "lisa", "active_layers": 1, "lisa_interval": 
 
 
 @pytest.fixture
-def started(plan_file: Any, checkpoint_folder: Path, tmp_path: Path) -> Any:  # noqa: F811
+def started(plan_file: Any, checkpoint_folder: Path, tmp_path: Path) -> Any:
     """A run of a plan, in the plan's own dtypes on the CPU, before its first step."""
 
     def start(work: str = "work", **settings: Any) -> Run:
@@ -92,7 +92,7 @@ def test_the_scale_of_a_short_run_starts_low(started: Any) -> None:
     assert not make_scaler(training, CPU, torch.bfloat16).is_enabled()
 
 
-def test_skipped_steps_are_recorded(plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_skipped_steps_are_recorded(plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through `train`, a GPU's plan emulated on the CPU, and back from a checkpoint in the middle."""
     started_as = loop.make_scaler
 
@@ -177,7 +177,7 @@ def test_gradients_are_clipped_to_the_norm_that_was_set(started: Any) -> None:
     assert seen == [pytest.approx(1e-3, rel=1e-2)]
 
 
-def test_so_many_rows_are_scored_as_were_asked_for(plan_file: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_so_many_rows_are_scored_as_were_asked_for(plan_file: Any, tmp_path: Path) -> None:
     for rows in (1, 2):
         result = run(plan_file(max_steps=1, eval_rows=rows), tmp_path / str(rows))
         assert (result.base_valid.rows, result.valid.rows) == (rows, rows)

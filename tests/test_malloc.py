@@ -6,10 +6,10 @@ import json
 import platform
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS
 
 from edgeft.machines.profile import load_profile
 from edgeft.memory import timing, train_step
@@ -19,7 +19,6 @@ from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import Training, make_job
 from edgeft.units import MIB
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 SMOL = str(CONFIGS / "smollm2-135m")
 glibc_only = pytest.mark.skipif(
     not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="glibc's malloc"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS
 
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import load_profile
@@ -31,7 +32,6 @@ from edgeft.targets.footprint import SMALLEST_CONTEXT, bundle_weights, predict
 from edgeft.targets.target import load_target
 from edgeft.units import GIB
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 INT4 = load_target("ort-int4")
 
 

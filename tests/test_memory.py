@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import BENCH, CONFIGS, EXAMPLES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample
@@ -127,7 +128,7 @@ def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
 
 def test_nf4_weights_are_4_127_bits(tmp_path: Path) -> None:
     """0.5 + 1/64 + 4/(64 * 256) bytes per quantised weight; embedding, head and norms stay dense."""
-    spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b"))
+    spec = read_model_spec(str(CONFIGS / "llama-3.1-8b"))
     training = plan_of(range(32), 32, base_precision="nf4", compute_dtype="bf16")
     linears = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
     dense = 2 * (spec.total_parameters - linears)
@@ -193,13 +194,13 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
     assert kept > 150 * MIB and left < 10 * MIB
 
 
-GPU = json.loads((Path(__file__).parent.parent / "bench" / "gpu_runs.json").read_text())
+GPU = json.loads((BENCH / "gpu_runs.json").read_text())
 
 
 @pytest.mark.parametrize("run", GPU["runs"], ids=lambda run: run["run"])
 def test_a_gpu_run_is_planned_as_it_was_measured(run: dict[str, Any]) -> None:
     """To 0.5% of what was allocated, or 6 MiB; never above the high estimate, workspaces and reserves included."""
-    folder = Path(__file__).parent.parent / "examples"
+    folder = EXAMPLES
     name = run["model"] if (folder / run["model"]).is_dir() else f"configs/{run['model']}"
     spec = read_model_spec(str(folder / name))
     settings = {**GPU["shared"], **run["settings"]}
@@ -226,7 +227,7 @@ def test_a_gpu_run_is_planned_as_it_was_measured(run: dict[str, Any]) -> None:
 
 
 def test_a_plan_of_another_card_takes_its_own_workspaces() -> None:
-    spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "smollm2-135m"))
+    spec = read_model_spec(str(CONFIGS / "smollm2-135m"))
     training = plan_of(range(30), 64, device="cuda", **HALF)
     found = [
         train_step.phases(spec, training, train_step.Workload(64, 63), baseline_bytes=0, capability=c)[2]

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_train import plan_file, run, silent  # noqa: F401  (a fixture)
+from tiny import CONFIGS, run
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
@@ -22,10 +21,11 @@ from edgeft.merging.result import MergedCheckpoint, MergedForeign
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
+from edgeft.progress import silent
 
 
 @pytest.fixture(params=["lora", "full"])
-def trained(request: Any, plan_file: Any, tmp_path: Path) -> Path:  # noqa: F811
+def trained(request: Any, plan_file: Any, tmp_path: Path) -> Path:
     run(plan_file(tuner=request.param, epochs=2.0, learning_rate=5e-3), tmp_path / "train")
     return tmp_path / "train"
 
@@ -78,7 +78,7 @@ def test_merged_model_gives_the_trained_loss(trained: Path, tmp_path: Path) -> N
     assert MergedCheckpoint.read(tmp_path / "merged" / "merged.json") == merged
 
 
-def test_half_precision_tied_and_sharded_base(plan_file: Any, checkpoint_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_half_precision_tied_and_sharded_base(plan_file: Any, checkpoint_folder: Path, tmp_path: Path) -> None:
     """A bf16 base in several shards with tied embeddings stays so, and loads in plain transformers."""
     model = load_plain(checkpoint_folder)
     model.config.tie_word_embeddings = True
@@ -109,7 +109,7 @@ def test_alpha_out_of_range(wise_alpha: float, trained: Path, tmp_path: Path) ->
         merge(trained, tmp_path / "merged", wise_alpha=wise_alpha, progress=silent)
 
 
-def test_another_base_is_refused_with_every_shape(plan_file: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_another_base_is_refused_with_every_shape(plan_file: Any, tmp_path: Path) -> None:
     trained = tmp_path / "train"
     run(plan_file(max_steps=1), trained)
     adapter = load_file(trained / "adapter_model.safetensors")
@@ -141,7 +141,7 @@ print(largest, made.measured_peak_bytes - before, made.predicted_peak_bytes - be
 
 def big(folder: Path, rows: int, shards: int, kind: str) -> tuple[Path, Path]:
     """(base in several shards of one [rows, 1024] fp32 tensor each, what changes every one of them)."""
-    config = json.loads((ROOT / "examples" / "configs" / "llama-3.1-8b" / "config.json").read_text())
+    config = json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text())
     base, tuned = folder / "base", folder / kind
     for path in (base, tuned):
         path.mkdir(parents=True, exist_ok=True)

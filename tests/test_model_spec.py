@@ -15,6 +15,7 @@ import huggingface_hub
 import huggingface_hub.errors
 import pytest
 import torch
+from tiny import CONFIGS, ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +24,6 @@ from edgeft.models.families import FAMILIES
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import ModelSpec, read_model_spec
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 # One of each family and shape against the model itself; the rest against the published counts below.
 PUBLISHED = (
     "gemma-2-2b", "gemma-2b", "gemma-3-1b", "gemma-3-4b", "gpt2", "granite-3.0-2b", "llama-3.1-8b", "mistral-7b",
@@ -430,7 +430,7 @@ def test_known_family_needs_neither_torch_nor_transformers() -> None:
         f"read_model_spec({str(CONFIGS / 'llama-3.1-8b')!r}); "
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == "[]\n"
 

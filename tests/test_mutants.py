@@ -18,7 +18,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import ROWS, silent
+from tiny import ROWS
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
@@ -34,6 +34,7 @@ from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.identity import model_inputs, written_files
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.settings import make_job
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data

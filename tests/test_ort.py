@@ -11,8 +11,7 @@ import onnx
 import pytest
 
 # One session's bundles are shared with test_bundle.
-from test_bundle import bundle, some_ids
-from test_run import reseal
+from bundles import bundle, reseal, some_ids
 
 from edgeft.exporting.build import ArtifactModel
 from edgeft.targets.ort import LAST, MODEL, _prune_head, every_position

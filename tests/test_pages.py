@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS, ROOT
 
 from edgeft.errors import EdgeftError
 from edgeft.machines.profile import list_profiles, load_profile
@@ -25,8 +26,6 @@ from edgeft.reporting.words import amount, cell_text, grouped, signed, symbol
 from edgeft.settings import make_job
 from edgeft.units import GIB, show_bytes
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "examples" / "configs"
 VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
 HOSTILE = "a<img src=x onerror=alert(1)>|b`c"
 

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from tiny import ROOT
 
 SYSTEM = "Answer with one word."
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import CONFIGS
 
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import list_profiles, load_profile
@@ -20,7 +21,6 @@ from edgeft.planning.plan import Plan, make_plan, request_digest
 from edgeft.settings import make_job
 from edgeft.units import GIB
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 PINNED = ("tuner", "rank", "base_precision", "micro_batch_size", "loss_chunk_tokens", "optimizer")
 LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
 QWEN_SMALL = str(CONFIGS / "qwen2.5-0.5b")

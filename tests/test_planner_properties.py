@@ -6,10 +6,10 @@ import dataclasses
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS
 
 from edgeft.data.dataset import Lengths
 from edgeft.machines.limits import PROC
@@ -23,7 +23,6 @@ from edgeft.planning.plan import best_that_fits, make_plan
 from edgeft.settings import Training, make_job
 from edgeft.units import GIB, MIB
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 SPECS = [read_model_spec(str(folder.parent)) for folder in sorted(CONFIGS.glob("*/config.json"))]
 HOSTS = [profile for profile in list_profiles() if "train" in profile.roles and profile.detected]
 NEVER = (float("inf"), float("inf"))

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bundle import PROMPTS, ROWS, checkpoint, save_tokenizer, some_ids, torch_logits, workplace
+from bundles import PROMPTS, ROWS, checkpoint, save_tokenizer, some_ids, torch_logits, workplace
+from tiny import EXAMPLE
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -30,7 +31,6 @@ from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 
 FP32, INT8 = load_target("onnx-portable-fp32"), load_target("onnx-portable-int8")
-EXAMPLE = Path(__file__).parent.parent / "examples" / "debian-tiny"
 needs_optimum = pytest.mark.targets  # make test-targets has its environment
 
 

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 from edgeft import processes
 
-PACKAGE = Path(__file__).parent.parent / "edgeft"
+PACKAGE = ROOT / "edgeft"
 # Those that start Python by its own name, with -P: run.py, what is compared with an emulated device, pip, optimum.
 OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py", "device_check.py", "emulation.py"}
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiny import BENCH
 
 from edgeft.memory import dataflow, train_step
 from edgeft.models.spec import read_model_spec
 
-BENCH = Path(__file__).parent.parent / "bench"
 LLAMA = str(BENCH.parent / "examples" / "configs" / "llama-3.1-8b")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import ROWS
+from tiny import ROWS
 
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting import rehearsal

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_promotion import INT4
-from test_train import ROWS, run, silent
+from tiny import BENCH, CONFIGS, EXAMPLES, ROOT, ROWS, run
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -30,12 +29,13 @@ from edgeft.planning import expected as expected_module
 from edgeft.planning.expected import MEASURED, expected
 from edgeft.planning.plan import make_plan
 from edgeft.planning.stage_checks import plan_stages
+from edgeft.progress import silent
 from edgeft.settings import Job, make_job
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, calibrated, candidates, climb, list_targets, load_target
 from edgeft.training.job_data import Data
 
-ROOT = Path(__file__).parent.parent
+INT4 = load_target("ort-int4")
 OUTLIER = 300.0  # how much larger one input's weights are than the others of its block: their codes are all but lost
 
 
@@ -345,8 +345,8 @@ def test_the_plan_expects_what_was_measured_and_has_room_for_all(tmp_path: Path)
     from edgeft.planning.costs import Question
 
     def planned(model: str, target: str) -> Any:
-        spec = read_model_spec(str(ROOT / "examples" / model))
-        job: Job = make_job(model=str(ROOT / "examples" / model), target=target)
+        spec = read_model_spec(str(EXAMPLES / model))
+        job: Job = make_job(model=str(EXAMPLES / model), target=target)
         question = Question(job, load_profile("cpu-8gb"), spec, None, Workload(90, 8), 2**20, 8 * 2**30)
         training = make_plan(make_job(model=job.model, profile="cpu-8gb", target=target, max_length=90)).training
         return plan_stages(question, training)
@@ -367,11 +367,11 @@ def test_the_plan_expects_what_was_measured_and_has_room_for_all(tmp_path: Path)
 
 
 def test_what_the_plan_expects_by_is_recorded() -> None:
-    recorded = json.loads((ROOT / "bench" / "results" / "example.json").read_text())["scores"]
+    recorded = json.loads((BENCH / "results" / "example.json").read_text())["scores"]
     points = 100 * (recorded["ort-int4"]["exact_match"] - recorded["merged"]["exact_match"])
     assert MEASURED[0].points["ort-int4"] == pytest.approx(points, abs=0.05)
     assert recorded["merged"]["rows"] == 1000 and MEASURED[0].source.startswith("1,000 rows")
-    smollm2 = ROOT / "bench" / "results" / "smollm2.json"
+    smollm2 = BENCH / "results" / "smollm2.json"
     if smollm2.is_file():
         forms = json.loads(smollm2.read_text())["tasks"]["sections"]["forms"]
         for name, points in MEASURED[1].points.items():
@@ -382,7 +382,7 @@ def test_what_the_plan_expects_by_is_recorded() -> None:
 def test_a_model_of_another_size_is_said_to_be_one() -> None:
     from edgeft.models.spec import read_model_spec
 
-    spec = read_model_spec(str(ROOT / "examples" / "configs" / "llama-3.1-8b"))
+    spec = read_model_spec(str(CONFIGS / "llama-3.1-8b"))
     assert "none near this size was measured" in expected(spec, candidates("auto"))[1]
     assert 8e9 / MEASURED[1].parameters > expected_module.FAR
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import BENCH, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS = BENCH / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 README = " ".join(" ".join(page.read_text(encoding="utf-8") for page in PAGES).split())
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def test_a_make_target_makes_every_result_again(path: Path) -> None:
     made_by = scripts()
     if path.suffix == ".svg":
         assert PICTURES[path.stem] in made_by
-        assert any(f"{path.stem}.svg" in script.read_text() for script in (ROOT / "bench").glob("*.py"))
+        assert any(f"{path.stem}.svg" in script.read_text() for script in (BENCH).glob("*.py"))
         return
     assert path.suffix == ".json" and made_by[path.stem] in MAKEFILE
     environment = result(path.stem)["environment"]

@@ -8,21 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bundle import bundle, checkpoint, reference, some_ids, workplace
-from test_grid import unpacked
+from bundles import bundle, checkpoint, reference, some_ids, workplace
+from runtimes import graph_weights, unpacked
 
 from edgeft.errors import BadInput
 from edgeft.exporting.build import ArtifactModel, build_bundle
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.targets.rounding import grid_of, promoted_modules, round_model
 from edgeft.targets.target import load_target
-
-
-def graph_weights(folder: Path) -> dict[str, Any]:
-    import onnx
-
-    graph = onnx.load(str(folder / "model.onnx")).graph
-    return {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type in (1, 2)}
 
 
 def compare_codes(folder: Path, source: Path, target_name: str, tied: bool) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, WriteRows
+from tiny import CHAT_TEMPLATE, WriteRows
 
 from edgeft.data.conversation import parse_json
 from edgeft.data.dataset import IGNORED, TextTokenizer, data_text, measure_lengths, read_rows, report_data

@@ -1,7 +1,6 @@
 """Does a bundle's own run.py answer and measure, and does it find and name what is wrong with it?"""
 
 import ast
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import ROWS, bundle, save_tokenizer
+from bundles import ROWS, bundle, reseal, save_tokenizer, script
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
@@ -42,37 +41,6 @@ def copy(tmp_path: Path) -> Path:
     folder = tmp_path / "my bundle"
     shutil.copytree(bundle("ort-int4"), folder)
     return folder
-
-
-def script(
-    folder: Path, *arguments: str, stdin: str | None = None, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """run.py of a bundle as a device starts it: as a script, without edgeft on the path."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, str(folder / "run.py"), *arguments], input=stdin, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL if stdin is None else None, cwd=cwd, env=kept | environment, check=False,
-    )  # fmt: skip
-
-
-def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change bundle.json and make all its hashes right again, as one who exchanges a file on purpose."""
-    manifest = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    change(manifest)
-    for name, entry in manifest["files"].items():
-        raw = (folder / name).read_bytes()
-        entry.update(sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
-    seal(folder, manifest)
-
-
-def seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write bundle.json with the right hash of its own, and those of files as given."""
-    manifest["self_sha256"] = "0" * 64
-    blank = json.dumps(manifest)
-    sealed = blank.replace(
-        '"self_sha256": "' + "0" * 64, '"self_sha256": "' + hashlib.sha256(blank.encode()).hexdigest()
-    )
-    (folder / "bundle.json").write_text(sealed, encoding="utf-8")
 
 
 def test_only_old_python_and_the_standard_library_are_asked_for() -> None:

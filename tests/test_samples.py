@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SECTIONS
+from tiny import SECTIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from edgeft.data.dataset import IGNORED, Row, Sample, TextTokenizer, to_samples

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import bundle
+from bundles import bundle
 
 from edgeft.exporting.bundle import SBOM, Bundle
 from edgeft.exporting.sbom import BASE, Component, bill_of_materials, licence_entries, model_licence

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS, ROOT
 
 from edgeft.errors import BadInput
 from edgeft.machines.profile import load_profile
@@ -19,8 +19,7 @@ from edgeft.reporting.schema import DOCUMENTS, schema_text, shipped_schema
 from edgeft.reporting.summary import summarise
 from edgeft.settings import make_job
 
-ROOT = Path(__file__).parent.parent
-MODEL = str(ROOT / "examples" / "configs" / "smollm2-135m")
+MODEL = str(CONFIGS / "smollm2-135m")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_promotion import merged as trained_and_merged  # noqa: F401  (a fixture)
-from test_train import silent
 
 from edgeft.errors import BadInput
 from edgeft.exporting.outputs import load_tuned, observe_model
@@ -19,6 +17,7 @@ from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import Line, group_moves, sweep
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.layer_shares import Group, Shares, equal_groups, layer_of, parse_shares
+from edgeft.progress import silent
 from edgeft.reporting.plots import plot_sweep
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
@@ -75,10 +74,10 @@ def test_equal_groups_hold_every_layer_once() -> None:
 
 
 def test_each_tensor_gets_its_groups_share_and_the_ladder_holds(
-    trained_and_merged: Path,  # noqa: F811
+    merged_folder: Path,
     tmp_path: Path,
 ) -> None:
-    train = trained_and_merged.parent / "train"
+    train = merged_folder.parent / "train"
     made = merge(train, tmp_path / "groups", wise_alpha=parse_shares("0=0,1=0.5"), progress=silent)
     assert isinstance(made, MergedCheckpoint) and made.shares == parse_shares("0=0,1=0.5")
     assert MergedCheckpoint.read(tmp_path / "groups" / "merged.json") == made
@@ -105,11 +104,11 @@ def test_each_tensor_gets_its_groups_share_and_the_ladder_holds(
 
 
 def test_a_search_over_groups_keeps_what_its_rule_likes_best(
-    trained_and_merged: Path,  # noqa: F811
+    merged_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train = trained_and_merged.parent / "train"
+    train = merged_folder.parent / "train"
     moved: list[str] = []
     move = Line.move_to
     monkeypatch.setattr(Line, "move_to", lambda line, shares: (moved.append(str(shares)), move(line, shares))[1])
@@ -133,7 +132,7 @@ def test_a_search_over_groups_keeps_what_its_rule_likes_best(
 
 
 def test_a_bound_that_nobody_names_is_half_of_what_the_whole_change_costs(
-    trained_and_merged: Path,  # noqa: F811
+    merged_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,9 +140,7 @@ def test_a_bound_that_nobody_names_is_half_of_what_the_whole_change_costs(
     texts.write_text('{"text": "a library of the sea"}\n')
     monkeypatch.setattr("edgeft.merging.sweep.general_increase", lambda point, base: 3.0 * point.wise_alpha)
     options: dict[str, Any] = {"select": "bounded", "general": str(texts)}
-    found = sweep(trained_and_merged.parent / "train", load_target("ort-fp32"), **options)
+    found = sweep(merged_folder.parent / "train", load_target("ort-fp32"), **options)
     assert found.max_general_increase_nats == 1.5 and found.wise_alpha <= 0.5 and "(6 of 11 shares)" in found.why
-    named = sweep(
-        trained_and_merged.parent / "train", load_target("ort-fp32"), max_general_increase_nats=0.9, **options
-    )
+    named = sweep(merged_folder.parent / "train", load_target("ort-fp32"), max_general_increase_nats=0.9, **options)
     assert named.max_general_increase_nats == 0.9 and "(4 of 11 shares)" in named.why

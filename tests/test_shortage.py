@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
+from tiny import CONFIGS, run
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -19,12 +19,12 @@ from edgeft.errors import DoesNotFit
 from edgeft.machines.limits import Limit
 from edgeft.machines.profile import load_profile
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.settings import make_job
 from edgeft.training.out_of_memory import capped, command, explained, is_out_of_memory
 from edgeft.training.train import above, carried_out, check_budget, choose_device, promise, train
 
 CPU = torch.device("cpu")
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_says_that_memory_ran_out(problem: Exception, ran_out: bool) -> Non
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_running_out_of_memory_is_exit_3_with_the_next_smaller_way(
-    kind: type[Exception], plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    kind: type[Exception], plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     path, out = plan_file(micro_batch_size=None, checkpoint_steps=1), tmp_path / "train"
     step = Run.train_step
@@ -85,7 +85,7 @@ def test_a_command_says_every_setting_that_is_not_the_default() -> None:
     ]  # fmt: skip
 
 
-def test_other_errors_stay_what_they_are(plan_file: Any) -> None:  # noqa: F811
+def test_other_errors_stay_what_they_are(plan_file: Any) -> None:
     with pytest.raises(RuntimeError, match="shapes"), explained(Plan.read(plan_file()), CPU, ["train"]):
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -113,7 +113,7 @@ def test_a_card_is_capped_at_the_budget_and_freed_again(monkeypatch: pytest.Monk
 
 
 def test_more_than_the_high_estimate_is_a_deviation_and_said(
-    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     path = plan_file(max_steps=2)
     made = Plan.read(path)
@@ -125,7 +125,7 @@ def test_more_than_the_high_estimate_is_a_deviation_and_said(
 
 
 def test_a_gpus_plan_on_a_cpu_is_planned_for_the_cpu(
-    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
@@ -146,7 +146,7 @@ def test_a_gpus_plan_on_a_cpu_is_planned_for_the_cpu(
 
 
 def test_reading_a_checkpoint_is_held_to_the_limit_and_recorded(
-    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     path, out = plan_file(max_steps=3, checkpoint_steps=1), tmp_path / "train"
 
@@ -174,7 +174,7 @@ def test_reading_a_checkpoint_is_held_to_the_limit_and_recorded(
 
 
 def test_a_gpus_plan_on_the_cpu_holds_what_scoring_its_own_rows_takes(
-    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import bundle
-from test_run import reseal, script
+from bundles import bundle, reseal, script
 
 from edgeft.errors import BadInput, MissingExtra, ParityFailed
 from edgeft.exporting.sign import keygen, public_key_path, sign

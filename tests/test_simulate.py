@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import CONFIGS, FULL, HALF, NF4, plan_of, save_model
+from transformers import AutoModelForCausalLM
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample
@@ -30,34 +31,6 @@ from edgeft.simulation.fake import quantisation_states
 from edgeft.simulation.simulate import simulate
 
 CPU = torch.device("cpu")
-
-
-def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
-    values: dict[str, Any] = {
-        "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
-        "lora_alpha": 16.0, "target_modules": tuple(linear.name for linear in spec.linears),
-        "trained_layers": tuple(trained), "micro_batch_size": 2, "batch_size": 2,
-        "max_length": 48, "max_trained": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
-        "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
-        "checkpoint_steps": None, "eval_rows": 1,
-    }  # fmt: skip
-    values |= changes
-    if values["tuner"] == "full":
-        values |= {"rank": 0, "target_modules": ()}
-    return Training(**values)
-
-
-def save_model(folder: Path, kind: str = "llama", **changes: Any) -> ModelSpec:
-    """A tiny random checkpoint of a family, as save_pretrained writes it."""
-    values = {
-        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 256,
-        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
-    config = AutoConfig.for_model(kind, **{**values, **changes})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return read_model_spec(str(folder))
 
 
 def prepared(spec: ModelSpec, training: Training, work: Workload) -> tuple[Run, list[Sample]]:
@@ -118,9 +91,6 @@ def check(spec: ModelSpec, training: Training, work: Workload) -> None:
 
 
 ALL, TOP = range(2), range(1, 2)
-HALF = {"base_precision": "bf16", "compute_dtype": "bf16"}
-FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
-NF4 = {"base_precision": "nf4"}
 WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     # what trains, trained tokens of 48, the rest of the plan
     "LoRA": (ALL, 47, {}),
@@ -253,7 +223,7 @@ def test_shallow_models_tell_the_deep_one(name: str, tmp_path: Path) -> None:
 
 
 def test_an_8b_model_needs_no_memory_and_few_layers() -> None:
-    spec = read_model_spec(str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b"))
+    spec = read_model_spec(str(CONFIGS / "llama-3.1-8b"))
     training = plan_of(spec, range(32), rank=16, micro_batch_size=1, loss_chunk_tokens=256, **NF4)
     before = meter.rss_bytes()
     found = simulate(spec, training, Workload(2048, 2047))

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import BENCH
 
 from edgeft.data.samples import IGNORED, Sample
 from edgeft.errors import MissingExtra
-
-BENCH = Path(__file__).parent.parent / "bench"
 
 
 class InMemory:

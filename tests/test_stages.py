@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from test_train import plan_file, run, silent  # noqa: F401  (plan_file is a fixture)
+from tiny import BENCH, CONFIGS, run
 
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, DoesNotFit
@@ -27,12 +27,11 @@ from edgeft.merging.merge import merge, peak_above_baseline
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.planning import stage_checks
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.progress import silent
 from edgeft.reporting.terminal import plan_text
 from edgeft.settings import make_job
 from edgeft.units import GIB, MIB
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "examples" / "configs"
 SMALL, LLAMA = str(CONFIGS / "smollm2-135m"), str(CONFIGS / "llama-3.1-8b")
 
 
@@ -165,7 +164,7 @@ def test_a_detected_budget_says_which_limit_it_was(monkeypatch: pytest.MonkeyPat
 
 def test_recorded_predictions_hold() -> None:
     """bench/stages.py measured them: merge and export of several models, three targets each."""
-    rows = json.loads((ROOT / "bench" / "results" / "stages.json").read_text())["rows"]
+    rows = json.loads((BENCH / "results" / "stages.json").read_text())["rows"]
     assert {row["stage"] for row in rows} == {"merge", "export ort-int4", "export ort-int8", "export ort-fp32"}
     assert len({row["model"] for row in rows}) >= 2
     for row in rows:
@@ -188,7 +187,7 @@ def test_the_quantiser_holds_what_the_closed_form_says() -> None:
 @pytest.mark.parametrize("settings", [{"tuner": "lora"}, {"tuner": "lora", "rank": 24}, {"tuner": "full"}])
 def test_a_merge_needs_what_was_planned(
     settings: dict[str, Any],
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     checkpoint_folder: Path,
     tmp_path: Path,
 ) -> None:
@@ -201,7 +200,7 @@ def test_a_merge_needs_what_was_planned(
 
 
 def test_a_stage_that_this_machine_cannot_hold_is_refused(
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -227,7 +226,7 @@ def test_a_stage_that_this_machine_cannot_hold_is_refused(
 
 
 def test_an_export_takes_target_and_device_from_the_plan(
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -252,7 +251,7 @@ def test_an_export_takes_target_and_device_from_the_plan(
 
 
 def test_resuming_reads_the_optimizers_states_whole_and_parameters_one_at_a_time(
-    plan_file: Any,  # noqa: F811
+    plan_file: Any,
     tmp_path: Path,
 ) -> None:
     """The files that a run leaves are as large as the terms of its plan and disk say."""

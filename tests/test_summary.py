@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS, EXAMPLE
 
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
@@ -22,7 +23,7 @@ from edgeft.settings import make_job
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.target import load_target
 
-LLAMA = str(Path(__file__).parent.parent / "examples" / "configs" / "llama-3.1-8b")
+LLAMA = str(CONFIGS / "llama-3.1-8b")
 SCORES = {"rows": 10, "loss": 2.0, "perplexity": 7.39, "exact_match": 0.1}
 
 
@@ -109,7 +110,7 @@ def test_settings_are_sentences_with_the_plans_numbers(plan: Plan) -> None:
 
 
 def test_full_fine_tuning_and_lisa_in_words() -> None:
-    tiny = str(Path(__file__).parent.parent / "examples" / "debian-tiny")
+    tiny = str(EXAMPLE)
     whole = summarise(Run(make_plan(make_job(model=tiny, profile="cpu-8gb", tuner="full", layers="all"))))
     assert whole.settings[0].text == "The model's own weights train: all 8 layers, and embedding, norm, head."
     lisa = summarise(Run(make_plan(make_job(model=tiny, profile="cpu-8gb", tuner="full", layers="lisa"))))

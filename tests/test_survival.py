@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft_models import base_model, shaken
+from runtimes import by_onnxruntime
 from safetensors.torch import load_file, save_file
-from test_change import base_model, bases, shaken  # noqa: F401  (bases is a fixture)
-from test_grid import by_onnxruntime
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -45,7 +45,7 @@ def dequantised(weight: torch.Tensor, grid: Any) -> Any:
 @pytest.mark.parametrize("kind", ["llama", "tied"])
 def test_against_onnxruntime_on_whole_tensors(
     kind: str,
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -110,7 +110,7 @@ def test_the_noise_of_independent_rounding(tmp_path: Path, monkeypatch: pytest.M
             assert tensor.cosine == pytest.approx(1 / math.sqrt(1 + noise**2), rel=0.02)
 
 
-def test_more_bits_keep_more(bases: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_more_bits_keep_more(bases: dict[str, Path], tmp_path: Path) -> None:
     merged = tuned(bases["llama"], tmp_path / "merged", 0.02)
     four, eight, exact = (survival(merged, target) for target in (INT4, INT8, FP32))
     assert 0.2 < four.cosine < 0.95 < 0.99 < eight.cosine < 1.0
@@ -126,7 +126,7 @@ def test_more_bits_keep_more(bases: dict[str, Path], tmp_path: Path) -> None:  #
     assert nothing.tensors == () and nothing.unchanged_tensors > 20
 
 
-def test_verb_plot_and_messages(bases: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_verb_plot_and_messages(bases: dict[str, Path], tmp_path: Path) -> None:
     merged = tuned(bases["tied"], tmp_path / "merged", 0.05)
     arguments = ["survival", str(merged), "--plot", str(tmp_path / "a.svg")]
     done = CliRunner().invoke(app, arguments)
@@ -143,7 +143,7 @@ def test_verb_plot_and_messages(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(
     assert caught.value.exit_code == 5 and not (tmp_path / "a.svg").exists()
 
 
-def test_an_untied_head_is_compared_with_the_embedding_it_was(bases: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_an_untied_head_is_compared_with_the_embedding_it_was(bases: dict[str, Path], tmp_path: Path) -> None:
     merged = tuned(bases["tied"], tmp_path / "merged", 0.05, lambda name: "layers" in name)
     tensors = load_file(merged / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.1

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_change import TUNERS, bases, logits, peft_model  # noqa: F401  (bases is a fixture)
-from test_train import ROWS, run, silent
+from peft_models import TUNERS, logits, peft_model
+from tiny import ROWS, run
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -24,6 +24,7 @@ from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Metrics, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
+from edgeft.progress import silent
 from edgeft.reporting.plots import plot_sweep
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import load_target
@@ -82,7 +83,7 @@ def test_a_point_is_the_merge_and_the_export_at_that_share(trained: Path, tmp_pa
 @pytest.mark.parametrize("case", ["tied: lora of head", "tied: embedding saved", "gpt2: dora", "gpt2: lora of head"])
 def test_the_line_of_an_untied_or_transposed_model(
     case: str,
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     base = bases[TUNERS[case][0]]

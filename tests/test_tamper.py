@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import bundle
-from test_run import reseal, script, seal
+from bundles import bundle, reseal, script, seal
 
 from edgeft.targets.runner import runner_module
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 from edgeft.errors import BadInput
 from edgeft.targets.target import eight_bit_modules, list_targets, load_target, promoted
@@ -38,7 +39,7 @@ def test_shipped_targets_are_those_of_the_readme_and_tighten_with_their_bits() -
 
 def own(tmp_path: Path, change: tuple[str, str]) -> str:
     path = tmp_path / "my own.toml"
-    text = Path(__file__).parent.parent.joinpath("export", "ort-int4.toml").read_text(encoding="utf-8")
+    text = (ROOT / "export" / "ort-int4.toml").read_text(encoding="utf-8")
     assert change[0] in text
     path.write_text(text.replace(*change), encoding="utf-8")
     return str(path)
@@ -110,7 +111,7 @@ def test_an_unknown_key_gets_a_suggestion(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     path = tmp_path / "mine.toml"
-    text = Path(__file__).parent.parent.joinpath("export", "gguf-q4_0.toml").read_text(encoding="utf-8")
+    text = (ROOT / "export" / "gguf-q4_0.toml").read_text(encoding="utf-8")
     assert change[0] in text
     path.write_text(text.replace(*change), encoding="utf-8")
     with pytest.raises(BadInput, match=message.replace(".", r"\.")):
@@ -131,7 +132,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, change: tuple[str
 )
 def test_what_portable_onnx_cannot_hold_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     path = tmp_path / "mine.toml"
-    text = Path(__file__).parent.parent.joinpath("export", "onnx-portable-int8.toml").read_text(encoding="utf-8")
+    text = (ROOT / "export" / "onnx-portable-int8.toml").read_text(encoding="utf-8")
     assert change[0] in text
     path.write_text(text.replace(*change), encoding="utf-8")
     with pytest.raises(BadInput, match=message):

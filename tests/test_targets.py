@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bundle import ROWS, workplace
+from bundles import ROWS, workplace
+from tiny import EXAMPLE
 
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
@@ -38,7 +39,6 @@ from edgeft.targets.target import Target, load_target
 
 pytestmark = pytest.mark.targets
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "debian-tiny"
 PROMPTS, TOKENS = 20, 64
 TARGETS = sorted(path.stem for path in shipped_folder("export").glob("*.toml"))
 # What is absent here is skipped; where this is set to what must be there, it is a failure instead.
@@ -121,7 +121,7 @@ def from_rounding(folder: Path, target: Target) -> Any:
 
 
 def from_gguf(folder: Path, target: Target) -> Any:
-    from test_gguf import dequantised
+    from runtimes import dequantised
 
     return dequantised(folder)
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import CONFIGS, FULL, HALF, NF4, plan_of
 
 from edgeft.machines.profile import load_profile
 from edgeft.memory import dataflow, tape, train_step
 from edgeft.memory.operations import Way
 from edgeft.memory.timing import MADE, count, seconds_per_step
 from edgeft.models.spec import ModelSpec, read_model_spec
-from tests.test_simulate import FULL, HALF, NF4, plan_of
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 WORK = train_step.Workload(256, 255)
 
 

@@ -14,43 +14,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import run
 
-from edgeft.documents import sha256_file
 from edgeft.engine.loop import learning_rate
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
-from edgeft.planning.plan import Plan, make_plan
-from edgeft.progress import silent
-from edgeft.settings import make_job
-from edgeft.training.result import TrainResult
-from edgeft.training.train import train, work_folder
-
-ROWS = [
-    {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
-]
-
-
-@pytest.fixture
-def plan_file(checkpoint_folder: Path, write_rows: Any, tmp_path: Path) -> Any:
-    """Writes the plan of a job on ROWS and gives its path."""
-
-    def write(**settings: Any) -> Path:
-        data = write_rows("rows.jsonl", ROWS)
-        values = {"profile": "cpu-8gb", "batch_size": 4, "epochs": 1.0, "rank": 4, "eval_rows": 4, **settings}
-        path = tmp_path / "plan.json"
-        make_plan(make_job(model=str(checkpoint_folder), data=str(data), **values)).write(path)
-        return path
-
-    return write
-
-
-def run(path: Path, out: Path, **options: Any) -> TrainResult:
-    return train(
-        Plan.read(path), out, plan_sha256=sha256_file(path), progress=options.pop("progress", silent), **options
-    )
+from edgeft.planning.plan import Plan
+from edgeft.training.train import work_folder
 
 
 @pytest.mark.parametrize(

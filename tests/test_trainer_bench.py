@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import BENCH
 
-FILE = Path(__file__).parent.parent / "bench" / "trainer.py"
+FILE = BENCH / "trainer.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,89 @@
+"""Where the repository's folders are, and the tiny rows, models, plans and runs that tests of many packages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeft.models.spec import ModelSpec
+    from edgeft.settings import Training
+    from edgeft.training.job_data import Data
+    from edgeft.training.result import TrainResult
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+EXAMPLES = ROOT / "examples"
+CONFIGS = EXAMPLES / "configs"
+EXAMPLE = EXAMPLES / "debian-tiny"
+SECTIONS = EXAMPLES / "debian-sections"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROWS = [
+    {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
+]
+HALF = {"base_precision": "bf16", "compute_dtype": "bf16"}
+FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
+NF4 = {"base_precision": "nf4"}
+
+WriteRows = Callable[[str, Iterable[Any]], Path]
+
+
+def run(path: Path, out: Path, **options: Any) -> TrainResult:
+    """Carry the plan in `path` out, in this process."""
+    from edgeft.documents import sha256_file
+    from edgeft.planning.plan import Plan
+    from edgeft.progress import silent
+    from edgeft.training.train import train
+
+    return train(
+        Plan.read(path), out, plan_sha256=sha256_file(path), progress=options.pop("progress", silent), **options
+    )
+
+
+def job_data(merged: Path) -> Data:
+    """The samples of the run that the merge beside it was made from."""
+    from edgeft.training.job_data import Data
+    from edgeft.training.result import TrainResult
+
+    return Data.read(TrainResult.read(merged.parent / "train" / "train.json").plan)
+
+
+def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
+    """How a run trains, without a planner: LoRA in fp32 of the layers `trained`, and what is changed of that."""
+    from edgeft.settings import Training
+
+    values: dict[str, Any] = {
+        "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
+        "lora_alpha": 16.0, "target_modules": tuple(linear.name for linear in spec.linears),
+        "trained_layers": tuple(trained), "micro_batch_size": 2, "batch_size": 2,
+        "max_length": 48, "max_trained": 48, "checkpointing": False, "loss_chunk_tokens": 32, "optimizer": "adamw",
+        "learning_rate": 1e-3, "steps": 4, "warmup_steps": 1, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
+        "checkpoint_steps": None, "eval_rows": 1,
+    }  # fmt: skip
+    values |= changes
+    if values["tuner"] == "full":
+        values |= {"rank": 0, "target_modules": ()}
+    return Training(**values)
+
+
+def save_model(folder: Path, kind: str = "llama", **changes: Any) -> ModelSpec:
+    """A tiny random checkpoint of a family, as save_pretrained writes it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from edgeft.models.spec import read_model_spec
+
+    values = {
+        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 256,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **{**values, **changes})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return read_model_spec(str(folder))
