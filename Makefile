@@ -70,11 +70,13 @@ check: .venv/installed-dev  ## format, lint, types
 	$(py) -m mypy
 
 # a minute: no child process, no runtime, no training run
-fast := batches budget compare data depth discover families figures grid groups intervals layering loss model_spec \
-  rows samples settings stacks summary tape target timing
+fast := data/batches data/dataset data/rows data/samples data/scoring_groups engine/lisa exporting/choose_target \
+  machines/limits memory/depth memory/families memory/tape memory/timing models/discover models/intervals models/loss \
+  models/parts models/spec models/stacks reporting/figures reporting/summary targets/grid targets/target \
+  layering settings
 test-fast: .venv/installed-dev  ## what a change breaks first, in a minute
 	OMP_NUM_THREADS=1 $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets and not arm64' \
-	  $(fast:%=tests/test_%.py)
+	  $(foreach file,$(fast),tests/$(subst ./,,$(dir $(file)))test_$(notdir $(file)).py)
 
 test: .venv/installed-dev  ## every test that a CPU can pass in minutes
 	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets and not arm64'

@@ -4,7 +4,7 @@
 
 Seventeen shapes of thirteen families, 6M to 8B parameters; precision, tuner, rank, layers that train, ends,
 recomputation, batch, length and loss chunks at random. The simulation is the project's own training step and equals a
-real one to the byte (tests/test_simulate.py).
+real one to the byte (tests/simulation/test_simulate.py).
 """
 
 from __future__ import annotations

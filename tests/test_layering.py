@@ -101,7 +101,22 @@ def test_a_change_upwards_would_be_found(tmp_path: Path) -> None:
     assert runs and other == "reporting.words" and HEIGHT["reporting"] > HEIGHT["data"]
 
 
+SIDEWAYS = re.compile(r"^\s*(?:from|import) (?:tests\.)?(?:test_|conftest)", re.MULTILINE)
+
+
 def test_no_test_file_imports_another() -> None:
     """What several share lies in tests/tiny.py and its neighbours; fixtures lie in tests/conftest.py."""
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        assert not re.search(r"^\s*(?:from|import) (?:tests\.)?(?:test_|conftest)", path.read_text(), re.MULTILINE), path
+    assert SIDEWAYS.search("import os\n    from test_train import ROWS\n") and SIDEWAYS.search(
+        "from tests.test_a import b"
+    )
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert [path.name for path in files if SIDEWAYS.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_tests_that_code_and_pages_name_exist() -> None:
+    """Each folder of tests is a package's, and comments lead to tests that are there."""
+    assert {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")} <= {*HEIGHT, "tests"}
+    places = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.*")]
+    named = {name for path in places for name in re.findall(r"\btests/[\w./]+\.py", path.read_text(errors="ignore"))}
+    assert len(named) > 4
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -22,7 +22,8 @@ MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
 FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
 
 # Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
-# alone, then with the backward pass: counted on the tape of `memory.dataflow` for a Llama (tests/test_timing.py).
+# alone, then with the backward pass: counted on the tape of `memory.dataflow` for a Llama
+# (tests/memory/test_timing.py).
 MADE = {
     "idle": (11, 4, 6.5, 6.5, 0),
     "through": (33, 8, 14, 14, 0),

@@ -54,7 +54,8 @@ POOL_SHARE, POOL_MOST, POOL_WASTE, POOL_WORST = 0.75, 256 * MIB, 0.42, 0.6
 EXACT_FAMILIES = tuple(
     FAMILIES
 )  # whose operations are written down in `edgeft.memory.dataflow`; others get a wider margin
-# Others whose steps are within 5% of those of a Llama of their widths (tests/test_families.py). The rest is simulated.
+# Others whose steps are within 5% of those of a Llama of their widths (tests/memory/test_families.py).
+# The rest is simulated.
 LIKE_LLAMA = ("olmo", "olmo2", "cohere", "phi", "starcoder2", "stablelm")
 
 

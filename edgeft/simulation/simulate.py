@@ -199,8 +199,9 @@ def simulate(spec: ModelSpec, training: Training, work: Workload, *, full_depth:
     """The live tensor bytes of one optimizer step of a plan, from fake tensors: nothing of that size is allocated.
 
     The micro-batches are the largest that `work` allows; of many only two run, since from the second on all are alike.
-    Equal to the byte to what a real step on a CPU holds (tests/test_simulate.py); a few layers are run and the rest
-    computed, equally exact, unless `full_depth`. Raises BadInput when transformers cannot build or run the model so.
+    Equal to the byte to what a real step on a CPU holds (tests/simulation/test_simulate.py); a few layers are run and
+    the rest computed, equally exact, unless `full_depth`. Raises BadInput when transformers cannot build or run the
+    model so.
     """
     if training.layers == "lisa":  # the set of layers that needs most, as far as a set is known to
         each = [simulate(spec, one, work, full_depth=full_depth) for one in worst_sets(spec, training)]

@@ -2,7 +2,8 @@
 
 A grid is what a runtime's kernels read: blocks of weights along a row (a linear's inputs, an embedding's width), each
 with a scale and, by kind, an integer zero point or a smallest value. Every rounding in edgeft goes through here: to
-nearest, calibrated, simulated. The codes are those of the runtimes' own quantisers, one for one (tests/test_grid.py).
+nearest, calibrated, simulated. The codes are those of the runtimes' own quantisers, one for one
+(tests/targets/test_grid.py).
 """
 
 from __future__ import annotations
