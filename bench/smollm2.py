@@ -55,7 +55,7 @@ TARGETS = ("ort-int8", "ort-int4", "ort-int4-calibrated", "ort-int4-mixed")
 AUTO = "auto"
 TASKS = ("sections", "purposes")
 ROWS = {"train": 960, "valid": 200}
-GENERAL_ROWS, GENERAL_CHARACTERS = 200, 400
+GENERAL_ROWS, GENERAL_CHARACTERS = 100, 400
 SETTINGS = {"tuner": "lora", "rank": 64, "max_steps": 60, "batch_size": 16, "eval_rows": 200}
 FOLDER = ROOT / "build" / "smollm2"
 ROUNDS = 3  # of measuring each bundle's speed
@@ -150,13 +150,6 @@ def by_torch(model: Any) -> Logits:
         return model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=kept).logits[0]  # type: ignore[no-any-return]
 
     return logits
-
-
-def tuned(folder: Path, base: Path) -> Any:
-    """Base and live adapters, by PEFT's own loader."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_plain(base), folder / "train").eval()
 
 
 def calibrated(folder: Path, out: Path) -> dict[str, Any]:
@@ -283,7 +276,6 @@ def ways(folder: Path, base: Path) -> dict[str, Callable[[], tuple[Logits, dict[
     """How each form is had: its logits, and what is to be said of it."""
     return {
         "base": lambda: (by_torch(load_plain(base)), {}),
-        "tuned": lambda: (by_torch(tuned(folder, base)), {}),
         "merged": lambda: (by_torch(load_plain(folder / "merged")), {}),
         **{name: functools.partial(artifact, folder, name) for name in TARGETS},
         AUTO: lambda: repaired(folder),

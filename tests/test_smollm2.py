@@ -109,10 +109,8 @@ def test_the_real_model_goes_through_the_whole_line(
         pytest.skip(f"not run: {missing}")
     found = result["tasks"]["purposes"]
     forms = found["forms"]
-    assert found["rows"] == 8 and set(forms) == {"base", "tuned", "merged", "ort-int4", "ort-int4-calibrated", "auto"}
+    assert found["rows"] == 8 and set(forms) == {"base", "merged", "ort-int4", "ort-int4-calibrated", "auto"}
     assert forms["auto"]["attempts"][-1]["decision"] == "passes"
-    apart = abs(forms["tuned"]["row_loss_to_merged"]["difference"])
-    assert apart < 0.03 * forms["merged"]["row_loss"]  # merged is stored in bf16
     sizes = [forms[name]["bundle_bytes"] for name in ("ort-int4", "ort-int4-calibrated")]
     assert abs(sizes[1] - sizes[0]) < 10_000
     took = forms["ort-int4-calibrated"]["calibration"]

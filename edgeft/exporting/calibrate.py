@@ -9,7 +9,7 @@ runtime's packed kernels know none.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,7 @@ from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATIO
 from edgeft.merging.change import find_tensor
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.parts import find_parts, is_linear
+from edgeft.models.spec import read_model_spec
 from edgeft.progress import Progress, silent
 from edgeft.targets.codes import Codes
 from edgeft.targets.grid import Encoded, Fitted, Grid
@@ -65,29 +66,36 @@ def chosen_rows(samples: Sequence[Sample]) -> list[Sample]:
 
 
 class _Walk:
-    """A merged model in fp32, rounded up to some layer, and what goes into that layer for each batch of rows."""
+    """A merged model in its files, rounded up to some layer, and what goes into that layer for each batch of rows.
+
+    Of its weights, only those of one layer are in memory, in fp32.
+    """
 
     def __init__(self, merged: Path, target: Target, rows: Sequence[Sample], codes: Codes) -> None:
         self.codes, self.checkpoint = codes, Checkpoint(merged)
-        self.model: Any = load_plain(merged)
-        parts = find_parts(self.model)
+        model = _in_files(merged)
+        parts = find_parts(model)
         self.layers = list(parts.layers)
-        grids = grids_of(self.model, to_nearest(target))
-        inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        grids = grids_of(model, to_nearest(target))
+        self.last = {id(each): index for index, layer in enumerate(self.layers) for each in layer.parameters()}
         self.names: dict[int, str] = {}
         self.grids: dict[int, Grid] = {}
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) in inside and name in grids:
+        before = {id(each): each for each in parts.body.parameters() if id(each) not in self.last}
+        _hold(before.values())
+        for name, parameter in model.named_parameters():
+            if id(parameter) in self.last and name in grids:
                 self.names[id(parameter)], self.grids[id(parameter)] = name, grids[name]
-            elif name in grids:
+            elif id(parameter) in before and name in grids:
                 round_(parameter.data, grids[name])
         self.batches = _padded(rows)
-        self.states, self.given = _entries(self.model, parts.body, self.layers, self.batches)
+        self.states, self.given = _entries(model, parts.body, self.layers, self.batches)
+        _drop(before.values())
 
     @torch.no_grad()
     def step(self, index: int) -> None:
         """Round one layer, write its codes, and send every batch through it."""
         layer, found = self.layers[index], dict[str, Encoded]()
+        _hold(layer.parameters())
         for linears in self._groups(index):
             factor = inverse_factor(self._hessian(index, linears[0]))
             for grid, members in groupby(linears, key=lambda linear: self.grids[id(linear.weight)]):
@@ -95,6 +103,8 @@ class _Walk:
         self.codes.write(f"layer-{index:04}", found)
         for at, state in enumerate(self.states):
             self.states[at] = _output(layer(state, **self.given[index][at]))
+            self.given[index][at] = {}
+        _drop(each for each in layer.parameters() if self.last[id(each)] == index)
 
     def _groups(self, index: int) -> list[list[Any]]:
         """The linears of a layer that are rounded, in the order in which they compute, by what they read."""
@@ -148,6 +158,29 @@ class _Walk:
             assert stored is not None  # matrices of decoder layers are tied to nothing
             found[stored], first = part, first + height
         return found
+
+
+def _in_files(folder: Path) -> Any:
+    """A checkpoint's model in the dtype of its files, whose pages its weights stay; in fp32 where one table is rounded.
+
+    Tables that a model computes for itself (sines, slopes) are then of that dtype too, in a few families.
+    """
+    dtype = getattr(torch, read_model_spec(str(folder)).dtype)
+    model = load_plain(folder, dtype)
+    rounded = any(each.is_floating_point() and each.dtype != torch.float32 for each in model.buffers())
+    return load_plain(folder) if rounded else model
+
+
+def _hold(parameters: Iterable[Any]) -> None:
+    """Give weights fp32 memory of their own."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+
+
+def _drop(parameters: Iterable[Any]) -> None:
+    """Take weights' memory back."""
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ def _process(count: int, what: str) -> Term:
 
 
 def quantise(spec: ModelSpec, has: Processes, data_bytes: int) -> Phase:
-    """A base made NF4, in a process of its own beside the training that waits: the file it reads, the codes it makes."""
+    """A base made NF4, in a process of its own beside training that waits: the file it reads, the codes it makes."""
     codes = linear_weights(spec) * NF4_BYTES
     return stage("quantise", "host", [
         _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
@@ -280,10 +280,10 @@ def build(planned: Planned, target: Target) -> Phase:
 
 
 def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
-    """Choosing a target's codes on training rows: the merged model in fp32, layer by layer; none for other targets.
+    """Choosing a target's codes on training rows, layer by layer in fp32; none for other targets.
 
-    Highest while weights of another dtype are still read beside their fp32 form, or in the matrices whose codes take
-    most: H with its factors, weights of one input with their transpose, codes and decoded form.
+    Highest while rows are looked up in the embedding, or in the matrices whose codes take most: H with its factors,
+    weights of one input with their transpose, codes and decoded form. Weights that were read stay pages of their file.
     """
     if target.calibration == "none":
         return ()
@@ -293,19 +293,19 @@ def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
     widest = max(linear.in_features for linear in spec.linears)
     largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
     working = CALIBRATION_COPIES * 4 * (widest**2 + largest)
-    rows = 4 * tokens * spec.hidden_size
-    reading = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0
-    loading = [Term(name="weight file", bytes=reading, formula=f"read beside it, {spec.dtype}")]
+    layer = 4 * (linear_weights(spec) // spec.num_hidden_layers)
+    table = spec.vocab_size * spec.hidden_size
+    looking = [Term(name="embedding", bytes=4 * table, formula=f"{table} x 4 B")]
     walking = [
-        Term(name="rows", bytes=rows, formula=f"{tokens} tokens x {spec.hidden_size} x 4 B"),
-        Term(name="one layer", bytes=working, formula=f"H of {widest} inputs, a matrix of {largest // 2}, its codes"),
+        Term(name="one layer", bytes=layer + working, formula=f"fp32, H of {widest} inputs, {largest // 2} codes"),
     ]
     process = processes(planned.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
     found = stage("export: calibrate", "host", [
         _process(process, "Python, torch, transformers, the matrix library's buffers"),
         Term(name="data", bytes=planned.data_bytes, formula="samples as ids"),
-        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
-        *max(loading, walking, key=lambda terms: sum(term.bytes for term in terms)),
+        _file(spec),
+        Term(name="rows", bytes=4 * tokens * spec.hidden_size, formula=f"{tokens} tokens x {spec.hidden_size} x 4 B"),
+        *max(looking, walking, key=lambda terms: sum(term.bytes for term in terms)),
     ], spec)  # fmt: skip
     return (found,)
 

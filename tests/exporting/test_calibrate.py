@@ -37,6 +37,7 @@ from edgeft.targets.rounding import grids_of, round_, round_model
 from edgeft.targets.target import Target, load_target, to_nearest
 
 INT4 = load_target("ort-int4-calibrated")
+LAYER = {"qkv": 64 * (64 + 32 + 32), "o": 64 * 64, "mlp": 3 * 64 * 128, "norms": 2 * 64}  # weights of one layer
 EXACT = INT4.model_copy(update={"accuracy_level": 0})
 GRIDS = [Grid(4, 32, False, "rtn"), Grid(4, 32, True, "mlas"), Grid(8, 32, False, "rtn"), *GGML.values()]
 
@@ -152,6 +153,30 @@ def test_every_layer_is_calibrated_on_what_the_rounded_ones_before_it_give() -> 
     unrounded = load_plain(source).state_dict()  # planted: inputs of layers that are not rounded
     model.load_state_dict(unrounded)
     assert differing("model.layers.1.self_attn.k_proj") > 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_files_changes_no_code(tmp_path: Path, dtype: torch.dtype) -> None:
+    for name, kept in (("half", dtype), ("fp32", torch.float32)):
+        model = load_plain(checkpoint(tied=False), dtype).to(kept)
+        model.save_pretrained(shutil.copytree(checkpoint(tied=False), tmp_path / name))
+        (tmp_path / f"{name}-codes").mkdir()
+        calibrate(tmp_path / name, INT4, samples(checkpoint()), tmp_path / f"{name}-codes")
+    assert read_model_spec(str(tmp_path / "half")).dtype == str(dtype).removeprefix("torch.")
+    for path in sorted((tmp_path / "half-codes").iterdir()):
+        assert (tmp_path / "fp32-codes" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint(), tmp_path / "source")
+    load_plain(source, torch.bfloat16).save_pretrained(source)
+    walk = calibrate_module._Walk(source, INT4, samples(source), Codes(tmp_path))
+    held: list[list[int]] = []
+    for index in range(2):
+        assert {each.dtype for each in walk.layers[index].parameters()} == {torch.bfloat16}
+        walk.step(index)
+        held.append([sum(each.nbytes for each in layer.parameters()) for layer in walk.layers])
+    assert held[0][0] == held[1][1] == 0 and held[0][1] == 2 * sum(LAYER.values())
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -314,15 +339,15 @@ def test_an_export_calibrates_on_the_training_rows_alone(
 
 
 def test_what_calibrating_holds_is_planned_for_calibrated_targets_alone() -> None:
-    """Measured on SmolLM2-135M in bf16: 1,127 to 1,141 MiB at the highest, while the weights are read."""
+    """Measured on SmolLM2-135M in bf16, 128 rows of 59 tokens: 799 MiB at the highest."""
     spec = read_model_spec(str(EXAMPLE.parent / "configs" / "smollm2-135m")).model_copy(update={"dtype": "bfloat16"})
     profile = load_profile("cpu-8gb")
     job = make_job(model="smollm2-135m")
     question = Question(job, profile, spec, None, Workload(90, 8), 8 * 2**20, 8 * 2**30)
     assert host.calibrate_phases(question, to_nearest(INT4)) == ()
     (phase,) = host.calibrate_phases(question, INT4)
-    assert phase.expected_bytes / 2**20 == pytest.approx(1134, rel=0.03)
+    assert phase.expected_bytes / 2**20 == pytest.approx(799, rel=0.05)
     names = [term.name for term in phase.terms]
-    assert names == ["process", "data", "model", "weight file"]
-    in_fp32 = replace(question, spec=spec.model_copy(update={"dtype": "float32"}))
-    assert [term.name for term in host.calibrate_phases(in_fp32, INT4)[0].terms][-2:] == ["rows", "one layer"]
+    assert names == ["process", "data", "weight file", "rows", "one layer"]
+    wordy = replace(question, spec=spec.model_copy(update={"vocab_size": 400_000}))
+    assert host.calibrate_phases(wordy, INT4)[0].terms[-1].name == "embedding"
