@@ -1,0 +1,177 @@
+"""Which way to four bits keeps most of a fine-tune? The policies of the field on one grid, on one set of test rows.
+
+    make bench-bakeoff [rows=1000] [model=example|smollm2]
+
+LoRA on three bases: as it is stored, in NF4, and seen through the grid that is shipped (quantize_aware). What each
+becomes in the 4 bits of ort-int4 (blocks of 32, 8-bit head), or in NF4, which no on-device runtime here reads, is
+simulated in PyTorch with fp32 activations: the weights are those of the artifact, code for code. Differences are to
+the merged model of the first run, paired, with 95% intervals. What is done is kept in build/bakeoff.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import smollm2
+import torch
+from run import BASE, ROOT, SECTIONS, Kept, pins, record, verb
+
+from edgeft.data.rows import read_rows
+from edgeft.data.samples import to_samples
+from edgeft.data.tokenizer import TextTokenizer
+from edgeft.errors import EdgeftError
+from edgeft.exporting.calibrate import calibrate, put_codes
+from edgeft.exporting.parity import round_as_target
+from edgeft.models.checkpoint import load_plain
+from edgeft.models.parts import find_parts, is_linear
+from edgeft.planning.plan import Plan
+from edgeft.targets.target import load_target
+from edgeft.training.job_data import Data
+
+FOLDER = ROOT / "build" / "bakeoff"
+NEAREST, CALIBRATED = "ort-int4", "ort-int4-calibrated"
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {}, "nf4": {"base_precision": "nf4"}, "aware": {"quantize_aware": "true", "target": NEAREST},
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "example": {"tuner": "lora", "rank": 64, "max_steps": 400, "batch_size": 16, "eval_rows": 200},
+    "smollm2": smollm2.SETTINGS,
+}
+
+
+def inputs(model: str) -> tuple[Path, list[str], Path]:
+    """(base, arguments that name its training and validation data, test rows) of one of the two models."""
+    if model == "example":
+        files = ["--data", str(SECTIONS / "train.jsonl"), "--valid", str(SECTIONS / "valid.jsonl")]
+        return BASE, files, SECTIONS / "test.jsonl"
+    smollm2.FOLDER.mkdir(parents=True, exist_ok=True)
+    place = FOLDER / model
+    for name, count in (*smollm2.ROWS.items(), ("test", 10_000)):
+        smollm2.chats("sections", name, count, place / f"{name}.jsonl")
+    files = ["--data", str(place / "train.jsonl"), "--valid", str(place / "valid.jsonl")]
+    return smollm2.base_model(smollm2.FOLDER), files, place / "test.jsonl"
+
+
+def trained(model: str, name: str, base: Path, files: list[str]) -> Path:
+    """One run, merged, as far as it is not done; its merged folder."""
+    place = FOLDER / model / name
+    settings = pins({**SETTINGS[model], **RUNS[name]})
+    verb("plan", "--model", str(base), "--profile", "cpu", *files, *settings, "--out", str(place / "plan.json"))
+    verb("train", str(place / "plan.json"), "--out", str(place / "train"), "--no-rehearsal")
+    verb("merge", str(place / "train"), "--out", str(place / "merged"))
+    return place / "merged"
+
+
+def nearest(merged: Path) -> Any:
+    """A merged model on the grid, each weight to its nearest value."""
+    model = load_plain(merged)
+    round_as_target(model, load_target(NEAREST))
+    return model
+
+
+def by_calibration(merged: Path) -> Any:
+    """A merged model on the grid, by GPTQ on its training rows."""
+    plan, target = Plan.read(merged.parent / "plan.json"), load_target(CALIBRATED)
+    codes = merged.parent / "codes"
+    codes.mkdir(exist_ok=True)
+    made = calibrate(merged, target, Data.read(plan).train, codes)
+    model = load_plain(merged)
+    put_codes(model, target, made)
+    return model
+
+
+def as_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix in NF4 with double quantisation and back, as QLoRA keeps it."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(codes, state)
+
+
+def on_nf4(base: Path, merged: Path, again: bool) -> Any:
+    """What training changed, added to the base as NF4 holds it; `again`: and brought to NF4, else to the grid."""
+    model, original = load_plain(merged), load_plain(base)
+    layers = {id(each.weight) for layer in find_parts(model).layers for each in layer.modules() if is_linear(each)}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if id(weight) in layers:
+                before = original.get_parameter(name)
+                whole = as_nf4(before.data) + (weight - before)
+                weight.copy_(as_nf4(whole) if again else whole)
+    if not again:
+        round_as_target(model, load_target(NEAREST))
+    return model
+
+
+def policies(base: Path, merged: dict[str, Path]) -> dict[str, Callable[[], Any]]:
+    """The model that each policy makes, by what it is called in the table."""
+    return {
+        "base": lambda: load_plain(base),
+        "merged, not rounded": lambda: load_plain(merged["plain"]),
+        "merged, nearest": lambda: nearest(merged["plain"]),
+        "merged, calibrated": lambda: by_calibration(merged["plain"]),
+        "NF4 run on the original base, not rounded": lambda: load_plain(merged["nf4"]),
+        "NF4 run on the original base, nearest": lambda: nearest(merged["nf4"]),
+        "NF4 run on the original base, calibrated": lambda: by_calibration(merged["nf4"]),
+        "NF4 run on the dequantised base, nearest": lambda: on_nf4(base, merged["nf4"], again=False),
+        "NF4 run on the dequantised base, NF4 again": lambda: on_nf4(base, merged["nf4"], again=True),
+        "quantize_aware, nearest": lambda: nearest(merged["aware"]),
+        "quantize_aware, not rounded": lambda: load_plain(merged["aware"]),
+    }
+
+
+def bench(model: str, rows: int) -> dict[str, Any]:
+    """The table of one model."""
+    (FOLDER / model).mkdir(parents=True, exist_ok=True)
+    base, files, test = inputs(model)
+    merged = {name: trained(model, name, base, files) for name in RUNS}
+    tokenizer = TextTokenizer(base)
+    samples = to_samples(read_rows(str(test), tokenizer)[:rows], tokenizer, None)
+    kept, forms = Kept(f"bakeoff-{model}-{len(samples)}"), policies(base, merged)
+    for name, make in forms.items():
+        if name not in kept.rows:
+            print(f"{model}, {name}: {len(samples)} rows", file=sys.stderr, flush=True)
+            kept.add({"run": name, "scores": smollm2.score(samples, tokenizer.stop_ids, smollm2.by_torch(make()))})
+    return {
+        "model": model, "rows": len(samples), "settings": SETTINGS[model], "runs": RUNS,
+        "policies": {name: against(kept.rows["merged, not rounded"], kept.rows[name]) for name in forms},
+    }  # fmt: skip
+
+
+def against(merged: dict[str, Any], form: dict[str, Any]) -> dict[str, Any]:
+    """A form's scores, and what it differs from the merged model's by."""
+    (losses, exact), (before, right) = zip(*form["scores"], strict=True), zip(*merged["scores"], strict=True)
+    return {
+        "exact_match": sum(exact) / len(exact), "row_loss": sum(losses) / len(losses),
+        "exact_match_points_to_merged": smollm2.in_points(right, exact),
+        "row_loss_to_merged": smollm2.by_rows(before, losses),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=list(SETTINGS), help="which of the two models")
+    parser.add_argument("--rows", type=int, default=1000, help="test rows")
+    given = parser.parse_args()
+    try:
+        found = bench(given.model, given.rows)
+    except EdgeftError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(problem.exit_code)
+    for name, form in found["policies"].items():
+        points, loss = form["exact_match_points_to_merged"], form["row_loss_to_merged"]
+        print(f"{name:44} {100 * form['exact_match']:5.1f}%  {points['difference']:+5.1f} "
+              f"[{points['low']:+.1f}, {points['high']:+.1f}]  loss {loss['difference']:+.3f} "
+              f"[{loss['low']:+.3f}, {loss['high']:+.3f}]")  # fmt: skip
+    path = ROOT / "bench" / "results" / "bakeoff.json"
+    models = json.loads(path.read_text())["models"] if path.is_file() else {}
+    record("bakeoff", {"models": models | {given.model: found}})
+
+
+if __name__ == "__main__":
+    main()
