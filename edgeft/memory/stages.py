@@ -190,8 +190,9 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
     """Going on from a training checkpoint: parameters are read one at a time into place, what becomes the optimizer's
     states is read whole. Writing one copies nothing (at most a tensor)."""
     trained = train_step.trained_parameters(spec, training)
-    state = max(train_step.optimizer_bytes(spec, one) for one in train_step.worst_sets(spec, training))
-    largest = 4 * max(train_step.trained_tensors(spec, train_step.worst_sets(spec, training)[0]), default=0)
+    sets = train_step.worst_sets(spec, training)
+    state = max(train_step.optimizer_bytes(spec, one) for one in sets)
+    largest = 4 * max((size for one in sets for size in train_step.trained_tensors(spec, one)), default=0)
     terms = [
         _process(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
         Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),

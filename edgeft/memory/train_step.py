@@ -154,7 +154,7 @@ def worst_sets(spec: ModelSpec, training: Training) -> list[Training]:
         return [training]
     pool, rotating = training.trained_layers, [end for end in ENDS if getattr(training, end) == "rotate"]
     found = []
-    for ends in {(), *((end,) for end in rotating), tuple(rotating)}:
+    for ends in dict.fromkeys([(), *((end,) for end in rotating), tuple(rotating)]):  # in the same order every time
         layers = training.active_layers - len(ends)
         if layers < 0:
             continue
