@@ -14,11 +14,14 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import pydantic
+from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic_core.core_schema import no_info_plain_validator_function
 
 from edgeft.errors import BadInput, EdgeftError, did_you_mean
 from edgeft.units import show_bytes
@@ -42,6 +45,25 @@ class Strict(pydantic.BaseModel):
     """Frozen data whose unknown keys are errors."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """In `Annotated[str, NameIn(table)]`: a key of the table, as a Literal of all its keys would be."""
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_plain_validator_function(self._known)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> Any:
+        return {"enum": list(self.table), "type": "string"}
+
+    def _known(self, value: object) -> str:
+        if isinstance(value, str) and value in self.table:
+            return value
+        *others, last = [repr(name) for name in self.table]
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
 class Artifact(Strict):

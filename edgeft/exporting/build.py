@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -41,20 +42,16 @@ from edgeft.machines.environment import cpu_model, cpuinfo
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import read_model_spec
-from edgeft.targets.footprint import Weights, choose_context, predict
+from edgeft.targets.footprint import choose_context, predict
+from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import RUNNER, runner_module
-from edgeft.targets.target import Runtime, Target
+from edgeft.targets.runtimes import Runtime, runtime_of
+from edgeft.targets.target import Target
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
 
-# What a target needs to be built and proven here: module, package, what to install.
-RUNTIMES = {
-    "ort-genai": ("onnxruntime_genai", "onnxruntime-genai", "onnxruntime-genai"),
-    "onnxruntime": ("onnxruntime", "onnxruntime", "onnxruntime"),
-    "llama.cpp": ("llama_cpp", "llama-cpp-python", '"edgeft[gguf,llama]"'),
-}
 SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
 GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
@@ -187,13 +184,14 @@ def _missing(problem: Exception) -> MissingExtra:
 
 def need_runtime(target: Target) -> None:
     """Nothing. Raises MissingExtra (exit 5) now rather than after a long build, where a package is not installed."""
-    module, package, extra = RUNTIMES[target.runtime]
-    if target.runtime == "onnxruntime":
+    runtime = runtime_of(target)
+    if runtime.other_interpreter:
         from edgeft.targets.portable_onnx import interpreter
 
         interpreter()
-    if importlib.util.find_spec(module) is None:
-        raise MissingExtra(package, f"is not installed, and target {target.name} runs in it", f"pip install {extra}")
+    if importlib.util.find_spec(runtime.module) is None:
+        problem = f"is not installed, and target {target.name} runs in it"
+        raise MissingExtra(runtime.packages[0], problem, f"pip install {runtime.install}")
 
 
 def build_bundle(
@@ -231,10 +229,9 @@ def build_bundle(
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
     """
-    from edgeft.targets import gguf_file, ort, portable_onnx
-
     start = time.perf_counter()
-    if adapters and target.runtime != "ort-genai":
+    runtime = runtime_of(target)
+    if adapters and not runtime.switches_adapters:
         problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
         raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
     if (codes is None) == (target.calibration != "none"):
@@ -243,8 +240,7 @@ def build_bundle(
             f"target {target.name}", problem, "export a merged checkpoint, whose training data it is made with"
         )
     need_runtime(target)
-    backends: dict[Runtime, Any] = {"ort-genai": ort, "llama.cpp": gguf_file, "onnxruntime": portable_onnx}
-    backend = backends[target.runtime]
+    backend: Any = importlib.import_module(f"edgeft.targets.{runtime.builder}")
     spec = read_model_spec(str(merged))
     tokenizer = TextTokenizer(merged)
     if prompt_format == "chat" and tokenizer.template_text is None:
@@ -281,7 +277,7 @@ def build_bundle(
             context_tokens=context_tokens,
             context_limited_by=limited_by,
             golden_logit_tolerance=target.golden_logit_tolerance,
-            environment=environment(target.runtime),
+            environment=environment(runtime),
             weight_bytes_per_token=weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in files.values()),
             files=files,
@@ -345,10 +341,8 @@ def environment(runtime: Runtime) -> Environment:
     """Where golden vectors are recorded: another processor or runtime may round otherwise."""
     flags = cpuinfo("flags", "Features").split()
     features = sorted(flag for flag in flags if flag.startswith(runner_module().FEATURES))
-    package = RUNTIMES[runtime][1]
-    names = [package] + (["onnxruntime"] if runtime == "ort-genai" else [])
-    held = {name: versions().get(name, "") for name in names}
-    runtimes = " ".join(f"{name} {held[name]}".strip() for name in names)
+    found = versions(runtime.packages)
+    runtimes = " ".join(f"{name} {found.get(name, '')}".strip() for name in runtime.packages)
     return Environment(cpu=cpu_model(), features=features, runtime=runtimes)
 
 

@@ -12,10 +12,10 @@ import pydantic
 from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, saving, sha256_json
-from edgeft.exporting.sbom import NEEDED
 from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof, Repair
 from edgeft.targets.footprint import LimitedBy, Predicted
 from edgeft.targets.runner import runner_module
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 
 MANIFEST = "bundle.json"
@@ -156,7 +156,7 @@ def readme(target: Target, prompt_format: PromptFormat, system: str | None, adap
     lines = [
         "# A language model to run on a device",
         "",
-        f"    pip install {' '.join(NEEDED[target.runtime])}",
+        f"    pip install {' '.join(runtime_of(target).needed)}",
         '    python run.py "a prompt"',
         "    python run.py --bench",
         "    python run.py --verify",

@@ -38,6 +38,7 @@ from edgeft.models.intervals import share
 from edgeft.models.metrics import Difference
 from edgeft.progress import Say, quiet
 from edgeft.targets.runner import runner_module
+from edgeft.targets.runtimes import RUNTIMES
 from edgeft.units import show_bytes, show_seconds
 
 ROWS, ANSWER_TOKENS = 32, 32
@@ -337,7 +338,7 @@ def judged(
     )  # fmt: skip
 
 
-RUN_BY = ("onnxruntime-genai", "onnxruntime", "tokenizers", "numpy")
+RUN_BY = {package for runtime in RUNTIMES.values() for package in runtime.packages} | {"tokenizers", "numpy"}
 
 
 def _only_here(here: Result, there: Result) -> list[str]:

@@ -25,14 +25,13 @@ from pathlib import Path
 from edgeft import processes
 from edgeft.documents import Artifact, cache_folder, sha256_json, staging
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
-from edgeft.exporting.sbom import NEEDED
 from edgeft.machines.profile import Emulation, Profile, list_profiles, load_profile
 from edgeft.progress import Say
+from edgeft.targets.runtimes import RUNTIMES
 
 FORMAT = 1  # of the folder: counted up when what lies in it changes
 DEBIAN = ("python3", "libstdc++6")  # onnxruntime asks for the second
 QEMU, QEMU_PACKAGE = "qemu-aarch64-static", "qemu-user-static"
-RUNTIMES = ("ort-genai", "onnxruntime")  # llama.cpp's package is published as source alone
 FIRST_GLIBC = 17  # the oldest that wheels for aarch64 are built for is 2.17
 SET_UP = "run `make arm64` once (`edgeft arm64`): it fetches about 200 MB and takes a minute"
 KEPT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # of this machine's environment
@@ -86,7 +85,8 @@ class Machine:
 
 def wanted_wheels() -> dict[str, str]:
     """Packages that bundles need on the device, in the versions that this machine has."""
-    names = sorted({name for runtime in RUNTIMES for name in NEEDED[runtime]} | {"onnxruntime"})
+    rows = [runtime for runtime in RUNTIMES.values() if runtime.arm64_wheels]
+    names = sorted({name for runtime in rows for name in (*runtime.needed, *runtime.packages)})
     held = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -101,8 +101,9 @@ def machine() -> Machine:
 
 def find_machine(runtime: str) -> Machine:
     """The machine, for bundles of this runtime. Raises MissingExtra (exit 5) where it is not set up; BadInput."""
-    if runtime not in RUNTIMES:
-        package = NEEDED[runtime][0] if runtime in NEEDED else runtime
+    row = RUNTIMES.get(runtime)
+    if row is None or not row.arm64_wheels:
+        package = row.needed[0] if row else runtime
         raise BadInput("--on", f"{package} has no wheel for aarch64, {runtime!r} bundles cannot run there emulated",
                        "verify an ort- or onnx-portable- bundle, or this one on the device itself")  # fmt: skip
     found = machine()

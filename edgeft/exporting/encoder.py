@@ -19,9 +19,10 @@ from edgeft.models.families import ENCODERS
 from edgeft.models.identity import weights_sha256
 from edgeft.models.metrics import EncoderProof
 from edgeft.planning.stage_checks import target_device
-from edgeft.targets.footprint import RUNTIME_BYTES, SCORES_AT_ONCE, LimitedBy, Predicted
+from edgeft.targets.footprint import LimitedBy, Predicted
 from edgeft.targets.portable_onnx import read_weights, write_graph, write_tokenizer
 from edgeft.targets.runner import RUNNER, runner_module
+from edgeft.targets.runtimes import Runtime, runtime_of
 from edgeft.targets.target import Target
 from edgeft.units import show_bytes
 
@@ -97,7 +98,7 @@ def export_encoder(folder: Path, target: Target, out: Path, *, texts: list[str],
     Raises BadInput (another target, an encoder with another head), DoesNotFit, MissingExtra, and ParityFailed if what
     the bundle gives for `texts` is not what PyTorch gives: then nothing is written.
     """
-    if target.runtime != "onnxruntime":
+    if not runtime_of(target).encoders:
         problem = "is for models that write text; this is an encoder"
         raise BadInput(f"target {target.name}", problem, "choose onnx-portable-fp32 or onnx-portable-int8")
     need_runtime(target)
@@ -113,7 +114,8 @@ def export_encoder(folder: Path, target: Target, out: Path, *, texts: list[str],
         context, limited_by = encoder.context_tokens, "model"
         if target.context_tokens < context:
             context, limited_by = target.context_tokens, "target"
-        predicted = _predict(encoder, weights.stored_bytes, context, profile.budget_bytes if profile else None)
+        device_bytes = profile.budget_bytes if profile else None
+        predicted = _predict(runtime_of(target), encoder, weights.stored_bytes, context, device_bytes)
         digest = weights_sha256(folder)
         source = Component(
             "machine-learning-model", folder.resolve().name, BASE, weights_sha256=digest, licence=model_licence(folder)
@@ -144,17 +146,19 @@ def export_encoder(folder: Path, target: Target, out: Path, *, texts: list[str],
     return Bundle.read(out / MANIFEST)
 
 
-def _predict(encoder: Encoder, stored_bytes: int, context_tokens: int, device_bytes: int | None) -> Predicted:
+def _predict(
+    runtime: Runtime, encoder: Encoder, stored_bytes: int, context_tokens: int, device_bytes: int | None
+) -> Predicted:
     """Weights, one layer's scores and widest activations at full context, the runtime. Raises DoesNotFit."""
-    runtime, per_layer = RUNTIME_BYTES["onnxruntime"]
-    scores = SCORES_AT_ONCE * 4 * context_tokens * (encoder.heads * context_tokens + encoder.widest)
-    total = stored_bytes + scores + runtime + per_layer * encoder.layers
+    process = runtime.process_bytes + runtime.layer_bytes * encoder.layers
+    scores = runtime.scores_at_once * 4 * context_tokens * (encoder.heads * context_tokens + encoder.widest)
+    total = stored_bytes + scores + process
     if device_bytes is not None and total > device_bytes:
         problem = f"needs {show_bytes(total)}, the device has {show_bytes(device_bytes)}"
         raise DoesNotFit("bundle", problem, "choose onnx-portable-int8, or a smaller model")
     return Predicted(
         weights_bytes=stored_bytes, kv_cache_bytes=0, logits_bytes=0, scores_bytes=scores,
-        runtime_bytes=runtime + per_layer * encoder.layers, memory_bytes=total, device_memory_bytes=device_bytes,
+        runtime_bytes=process, memory_bytes=total, device_memory_bytes=device_bytes,
         tokens_per_second_bound=None,
     )  # fmt: skip
 

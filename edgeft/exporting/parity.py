@@ -42,6 +42,7 @@ from edgeft.models.intervals import paired_losses, paired_rates
 from edgeft.models.metrics import Difference, Metrics, Rung
 from edgeft.progress import Progress
 from edgeft.targets.rounding import round_model
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, Tolerance
 from edgeft.training.result import TrainResult
 
@@ -264,7 +265,7 @@ def first(form: Form, rows: int) -> Form:
 
 def round_as_target(model: Any, target: Target) -> int:
     """Round a model's weights as the target does; how many tensors that were: 0 where torch does not know how."""
-    if target.runtime == "ort-genai" and target.weight_bits == 16:
+    if runtime_of(target).casts_half and target.weight_bits == 16:
         matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         with torch.no_grad():
             for parameter in matrices:

@@ -38,6 +38,7 @@ from edgeft.targets.grid import Grid
 from edgeft.targets.ort import TOKENIZER_FILES
 from edgeft.targets.rounding import grid_of, round_
 from edgeft.targets.runner import RUNNER
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, Tolerance, eight_bit_modules, promoted, to_nearest
 from edgeft.units import show_bytes
 
@@ -55,7 +56,7 @@ GRAPH_BYTES, GRAPH_BYTES_PER_LAYER, OTHER_BYTES = 10_000, 13_000, 48_000
 def file_bytes(spec: ModelSpec, target: Target, folder: Path) -> int:
     """Bytes of a whole bundle folder, at most a few kB more than it takes; `folder` holds the model's tokenizer."""
     stored = bundle_weights(spec, target).stored_bytes
-    if target.runtime == "ort-genai" and target.weight_bits == 16:
+    if runtime_of(target).casts_half and target.weight_bits == 16:
         stored //= 2  # fp32 only once it is loaded
     side = [folder / name for name in (*TOKENIZER_FILES, "tokenizer_config.json")] + [shipped_folder("export") / RUNNER]
     sizes = sum(path.stat().st_size for path in side if path.is_file())

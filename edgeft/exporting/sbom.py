@@ -12,14 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 
 Kind = Literal["machine-learning-model", "data", "library", "file", "application"]
-# What the folder needs and does not hold, as run.py imports it.
-NEEDED = {
-    "ort-genai": ("onnxruntime-genai", "numpy"), "llama.cpp": ("llama-cpp-python", "numpy"),
-    "onnxruntime": ("onnxruntime", "tokenizers", "numpy", "jinja2"),
-}  # fmt: skip
 OURS = ("run.py", "README.md")
 BASE = "base model"  # the role whose licence the weights and the tokenizer have
 # Identifiers (spdx.org/licenses) that checkpoints on the hub state in lower case; other licences go by name.
@@ -59,7 +55,7 @@ def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], ta
                   licence=edgeft.licence if name in OURS else licence)
         for name, digest in sorted(files.items())
     ]  # fmt: skip
-    needed = [_package(name, "needed on the device") for name in NEEDED[target.runtime]]
+    needed = [_package(name, "needed on the device") for name in runtime_of(target).needed]
     components = [_entry(component) for component in (*inside, *needed, *sources)]
     for number, entry in enumerate(components):  # data of two adapters may have one name
         if any(entry["bom-ref"] == other["bom-ref"] for other in components[:number]):

@@ -23,6 +23,7 @@ from edgeft.models.metrics import Rung
 from edgeft.targets.grid import Grid
 from edgeft.targets.ort import HEAD, MODEL
 from edgeft.targets.rounding import grid_of, promoted_modules
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, to_nearest
 
 PLACE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(?:_Q\d)?")
@@ -46,7 +47,7 @@ def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Ru
     Calibrated ones are left to the rungs that run the bundle: their codes depend on rows, not on the weight alone.
     Raises BadInput for a bundle that cannot be read.
     """
-    if target.runtime != "ort-genai" or target.method != "rtn":
+    if not runtime_of(target).graph_is_read or target.method != "rtn":
         return None
     numbers, wrong_numbers = constant_problems(GraphFile(bundle), merged)
     weights, chosen = Checkpoint(merged), target.calibration != "none"

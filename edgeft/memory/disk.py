@@ -10,10 +10,12 @@ from typing import Literal
 from edgeft.documents import Strict, nearest_folder
 from edgeft.errors import DoesNotFit
 from edgeft.memory import train_step
-from edgeft.memory.train_step import STORED_BYTES, Term
+from edgeft.memory.train_step import Term
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import ENDS, Training
-from edgeft.targets.footprint import bundle_weights, linear_weights
+from edgeft.targets.footprint import bundle_weights
+from edgeft.targets.matrices import linear_weights
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 from edgeft.units import show_bytes
 
@@ -93,32 +95,18 @@ def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
 
 def merge_disk(spec: ModelSpec, files_bytes: int | None = None) -> Disk:
     """A whole checkpoint in the base's own dtype; `files_bytes` is the size of its files where they are known."""
-    size = files_bytes or spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
+    size = files_bytes or spec.stored_bytes
     side = Term(name="side files", bytes=SIDE_FILES_BYTES, formula="tokenizer and configs, at most")
     terms = (Term(name="weights", bytes=size, formula=f"{spec.total_parameters} in {spec.dtype}"), side)
     return Disk(stage="merge", where="out", terms=terms, peak_bytes=size + side.bytes, kept_bytes=size + side.bytes)
 
 
 def export_disk(spec: ModelSpec, target: Target, code_sets: int = 1) -> Disk:
-    """The bundle, and what its making writes and leaves out; `code_sets`: calibrated forms that lie there at a time.
-
-    The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too; fp16 is written
-    from a model in fp32, and llama.cpp's quantiser reads one in fp16.
-    """
-    stored = bundle_weights(spec, target).stored_bytes
-    half = target.runtime == "ort-genai" and target.weight_bits == 16
-    first, what = 0, ""
-    if half:
-        first, what, stored = stored, "the fp32 model that becomes fp16", stored // 2
-    elif target.runtime == "onnxruntime":
-        head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0
-        first, what = 4 * spec.total_parameters, "optimum's graph"
-        if target.weight_bits == 8:
-            first, what = 2 * first + 4 * head + stored, "optimum's graph, with a head of its own, and rounded"
-    elif target.method == "k_quant" and target.runtime == "llama.cpp":
-        first, what = 2 * spec.total_parameters, "the fp16 model that is quantised"
-    elif target.runtime == "ort-genai" and target.weight_bits == 8 and spec.tie_word_embeddings:
-        first, what = 4 * spec.vocab_size * spec.hidden_size, "an fp32 table that the second build leaves out"
+    """The bundle, and what its making writes and leaves out; `code_sets`: calibrated forms that lie there at a time."""
+    stored, runtime = bundle_weights(spec, target).stored_bytes, runtime_of(target)
+    first, what = runtime.scratch(spec, target, stored)
+    if runtime.casts_half and target.weight_bits == 16:
+        stored //= 2
     codes = 0 if target.calibration == "none" else int(code_sets * CODE_BYTES * linear_weights(spec))
     terms = (
         Term(name="weights", bytes=stored, formula="as stored in the bundle"),

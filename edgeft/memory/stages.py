@@ -16,21 +16,15 @@ from edgeft.machines.limits import memory_limit
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.disk import learnt_parameters
-from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, STORED_BYTES, Phase, Term
+from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
-from edgeft.models.spec import Linear, ModelSpec
+from edgeft.models.spec import STORED_BYTES, ModelSpec
 from edgeft.settings import Training
-from edgeft.targets.footprint import (
-    GGUF_ROWS_BYTES,
-    RUNTIME_BYTES,
-    bundle_weights,
-    layers_bytes,
-    linear_weights,
-    predict,
-    quantised_bytes,
-    rotary_elements,
-)
+from edgeft.targets.build_bytes import Build
+from edgeft.targets.footprint import bundle_weights, layers_bytes, predict
+from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runner import runner_module
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 from edgeft.units import MIB, show_bytes
 
@@ -38,21 +32,11 @@ from edgeft.units import MIB, show_bytes
 # onnxruntime-genai 0.18 on Linux. A probe of this machine replaces the first two.
 TORCH_BYTES, TRAINING_BYTES = 245_000_000, 450_000_000
 QUANTISE_IMPORTS_BYTES = 178_000_000  # beyond torch: transformers, bitsandbytes, accelerate
-BUILDER_IMPORTS_BYTES = 175_500_000  # beyond torch: transformers, onnx, onnxruntime, onnx_ir
-OPTIMUM_IMPORTS_BYTES = 165_000_000  # beyond torch: transformers, optimum, onnx
-BUILDER_BYTES_PER_LAYER = 120_000  # graph nodes and values
 EXPORT_IMPORTS_BYTES = 14_000_000  # beyond torch, while the builder runs: transformers' tokenizer, pydantic, the plan
 RUNTIME_LIBRARIES_BYTES = 30_000_000  # onnxruntime-genai's, in a process that has the others
 MATRIX_LIBRARY_BYTES = 4_000_000  # its buffers after the first products of a merge
 # A process that uses a GPU keeps the driver's and libraries' own memory on the host as well. Not measured.
 CUDA_HOST_BYTES = 1_000_000_000
-
-# Bytes per element of the matrix that ONNX Runtime's quantiser is working on. Round-to-nearest in numpy: the weight,
-# its transposed copy, the quotient in fp64, and per block of 32 two extremes, scale and zero point. The C++ quantiser
-# ("default"): the weight, its codes, two serialised copies of them.
-ROUNDING_BYTES, DEFAULT_BYTES = 16.85, 8.3
-GGUF_TEMPORARIES = 5  # arrays of about the size of the rows of a GGUF's matrix that are quantised at once
-QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops only when the next one's is made
 
 # A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
 # much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
@@ -136,14 +120,9 @@ def stage(
     )
 
 
-def stored_bytes(spec: ModelSpec) -> int:
-    """Bytes of the checkpoint's weight files."""
-    return spec.total_parameters * STORED_BYTES.get(spec.dtype, 4)
-
-
 def _file(spec: ModelSpec) -> Term:
     """Weights that are read through the page cache, see `file_bytes`."""
-    return Term(name="weight file", bytes=stored_bytes(spec), formula=f"pages of the file, {spec.dtype}")
+    return Term(name="weight file", bytes=spec.stored_bytes, formula=f"pages of the file, {spec.dtype}")
 
 
 def _process(count: int, what: str) -> Term:
@@ -242,42 +221,13 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
 
 
 def build(planned: Planned, target: Target) -> Phase:
-    """onnxruntime-genai's model builder beside the waiting export: source, fp32 graph, and the quantiser's arrays.
-
-    The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
-    in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
-    """
-    if target.runtime == "llama.cpp":
-        return build_gguf(planned, target)
-    if target.runtime == "onnxruntime":
-        return build_portable(planned)
-    spec, has = planned.spec, processes(planned.profile)
-    size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
+    """What makes the bundle, beside the waiting export, as `targets.build_bytes` has it."""
+    spec, has, runtime = planned.spec, processes(planned.profile), runtime_of(target)
     waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
-    builder = has.torch_bytes + BUILDER_IMPORTS_BYTES + BUILDER_BYTES_PER_LAYER * spec.num_hidden_layers
-    fused = _fused_weights(spec) * size
-    terms = [
-        _process(waiting, "the export itself, its data and tokenizer"),
-        Term(name="builder", bytes=builder, formula="Python, torch, transformers, onnx, onnxruntime"),
-        _file(spec),
-        Term(name="fused QKV", bytes=fused, formula=f"{_fused_weights(spec)} x {size} B"),
-        Term(name="rotary tables", bytes=8 * rotary_elements(spec), formula="cosine and sine, fp32, full width"),
-    ]
-    if target.weight_bits >= 16:
-        # one tensor at a time: its transposed copy, and before that its cast
-        copies = 1 if size == 4 else 2
-        writing = Term(name="largest tensor", bytes=4 * copies * head, formula=f"{copies} fp32 copies of the head")
-        return stage("export: build", "host", [*terms, writing], spec)
-    graph = 4 * (spec.total_parameters + rotary_elements(spec))
-    if target.weight_bits == 8 and spec.tie_word_embeddings:
-        graph += 4 * head  # the first of its two passes stores the tied table twice
-    name, elements, done, temporary = _quantising(spec, target)
-    terms += [
-        Term(name="fp32 graph", bytes=graph, formula=f"{graph // 4} x 4 B, serialised at once"),
-        Term(name="quantised", bytes=done, formula=f"what is done when the {name} is reached"),
-        Term(name="quantiser", bytes=temporary, formula=f"the {name}, {elements} weights"),
-    ]
-    return stage("export: build", "host", terms, spec)
+    parts = runtime.build_parts(Build(spec, target, has.torch_bytes, layers_bytes(spec, target)))
+    terms = [Term(name=part.name, bytes=part.bytes, formula=part.formula) for part in parts]
+    process = _process(waiting, "the export itself, its data and tokenizer")
+    return stage("export: build", "host", [process, *terms], spec, margins=runtime.build_margins)
 
 
 def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
@@ -311,68 +261,6 @@ def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
     return (found,)
 
 
-def build_portable(planned: Planned) -> Phase:
-    """optimum's exporter beside the waiting export: the model in fp32, and the traced graph made, joined and written.
-
-    A tied head is a matrix of its own in the graph until its twin is found. Of 5.8M and 135M parameters measured.
-    """
-    spec, has = planned.spec, processes(planned.profile)
-    head = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0
-    elements = spec.total_parameters + head
-    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
-    builder = has.torch_bytes + OPTIMUM_IMPORTS_BYTES
-    return stage("export: build", "host", [
-        _process(waiting, "the export itself, its data and tokenizer"),
-        Term(name="builder", bytes=builder, formula="Python, torch, transformers, optimum, onnx"),
-        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
-        Term(name="graph", bytes=12 * elements, formula=f"3 forms x {elements} x 4 B"),
-    ], spec, margins=2)  # fmt: skip
-
-
-def build_gguf(planned: Planned, target: Target) -> Phase:
-    """A GGUF file written tensor by tensor in the export's own process; k_quant's quantiser follows in another.
-
-    Per tensor: itself, itself rearranged, and its stored form twice; a block of rows in fp32 with what gguf makes of
-    it. llama.cpp's quantiser maps the fp16 file and holds its largest tensor in fp32. Twice the usual margin: counted
-    from what the code allocates, not measured.
-    """
-    spec, has = planned.spec, processes(planned.profile)
-    size, table = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
-    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
-    fitted = target.method == "k_quant"
-    bits = 16 if fitted else max(target.weight_bits, target.head_bits, target.embedding_bits)
-    blocks = 0 if bits >= 16 else GGUF_TEMPORARIES * min(GGUF_ROWS_BYTES, 4 * table)
-    terms = [
-        _process(waiting, "the export itself, its data and tokenizer"),
-        _file(spec),
-        Term(name="largest tensor", bytes=2 * size * table, formula=f"2 x {table} x {size} B"),
-        Term(name="its stored form", bytes=2 * table * bits // 8, formula=f"2 x {table} x {bits} bits"),
-        Term(name="blocks", bytes=blocks, formula="rows in fp32, and what the quantiser makes of them"),
-    ]
-    if fitted:
-        mapped = Term(name="fp16 file", bytes=2 * spec.total_parameters, formula="mapped by llama.cpp's quantiser")
-        terms += [mapped, Term(name="quantiser", bytes=4 * table, formula=f"{table} x 4 B")]
-    return stage("export: build", "host", terms, spec, margins=2)
-
-
-def _quantising(spec: ModelSpec, target: Target) -> tuple[str, int, int, int]:
-    """(matrix, its elements, quantised bytes before it, temporary bytes) of the quantiser's highest moment."""
-    by_numpy = spec.tie_word_embeddings or target.embedding_bits == 32
-    layers = layers_bytes(spec, target)
-    linears = layers / spec.num_hidden_layers
-    head = Linear(name="head", in_features=spec.hidden_size, out_features=spec.vocab_size, has_bias=False, role="other")
-    if not by_numpy:  # the embedding comes first, the head in a pass of its own
-        layers += quantised_bytes(head, 4, target)
-    order = [(linear.name, linear.in_features * linear.out_features, layers - linears) for linear in spec.linears]
-    order.append(("head", head.in_features * head.out_features, layers))
-    moments = []
-    for index, (name, elements, done) in enumerate(order):
-        before = order[index - 1][1] if by_numpy and index else 0
-        each = ROUNDING_BYTES if by_numpy else DEFAULT_BYTES
-        moments.append((name, elements, int(done), int(each * elements + QUOTIENT_BYTES * before)))
-    return max(moments, key=lambda moment: moment[2] + moment[3])
-
-
 def prove(planned: Planned, training: Training, target: Target) -> Phase:
     """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms.
 
@@ -382,12 +270,11 @@ def prove(planned: Planned, training: Training, target: Target) -> Phase:
     spec, lengths, work, has = planned.spec, planned.lengths, planned.work, processes(planned.profile)
     changed = 4 * learnt_parameters(spec, training)
     lora = training.tuner == "lora"
-    file = stored_bytes(spec) if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
+    file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
     context = min(work.longest + work.longest_trained + 1, target.context_tokens)
-    bundle = (
-        predict(spec, target, bundle_weights(spec, target), context).memory_bytes - RUNTIME_BYTES[target.runtime][0]
-    )
-    if target.runtime == "ort-genai":  # its proof runs a graph with the logits of a pass's every position
+    runtime = runtime_of(target)
+    bundle = predict(spec, target, bundle_weights(spec, target), context).memory_bytes - runtime.process_bytes
+    if runtime.widened_proof:
         bundle += 4 * spec.vocab_size * (min(runner_module().PREFILL_TOKENS, context) - 1)
     trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained
     positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(PARITY_PROMPTS * trained))
@@ -406,11 +293,3 @@ def prove(planned: Planned, training: Training, target: Target) -> Phase:
         Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
         *max(comparing, reading, key=lambda terms: sum(term.bytes for term in terms)),
     ], spec, margins=2)  # fmt: skip
-
-
-def _fused_weights(spec: ModelSpec) -> int:
-    """Elements of query, key and value, which the builder joins where they are three matrices."""
-    inputs = [linear for linear in spec.linears if linear.role == "attention_in"]
-    if len(inputs) != 3:
-        return 0
-    return sum(linear.in_features * linear.out_features for linear in inputs) * spec.num_hidden_layers

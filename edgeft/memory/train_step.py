@@ -25,7 +25,6 @@ from edgeft.settings import ENDS, Training
 from edgeft.units import MIB
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, 8-bit scales per 64 weights, fp32 scales of 256 scales
 NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quantised matrix
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
@@ -455,7 +454,7 @@ def phases(
         ]
     weights = weight_bytes(spec, training)
     weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
-    stored = spec.total_parameters * STORED_BYTES.get(spec.dtype, 4) if training.base_precision != "nf4" else weights
+    stored = spec.stored_bytes if training.base_precision != "nf4" else weights
     if training.base_precision != "nf4" and stored == weights and not spec.stacked:
         stored = 0  # weights that stay as they are stored stay pages of their file
     load = [*start, weights_term]

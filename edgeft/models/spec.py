@@ -18,6 +18,8 @@ from edgeft.errors import BadInput
 from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS, ESSENTIAL, FAMILIES, SHAPE, SIZES, Family, Role
 from edgeft.models.headers import check_weights, has_weights
 
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}  # of an element in a checkpoint's files
+
 
 class Linear(Strict):
     """One linear projection of a decoder layer; `name` is unique in it and a valid PEFT target module."""
@@ -66,6 +68,11 @@ class ModelSpec(Strict):
     other_parameters: int  # final norm, learned positions, projections around the embedding
     total_parameters: int
     stacked: tuple[str, ...] = ()  # parameters that transformers puts together from several tensors of the files
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the checkpoint's weight files."""
+        return self.total_parameters * STORED_BYTES.get(self.dtype, 4)
 
 
 def read_model_spec(model: str) -> ModelSpec:

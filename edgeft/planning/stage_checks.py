@@ -31,12 +31,13 @@ from edgeft.planning.expected import expected
 from edgeft.settings import Training
 from edgeft.targets.footprint import (
     LimitedBy,
-    Weights,
     bundle_weights,
     choose_context,
     kv_cache_bytes_per_token,
     predict,
 )
+from edgeft.targets.matrices import Weights
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, candidates
 from edgeft.units import GIB, MIB, show_bytes
 
@@ -150,22 +151,18 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
     """`predict` as a phase on the target device, with that context in use."""
     found = predict(spec, target, weights, context_tokens)
     copies = found.weights_bytes - weights.stored_bytes
-    llama = target.runtime == "llama.cpp"
-    one = "of every position of a pass" if target.runtime == "onnxruntime" else "of the last token"
-    holds = "Python, numpy, llama.cpp" if llama else "Python, numpy, ONNX Runtime and its graph"
-    packed = (
-        "matrices rearranged for the processor" if llama else "packed for its kernel, and for the embedding's lookup"
-    )
+    runtime = runtime_of(target)
+    one = "of every position of a pass" if runtime.every_position else "of the last token"
     each = kv_cache_bytes_per_token(spec, target)
     formula = f"{spec.num_attention_heads} heads, one prefill pass x {context_tokens} tokens"
     scores = [Term(name="attention", bytes=found.scores_bytes, formula=formula)] if found.scores_bytes else []
     return stage("bundle", "target", [
         Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
-        Term(name="packed copies" if llama else "head copies", bytes=copies, formula=packed),
+        Term(name=runtime.copies, bytes=copies, formula=runtime.copied),
         Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
         Term(name="logits", bytes=found.logits_bytes, formula=f"{one}, V = {spec.vocab_size}"),
         *scores,
-        Term(name="runtime", bytes=found.runtime_bytes, formula=holds),
+        Term(name="runtime", bytes=found.runtime_bytes, formula=runtime.holds),
     ], spec)  # fmt: skip
 
 

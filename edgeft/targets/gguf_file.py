@@ -17,9 +17,9 @@ from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.machines.limits import resident_bytes
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
 from edgeft.models.spec import ModelSpec
-from edgeft.targets.footprint import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
 from edgeft.targets.gguf_tokenizer import write_vocabulary
 from edgeft.targets.grid import GGML, Encoded
+from edgeft.targets.matrices import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.spec import ModelSpec
-from edgeft.targets.footprint import Weights
+from edgeft.targets.matrices import Weights
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import torch
 
 from edgeft.errors import BadInput
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
-from edgeft.targets.footprint import GGUF_TYPES
 from edgeft.targets.grid import GGML, Grid, Method
+from edgeft.targets.matrices import GGUF_TYPES
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, eight_bit_modules
 
 POSITIONS = ("wpe.weight", "embed_positions.weight")  # tables of positions are added, not multiplied
@@ -30,7 +31,8 @@ def grid_of(
     if target.calibration != "none":
         problem = "chooses its codes on training rows: what it makes of a weight is not known from the weight alone"
         raise BadInput(f"target {target.name}", problem, "choose ort-int4, ort-int8 or ort-fp32")
-    if target.runtime == "onnxruntime" or target.method != "rtn" or mixed or target.weight_bits == 16:
+    grids = runtime_of(target).grids
+    if grids is None or target.method != "rtn" or mixed or target.weight_bits == 16:
         problem = "rounds in a way that is not computed here"
         raise BadInput(f"target {target.name}", problem, "choose ort-int4, ort-int8 or ort-fp32")
     if target.weight_bits == 32 or len(shape) != 2 or name.endswith(POSITIONS):
@@ -43,7 +45,7 @@ def grid_of(
         bits = target.head_bits
     elif name.removesuffix(".weight") in (promoted or ()):
         bits = 8
-    return (_ggml_grid if target.runtime == "llama.cpp" else _ort_grid)(target, bits, shape, tied, of_table)
+    return {"ort": _ort_grid, "ggml": _ggml_grid}[grids](target, bits, shape, tied, of_table)
 
 
 def _ort_grid(target: Target, bits: int, shape: tuple[int, ...], tied: bool, of_table: bool) -> Grid | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
 
-from edgeft.documents import Strict, invalid, read_toml, shipped_folder, shipped_path
+from edgeft.documents import NameIn, Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
 from edgeft.settings import AUTO
+from edgeft.targets.matrices import Bits
+from edgeft.targets.runtimes import RUNTIMES, runtime_of
 
-Runtime = Literal["ort-genai", "llama.cpp", "onnxruntime"]
-Bits = Literal[4, 5, 6, 8, 16, 32]
+RuntimeName = Annotated[str, NameIn(RUNTIMES)]
 SMALLEST = "ort-int4"  # where the search for the smallest artifact that keeps the fine-tune starts
 
 
@@ -36,7 +37,7 @@ class Target(Strict):
 
     name: str = Field(description="the file's name without .toml")
     description: str = Field(description="the target in one line")
-    runtime: Runtime = Field(description="what runs it on the device")
+    runtime: RuntimeName = Field(description="what runs it on the device")
     weight_bits: Bits = Field(description="bits per weight of the matmuls")
     method: Literal["rtn", "k_quant"] = Field(
         default="rtn", description="how weights are rounded: to nearest, or fitted"
@@ -66,48 +67,13 @@ class Target(Strict):
     def _buildable(self) -> Target:
         if self.weight_bits >= 8 and (self.mixed_layers or self.eight_bit):
             raise ValueError("mixed_layers and eight_bit promote to 8 bits: weight_bits must be less")
-        codes = self.method == "rtn" and self.weight_bits < 16 and self.runtime != "onnxruntime"
+        runtime = RUNTIMES[self.runtime]
+        codes = self.method == "rtn" and self.weight_bits < 16 and runtime.calibrates
         if self.calibration != "none" and not codes:
-            raise ValueError("calibration needs method rtn, weight_bits below 16, and runtime ort-genai or llama.cpp")
-        if self.runtime == "onnxruntime":
-            return self._portable()
-        if self.block_size == 0 or self.opset:
-            raise ValueError("block_size 0 and opset are for the runtime onnxruntime")
-        return self._onnx() if self.runtime == "ort-genai" else self._gguf()
-
-    def _portable(self) -> Target:
-        if (self.weight_bits, self.head_bits, self.embedding_bits) not in ((32, 32, 32), (8, 8, 32)):
-            raise ValueError("runtime onnxruntime has weight_bits and head_bits 32 or 8, and embedding_bits 32")
-        if self.block_size or self.symmetric or self.method != "rtn" or self.accuracy_level:
-            problem = "runtime onnxruntime rounds each output to nearest with a zero point: block_size 0, "
-            raise ValueError(problem + "symmetric false, method rtn, no accuracy_level")
-        if self.opset < 18:
-            raise ValueError("runtime onnxruntime needs an opset of at least 18")
-        return self
-
-    def _onnx(self) -> Target:
-        if self.weight_bits in (5, 6):
-            raise ValueError("weight_bits 5 and 6 exist for llama.cpp only")
-        if self.head_bits != self.weight_bits and (self.weight_bits, self.head_bits) != (4, 8):
-            raise ValueError("head_bits must equal weight_bits, or be 8 where weight_bits is 4")
-        allowed = {4: (4, 32), 16: (16,)}.get(self.weight_bits, (32,))
-        if self.embedding_bits not in allowed:
-            numbers = " or ".join(map(str, allowed))
-            raise ValueError(f"embedding_bits must be {numbers} where weight_bits is {self.weight_bits}")
-        return self
-
-    def _gguf(self) -> Target:
-        if self.method == "k_quant":
-            if self.weight_bits not in (4, 5, 6) or self.block_size != 256:
-                raise ValueError("k_quant of llama.cpp has weight_bits 4, 5 or 6 and block_size 256")
-            if self.mixed_layers or self.eight_bit:
-                raise ValueError("k_quant of llama.cpp mixes layers itself: no mixed_layers, no eight_bit")
-        elif self.block_size != 32:
-            raise ValueError("block_size must be 32: llama.cpp has no other block but with k_quant")
-        if self.method == "rtn" and self.weight_bits == 6:
-            raise ValueError("weight_bits 6 needs method k_quant")
-        if self.weight_bits == 8 and not self.symmetric:
-            raise ValueError("8 bits of llama.cpp are symmetric")
+            names = " or ".join(name for name, each in RUNTIMES.items() if each.calibrates)
+            raise ValueError(f"calibration needs method rtn, weight_bits below 16, and runtime {names}")
+        if problem := runtime.problem(self):
+            raise ValueError(problem)
         return self
 
 
@@ -131,7 +97,8 @@ def calibrated(target: Target) -> Target | None:
     name = f"{target.name}-calibrated"
     shipped = next((each for each in list_targets() if each.name == name), None)
     of_layers = target.weight_bits == 4 and target.method == "rtn" and not target.mixed_layers
-    if target.calibration != "none" or not of_layers or (shipped is None and target.runtime != "ort-genai"):
+    known = shipped is not None or runtime_of(target).climbs_calibrated
+    if target.calibration != "none" or not of_layers or not known:
         return None
     changes: dict[str, object] = {"name": name, "calibration": "gptq"}
     return target.model_copy(update=changes | ({"description": shipped.description} if shipped else {}))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
+from edgeft.targets.runtimes import RUNTIMES
 from edgeft.targets.target import load_target
 from edgeft.training.result import Rehearsal
 
@@ -211,7 +213,7 @@ def test_what_cannot_be_rehearsed_here_is_said(
 ) -> None:
     plan = plan_of(four_layers, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("edgeft.exporting.build.RUNTIMES", {"ort-genai": ("no_such_module", "onnxruntime-genai", "it")})
+        patch.setitem(RUNTIMES, INT4.runtime, replace(RUNTIMES[INT4.runtime], module="no_such_module"))
         assert go_through(plan, INT4, tmp_path).skipped == "onnxruntime-genai is not installed here"
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal, "memory_limit", lambda: Limit(2**20, "ulimit -v of 1.00 MiB"))

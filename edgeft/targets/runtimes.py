@@ -1,0 +1,257 @@
+"""What differs between the runtimes that a bundle can be made for? A runtime is a row of RUNTIMES; no torch is needed.
+
+A row names the file of edgeft/targets that builds for it; how a device runs its bundles is in export/run.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from edgeft.models.spec import Linear, ModelSpec
+from edgeft.targets.build_bytes import (
+    Build,
+    Part,
+    Scratch,
+    genai_build,
+    genai_scratch,
+    gguf_build,
+    gguf_scratch,
+    portable_build,
+    portable_scratch,
+)
+from edgeft.targets.matrices import (
+    Bits,
+    Weights,
+    gguf_bytes,
+    gguf_type,
+    k_quant_type,
+    output_bytes,
+    quantised_bytes,
+    rotary_elements,
+    table_of,
+)
+
+if TYPE_CHECKING:
+    from edgeft.targets.target import Target
+
+# The head's weights are held again, packed for its kernel; a tied one once more, for the embedding's lookup.
+# In fp32, and in fp16 that becomes fp32 on loading, only the lookup's transposed copy is made.
+HEAD_COPIES_QUANTISED, HEAD_COPIES_FP32 = 2, 1
+
+
+class Tables(NamedTuple):
+    """Bytes of what is no projection of a layer: the head, an embedding that is not tied to it, rotary tables."""
+
+    head: int
+    embedding: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One runtime: what it needs here and on a device, what its bundles hold and take, and what it can do."""
+
+    # here
+    builder: str  # the file of edgeft/targets with build_model, read_weights and write_limits
+    module: str  # what is imported to run a bundle
+    packages: tuple[str, ...]  # that decide its numbers, the one of the module first
+    install: str  # what pip is told
+    problem: Callable[[Target], str]  # what of a target it cannot do, or nothing
+    build_parts: Callable[[Build], list[Part]]  # memory beside the waiting export
+    scratch: Callable[[ModelSpec, Target, int], Scratch]  # of so many bytes of weights
+    # a bundle's weights
+    matrix_bytes: Callable[[Linear, Bits, Target, int, int], int]  # of a layer's projection; layer, number of layers
+    tables: Callable[[ModelSpec, Target], Tables]
+    held_bytes: Callable[[Weights, Target], int]  # weights as loaded, with the runtime's copies
+    # on the device
+    needed: tuple[str, ...]  # packages that a bundle needs and does not hold
+    process_bytes: int  # Python, numpy, the runtime and its graph, as measured
+    layer_bytes: int  # the same for each layer
+    cache_itemsize: int  # bytes of a key's or value's element
+    holds: str
+    copies: str  # held_bytes beyond what is stored
+    copied: str
+    word_bytes: int = 0  # for each entry of the vocabulary
+    scores_at_once: int = 0  # forms of the scores of a prefill pass that exist together
+    every_position: bool = False  # logits of all of a pass, not of its last token
+    arm64_wheels: bool = True  # its packages are published built for aarch64
+    build_margins: int = 1  # of the estimate of build_parts
+    # what it can do
+    grids: Literal["ort", "ggml"] | None = None  # on whose grids it rounds, where that is computed here
+    calibrates: bool = True  # takes codes that were chosen on training rows
+    climbs_calibrated: bool = False  # any of its 4-bit targets is tried calibrated too, not only a shipped one
+    switches_adapters: bool = False
+    encoders: bool = False
+    other_interpreter: bool = False  # its exporter lives in an environment of its own
+    graph_is_read: bool = False  # codes and numbers in the file are compared with what they must be
+    widened_proof: bool = False  # a proof runs a graph with the logits of every position
+    casts_half: bool = False  # fp16 matrices become fp32 on loading
+
+
+def portable_problem(target: Target) -> str:
+    if (target.weight_bits, target.head_bits, target.embedding_bits) not in ((32, 32, 32), (8, 8, 32)):
+        return "runtime onnxruntime has weight_bits and head_bits 32 or 8, and embedding_bits 32"
+    if target.block_size or target.symmetric or target.method != "rtn" or target.accuracy_level:
+        problem = "runtime onnxruntime rounds each output to nearest with a zero point: block_size 0, "
+        return problem + "symmetric false, method rtn, no accuracy_level"
+    return "runtime onnxruntime needs an opset of at least 18" if target.opset < 18 else ""
+
+
+def _only_portable(target: Target) -> str:
+    outputs = target.block_size == 0 or target.opset
+    return "block_size 0 and opset are for the runtime onnxruntime" if outputs else ""
+
+
+def genai_problem(target: Target) -> str:
+    if problem := _only_portable(target):
+        return problem
+    if target.weight_bits in (5, 6):
+        return "weight_bits 5 and 6 exist for llama.cpp only"
+    if target.head_bits != target.weight_bits and (target.weight_bits, target.head_bits) != (4, 8):
+        return "head_bits must equal weight_bits, or be 8 where weight_bits is 4"
+    allowed = {4: (4, 32), 16: (16,)}.get(target.weight_bits, (32,))
+    if target.embedding_bits not in allowed:
+        numbers = " or ".join(map(str, allowed))
+        return f"embedding_bits must be {numbers} where weight_bits is {target.weight_bits}"
+    return ""
+
+
+def gguf_problem(target: Target) -> str:
+    if problem := _only_portable(target):
+        return problem
+    if target.method == "k_quant":
+        if target.weight_bits not in (4, 5, 6) or target.block_size != 256:
+            return "k_quant of llama.cpp has weight_bits 4, 5 or 6 and block_size 256"
+        if target.mixed_layers or target.eight_bit:
+            return "k_quant of llama.cpp mixes layers itself: no mixed_layers, no eight_bit"
+    elif target.block_size != 32:
+        return "block_size must be 32: llama.cpp has no other block but with k_quant"
+    if target.method == "rtn" and target.weight_bits == 6:
+        return "weight_bits 6 needs method k_quant"
+    return "8 bits of llama.cpp are symmetric" if target.weight_bits == 8 and not target.symmetric else ""
+
+
+def genai_tables(spec: ModelSpec, target: Target) -> Tables:
+    """In blocks along the input; an fp16 file counts as fp32, which it becomes on loading."""
+    table = table_of(spec)
+    embedding = 0 if spec.tie_word_embeddings else int(quantised_bytes(table, target.embedding_bits, target))
+    return Tables(int(quantised_bytes(table, target.head_bits, target)), embedding, 4 * rotary_elements(spec))
+
+
+def portable_tables(spec: ModelSpec, target: Target) -> Tables:
+    embedding = 0 if spec.tie_word_embeddings else 4 * spec.embedding_parameters
+    return Tables(output_bytes(table_of(spec), target.head_bits), embedding, 0)
+
+
+def gguf_tables(spec: ModelSpec, target: Target) -> Tables:
+    table, fitted = table_of(spec), target.method == "k_quant"
+    name = f"Q{target.weight_bits}_K" if fitted else gguf_type(target.embedding_bits, target)
+    head = gguf_bytes(table, "Q6_K" if fitted else gguf_type(target.head_bits, target))
+    return Tables(head, 0 if spec.tie_word_embeddings else gguf_bytes(table, name), 0)
+
+
+def gguf_matrix(linear: Linear, bits: Bits, target: Target, layer: int, layers: int) -> int:
+    fitted = target.method == "k_quant"
+    return gguf_bytes(linear, k_quant_type(linear, layer, layers, target) if fitted else gguf_type(bits, target))
+
+
+def genai_held(weights: Weights, target: Target) -> int:
+    copies = HEAD_COPIES_FP32 if target.weight_bits >= 16 else HEAD_COPIES_QUANTISED
+    return weights.stored_bytes + copies * weights.head_bytes
+
+
+def portable_held(weights: Weights, target: Target) -> int:
+    """A tied table is looked up as it is stored."""
+    return weights.stored_bytes + HEAD_COPIES_FP32 * weights.head_bytes
+
+
+def gguf_held(weights: Weights, target: Target) -> int:
+    """The file is mapped; 4-bit matrices are rearranged into a copy for the processor's instructions."""
+    arranged = weights.bytes_per_token - weights.head_bytes if target.weight_bits == 4 else 0
+    return weights.stored_bytes + arranged
+
+
+# Bytes of processes: onnxruntime-genai 0.18 and llama-cpp-python 0.3.36 on Linux, measured on bundles of 5.8M and 135M
+# parameters, 8 and 30 layers, up to 600 tokens; six for ONNX Runtime (4, 8 and 32 bits).
+RUNTIMES: dict[str, Runtime] = {
+    "ort-genai": Runtime(
+        builder="ort",
+        module="onnxruntime_genai",
+        packages=("onnxruntime-genai", "onnxruntime"),
+        install="onnxruntime-genai",
+        problem=genai_problem,
+        build_parts=genai_build,
+        scratch=genai_scratch,
+        matrix_bytes=lambda linear, bits, target, layer, layers: int(quantised_bytes(linear, bits, target)),
+        tables=genai_tables,
+        held_bytes=genai_held,
+        needed=("onnxruntime-genai", "numpy"),
+        process_bytes=76_000_000,
+        layer_bytes=600_000,
+        cache_itemsize=4,
+        holds="Python, numpy, ONNX Runtime and its graph",
+        copies="head copies",
+        copied="packed for its kernel, and for the embedding's lookup",
+        grids="ort",
+        climbs_calibrated=True,
+        switches_adapters=True,
+        graph_is_read=True,
+        widened_proof=True,
+        casts_half=True,
+    ),
+    "llama.cpp": Runtime(
+        builder="gguf_file",
+        module="llama_cpp",
+        packages=("llama-cpp-python",),
+        install='"edgeft[gguf,llama]"',
+        problem=gguf_problem,
+        build_parts=gguf_build,
+        build_margins=2,
+        scratch=gguf_scratch,
+        matrix_bytes=gguf_matrix,
+        tables=gguf_tables,
+        held_bytes=gguf_held,
+        needed=("llama-cpp-python", "numpy"),
+        process_bytes=57_000_000,
+        layer_bytes=200_000,
+        word_bytes=150,  # in llama.cpp's tables of words
+        cache_itemsize=2,  # fp16
+        holds="Python, numpy, llama.cpp",
+        copies="packed copies",
+        copied="matrices rearranged for the processor",
+        arm64_wheels=False,  # published as source alone
+        grids="ggml",
+    ),
+    "onnxruntime": Runtime(
+        builder="portable_onnx",
+        module="onnxruntime",
+        packages=("onnxruntime",),
+        install="onnxruntime",
+        problem=portable_problem,
+        build_parts=portable_build,
+        build_margins=2,
+        scratch=portable_scratch,
+        matrix_bytes=lambda linear, bits, target, layer, layers: output_bytes(linear, bits),
+        tables=portable_tables,
+        held_bytes=portable_held,
+        needed=("onnxruntime", "tokenizers", "numpy", "jinja2"),
+        process_bytes=76_000_000,
+        layer_bytes=300_000,
+        cache_itemsize=8,  # a portable graph reads the old cache and writes a new one: twice
+        holds="Python, numpy, ONNX Runtime and its graph",
+        copies="head copies",
+        copied="packed for its kernel, and for the embedding's lookup",
+        scores_at_once=3,  # masked, as shares and as the product's input
+        every_position=True,
+        calibrates=False,
+        encoders=True,
+        other_interpreter=True,
+    ),
+}
+
+
+def runtime_of(target: Target) -> Runtime:
+    """The row of a target's runtime."""
+    return RUNTIMES[target.runtime]
