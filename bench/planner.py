@@ -36,7 +36,7 @@ from run import AT_START, ROOT, Kept, interval_plans, random_model, record
 
 from edgeft.errors import BadInput
 from edgeft.machines.limits import resident_bytes
-from edgeft.memory import train_step
+from edgeft.models.families import LIKE_LLAMA
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 
@@ -99,9 +99,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def mode_of(plan: Plan) -> str:
     """How a plan knows its bytes."""
-    if plan.spec.model_type in train_step.EXACT_FAMILIES and plan.spec.counted_from == "config":
+    if plan.spec.exact:
         return "closed form"
-    if plan.spec.model_type in train_step.LIKE_LLAMA:
+    if plan.spec.model_type in LIKE_LLAMA:
         return "like a Llama"
     train = next(phase for phase in plan.phases if phase.name == "train")
     return "simulated" if any(term.name == "simulated" for term in train.terms) else "not simulated"

@@ -18,13 +18,6 @@ from edgeft.models.spec import Linear, ModelSpec
 # no gradient is wanted; gradients pass, nothing trains; it trains; what trained (or will) runs without autograd
 Kind = Literal["idle", "through", "trained", "scored"]
 
-LAYER_NORM = ("gpt2", "gpt_neox", "opt")
-GEMMA_NORM = ("gemma", "gemma2", "gemma3_text")
-NO_ROTARY = ("gpt2", "opt")
-PARALLEL = ("gpt_neox",)  # attention and MLP read the same input
-ROTARY_SHARE = {"gpt_neox": 0.25}  # of a head's width that is rotated
-SLIDING = {"gemma2": 2, "gemma3_text": 6, "phi3": 0, "mistral": 0}  # every n-th layer sees everything; 0: none does
-
 
 @dataclass(frozen=True)
 class LayerBytes:
@@ -65,7 +58,7 @@ class _Layer(Operations):
 
     def __init__(self, tape: Tape, spec: ModelSpec, way: Way, trained: bool, masked: bool) -> None:
         super().__init__(tape, spec, way, trained)
-        self.masked = masked
+        self.masked, self.family = masked, spec.family
         self.roles = projections(spec)
         if way.tuner == "lora" and trained:  # a stand-in carries an adapter as what it stands for does
             self.targets = self.targets | {
@@ -73,33 +66,33 @@ class _Layer(Operations):
             }
 
     def norm(self, x: Value, width: int, groups: int = 1) -> Value:
-        kind = self.spec.model_type
-        if kind in LAYER_NORM:
+        if self.family.norm == "layer":
             return self.layer_norm(x, width)
-        return self.gemma_norm(x, width, groups) if kind in GEMMA_NORM else self.rms_norm(x, width, groups)
+        from_one = self.family.norm == "rms_from_one"
+        return self.gemma_norm(x, width, groups) if from_one else self.rms_norm(x, width, groups)
 
     def attention(self, hidden: Value) -> tuple[Value, Value | None]:
         """(result, weights): the weights only where scores exist, held by the layer until it ends."""
-        spec = self.spec
+        spec, family = self.spec, self.family
         if len(self.roles["attention_in"]) == 1:
             return self.fused_attention(hidden), None
         queries, keys = spec.num_attention_heads, spec.num_key_value_heads
         q_proj, k_proj, v_proj = self.roles["attention_in"]
         query = self.heads(self.project(hidden, q_proj))
-        if spec.model_type == "opt":
+        if family.scales_query:
             query = self.scaled(query)
-        if spec.qk_norm and spec.model_type not in GEMMA_NORM:
+        if spec.qk_norm and family.norm != "rms_from_one":
             query = self.norm(query, queries * spec.head_dim, queries)
         key = self.heads(self.project(hidden, k_proj))
-        if spec.qk_norm and spec.model_type not in GEMMA_NORM:
+        if spec.qk_norm and family.norm != "rms_from_one":
             key = self.norm(key, keys * spec.head_dim, keys)
         value = self.project(hidden, v_proj)
         if self.masked or spec.attn_logit_softcapping:
             value = self.heads(value)
-        if spec.qk_norm and spec.model_type in GEMMA_NORM:
+        if spec.qk_norm and family.norm == "rms_from_one":
             query = self.norm(query, queries * spec.head_dim, queries)
             key = self.norm(key, keys * spec.head_dim, keys)
-        if spec.model_type not in NO_ROTARY:
+        if family.rotates:
             query, key = self.both_rotary(query, key)
         weights = None
         if spec.attn_logit_softcapping:
@@ -111,7 +104,7 @@ class _Layer(Operations):
 
     def heads(self, x: Value) -> Value:
         """A projection seen as heads; its gradient comes back transposed and is copied into rows of tokens."""
-        return self.view(x, x.size) if self.spec.model_type not in NO_ROTARY else x
+        return self.view(x, x.size) if self.family.rotates else x
 
     def both_rotary(self, query: Value, key: Value) -> tuple[Value, Value]:
         query_turned = self.rotary(query, query.size)
@@ -124,14 +117,14 @@ class _Layer(Operations):
         joint = self.project(hidden, self.roles["attention_in"][0])
         heads = (spec.num_attention_heads, spec.num_key_value_heads, spec.num_key_value_heads)
         total, sizes = joint.size, [joint.size * count / sum(heads) for count in heads]
-        if spec.model_type in ("gpt2", "gpt_neox"):
-            if spec.model_type == "gpt_neox":
+        if self.family.fused_as != "views":
+            if self.family.fused_as == "heads":
                 joint = self.view(joint, total)  # head by head
             query, key, value = self.parts(joint, total, sizes[0], 3)
         else:
             query, key, value = (self.view(joint, total, size) for size in sizes)
             query, key = self.view(query, sizes[0]), self.view(key, sizes[1])
-        if spec.model_type in NO_ROTARY:
+        if not self.family.rotates:
             result = self.attend(query, key, value)
         else:
             query, key = self.partly_rotary(query), self.partly_rotary(key)
@@ -143,7 +136,7 @@ class _Layer(Operations):
 
     def partly_rotary(self, x: Value) -> Value:
         """The first part of each head turned, and joined to the rest: a new tensor also where there is no rest."""
-        share = ROTARY_SHARE.get(self.spec.model_type, 1.0)
+        share = self.family.rotary_share
         turning = self.view(x, x.size, share * x.size) if share < 1 else x
         rest = self.view(x, x.size, (1 - share) * x.size)
 
@@ -168,19 +161,19 @@ class _Layer(Operations):
         return self.project(hidden, down_proj)
 
     def residual(self, x: Value, added: Value) -> Value:
-        if self.spec.model_type == "granite":
+        if self.family.scales_residual:
             return self.add(x, self.scaled(added))
         return self.add(x, added)
 
     def __call__(self, hidden: Value) -> Value:
-        width, kind, four = self.spec.hidden_size, self.spec.model_type, self.spec.norms_per_layer == 4
-        if kind in PARALLEL:
+        width, four = self.spec.hidden_size, self.spec.norms_per_layer == 4
+        if self.family.parallel:
             attended, _ = self.attention(self.norm(hidden, width))
             made = self.mlp(self.norm(hidden, width))
             return self.add(self.add(made, attended), hidden)
         residual = hidden
         hidden = self.norm(hidden, width)
-        if kind == "gpt2":  # names of their own hold on to what the others let go
+        if self.family.keeps_names:
             attended, _ = self.attention(hidden)
             hidden = self.add(attended, residual)
             residual = hidden
@@ -193,7 +186,7 @@ class _Layer(Operations):
         hidden = self.residual(residual, hidden)
         residual = hidden
         hidden = self.norm(hidden, width)
-        if kind == "opt":  # no module of its own, whose caller would hold on to its input
+        if self.family.inline_mlp:  # no module of its own, whose caller would hold on to its input
             hidden = self.project(hidden, self.roles["mlp_in"][0])
             hidden = self.activation(hidden)
             hidden = self.project(hidden, self.roles["mlp_out"][0])
@@ -273,15 +266,15 @@ def stream_bytes(spec: ModelSpec, way: Way) -> int:
     On CUDA in half precision a LayerNorm gives fp32, bitsandbytes' layers give back what they were given, and so the
     stream is fp32 from the first layer on.
     """
-    wide = way.nf4 and way.cuda and spec.model_type in LAYER_NORM
+    wide = way.nf4 and way.cuda and spec.family.norm == "layer"
     return (4 if wide else way.itemsize) * spec.hidden_size
 
 
 def is_masked(spec: ModelSpec, layer: int, longest: int) -> bool:
     """Whether a layer sees only a window of the longest samples: it needs a mask that says so."""
-    if spec.model_type not in SLIDING or (spec.sliding_window or longest + 1) > longest:
+    every = spec.family.window_every
+    if every is None or (spec.sliding_window or longest + 1) > longest:
         return False
-    every = SLIDING[spec.model_type]
     return not every or (layer + 1) % every != 0
 
 
@@ -324,7 +317,7 @@ def ends_bytes(
         x.clear()
         tape.body = len(tape.heights)
         hidden = ends.select(hidden)
-        if ends.widens and spec.model_type in LAYER_NORM:
+        if ends.widens and spec.family.norm == "layer":
             hidden = ends.narrowed(hidden)
         weight = None
         if head:

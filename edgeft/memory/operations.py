@@ -139,8 +139,8 @@ class Operations:
         e, inputs, outputs = self.e, linear.in_features, linear.out_features
         if self.half and x.size == 4 * inputs:  # an fp32 input, which autocast copies for each product
             x = self.narrowed(x)
-        # the gradient of rows in batches is a view of a matrix; OPT's MLP has it flat
-        viewed = self.spec.model_type != "opt" or linear.role not in ("mlp_in", "mlp_out")
+        # the gradient of rows in batches is a view of a matrix; an MLP in the layer's own code has it flat
+        viewed = not self.spec.family.inline_mlp or linear.role not in ("mlp_in", "mlp_out")
         if weight is None:
             return self.one(x, e * outputs, e * inputs, saves_constant=True, viewed=viewed)
 

@@ -108,8 +108,7 @@ def stage(
     `margins` widens the share.
     """
     expected = sum(term.bytes for term in terms)
-    known = spec.model_type in train_step.EXACT_FAMILIES and spec.counted_from == "config"
-    margin = margins * (0.05 if known else 0.15)
+    margin = margins * (0.05 if spec.exact else 0.15)
     return Phase(
         name=name,
         where=where,

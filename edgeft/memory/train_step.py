@@ -19,7 +19,7 @@ from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS, Answers, Scoring, Shap
 from edgeft.documents import Strict
 from edgeft.memory.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
-from edgeft.models.families import FAMILIES
+from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import ENDS, Training
 from edgeft.units import MIB
@@ -49,13 +49,6 @@ CPU_BYTES_PER_ADAPTER, CPU_BYTES_PER_NF4, CPU_RECOMPUTING = 100_000, 36_000, 4_6
 # step with pools of 120, 176, 224 and 280 MiB: 0.39 to 0.46. Not fitted: 0.42 on layers of 135M's
 # shape at 2 x 512 tokens, pool of 512 MiB.
 POOL_SHARE, POOL_MOST, POOL_WASTE, POOL_WORST = 0.75, 256 * MIB, 0.42, 0.6
-
-EXACT_FAMILIES = tuple(
-    FAMILIES
-)  # whose operations are written down in `edgeft.memory.dataflow`; others get a wider margin
-# Others whose steps are within 5% of those of a Llama of their widths (tests/memory/test_families.py).
-# The rest is simulated.
-LIKE_LLAMA = ("olmo", "olmo2", "cohere", "phi", "starcoder2", "stablelm")
 
 
 class Term(Strict):
@@ -137,10 +130,10 @@ def end_parameters(spec: ModelSpec) -> dict[str, int]:
 
 def position_parameters(spec: ModelSpec) -> int:
     """Parameters of a table of learned positions."""
-    family = FAMILIES.get(spec.model_type)
-    if spec.counted_from != "config" or family is None or family.position_offset is None:
+    offset = spec.family.position_offset
+    if spec.counted_from != "config" or offset is None:
         return 0
-    return ((spec.max_position_embeddings or 0) + family.position_offset) * spec.hidden_size
+    return ((spec.max_position_embeddings or 0) + offset) * spec.hidden_size
 
 
 def worst_sets(spec: ModelSpec, training: Training) -> list[Training]:
@@ -249,7 +242,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     # while the layers run, the model's code has a name for what the embedding gave: learned positions make another
     embedded = e * spec.hidden_size * tokens
     if learned := position_parameters(spec):
-        embedded += e * spec.hidden_size * (tokens if spec.model_type == "opt" else work.longest)  # OPT's for each row
+        embedded += e * spec.hidden_size * (tokens if spec.family.positions_of_rows else work.longest)
     elif layer_bytes(spec, way, *places[0]).keeps_input:
         embedded = 0
     kept = 0.0
@@ -517,7 +510,7 @@ class Simulated(NamedTuple):
 
 def known(spec: ModelSpec) -> bool:
     """Whether the closed form holds for a model's family."""
-    return (spec.model_type in EXACT_FAMILIES and spec.counted_from == "config") or spec.model_type in LIKE_LLAMA
+    return spec.exact or spec.model_type in LIKE_LLAMA
 
 
 def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training, simulated: bool = False) -> Phase:
@@ -527,7 +520,7 @@ def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training, sim
     like a Llama get 15%, as do ways that were not simulated of families that must be.
     """
     expected = sum(term.bytes for term in terms)
-    exact = simulated or (spec.model_type in EXACT_FAMILIES and spec.counted_from == "config")
+    exact = simulated or spec.exact
     margin = 0.15 if not exact else 0.02 if training.device == "cpu" else 0.05
     pool = next((term.bytes for term in terms if term.name == "pool"), 0)
     high = int(expected * (1 + margin)) + (CPU_HEAP if training.device != "cuda" else 0)

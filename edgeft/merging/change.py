@@ -22,7 +22,8 @@ from edgeft.merging.peft_folder import (
     token_indices,
 )
 from edgeft.models.checkpoint import Checkpoint, TensorFile
-from edgeft.models.headers import CONV1D_TYPES, EMBEDDINGS, HEADS, blocks
+from edgeft.models.families import in_conv1d
+from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
 Rows = Callable[[slice], torch.Tensor]
@@ -168,7 +169,7 @@ class Change:
         have = parts.keys() - {"lora_magnitude_vector"}
         shapes = {part: source.shape(key) for part, key in parts.items()}
         of_vocabulary = weight.endswith((*EMBEDDINGS, *HEADS))
-        transposed = _model_type(self.base.folder) in CONV1D_TYPES and not of_vocabulary
+        transposed = in_conv1d(_model_type(self.base.folder)) and not of_vocabulary
 
         def read(part: str) -> torch.Tensor:
             return source.read(parts[part]).float()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeft.errors import BadInput
+from edgeft.models.families import in_conv1d
 
 if TYPE_CHECKING:
     from edgeft.models.spec import ModelSpec
@@ -28,8 +29,6 @@ DTYPE_BYTES = {
 FLOATING = ("F64", "F32", "F16", "BF16")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-# families of transformers.pytorch_utils.Conv1D, whose weight is in x out
-CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 # Buffers that models compute for themselves and older versions of transformers stored beside the weights. A mask that
 # is called attn.bias has four dimensions, or none; a bias has one.
 BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn(ention)?\.(masked_)?bias)$")
@@ -260,7 +259,7 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> Iterator[
                 yield LAYER_NUMBER.sub(f"{layer}.", example, count=1) + ": missing"
     for linear in spec.linears:
         wanted = (linear.out_features, linear.in_features)
-        if spec.model_type in CONV1D_TYPES:
+        if in_conv1d(spec.model_type):
             wanted = wanted[::-1]
         found = [part for part in parts if f".{part}".endswith(f".{linear.name}.weight")]
         if not found:

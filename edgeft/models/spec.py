@@ -15,7 +15,18 @@ import pydantic
 
 from edgeft.documents import Strict, invalid
 from edgeft.errors import BadInput
-from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS, ESSENTIAL, FAMILIES, SHAPE, SIZES, Family, Role
+from edgeft.models.families import (
+    COMPOSITE,
+    COPY_AGAIN,
+    ENCODERS,
+    ESSENTIAL,
+    FAMILIES,
+    SHAPE,
+    SIZES,
+    Family,
+    Role,
+    family_of,
+)
 from edgeft.models.headers import check_weights, has_weights
 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}  # of an element in a checkpoint's files
@@ -68,6 +79,16 @@ class ModelSpec(Strict):
     other_parameters: int  # final norm, learned positions, projections around the embedding
     total_parameters: int
     stacked: tuple[str, ...] = ()  # parameters that transformers puts together from several tensors of the files
+
+    @property
+    def family(self) -> Family:
+        """The row of its model type."""
+        return family_of(self.model_type)
+
+    @property
+    def exact(self) -> bool:
+        """Whether its operations are written down in `edgeft.memory.dataflow`; others get a wider margin."""
+        return self.model_type in FAMILIES and self.counted_from == "config"
 
     @property
     def stored_bytes(self) -> int:

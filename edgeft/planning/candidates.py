@@ -10,6 +10,7 @@ from typing import Any, Literal
 from edgeft.errors import BadInput
 from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
+from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
 
@@ -21,8 +22,6 @@ RANKS = (64, 32, 16, 8)
 CHUNKS = (1024, 256, 64)
 LORA_ALPHA = 16.0
 SMALL_PRECISIONS = ("nf4", "bf16", "fp16")  # of weights that do not train: updates of a few 1e-4 would be rounded away
-# Models of bf16 whose activations pass fp16's 65,504: they give NaN or one token for ever.
-OVERFLOW_FP16 = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/importance.py measures them
 LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
 
@@ -182,7 +181,7 @@ def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layer
 
 def _half(profile: Profile, spec: ModelSpec) -> Literal["fp32", "bf16", "fp16"]:
     """The half precision that a GPU computes this model in; fp32 where it would have to be fp16 and that overflows."""
-    return "bf16" if profile.supports("bf16") else "fp32" if spec.model_type in OVERFLOW_FP16 else "fp16"
+    return "bf16" if profile.supports("bf16") else "fp32" if overflows_fp16(spec.model_type) else "fp16"
 
 
 def _trained_end(layers: dict[str, Any]) -> str | None:
@@ -218,7 +217,7 @@ def training_notes(spec: ModelSpec, training: Training) -> list[str]:
                 f"lisa never switches: the run has {training.steps} steps, an interval {training.lisa_interval}; "
                 f"the first {training.active_layers} layers that are drawn train alone"
             )
-    if training.compute_dtype == "fp16" and spec.model_type in OVERFLOW_FP16:
+    if training.compute_dtype == "fp16" and overflows_fp16(spec.model_type):
         lines.append(f"{spec.model_type} overflows in fp16: drop --set base_precision=fp16, and it computes in fp32")
     return lines
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from edgeft.documents import Artifact, Strict, versions
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
-from edgeft.memory.train_step import EXACT_FAMILIES
+from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
 from edgeft.progress import Progress, silent
@@ -27,12 +27,6 @@ from edgeft.targets.target import Target, candidates
 # base, "reduced" fewer layers or a lower rank than the best candidate's, "none" that it does not fit.
 Grade = Literal["full", "4-bit", "reduced", "none"]
 
-# Built with onnxruntime-genai 0.18's builder from tiny random models of each. It names Gemma 3 too, but reads one rope
-# type where transformers 5 keeps one for each kind of layer (KeyError: 'rope_type').
-BUILDABLE = frozenset((
-    "GemmaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-    "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM",
-))  # fmt: skip
 WHOLE = 0.01  # share of a layer outside its projections and norms that still counts as none
 
 
@@ -214,7 +208,7 @@ def why_approximate(spec: ModelSpec) -> str:
     """Why a model's prediction is rougher than for a known family, or ""."""
     if outside_projections(spec) > WHOLE:
         return "mixture of experts: experts stay in 16 bit without adapters, their time is guessed"
-    if spec.model_type not in EXACT_FAMILIES or spec.counted_from != "config":
+    if not spec.exact:
         return "approximated by a Llama of that shape, with a wider margin"
     return ""
 
@@ -288,7 +282,7 @@ def device_cell(spec: ModelSpec, target: Target, profile: Profile) -> DeviceCell
     refused = DeviceCell(machine=profile.name, fits=False, budget_bytes=budget)
     if outside_projections(spec) > WHOLE:
         return refused.model_copy(update={"problem": "bundles of mixtures of experts are not predicted"})
-    if spec.architecture not in BUILDABLE:
+    if not any(family.ort_builds and family.architecture == spec.architecture for family in FAMILIES.values()):
         return refused.model_copy(update={"problem": f"the runtime's builder cannot build {spec.architecture}"})
     weights = bundle_weights(spec, target)
     try:

@@ -16,6 +16,7 @@ from edgeft.documents import saving
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.machines.limits import resident_bytes
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
+from edgeft.models.families import Gguf
 from edgeft.models.spec import ModelSpec
 from edgeft.targets.gguf_tokenizer import write_vocabulary
 from edgeft.targets.grid import GGML, Encoded
@@ -27,29 +28,6 @@ if TYPE_CHECKING:
 
 MODEL = "model.gguf"
 ORT = "export with an ort- target"
-
-
-class Family(NamedTuple):
-    """What llama.cpp calls a model type, and how its numbers differ from the checkpoint's."""
-
-    name: str
-    rotates_pairs: bool = False  # rotates neighbouring values of a head: the rows of query and key change places
-    norms_from_one: bool = False  # the checkpoint stores a norm's weight less one
-    windows: bool = False  # knows sliding windows
-    rope_factors: bool = False  # reads a factor for each rotary frequency
-    square: bool = False  # takes heads x head_dim for the hidden size
-
-
-FAMILIES = {
-    "llama": Family("llama", rotates_pairs=True, rope_factors=True),
-    "mistral": Family("llama", rotates_pairs=True, rope_factors=True),
-    "qwen2": Family("qwen2", square=True),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", norms_from_one=True),
-    "gemma2": Family("gemma2", norms_from_one=True, windows=True),
-    "gemma3_text": Family("gemma3", norms_from_one=True, windows=True),
-    "phi3": Family("phi3", square=True),
-}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
 K_QUANTS = {4: 15, 5: 17, 6: 18}  # llama.cpp's file types Q4_K_M, Q5_K_M, Q6_K
 PROJECTIONS = {
@@ -107,7 +85,7 @@ def _write(
     placed = list(_place(gguf, checkpoint, target, spec, family))
     placed += [Placed("rope_freqs.weight", "", tuple(factors.shape), "F32")] if factors is not None else []
     writer = gguf.GGUFWriter(str(path), family.name)
-    _describe(gguf, writer, merged, config, spec, target)
+    _describe(gguf, writer, merged, config, spec, target, family)
     write_vocabulary(writer, merged, next(tensor.shape[0] for tensor in placed if tensor.name == "token_embd.weight"))
     for tensor in placed:
         raw = gguf.GGMLQuantizationType[tensor.type]
@@ -137,11 +115,11 @@ def read_weights(folder: Path) -> Weights:
     return Weights(stored, head, stored - (sizes["token_embd.weight"] if "output.weight" in sizes else 0))
 
 
-def _known(merged: Path, spec: ModelSpec) -> Family:
-    if spec.model_type not in FAMILIES:
+def _known(merged: Path, spec: ModelSpec) -> Gguf:
+    family = spec.family.gguf
+    if family is None:
         hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 and Phi-3"
         raise BadInput(merged, f"the GGUF writer does not know the model type {spec.model_type!r}", hint)
-    family = FAMILIES[spec.model_type]
     if family.square and spec.num_attention_heads * spec.head_dim != spec.hidden_size:
         what = f"{spec.num_attention_heads} heads of {spec.head_dim} are not the hidden size, {spec.hidden_size}"
         raise BadInput(merged / "config.json", f"{what}, as llama.cpp assumes for {family.name}", ORT)
@@ -155,9 +133,7 @@ def _config(merged: Path) -> Any:
         return AutoConfig.from_pretrained(merged).get_text_config()
 
 
-def _place(
-    gguf: ModuleType, checkpoint: Checkpoint, target: Target, spec: ModelSpec, family: Family
-) -> Iterator[Placed]:
+def _place(gguf: ModuleType, checkpoint: Checkpoint, target: Target, spec: ModelSpec, family: Gguf) -> Iterator[Placed]:
     """Every tensor of the file in the checkpoint's order. Raises BadInput for one that llama.cpp has no name for."""
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
     names = gguf.get_tensor_name_map(architecture, spec.num_hidden_layers)
@@ -194,7 +170,7 @@ def _type_of(name: str, shape: tuple[int, ...], target: Target, spec: ModelSpec,
     return GGUF_TYPES[bits, target.symmetric or bits == 8] if shape[-1] % 32 == 0 else "F16"
 
 
-def _arrange(tensor: Placed, values: torch.Tensor, spec: ModelSpec, family: Family) -> torch.Tensor:
+def _arrange(tensor: Placed, values: torch.Tensor, spec: ModelSpec, family: Gguf) -> torch.Tensor:
     """The tensor as llama.cpp's kernels expect it."""
     if family.norms_from_one and tensor.name.endswith("norm.weight"):
         return values.float() + 1
@@ -235,9 +211,10 @@ def packed(encoded: Encoded) -> Any:
     return numpy.concatenate([halves, fifth, pairs], axis=-1).reshape(rows, -1)
 
 
-def _describe(gguf: ModuleType, writer: Any, merged: Path, config: Any, spec: ModelSpec, target: Target) -> None:
+def _describe(
+    gguf: ModuleType, writer: Any, merged: Path, config: Any, spec: ModelSpec, target: Target, family: Gguf
+) -> None:
     """The keys that say what the model is. Raises BadInput for a variant that llama.cpp would compute otherwise."""
-    family = FAMILIES[spec.model_type]
     writer.add_type("model")
     writer.add_context_length(spec.max_position_embeddings or target.context_tokens)
     writer.add_embedding_length(spec.hidden_size)
@@ -252,9 +229,9 @@ def _describe(gguf: ModuleType, writer: Any, merged: Path, config: Any, spec: Mo
     kind = f"F{target.weight_bits}" if target.weight_bits >= 16 else GGUF_TYPES[target.weight_bits, target.symmetric]
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    if spec.model_type in ("gemma2", "gemma3_text"):
-        widest = {"gemma2": 46, "gemma3_text": 62}[spec.model_type]  # llama.cpp tells the 27B models by their layers
-        scale = spec.head_dim if spec.num_hidden_layers != widest else spec.hidden_size // spec.num_attention_heads
+    if family.widest:  # llama.cpp tells the 27B models by their layers
+        widest = spec.num_hidden_layers == family.widest
+        scale = spec.hidden_size // spec.num_attention_heads if widest else spec.head_dim
         if config.query_pre_attn_scalar != scale:
             what = f"query_pre_attn_scalar {config.query_pre_attn_scalar}, llama.cpp computes with {scale}"
             raise BadInput(merged / "config.json", what, ORT)
@@ -265,7 +242,7 @@ def _describe(gguf: ModuleType, writer: Any, merged: Path, config: Any, spec: Mo
     if family.windows and spec.sliding_window is not None:
         writer.add_sliding_window(spec.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    elif spec.model_type == "phi3":
+    elif family.no_window:
         writer.add_sliding_window(0)
     _describe_rope(gguf, writer, merged, config, spec)
 
@@ -298,7 +275,7 @@ def _describe_rope(gguf: ModuleType, writer: Any, merged: Path, config: Any, spe
         raise BadInput(merged / "config.json", f"rotary scaling {kind!r} is not written to GGUF", ORT)
 
 
-def _rope_factors(merged: Path, config: Any, family: Family) -> torch.Tensor | None:
+def _rope_factors(merged: Path, config: Any, family: Gguf) -> torch.Tensor | None:
     """By what llama3's scaling divides each rotary frequency, as transformers computes it; None without it."""
     if config.rope_parameters.get("rope_type") != "llama3":
         return None

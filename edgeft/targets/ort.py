@@ -49,9 +49,8 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, cod
 
     Raises BadInput for an architecture that the builder does not know, MissingExtra without the runtime.
     """
-    if spec.model_type == "gemma3_text":
-        problem = "onnxruntime-genai 0.18 cannot build Gemma 3: its builder looks for one kind of rotary positions"
-        raise BadInput(merged, f"{problem}, this model has two", "choose an onnx-portable- or a gguf- target")
+    if problem := spec.family.ort_problem:
+        raise BadInput(merged, problem, "choose an onnx-portable- or a gguf- target")
     modules = eight_bit_modules(target, spec.num_hidden_layers, tuple(linear.name for linear in spec.linears))
     promoted = _nodes(modules)
     peak = _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, promoted))

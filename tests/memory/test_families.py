@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from edgeft.errors import BadInput
 from edgeft.machines.profile import load_profile
-from edgeft.memory import train_step
 from edgeft.models.checkpoint import Checkpoint
+from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan, make_plan
@@ -62,7 +62,7 @@ def tensors(found: Plan) -> int:
 
 
 @pytest.mark.parametrize("tokens", [256, pytest.param(2048, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", train_step.LIKE_LLAMA)
+@pytest.mark.parametrize("kind", LIKE_LLAMA)
 def test_a_family_like_a_llama_is_so_to_five_percent(kind: str, tokens: int, tmp_path: Path) -> None:
     spec = spec_of(kind, tmp_path / kind, max_position_embeddings=2048)
     found = plan(spec, tokens)
