@@ -68,6 +68,8 @@ def save_tokenizer(folder: Path, words: int = 600) -> int:
 def checkpoint(tied: bool = True) -> Path:
     """A random two-layer Llama; weights large enough for logits with clear winners."""
     folder = workplace() / ("tied" if tied else "untied")
+    if folder.exists():  # asked for in another way of writing it
+        return folder
     folder.mkdir()
     config = LlamaConfig(
         vocab_size=save_tokenizer(folder), hidden_size=64, intermediate_size=128, num_hidden_layers=2,

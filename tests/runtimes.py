@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import torch
 from tiny import EXAMPLE
 
 from edgeft.targets.grid import Grid
+from edgeft.targets.target import Target
 
 
 def by_onnxruntime(weight: torch.Tensor, grid: Grid) -> tuple[Any, Any, Any]:
@@ -93,3 +99,40 @@ def dequantised(folder: Path) -> Any:
             elif "embed_tokens" in name:
                 value.copy_(torch.from_numpy(given["token_embd.weight"].copy()))
     return model
+
+
+def by_builder(checkpoint: Path, target: Target, promoted: Sequence[str], out: Path) -> Path:
+    """A graph as onnxruntime-genai's builder makes and rounds it by itself: its own quantiser, no code of edgeft's."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    tied = bool(config["tie_word_embeddings"])
+
+    def options(bits: int, names: Sequence[str]) -> dict[str, Any]:
+        separate = not tied and target.embedding_bits == 4
+        shared = tied and bits == 4
+        overrides: list[dict[str, Any]] = [{"match": {"name": name}, "type": "int8"} for name in names]
+        if bits == 4 and target.head_bits == 8:
+            overrides.append({"match": {"preset": "last_matmul"}, "type": "int8"})
+        weights = {
+            "type": f"int{bits}", "method": "default" if separate else "rtn", "block_size": target.block_size,
+            "symmetric": target.symmetric, "accuracy_level": target.accuracy_level, "overrides": overrides,
+            "op_types": ["MatMul", "Gather"] if separate or shared else ["MatMul"],
+        }  # fmt: skip
+        found: dict[str, Any] = {"quant_config": {"io_dtype": "fp32", "weights": weights}}
+        apart = any("/attn/" in name for name in names) and not any("/qkv_proj/" in name for name in names)
+        return found | ({"optimizations": {"fuse_qkv": False}} if apart else {})
+
+    def run(bits: int, names: Sequence[str]) -> None:
+        command = [
+            sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-i", str(checkpoint), "-o",
+            str(out), "-c", str(out / "cache"), "--builder_config_version", "2", "--target_options",
+            json.dumps(options(bits, names)),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+    run(target.weight_bits, promoted)
+    if tied and target.weight_bits == 8:  # it shares a table of 8 bits where every matmul is an exception from 4
+        import onnx
+
+        nodes = onnx.load(str(out / "model.onnx"), load_external_data=False).graph.node
+        run(4, [node.name.removesuffix("_Q8") for node in nodes if node.op_type == "MatMulNBits"])
+    return out

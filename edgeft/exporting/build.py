@@ -68,7 +68,8 @@ class ArtifactModel:
     """
 
     def __init__(self, bundle: Path) -> None:
-        from edgeft.targets.ort import MODEL, every_position
+        from edgeft.targets.onnx_file import MODEL
+        from edgeft.targets.ort import every_position
 
         runner, folder = runner_module(), Path(bundle)
         self.folder = folder

@@ -21,7 +21,7 @@ from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.headers import EMBEDDINGS, HEADS
 from edgeft.models.metrics import Rung
 from edgeft.targets.grid import Grid
-from edgeft.targets.ort import HEAD, MODEL
+from edgeft.targets.onnx_file import HEAD, MODEL
 from edgeft.targets.rounding import grid_of, promoted_modules
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, to_nearest

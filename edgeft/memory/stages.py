@@ -21,7 +21,7 @@ from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import STORED_BYTES, ModelSpec
 from edgeft.settings import Training
 from edgeft.targets.build_bytes import Build
-from edgeft.targets.footprint import bundle_weights, layers_bytes, predict
+from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
@@ -223,7 +223,7 @@ def build(planned: Planned, target: Target) -> Phase:
     """What makes the bundle, beside the waiting export, as `targets.build_bytes` has it."""
     spec, has, runtime = planned.spec, processes(planned.profile), runtime_of(target)
     waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
-    parts = runtime.build_parts(Build(spec, target, has.torch_bytes, layers_bytes(spec, target)))
+    parts = runtime.build_parts(Build(spec, target, has.torch_bytes))
     terms = [Term(name=part.name, bytes=part.bytes, formula=part.formula) for part in parts]
     process = _process(waiting, "the export itself, its data and tokenizer")
     return stage("export: build", "host", [process, *terms], spec, margins=runtime.build_margins)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgeft.models.spec import STORED_BYTES, ModelSpec
-from edgeft.targets.matrices import GGUF_ROWS_BYTES, quantised_bytes, rotary_elements, table_of
+from edgeft.targets.matrices import GGUF_ROWS_BYTES, rotary_elements
 
 if TYPE_CHECKING:
     from edgeft.targets.target import Target
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 # optimum's exporter with transformers and onnx. Python 3.11, torch 2.13 (CPU build) on Linux.
 BUILDER_IMPORTS_BYTES, OPTIMUM_IMPORTS_BYTES = 175_500_000, 165_000_000
 BUILDER_BYTES_PER_LAYER = 120_000  # graph nodes and values
-# Bytes per element of the matrix that ONNX Runtime's quantiser is working on. Round-to-nearest in numpy: the weight,
-# its transposed copy, the quotient in fp64, and per block of 32 two extremes, scale and zero point. The C++ quantiser
-# ("default"): the weight, its codes, two serialised copies of them.
-ROUNDING_BYTES, DEFAULT_BYTES = 16.85, 8.3
 GGUF_TEMPORARIES = 5  # arrays of about the size of the rows of a GGUF's matrix that are quantised at once
-QUOTIENT_BYTES = 8  # of the matrix before it, which numpy's quantiser drops only when the next one's is made
 
 
 class Scratch(NamedTuple):
@@ -38,12 +33,11 @@ class Part(NamedTuple):
 
 
 class Build(NamedTuple):
-    """What the memory of a build depends on: sizes of the model, of a process with torch, of the rounded layers."""
+    """What the memory of a build depends on: sizes of the model and of a process with torch."""
 
     spec: ModelSpec
     target: Target
     torch_bytes: int
-    layers_bytes: int
 
     @property
     def weight_file(self) -> Part:
@@ -53,13 +47,10 @@ class Build(NamedTuple):
 
 
 def genai_scratch(spec: ModelSpec, target: Target, stored_bytes: int) -> Scratch:
-    """The first of the two builds that int8 with tied embeddings needs stores their table in fp32 too; fp16 is written
-    from a model in fp32."""
-    if target.weight_bits == 16:
-        return Scratch(stored_bytes, "the fp32 model that becomes fp16")
-    if target.weight_bits == 8 and spec.tie_word_embeddings:
-        return Scratch(4 * spec.vocab_size * spec.hidden_size, "an fp32 table that the second build leaves out")
-    return Scratch()
+    """The builder's graph in fp32, whose matrices are then rounded."""
+    if target.weight_bits >= 32:
+        return Scratch()
+    return Scratch(4 * (spec.total_parameters + rotary_elements(spec)), "the graph in fp32 that is rounded")
 
 
 def portable_scratch(spec: ModelSpec, target: Target, stored_bytes: int) -> Scratch:
@@ -77,54 +68,22 @@ def gguf_scratch(spec: ModelSpec, target: Target, stored_bytes: int) -> Scratch:
 
 
 def genai_build(made: Build) -> list[Part]:
-    """onnxruntime-genai's model builder: source, fp32 graph, and the quantiser's arrays.
+    """onnxruntime-genai's model builder, which writes fp32 tensor by tensor: what is rounded later takes less.
 
-    The builder keeps the source mapped and its fused query-key-value matrices until it ends, serialises the whole graph
-    in fp32 before it quantises, and frees none of that while it does. Without quantisation it writes tensor by tensor.
+    It keeps the source mapped and its fused query-key-value matrices until it ends. Of the largest tensor there are a
+    transposed copy, and before that its cast.
     """
-    spec, target = made.spec, made.target
+    spec = made.spec
     size, head = STORED_BYTES.get(spec.dtype, 4), spec.vocab_size * spec.hidden_size
     builder = made.torch_bytes + BUILDER_IMPORTS_BYTES + BUILDER_BYTES_PER_LAYER * spec.num_hidden_layers
-    fused = _fused_weights(spec)
-    parts = [
+    fused, copies = _fused_weights(spec), 1 if size == 4 else 2
+    return [
         Part("builder", builder, "Python, torch, transformers, onnx, onnxruntime"),
         made.weight_file,
         Part("fused QKV", fused * size, f"{fused} x {size} B"),
         Part("rotary tables", 8 * rotary_elements(spec), "cosine and sine, fp32, full width"),
+        Part("largest tensor", 4 * copies * head, f"{copies} fp32 copies of the head"),
     ]
-    if target.weight_bits >= 16:
-        # one tensor at a time: its transposed copy, and before that its cast
-        copies = 1 if size == 4 else 2
-        return [*parts, Part("largest tensor", 4 * copies * head, f"{copies} fp32 copies of the head")]
-    graph = 4 * (spec.total_parameters + rotary_elements(spec))
-    if target.weight_bits == 8 and spec.tie_word_embeddings:
-        graph += 4 * head  # the first of its two passes stores the tied table twice
-    name, elements, done, temporary = _quantising(made)
-    return [
-        *parts,
-        Part("fp32 graph", graph, f"{graph // 4} x 4 B, serialised at once"),
-        Part("quantised", done, f"what is done when the {name} is reached"),
-        Part("quantiser", temporary, f"the {name}, {elements} weights"),
-    ]
-
-
-def _quantising(made: Build) -> tuple[str, int, int, int]:
-    """(matrix, its elements, quantised bytes before it, temporary bytes) of the quantiser's highest moment."""
-    spec, target = made.spec, made.target
-    by_numpy = spec.tie_word_embeddings or target.embedding_bits == 32
-    layers = made.layers_bytes
-    linears = layers / spec.num_hidden_layers
-    head = table_of(spec)
-    if not by_numpy:  # the embedding comes first, the head in a pass of its own
-        layers += quantised_bytes(head, 4, target)
-    order = [(linear.name, linear.in_features * linear.out_features, layers - linears) for linear in spec.linears]
-    order.append(("head", head.in_features * head.out_features, layers))
-    moments = []
-    for index, (name, elements, done) in enumerate(order):
-        before = order[index - 1][1] if by_numpy and index else 0
-        each = ROUNDING_BYTES if by_numpy else DEFAULT_BYTES
-        moments.append((name, elements, int(done), int(each * elements + QUOTIENT_BYTES * before)))
-    return max(moments, key=lambda moment: moment[2] + moment[3])
 
 
 def _fused_weights(spec: ModelSpec) -> int:

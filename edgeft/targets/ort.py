@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -18,17 +18,17 @@ from edgeft.data.tokenizer import find_template, write_template
 from edgeft.documents import saving
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
+from edgeft.models.headers import blocks
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.spec import ModelSpec
 from edgeft.targets.matrices import Weights
+from edgeft.targets.onnx_file import HEAD, Stored, Values, forget, read_graph, rewrite, write_graph
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
     from edgeft.targets.grid import Encoded
 
-MODEL = "model.onnx"
-HEAD = "/lm_head/MatMul"  # how the builder's name of the head's matmul begins
 LAST = "/lm_head/last"  # how ours of what goes into it does
 # How the builder names the matmuls of a layer; it takes apart what a checkpoint holds fused.
 NODES = {
@@ -42,9 +42,10 @@ NODES = {
 def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
     """model.onnx, its weights, genai_config.json and the tokenizer in `folder`.
 
-    Calibrated `codes` take the place of those that the builder's rounding to nearest made: same grids, same bytes.
+    The builder writes the graph in fp32, tensor by tensor; then its matrices are rounded one at a time (nbits.py), to
+    nearest or as calibrated `codes` say. The graph gives logits after the last token of a pass alone: `every_position`
+    undoes that for a proof.
 
-    The graph gives logits after the last token of a pass alone: `every_position` undoes that for a proof.
     Returns the builder's highest resident bytes, 0 where no /proc tells them.
 
     Raises BadInput for an architecture that the builder does not know, MissingExtra without the runtime.
@@ -53,15 +54,13 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, cod
         raise BadInput(merged, problem, "choose an onnx-portable- or a gguf- target")
     modules = eight_bit_modules(target, spec.num_hidden_layers, tuple(linear.name for linear in spec.linears))
     promoted = _nodes(modules)
-    peak = _run_builder(merged, folder, _quantisation(target, spec.tie_word_embeddings, promoted))
-    if target.weight_bits == 8 and spec.tie_word_embeddings:
-        # The builder shares a tied table between embedding and head only where its base type is int4, and
-        # would store an fp32 copy for int8 (10.9 MB instead of 6.9 in ort-int8.toml). So: int4, every matmul
-        # promoted by name; the names come from the first build.
-        names = [node.name.removesuffix("_Q8") for node in _graph(folder).node if node.op_type == "MatMulNBits"]
-        peak = max(peak, _run_builder(merged, folder, _quantisation(target, True, names)))
-    if codes is not None:
-        place_codes(folder, codes, spec)
+    # named apart, query, key and value are no one product
+    apart = any("/attn/" in name for name in promoted) and not any("/qkv_proj/" in name for name in promoted)
+    peak = _run_builder(merged, folder, {"fuse_qkv": False} if apart else {})
+    if target.weight_bits < 16:
+        from edgeft.targets.nbits import quantise
+
+        quantise(folder, target, promoted, None if codes is None else matrices(codes, spec))
     if target.weight_bits == 16:
         _store_half(folder)
     _prune_head(folder)
@@ -73,54 +72,6 @@ def _nodes(modules: Sequence[str]) -> list[str]:
     """Names of the builder's matmuls for modules such as layers.0.down_proj."""
     parts = [module.split(".", 2) for module in modules]
     return [f"/model/layers.{layer}/{node}/MatMul" for _, layer, name in parts for node in NODES[name]]
-
-
-def _quantisation(target: Target, tied: bool, promoted: Sequence[str]) -> dict[str, Any] | None:
-    """The builder's `quant_config.weights` (None for 16 and 32 bits). `promoted` names the matmuls with 8 bits."""
-    if target.weight_bits >= 16:
-        return None
-    overrides: list[dict[str, Any]] = [{"match": {"name": name}, "type": "int8"} for name in promoted]
-    if target.weight_bits == 4 and target.head_bits == 8:
-        overrides.append({"match": {"preset": "last_matmul"}, "type": "int8"})
-    # In onnxruntime-genai 0.18 only "default" quantises a separate embedding, and only "rtn" can share a tied
-    # 8-bit one (with "default" the graph names a weight that does not exist). Both round to nearest.
-    separate = not tied and target.embedding_bits == 4
-    every = target.weight_bits == 8 and bool(promoted)
-    shared = tied and (target.weight_bits == 4 or every)
-    return {
-        "type": "int8" if target.weight_bits == 8 and not every else "int4",
-        "method": "default" if separate and target.method == "rtn" else target.method,
-        "block_size": target.block_size,
-        "symmetric": target.symmetric,
-        "accuracy_level": target.accuracy_level,
-        "op_types": ["MatMul", "Gather"] if separate or shared else ["MatMul"],
-        "overrides": overrides,
-    }
-
-
-def place_codes(folder: Path, codes: Codes, spec: ModelSpec) -> None:
-    """Write calibrated codes, scales and zero points over those of the graph's matrix products, in its data file.
-
-    Raises EdgeftError where a product of the layers has no codes, or codes of another size.
-    """
-    from edgeft.targets.grid import joined
-
-    nodes = {node.name.rpartition("/MatMul")[0]: node for node in _graph(folder).node if node.op_type == "MatMulNBits"}
-    tensors = {tensor.name: tensor for tensor in _graph(folder).initializer}
-    known = matrices(codes, spec)
-    layers = {name for name in nodes if "/layers." in name}
-    placed = set[str]()
-    with saving(folder), open(folder / f"{MODEL}.data", "r+b") as data:
-        for name in sorted(layers):
-            parts = _elementary(name)
-            if lacking := [part for part in parts if part not in known]:
-                raise EdgeftError(folder, f"there are no codes for {lacking[0]}")
-            whole = joined([known[part]() for part in parts])
-            for stored, made in zip(nodes[name].input[1:], packed(whole), strict=False):
-                _overwrite(data, tensors[stored], made)
-            placed |= set(parts)
-    if placed != set(known):
-        raise EdgeftError(folder, f"the builder's graph has no {sorted(set(known) - placed)[0]}")
 
 
 def matrices(codes: Codes, spec: ModelSpec) -> dict[str, Callable[[], Encoded]]:
@@ -143,81 +94,39 @@ def _read_rows(codes: Codes, name: str, rows: slice) -> Encoded:
     return codes.read(name).rows(rows)
 
 
-def _elementary(name: str) -> list[str]:
-    """The builder's names of the products that one of its products joins."""
-    if not name.endswith("/qkv_proj"):
-        return [name]
-    return [f"{name.removesuffix('qkv_proj')}{part}_proj" for part in "qkv"]
-
-
-def packed(encoded: Encoded) -> tuple[bytes, bytes, bytes]:
-    """What a MatMulNBits node reads: codes in blocks, fp32 scales, zero points; of 4 bits the first of two is lower."""
-    columns, count = encoded.codes.shape[1], encoded.scale.shape[1]
-    zero: Any = encoded.zero.numpy().astype(numpy.uint8)
-    codes: Any = numpy.repeat(zero, encoded.block_size, axis=1)  # a last block that is not full is filled with zeros
-    codes[:, :columns] = encoded.codes.numpy().astype(numpy.uint8)
-    scale = encoded.scale.numpy().astype("<f4")
-    if encoded.bits == 4:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-        zero = numpy.pad(zero, ((0, 0), (0, count % 2)))
-        zero = zero[:, ::2] | zero[:, 1::2] << 4
-    return codes.tobytes(), scale.tobytes(), zero.tobytes()
-
-
-def _overwrite(data: BinaryIO, tensor: Any, made: bytes) -> None:
-    external = {entry.key: entry.value for entry in tensor.external_data}
-    if int(external.get("length", -1)) != len(made):
-        raise EdgeftError(tensor.name, f"has {external.get('length')} bytes in the graph, its codes have {len(made)}")
-    data.seek(int(external.get("offset", 0)))
-    data.write(made)
-
-
 def _store_half(folder: Path) -> None:
     """Store the matrices of an fp32 model in fp16, each followed by a cast that the runtime carries out on loading.
 
     The builder's own fp16 graph fails on a CPU at the first decoding step: ONNX Runtime 1.31 has no fp16 kernels for
     its operators there, inserts casts and reuses a buffer of another shape. Raises BadInput for weights beyond 65504.
     """
-    import onnx
+    from onnx import TensorProto, helper
 
-    path = folder / MODEL
-    model = onnx.load(str(path), load_external_data=False)
-    data, half = folder / f"{MODEL}.data", folder / f"{MODEL}.data.half"
-    casts = []
-    with open(data, "rb") as source, saving(folder), open(half, "wb") as out:
-        for tensor in model.graph.initializer:
-            external = {entry.key: entry.value for entry in tensor.external_data}
-            if not external:
-                continue
-            source.seek(int(external.get("offset", 0)))
-            raw = source.read(int(external["length"]))
-            if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and "_cache" not in tensor.name:
-                with numpy.errstate(over="ignore"):
-                    values = numpy.frombuffer(raw, dtype="<f4").astype("<f2")
-                if not numpy.isfinite(values).all():
-                    raise BadInput(tensor.name, "has values beyond the range of fp16", "export with --target ort-fp32")
-                raw, name = values.tobytes(), tensor.name
-                tensor.data_type, tensor.name = onnx.TensorProto.FLOAT16, f"{name}.fp16"
-                casts.append(
-                    onnx.helper.make_node("Cast", [tensor.name], [name], f"/cast/{name}", to=onnx.TensorProto.FLOAT)
-                )
-            out.write(b"\0" * (-out.tell() % 64))
-            placed = {"location": data.name, "offset": str(out.tell()), "length": str(len(raw))}
-            del tensor.external_data[:]
-            for key, value in placed.items():
-                tensor.external_data.add(key=key, value=value)
-            out.write(raw)
+    model, casts = read_graph(folder), []
+
+    def half(tensor: Any, values: Values) -> list[Stored] | None:
+        if values is None or values.ndim != 2 or "_cache" in tensor.name:
+            return None
+        name = f"{tensor.name}.fp16"
+        cast = helper.make_node("Cast", [name], [tensor.name], f"/cast/{tensor.name}", to=TensorProto.FLOAT)
+        casts.append(cast)
+        return [Stored(name, TensorProto.FLOAT16, values.shape, _halves(tensor.name, values))]
+
+    rewrite(folder, model, half)
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
-    kept = [
-        value for value in model.graph.value_info if value.name not in {name for cast in casts for name in cast.output}
-    ]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
-    with saving(folder):
-        path.write_bytes(model.SerializeToString(deterministic=True))
-        half.replace(data)
+    forget(model.graph, {name for cast in casts for name in cast.output})
+    write_graph(folder, model)
+
+
+def _halves(name: str, values: Values) -> Iterator[bytes]:
+    for part in blocks(values.shape):
+        with numpy.errstate(over="ignore"):
+            made = values[part].astype("<f2")
+        if not numpy.isfinite(made).all():
+            raise BadInput(name, "has values beyond the range of fp16", "export with --target ort-fp32")
+        yield made.tobytes()
 
 
 def _prune_head(folder: Path) -> None:
@@ -228,7 +137,7 @@ def _prune_head(folder: Path) -> None:
     """
     import onnx
 
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    model = read_graph(folder)
     head = next((node for node in model.graph.node if node.name.startswith(HEAD)), None)
     if head is None:
         return
@@ -239,15 +148,12 @@ def _prune_head(folder: Path) -> None:
     model.graph.node.insert(at, take)
     model.graph.initializer.append(last)
     _declare_logits(model.graph, 1)
-    with saving(folder):
-        (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+    write_graph(folder, model)
 
 
 def every_position(folder: Path) -> bytes:
     """The folder's graph with logits after every token, over the same weights: what a proof compares."""
-    import onnx
-
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    model = read_graph(folder)
     take = next((node for node in model.graph.node if node.name == f"{LAST}/Gather"), None)
     if take is not None:
         for node in model.graph.node:
@@ -264,9 +170,7 @@ def _declare_logits(graph: Any, positions: int | str) -> None:
     for node in graph.node:  # in topological order
         if node.name.startswith(HEAD) or behind & set(node.input):
             behind |= set(node.output)
-    kept = [value for value in graph.value_info if value.name not in behind]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
+    forget(graph, behind)
     for output in graph.output:
         if output.name in behind:
             shape = output.type.tensor_type.shape.dim[1]
@@ -285,8 +189,8 @@ finally:
 """
 
 
-def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> int:
-    """Run the builder in its own process: its memory ends with it, its noise goes to a log. Offline.
+def _run_builder(merged: Path, folder: Path, optimizations: dict[str, bool]) -> int:
+    """Have the builder write the graph in fp32, in its own process: memory ends with it, noise goes to a log. Offline.
 
     Returns its highest resident bytes, 0 where no /proc tells them.
     """
@@ -294,17 +198,9 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
     scratch.mkdir(exist_ok=True)
     log, status = scratch / "builder.log", scratch / "status"
     places = ("-i", merged.resolve(), "-o", folder.resolve(), "-c", (scratch / "cache").resolve())
-    command = processes.command(BUILDER, "-e", "cpu", *places)
-    if weights is None:
-        command += ["-p", "fp32"]
-    else:
-        options: dict[str, Any] = {"quant_config": {"io_dtype": "fp32", "weights": weights}}
-        named = [override["match"].get("name", "") for override in weights["overrides"]]
-        if any("/attn/" in name for name in named) and not any("/qkv_proj/" in name for name in named):
-            # The builder packs query, key and value of those layers alone in which none is named, and then wires
-            # the layers behind a packed one wrongly: all of them apart, or all packed.
-            options["optimizations"] = {"fuse_qkv": False}
-        command += ["--builder_config_version", "2", "--target_options", json.dumps(options)]
+    command = processes.command(BUILDER, "-e", "cpu", "-p", "fp32", *places)
+    if optimizations:
+        command += ["--builder_config_version", "2", "--target_options", json.dumps({"optimizations": optimizations})]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(scratch.resolve()),
         # the builder stamps the commit of whatever repository its environment stands in, a user's own, on the graph
@@ -336,19 +232,12 @@ def _run_builder(merged: Path, folder: Path, weights: dict[str, Any] | None) -> 
     )
 
 
-def _graph(folder: Path) -> Any:
-    """The ONNX graph without its weights."""
-    import onnx
-
-    return onnx.load(str(folder / MODEL), load_external_data=False).graph
-
-
 def read_weights(folder: Path) -> Weights:
     """Sizes of a model's weights in memory. A token takes one row of the embedding and rotary tables: not read.
 
     Weights behind a cast count as fp32: the runtime carries the cast out on loading.
     """
-    graph = _graph(folder)
+    graph = read_graph(folder).graph
     readers: dict[str, set[str]] = {}
     cast = {}
     for node in graph.node:

@@ -23,7 +23,7 @@ def grid_of(
 ) -> Grid | None:
     """The grid that the export to `target` puts this tensor of a checkpoint on; None: kept in 16 or 32 bits.
 
-    As `ort._quantisation` asks the builder and `gguf_file` writes: every matrix product, and tables that share the
+    As `nbits` and `gguf_file` write: every matrix product, and tables that share the
     head's weights or that the target wants in few bits. `promoted` are the modules with 8 bits of a target that mixes
     them, by their names in the checkpoint. Raises BadInput for a target whose rounding only its runtime knows.
     """
@@ -45,19 +45,23 @@ def grid_of(
         bits = target.head_bits
     elif name.removesuffix(".weight") in (promoted or ()):
         bits = 8
-    return {"ort": _ort_grid, "ggml": _ggml_grid}[grids](target, bits, shape, tied, of_table)
+    return ort_grid(target, bits, tied, table=of_table) if grids == "ort" else _ggml_grid(target, bits, shape)
 
 
-def _ort_grid(target: Target, bits: int, shape: tuple[int, ...], tied: bool, of_table: bool) -> Grid | None:
+def ort_grid(target: Target, bits: int, tied: bool, *, table: bool) -> Grid | None:
+    """Of a matrix product, or of an embedding `table` that is not the head; None: kept in fp32.
+
+    The rules are those of ONNX Runtime's quantiser, which knows one for graphs with an embedding that is rounded.
+    """
     separate = not tied and target.embedding_bits == 4
-    if of_table and not separate:
+    if table and not separate:
         return None
-    method: Method = "gather" if of_table else "mlas" if separate else "rtn"
+    method: Method = "gather" if table else "mlas" if separate else "rtn"
     assert bits in (4, 8)  # Target refuses a head of 32 bits on a body of fewer
     return Grid(8 if bits == 8 else 4, target.block_size, target.symmetric, method)
 
 
-def _ggml_grid(target: Target, bits: int, shape: tuple[int, ...], tied: bool, of_table: bool) -> Grid | None:
+def _ggml_grid(target: Target, bits: int, shape: tuple[int, ...]) -> Grid | None:
     """None for rows that blocks of 32 do not divide: llama.cpp keeps them in fp16."""
     if bits >= 16 or shape[-1] % 32:
         return None

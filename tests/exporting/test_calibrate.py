@@ -17,7 +17,7 @@ from tiny import EXAMPLE, job_data
 
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
-from edgeft.errors import BadInput, EdgeftError
+from edgeft.errors import BadInput
 from edgeft.exporting import calibrate as calibrate_module
 from edgeft.exporting.build import ArtifactModel, build_bundle
 from edgeft.exporting.calibrate import DAMPING, calibrate, chosen_rows, gptq, inverse_factor, put_codes
@@ -31,8 +31,9 @@ from edgeft.planning.costs import Question
 from edgeft.settings import make_job
 from edgeft.targets.codes import Codes
 from edgeft.targets.gguf_file import build_model as build_gguf
-from edgeft.targets.grid import GGML, Encoded, Grid, joined
-from edgeft.targets.ort import matrices, packed, place_codes
+from edgeft.targets.grid import GGML, Grid, joined
+from edgeft.targets.nbits import packed
+from edgeft.targets.ort import matrices
 from edgeft.targets.rounding import grids_of, round_, round_model
 from edgeft.targets.target import Target, load_target, to_nearest
 
@@ -239,27 +240,6 @@ def test_a_gguf_file_holds_them_where_llama_cpp_wants_its_rows(tmp_path: Path) -
             assert torch.equal(held[name], value), name
             seen += 1
     assert seen == len(list(codes)) > 0
-
-
-def test_codes_that_do_not_belong_to_the_graph_are_refused(tmp_path: Path) -> None:
-    spec, codes = read_model_spec(str(checkpoint())), tiny_codes()
-    shutil.copytree(calibrated_bundle(EXACT, checkpoint(), codes), tmp_path / "b")
-
-    def changed(file: str, change: Any) -> Codes:
-        shutil.copytree(codes.folder, tmp_path / file)
-        other = Codes(tmp_path / file)
-        first = {name: other.read(name) for name in other if "layers.0." in name}
-        other.write("layer-0000", change(first))
-        return Codes(tmp_path / file)
-
-    def shorter(held: dict[str, Encoded]) -> dict[str, Encoded]:
-        return {name: each.rows(slice(0, -2)) if "down_proj" in name else each for name, each in held.items()}
-
-    with pytest.raises(EdgeftError, match="its codes have"):
-        place_codes(tmp_path / "b", changed("short", shorter), spec)
-    with pytest.raises(EdgeftError, match=r"no codes for /model/layers.0/mlp/down_proj"):
-        lacking = changed("lacking", lambda held: {n: e for n, e in held.items() if "down_proj" not in n})
-        place_codes(tmp_path / "b", lacking, spec)
 
 
 def test_a_calibrated_target_needs_codes_and_no_other_takes_them(tmp_path: Path) -> None:

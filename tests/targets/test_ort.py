@@ -14,7 +14,8 @@ import pytest
 from bundles import bundle, reseal, some_ids
 
 from edgeft.exporting.build import ArtifactModel
-from edgeft.targets.ort import LAST, MODEL, _prune_head, every_position
+from edgeft.targets.onnx_file import MODEL
+from edgeft.targets.ort import LAST, _prune_head, every_position
 from edgeft.targets.runner import runner_module
 
 TARGETS = ["ort-int4", "ort-int8", "ort-fp16", "ort-fp32"]
