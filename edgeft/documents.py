@@ -47,7 +47,7 @@ class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NameIn:
     """In `Annotated[str, NameIn(table)]`: a key of the table, as a Literal of all its keys would be."""
 

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from edgeft.documents import Strict, invalid
+from edgeft.documents import NameIn, Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
+from edgeft.tuners import TUNERS
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 # as a target: the smallest artifact that keeps the fine-tune; every one that fits, side by side
 AUTO, ALL_THAT_FIT = "auto", "all-that-fit"
-Tuner = Literal["lora", "full"]
+Tuner = Annotated[str, NameIn(TUNERS)]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Layers = Literal["all", "sparse", "lisa"]
 LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progressive"]
@@ -169,9 +170,14 @@ class Training(Strict):
     eval_rows: int
 
     @property
+    def adapts(self) -> bool:
+        """Whether adapters train, beside weights that stay as they are."""
+        return TUNERS[self.tuner].adapters
+
+    @property
     def densely(self) -> bool:
         """Whether layers that train are dense fp32 ones in a base of another precision (`engine.fp32_layers`)."""
-        return self.tuner == "full" and self.layers != "all" and self.base_precision != "fp32"
+        return not self.adapts and self.layers != "all" and self.base_precision != "fp32"
 
     @property
     def repeats_groups(self) -> bool:
@@ -198,5 +204,5 @@ class Training(Strict):
 
     @property
     def lora_scale(self) -> float:
-        """rsLoRA (arXiv 2312.03732): alpha / sqrt(rank), so that the same learning rate serves every rank."""
-        return float(self.lora_alpha / self.rank**0.5) if self.rank else 0.0
+        """What an adapter's product is multiplied by."""
+        return float(TUNERS[self.tuner].scale(self.lora_alpha, self.rank)) if self.rank else 0.0

@@ -13,6 +13,7 @@ from edgeft.engine.lisa import Lisa, Named, Turns
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts, units
 from edgeft.settings import ENDS, Training
+from edgeft.tuners import ADAPTER, SAVED, TUNERS, module_of, other_factor
 
 CHANGED = "changed.safetensors"  # what was trained in place, whole tensors in fp32 under the model's names
 
@@ -28,7 +29,7 @@ def apply_tuner(model: nn.Module, parts: Parts, training: Training) -> list[tupl
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if training.tuner == "lora":
+    if training.adapts:
         _inject_lora(model, parts, training)
     chosen = [entry for entries in trained_units(model, parts, training).values() for entry in entries]
     for _, parameter in chosen if training.layers != "lisa" else []:
@@ -41,8 +42,7 @@ def trained_units(model: nn.Module, parts: Parts, training: Training) -> dict[st
     ends = [end for end in ENDS if getattr(training, end) != "off"]
     wanted = [*(f"layer {i}" for i in training.trained_layers), *ends]
     found = units(model, parts)
-    lora = training.tuner == "lora"
-    return {unit: [entry for entry in found[unit] if not lora or ".lora_" in entry[0]]
+    return {unit: [entry for entry in found[unit] if not training.adapts or ADAPTER in entry[0]]
             for unit in wanted if found[unit]}  # fmt: skip
 
 
@@ -73,12 +73,12 @@ def _inject_lora(model: nn.Module, parts: Parts, training: Training) -> None:
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = training.compute_dtype == "fp32"
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ADAPTER in name:
             parameter.data = parameter.data.float()
 
 
 def lora_config(model: nn.Module, parts: Parts, training: Training) -> Any:
-    """PEFT's config of the plan's adapters: rsLoRA scale, exact layers, no dropout."""
+    """PEFT's config of the plan's adapters: exact layers, no dropout."""
     from peft import LoraConfig
 
     chosen = [
@@ -91,10 +91,10 @@ def lora_config(model: nn.Module, parts: Parts, training: Training) -> Any:
     return LoraConfig(
         r=training.rank,
         lora_alpha=training.lora_alpha,  # type: ignore[arg-type]
-        use_rslora=True,
         target_modules=chosen,
         fan_in_fan_out=fan_in_fan_out,
         task_type="CAUSAL_LM",
+        **TUNERS[training.tuner].peft,  # type: ignore[arg-type]
     )
 
 
@@ -105,11 +105,11 @@ def save_tuned(model: nn.Module, parts: Parts, training: Training, chosen: Named
     """
     from safetensors.torch import save_file
 
-    if training.tuner == "lora":
+    if training.adapts:
         tensors = {
-            "base_model.model." + name.replace(".default.", "."): p.detach().cpu().contiguous()
+            SAVED + name.replace(".default.", "."): p.detach().cpu().contiguous()
             for name, p in model.named_parameters()
-            if ".lora_" in name
+            if ADAPTER in name
         }
         config = lora_config(model, parts, training)
         config.base_model_name_or_path = base
@@ -137,9 +137,8 @@ def unit_changes(tuned: Path, base: Checkpoint, model: nn.Module, parts: Parts, 
         return {unit: (moved[unit] / total[unit]) ** 0.5 if total[unit] else moved[unit] ** 0.5 for unit in moved}
     file = TensorFile(tuned / "adapter_model.safetensors")
     for name in file.entries:
-        if name.endswith(".lora_A.weight"):
-            a, b = file.read(name).float(), file.read(name.replace(".lora_A.", ".lora_B.")).float()
-            target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        if (module := module_of(name)) is not None:
+            a, b, target = file.read(name).float(), file.read(other_factor(name)).float(), f"{module}.weight"
             # ||B A||^2 = tr((B^T B)(A A^T)): r x r instead of the whole matrix
             change = float(((b.T @ b) * (a @ a.T)).sum()) * training.lora_scale**2
             unit = "layer " + target.removeprefix(parts.layers_path + ".").split(".")[0]

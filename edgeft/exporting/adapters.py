@@ -19,6 +19,7 @@ from edgeft.errors import BadInput
 from edgeft.exporting.bundle import GoldenInput, PromptFormat
 from edgeft.models.metrics import Proof
 from edgeft.models.spec import ModelSpec
+from edgeft.tuners import DOWN, UP
 
 FOLDER = "adapters"
 Matrix = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -128,7 +129,7 @@ def _pack(
 
 
 def _names(place: str) -> tuple[str, str]:
-    return f"model.{place}.lora_A.weight", f"model.{place}.lora_B.weight"
+    return f"model.{place}{DOWN}weight", f"model.{place}{UP}weight"
 
 
 def _add_inputs(graph: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:

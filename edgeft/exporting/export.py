@@ -39,6 +39,7 @@ from edgeft.settings import Job
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
+from edgeft.tuners import ADAPTERS, module_of, other_factor
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
@@ -346,15 +347,14 @@ def adapter_source(
     """A training result as an adapter of a bundle, with what proves it. Raises BadInput if it is no plain LoRA."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise BadInput("adapters", f"{name!r} is no name", "use small letters, digits, - and _: NAME=TRAIN")
-    if result.plan.training.tuner != "lora":
-        hint = "plan with --set tuner=lora, or merge it and export a bundle of its own"
+    if not result.plan.training.adapts:
+        hint = f"plan with --set tuner={ADAPTERS}, or merge it and export a bundle of its own"
         raise BadInput(folder, "is a full fine-tune, which cannot be switched to", hint)
     config, weights = read_adapter_config(folder), Checkpoint(base)
     file, changes = TensorFile(folder / "adapter_model.safetensors"), {}
     for key in file.entries:
-        if key.endswith(".lora_A.weight"):
-            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            down, up = (file.read(part).float().numpy().T for part in (key, key.replace(".lora_A.", ".lora_B.")))
+        if (module := module_of(key)) is not None:
+            down, up = (file.read(part).float().numpy().T for part in (key, other_factor(key)))
             scale = numpy.float32(lora_scale(config, module, down.shape[1]))
             changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
     tokenizer = TextTokenizer(local_folder(result.plan.job.model))

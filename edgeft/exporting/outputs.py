@@ -37,6 +37,7 @@ from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
 from edgeft.settings import Training
 from edgeft.training.result import TrainResult
+from edgeft.tuners import SAVED
 
 WHOLE = Shares()
 CPU = torch.device("cpu")
@@ -212,7 +213,7 @@ def load_as_trained(trained: Path, result: TrainResult) -> tuple[Any, torch.dtyp
     else:
         model = load_base(folder, training, CPU, here)
     parts = find_parts(model)
-    if training.tuner == "lora":
+    if training.adapts:
         put_adapters(model, parts, trained, training, WHOLE)
         return model, here
     apply_tuner(model, parts, training)
@@ -262,7 +263,7 @@ def load_changed(base: Path, trained: Path, training: Training, shares: Shares =
     meter.import_all()
     model = load_plain(base)
     training = training.model_copy(update={"compute_dtype": "fp32"})
-    if training.tuner == "lora":
+    if training.adapts:
         if not shares.nothing:
             put_adapters(model, find_parts(model), trained, training, shares)
     else:
@@ -279,7 +280,7 @@ def put_adapters(model: Any, parts: Parts, trained: Path, training: Training, sh
     weights = TensorFile(trained / "adapter_model.safetensors")
     with torch.no_grad():
         for name, parameter in chosen:
-            parameter.copy_(weights.read("base_model.model." + name.replace(".default.", ".")))
+            parameter.copy_(weights.read(SAVED + name.replace(".default.", ".")))
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for adapter in module.scaling:

@@ -247,6 +247,7 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     from edgeft.engine.tuners import apply_tuner, save_tuned
     from edgeft.models.checkpoint import load_plain
     from edgeft.models.parts import find_parts
+    from edgeft.tuners import ADAPTER, UP
 
     model = load_plain(base)
     parts = find_parts(model)
@@ -255,9 +256,9 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     with torch.no_grad():
         for name, parameter in chosen:
             noise = torch.randn(parameter.shape, generator=random)
-            if ".lora_" not in name:
+            if ADAPTER not in name:
                 parameter.add_(noise, alpha=WEIGHT_SHARE * float(parameter.square().mean().sqrt()))
-            elif ".lora_B." in name:
+            elif UP in name:
                 parameter.copy_(noise * ADAPTER_RMS)
     out.mkdir()
     save_tuned(model, parts, training, chosen, str(base), out)

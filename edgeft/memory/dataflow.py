@@ -14,6 +14,7 @@ from edgeft.memory.operations import Gradients, Kept, Operations, Way
 from edgeft.memory.tape import Frame, Storage, Tape, Value, boundary
 from edgeft.models.families import Role
 from edgeft.models.spec import Linear, ModelSpec
+from edgeft.tuners import adapts
 
 # no gradient is wanted; gradients pass, nothing trains; it trains; what trained (or will) runs without autograd
 Kind = Literal["idle", "through", "trained", "scored"]
@@ -60,7 +61,7 @@ class _Layer(Operations):
         super().__init__(tape, spec, way, trained)
         self.masked, self.family = masked, spec.family
         self.roles = projections(spec)
-        if way.tuner == "lora" and trained:  # a stand-in carries an adapter as what it stands for does
+        if adapts(way.tuner) and trained:  # a stand-in carries an adapter as what it stands for does
             self.targets = self.targets | {
                 x.name for role in self.roles.values() for x in role if x not in spec.linears
             }

@@ -17,6 +17,7 @@ from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
+from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes
 
 CHECKPOINTS_KEPT = 2
@@ -89,7 +90,7 @@ def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
     if training.layers == "lisa" and training.lisa_state == "drop":
         with_states = max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
     layers = len(training.trained_layers) + len(ENDS)
-    tensors = layers * (len(spec.linears) * (2 if training.tuner == "lora" else 1) + spec.norms_per_layer + 2)
+    tensors = layers * (len(spec.linears) * len(TUNERS[training.tuner].sizes(1, 1, 1)) + spec.norms_per_layer + 2)
     return int(learnt * itemsize + with_states * states) + TENSOR_BYTES * tensors
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from edgeft.memory.tape import Storage, Tape, Value, parameter
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import Training
+from edgeft.tuners import adapts
 
 Kept = list[Storage]
 Gradients = list[Storage | None]
@@ -50,11 +51,11 @@ class Operations:
         self.e, self.half = way.itemsize, way.itemsize == 2
         # CUDA's autocast computes some functions in fp32 that a CPU's leaves alone
         self.widens = self.half and way.cuda
-        self.full = trained and way.tuner == "full"
+        self.full = trained and not adapts(way.tuner)
         self.frozen = False  # what trains is there, and autograd is off
         # a dense layer of another precision's base trains its matrices alone under half-precision compute
         self.full_vectors = self.full and not (way.densely and self.half)
-        self.targets = set(way.targets) if trained and way.tuner == "lora" else set()
+        self.targets = set(way.targets) if trained and adapts(way.tuner) else set()
 
     # of any width
 

@@ -26,6 +26,7 @@ from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
+from edgeft.tuners import TUNERS
 from edgeft.units import MIB, show_bytes
 
 # Resident bytes of processes that hold no model yet: Python 3.11, torch 2.13 (CPU build), transformers 5.23,
@@ -178,7 +179,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
         Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
     ]
     if training.device == "cpu":
-        adapters = trained * 4 if training.tuner == "lora" else 0
+        adapters = trained * 4 if training.adapts else 0
         weights = train_step.weight_bytes(spec, training)
         terms += [
             Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
@@ -201,12 +202,13 @@ def merge_bytes(elements: int, itemsize: int, *, changed: bool, factor_bytes: in
 def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     """W0 + a (Wft - W0), tensor by tensor: the tensor that needs most, changed or not."""
     itemsize = STORED_BYTES.get(spec.dtype, 4)
-    lora = training.tuner == "lora"
+    lora, sizes = training.adapts, TUNERS[training.tuner].sizes
     adapted = {linear.name for linear in train_step.targets(spec, training)}
     tensors = []
     for linear in spec.linears:
         # an adapter's two factors, as read and scaled
-        factors = 8 * training.rank * (linear.in_features + linear.out_features) if linear.name in adapted else 0
+        elements = sum(sizes(linear.in_features, linear.out_features, training.rank))
+        factors = 8 * elements if linear.name in adapted else 0
         count = linear.in_features * linear.out_features
         tensors.append((count, merge_bytes(count, itemsize, changed=not lora or bool(factors), factor_bytes=factors)))
     table = spec.vocab_size * spec.hidden_size
@@ -268,7 +270,7 @@ def prove(planned: Planned, training: Training, target: Target) -> Phase:
     """
     spec, lengths, work, has = planned.spec, planned.lengths, planned.work, processes(planned.profile)
     changed = 4 * learnt_parameters(spec, training)
-    lora = training.tuner == "lora"
+    lora = training.adapts
     file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
     context = min(work.longest + work.longest_trained + 1, target.context_tokens)
     runtime = runtime_of(target)

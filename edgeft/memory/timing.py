@@ -15,6 +15,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import Training
+from edgeft.tuners import TUNERS
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
 # half of the shapes of bench/step_time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
@@ -22,13 +23,11 @@ MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
 FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
 
 # Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
-# alone, then with the backward pass: counted on the tape of `memory.dataflow` for a Llama
-# (tests/memory/test_timing.py).
+# alone, then with a backward pass through it; `tuners` has those of a layer that trains. Counted on the tape of
+# `memory.dataflow` for a Llama (tests/memory/test_timing.py).
 MADE = {
     "idle": (11, 4, 6.5, 6.5, 0),
     "through": (33, 8, 14, 14, 0),
-    "lora": (46, 18, 20, 22, 14),
-    "full": (35, 8, 14, 14, 0),
 }
 PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
@@ -69,16 +68,16 @@ def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, score
     weights = spec.num_hidden_layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
     operations = 2 * weights * scored.tokens + 2 * spec.vocab_size * spec.hidden_size * scored.trained_tokens
     moved = float(train_step.DTYPE_BYTES[training.compute_dtype] * spec.num_hidden_layers * scored.tokens)
-    moved *= _widths_made(spec, training, "idle")
+    moved *= _widths_made(spec, training, MADE["idle"])
     moved += LOSS_BYTES / 2 * spec.vocab_size * scored.trained_tokens
     return 2 * (operations / (of_rate * rate) + moved / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9))
 
 
-def _widths_made(spec: ModelSpec, training: Training, kind: str) -> float:
+def _widths_made(spec: ModelSpec, training: Training, made: tuple[float, ...]) -> float:
     """Elements for each token of the tensors that a layer makes."""
     query, key = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     widths = (spec.hidden_size, spec.intermediate_size, query, key, training.rank)
-    return sum(share * width for share, width in zip(MADE[kind], widths, strict=True))
+    return sum(share * width for share, width in zip(made, widths, strict=True))
 
 
 def micro_batches(training: Training, work: train_step.Workload) -> float:
@@ -110,18 +109,18 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     tokens, loss_tokens = training.batch_size * work.longest, training.batch_size * work.longest_trained
     weights = sum(linear.in_features * linear.out_features for linear in spec.linears)
     parameters = train_step.trained_parameters(spec, training)
-    full = training.tuner == "full"
+    full = not training.adapts
     operations = 2 * (layers + crossed + again + trained * full) * weights * tokens
     operations += 0 if full else 6 * parameters * tokens
     operations += 6 * spec.vocab_size * spec.hidden_size * loss_tokens
 
     itemsize = train_step.DTYPE_BYTES[training.compute_dtype]
 
-    def made(kind: str) -> float:
-        return _widths_made(spec, training, kind)
+    def made(shares: tuple[float, ...]) -> float:
+        return _widths_made(spec, training, shares)
 
-    per_token = (layers - crossed + again) * made("idle") + (crossed - trained) * made("through")
-    per_token += trained * made(training.tuner)
+    per_token = (layers - crossed + again) * made(MADE["idle"]) + (crossed - trained) * made(MADE["through"])
+    per_token += trained * made(TUNERS[training.tuner].made)
     moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
     splits = micro_batches(training, work)
     if training.base_precision == "nf4":

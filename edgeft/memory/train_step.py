@@ -22,6 +22,7 @@ from edgeft.memory.operations import Way
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import ENDS, Training
+from edgeft.tuners import TUNERS
 from edgeft.units import MIB
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -108,11 +109,8 @@ def dense_bytes(spec: ModelSpec, training: Training) -> int:
 
 def trained_parameters(spec: ModelSpec, training: Training) -> int:
     """Parameters that get a gradient: r * (in + out) per target and layer, or whole layers, or everything."""
-    if training.tuner == "lora":
-        per_layer = sum(
-            training.rank * (linear.in_features + linear.out_features) for linear in targets(spec, training)
-        )
-        return per_layer * len(training.trained_layers)
+    if training.adapts:
+        return sum(sum(sizes) for sizes in adapter_sizes(spec, training)) * len(training.trained_layers)
     return sum(spec.layer_parameters[i] for i in training.trained_layers) + sum(
         size for end, size in end_parameters(spec).items() if getattr(training, end) == "on"
     )
@@ -161,6 +159,12 @@ def targets(spec: ModelSpec, training: Training) -> list[Linear]:
     return [linear for linear in spec.linears if linear.name in training.target_modules]
 
 
+def adapter_sizes(spec: ModelSpec, training: Training) -> list[tuple[int, ...]]:
+    """Elements of the tensors of each adapter of a layer."""
+    sizes = TUNERS[training.tuner].sizes
+    return [sizes(linear.in_features, linear.out_features, training.rank) for linear in targets(spec, training)]
+
+
 def optimizer_bytes(spec: ModelSpec, training: Training) -> int:
     """Bytes of the optimizer's states on the training device.
 
@@ -181,9 +185,9 @@ def optimizer_bytes(spec: ModelSpec, training: Training) -> int:
 def trained_tensors(spec: ModelSpec, training: Training) -> Counter[int]:
     """Elements of the tensors that train, each size with how many there are."""
     layer: Counter[int] = Counter()
-    if training.tuner == "lora":
-        for linear in targets(spec, training):
-            layer.update([training.rank * linear.in_features, training.rank * linear.out_features])
+    if training.adapts:
+        for sizes in adapter_sizes(spec, training):
+            layer.update(sizes)
         return Counter({size: count * len(training.trained_layers) for size, count in layer.items()})
     for linear in spec.linears:
         layer.update([linear.in_features * linear.out_features] + [linear.out_features] * linear.has_bias)
@@ -200,7 +204,7 @@ def trained_tensors(spec: ModelSpec, training: Training) -> Counter[int]:
 
 def trained_itemsize(training: Training) -> int:
     """Bytes of one trained parameter: adapters are fp32, fully trained weights have the base's dtype."""
-    if training.tuner == "lora" or training.densely:
+    if training.adapts or training.densely:
         return 4
     return DTYPE_BYTES[training.base_precision]
 
@@ -273,7 +277,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     terms = [
         ("weights", weights, f"{spec.total_parameters} parameters in {training.base_precision}"),
         ("dense layers", dense, f"{len(trained)} layers of {spec.num_hidden_layers} in fp32 while they train"),
-        ("adapters", parameters * itemsize if training.tuner == "lora" else 0, f"{parameters} x {itemsize} B"),
+        ("adapters", parameters * itemsize if training.adapts else 0, f"{parameters} x {itemsize} B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
         ("gradients", present, f"{parameters} x {itemsize} B when all are there"),
         ("activations", activations, f"{tokens} tokens{recomputed}"),
@@ -386,7 +390,7 @@ def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapp
     rows = min(training.loss_chunk_tokens, tokens)
     measured = min((count for count in head_buffers if count >= rows), default=max(head_buffers, default=0))
     head = head_buffers.get(measured, 0) * spec.vocab_size
-    adapted = len(training.target_modules) * len(training.trained_layers) if training.tuner == "lora" else 0
+    adapted = len(training.target_modules) * len(training.trained_layers) if training.adapts else 0
     quantised = len(spec.linears) * spec.num_hidden_layers if training.base_precision == "nf4" else 0
     fixed = CPU_BUFFERS + int(CPU_BYTES_PER_DOUBLING * max(0.0, math.log2(tokens / 128)))
     fixed += CPU_RECOMPUTING if training.checkpointing else 0
@@ -458,7 +462,7 @@ def phases(
     if on_cpu and stored:
         load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
     sets = worst_sets(spec, training)
-    adapter = trained_parameters(spec, training) * 4 if training.tuner == "lora" else 0
+    adapter = trained_parameters(spec, training) * 4 if training.adapts else 0
     dense = max(dense_bytes(spec, one) for one in sets)
     pool = pool_bytes(spec, training, work)
     held = [

@@ -24,11 +24,11 @@ from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.settings import Training
+from edgeft.tuners import UP, module_of, other_factor
 
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
 SHOWN = 4  # wrong tensors that are named
-PREFIX = "base_model.model."
 BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}  # of a value's mantissa
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float64: 0.0}
 
@@ -49,10 +49,10 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
     kept = TensorFile(trained / (CHANGED if (trained / CHANGED).is_file() else ADAPTER))
     found.files = {"kept": kept}
     for key in kept.entries:
-        if ".lora_B." in key:
+        if UP in key:
             continue
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        adapter = module != key
+        module = module_of(key)
+        adapter = module is not None
         try:
             name = base.name_of(f"{module}.weight" if adapter else key)
         except BadInput as problem:
@@ -126,7 +126,7 @@ def expected_blocks(
     if name in learnt.adapters and share:
         key = learnt.adapters[name]
         right = kept.read(key).double()
-        left = kept.read(key.replace(".lora_A.", ".lora_B.")).double()
+        left = kept.read(other_factor(key)).double()
         shape = base.shape(name)
         if (left.shape[0], right.shape[1]) != shape:  # GPT-2's Conv1D holds a matrix as in x out
             left, right = right.T, left.T

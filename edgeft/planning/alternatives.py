@@ -123,7 +123,7 @@ def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
         ways.append((chosen.optimizer, "adamw with 32-bit states", {"optimizer": "adamw"}))
     if chosen.layers == "lisa" or len(chosen.trained_layers) < count:
         whole: dict[str, object] = {"layers": "all", "trained_layers": tuple(range(count)), "active_layers": 0}
-        if chosen.tuner == "full":
+        if not chosen.adapts:
             whole |= {"embedding": "on", "norm": "on", "head": "on", "base_precision": "fp32"}
         ways.append((f"layers: {describe(chosen, 'layers')}", f"all {count} layers", whole))
     if chosen.micro_batch_size < chosen.batch_size:
@@ -220,7 +220,7 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
         f"{term.name} {show_bytes(term.bytes)}" for term in sorted(highest.terms, key=lambda t: -t.bytes)[:3]
     )
     way = (
-        f"{smallest.base_precision}, {'rank ' + str(smallest.rank) if smallest.rank else 'full'}, "
+        f"{smallest.base_precision}, {'rank ' + str(smallest.rank) if smallest.rank else smallest.tuner}, "
         f"{smallest.active_layers or len(smallest.trained_layers)} layers, micro-batch {smallest.micro_batch_size}"
     )
     problem = (

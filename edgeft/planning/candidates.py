@@ -13,6 +13,7 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
+from edgeft.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
 
 # Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
 # memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
@@ -48,14 +49,14 @@ def _pages_pile_up() -> BadInput:
 def check_job(job: Job, spec: ModelSpec) -> None:
     """Raise BadInput for settings that contradict one another or the model."""
     count = spec.num_hidden_layers
-    if job.tuner == "full" and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
+    if adapts(job.tuner) is False and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
         raise untrainable(job.base_precision)
     if job.optimizer == "paged_adamw8bit" and job.layers == "lisa":
         raise _pages_pile_up()
     for name, most in (("active_layers", job.active_layers), ("trained_layers", max(job.trained_layers or (0,)) + 1)):
         if getattr(job, name) is not None and most is not None and most > count:
             raise BadInput(name, f"{most} is more than the model's {count} layers", f"at most {count}")
-    if spec.stacked and job.tuner == "full":
+    if spec.stacked and adapts(job.tuner) is False:
         problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
         raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
     if job.trained_layers == ():
@@ -67,7 +68,7 @@ def check_job(job: Job, spec: ModelSpec) -> None:
         raise BadInput("active_layers", f"{job.active_layers}, but trained_layers names {len(job.trained_layers)}",
                        "leave one of them out")  # fmt: skip
     ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
-    if ends and job.tuner == "lora":
+    if ends and adapts(job.tuner):
         raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
     if "rotate" in (job.embedding, job.norm, job.head) and job.layers != "lisa":
         raise BadInput("rotate", "embedding, norm and head rotate only with the layers", "add --set layers=lisa")
@@ -93,7 +94,7 @@ def _layer_ways(
     given = {end: getattr(job, end) or "off" for end in ENDS}
     if spec.tie_word_embeddings:
         given["head"] = given["embedding"] = job.embedding or job.head or "off"
-    full_ends = dict.fromkeys(ENDS, "on") if tuner == "full" else {}
+    full_ends = {} if adapts(tuner) else dict.fromkeys(ENDS, "on")
     whole = {
         "layers": "all",
         "trained_layers": every,
@@ -103,13 +104,13 @@ def _layer_ways(
     ways = []
     if job.layers in (None, "all"):
         ways.append(whole)
-    if job.layers == "sparse" or (job.layers is None and tuner == "lora"):
+    if job.layers == "sparse" or (job.layers is None and adapts(tuner)):
         counts = [job.active_layers] if job.active_layers else sorted({max(1, count * k // 4) for k in (1, 2, 3)})[::-1]
         if job.layer_score == "progressive" and scores and not job.active_layers:
             counts = [max(1, sum(score > 0 for score in scores))]  # the search says itself how far down it pays
         sets = [job.trained_layers] if job.trained_layers else [_best(job, count, n, scores) for n in counts]
         ways += [{"layers": "sparse", "trained_layers": chosen, **given} for chosen in sets]
-    if job.layers == "lisa" or (job.layers is None and tuner == "full"):
+    if job.layers == "lisa" or (job.layers is None and not adapts(tuner)):
         pool = job.trained_layers or every
         size = len(pool) + sum(mode == "rotate" for mode in given.values())
         for active in [job.active_layers] if job.active_layers else sorted({min(n, len(pool)) for n in (4, 2)})[::-1]:
@@ -156,10 +157,10 @@ def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
     if job.tuner is not None:
         return [job.tuner]
     if any(getattr(job, end) not in (None, "off") for end in ENDS):
-        return ["full"]
+        return [WEIGHTS]
     pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision in SMALL_PRECISIONS
     small = spec.total_parameters <= SMALL_MODEL and not spec.stacked
-    return ["full", "lora"] if small and not pinned_lora else ["lora"]
+    return [WEIGHTS, ADAPTERS] if small and not pinned_lora else [ADAPTERS]
 
 
 def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layers: dict[str, Any]) -> list[Precision]:
@@ -172,7 +173,7 @@ def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layer
         return [job.base_precision]
     half, on_cpu = _half(profile, spec), profile.device == "cpu"
     some_layers = layers["layers"] != "all"
-    if tuner == "full" and (not some_layers or on_cpu or _trained_end(layers)):
+    if not adapts(tuner) and (not some_layers or on_cpu or _trained_end(layers)):
         return ["fp32", "nf4"] if some_layers and on_cpu else ["fp32"]
     if on_cpu:
         return ["fp32", "bf16", "nf4"] if profile.supports("bf16") else ["fp32", "nf4"]
@@ -196,9 +197,9 @@ def refusal(
     end, some_layers = _trained_end(layers), layers["layers"] != "all"
     if precision == "nf4" and profile.device == "mps":
         return BadInput("base_precision", "bitsandbytes has no 4-bit kernels for Apple GPUs", "use bf16, fp16 or fp32")
-    if tuner == "full" and not some_layers and precision != "fp32":
+    if not adapts(tuner) and not some_layers and precision != "fp32":
         return untrainable(precision)
-    if tuner == "full" and end is not None and compute != "fp32":
+    if not adapts(tuner) and end is not None and compute != "fp32":
         # an fp32 embedding or norm would make every activation fp32
         problem = f"trains in fp32, but this plan computes in {compute}"
         return BadInput(end, problem, f"leave {end} off, or base_precision to the planner")
@@ -247,7 +248,7 @@ def candidates(
         for tuner in _tuners(job, spec)
         for layers in _layer_ways(job, spec, tuner, steps, scores)
         for precision in _precisions(job, profile, spec, tuner, layers)
-        for rank in (ranks if tuner == "lora" else [0])
+        for rank in (ranks if adapts(tuner) else [0])
     ]
     modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
     open_still: list[dict[str, Any]] = [
@@ -270,7 +271,7 @@ def candidates(
         if (reason := refusal(profile, tuner, precision, compute, layers)) is not None:
             refused = refused or reason
             continue
-        lora = tuner == "lora"
+        lora = adapts(tuner)
         first = Training(
             device=profile.device,
             tuner=tuner,
@@ -338,5 +339,4 @@ def default_learning_rate(spec: ModelSpec, tuner: Tuner) -> float:
     validation rows (bench/results/rates.json, three epochs, two seeds): full fine-tuning loses nothing between half of
     this rate and 0.1 / h, and 0.05 nats at 0.15 / h; LoRA is flat from a quarter of its rate to 1.4 times it.
     """
-    rate = 2e-4 * (2000 / spec.hidden_size) ** 0.775 if tuner == "lora" else 0.075 / spec.hidden_size
-    return float(f"{rate:.2g}")
+    return float(f"{TUNERS[tuner].rate(spec.hidden_size):.2g}")

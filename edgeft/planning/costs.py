@@ -176,7 +176,7 @@ def quality_cost(spec: ModelSpec, training: Training) -> float:
     cost += ADAM8_COST if training.optimizer != "adamw" else 0.0
     if training.layers == "lisa":  # every layer trains in its turn
         cost += LISA_COST * (1 - training.active_layers / len(training.trained_layers))
-    if training.tuner == "full" and training.embedding == "off":
+    if not training.adapts and training.embedding == "off":
         cost += ENDS_COST
     cost += LAYERS_COST * (1 - len(training.trained_layers) / spec.num_hidden_layers)
     if training.rank:

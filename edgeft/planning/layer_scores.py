@@ -24,6 +24,7 @@ from edgeft.planning.candidates import check_job, needs_importance
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import Progress
 from edgeft.settings import Job
+from edgeft.tuners import ADAPTERS, adapts
 
 # of a job, what holds for the training that scores its layers as well; the rest is LoRA in all layers, as planned
 KEPT = ("model", "data", "valid", "profile", "base_precision", "micro_batch_size", "batch_size", "max_length",
@@ -42,8 +43,9 @@ def scoring_plan(job: Job) -> Plan:
     Hidden states need no backward pass: where LoRA in all layers does not fit, any plan with LoRA does for them.
     Raises DoesNotFit for the other scores.
     """
-    kept = KEPT if job.tuner == "full" else KEPT + KEPT_OF_LORA
-    every = Job(**{name: getattr(job, name) for name in kept}, tuner="lora", layers="all")
+    kept = KEPT if adapts(job.tuner) is False else KEPT + KEPT_OF_LORA
+    tuner = job.tuner if adapts(job.tuner) else ADAPTERS
+    every = Job(**{name: getattr(job, name) for name in kept}, tuner=tuner, layers="all")
     try:
         return make_plan(every)
     except DoesNotFit as problem:

@@ -46,6 +46,7 @@ from edgeft.planning.candidates import (
 from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.settings import Job, Training
+from edgeft.tuners import ADAPTERS, TUNERS, adapts
 
 HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
@@ -342,4 +343,6 @@ def _unpinned(question: Question, steps: int, scores: Sequence[float] | None) ->
         if (value := getattr(question.job, name)) is not None and fits(**{name: None}):
             return f"it fits when {name} is left to the planner: drop --set {name}={value}"
     # full fine-tuning is the user's own wish; what the planner chose itself has had its LoRA candidates
-    return "LoRA would fit: --set tuner=lora" if question.job.tuner == "full" and fits(tuner="lora") else None
+    if adapts(question.job.tuner) is False and fits(tuner=ADAPTERS):
+        return f"{TUNERS[ADAPTERS].title} would fit: --set tuner={ADAPTERS}"
+    return None

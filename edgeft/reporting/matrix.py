@@ -22,6 +22,7 @@ from edgeft.progress import Progress, silent
 from edgeft.settings import make_job
 from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_context, predict
 from edgeft.targets.target import Target, candidates
+from edgeft.tuners import TUNERS
 
 # What a plan keeps of the best there is: "full" every layer over a 16- or 32-bit base, "4-bit" every layer over a 4-bit
 # base, "reduced" fewer layers or a lower rank than the best candidate's, "none" that it does not fit.
@@ -270,7 +271,7 @@ def grade(plan: Plan) -> Grade:
 def method(plan: Plan) -> str:
     """`NF4 LoRA r64, all 32 layers`, `BF16 LoRA r64, 8 of 32 layers`, `FP32 full, LISA 4 of 32 layers`."""
     training, count = plan.training, plan.spec.num_hidden_layers
-    way = f"LoRA r{training.rank}" if training.tuner == "lora" else "full"
+    way = TUNERS[training.tuner].short.format(rank=training.rank)
     layers = training.active_layers or len(training.trained_layers)
     which = "all" if layers == count else f"{'LISA ' if training.layers == 'lisa' else ''}{layers} of"
     return f"{training.base_precision.upper()} {way}, {which} {count} layers"

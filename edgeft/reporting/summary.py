@@ -21,7 +21,9 @@ from edgeft.planning.costs import Candidate
 from edgeft.planning.plan import Plan
 from edgeft.reporting.matrix import DeviceCell, device_cell, method
 from edgeft.reporting.read_run import Run
+from edgeft.settings import ENDS
 from edgeft.training.result import TrainResult
+from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
 CURVE_POINTS = 200  # of a loss curve: what a plot of a page's width can show
@@ -243,13 +245,9 @@ def plain_words(plan: Plan) -> tuple[Setting, ...]:
         which = (
             f"{training.active_layers} of {layers} layers at a time, drawn anew every {training.lisa_interval} steps"
         )
-    if training.tuner == "lora":
-        what = (
-            f"Small adapter matrices of rank {training.rank} (LoRA) train in {which}; the model itself stays as it is"
-        )
-    else:
-        ends = [end for end in ("embedding", "norm", "head") if getattr(training, end) != "off"]
-        what = f"The model's own weights train: {which}" + (f", and {', '.join(ends)}" if ends else "")
+    ends = [end for end in ENDS if getattr(training, end) != "off"]
+    said = f", and {', '.join(ends)}" if ends else ""
+    what = TUNERS[training.tuner].sentence.format(rank=training.rank, layers=which, ends=said)
     stored = {"nf4": "4 bits (NF4)", "fp32": "32 bits", "fp16": "16 bits (fp16)", "bf16": "16 bits (bf16)"}
     base = f"The weights lie in memory in {stored[training.base_precision]} and are multiplied in "
     base += training.compute_dtype
@@ -294,7 +292,7 @@ def options(plan: Plan) -> tuple[Option, ...]:
     base = next(row for row in plan.frontier if is_chosen(row))
     for row in plan.frontier:
         chosen = row is base
-        way = f"LoRA r{row.rank}" if row.tuner == "lora" else "full"
+        way = TUNERS[row.tuner].short.format(rank=row.rank)
         which = "all" if row.trained == plan.spec.num_hidden_layers else f"{row.trained} of"
         text = f"{row.base_precision.upper()} {way}, {'LISA ' if row.layers == 'lisa' else ''}{which} "
         text += f"{plan.spec.num_hidden_layers} layers" + (", 8-bit AdamW" if row.optimizer != "adamw" else "")

@@ -18,6 +18,7 @@ from edgeft.models.metrics import Importance, Metrics, Pair, Promotion, Proof, R
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
 from edgeft.reporting.words import attempt_cells, difference_text, rung_cells
+from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def plan_text(plan: Plan) -> RenderableType:
     if training.layers == "lisa":
         layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
         layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
-    how = f"LoRA rank {training.rank} in {layers}" if training.tuner == "lora" else f"full fine-tuning of {layers}"
+    how = TUNERS[training.tuner].method.format(rank=training.rank, layers=layers)
     rows = [
         ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
         ("profile", f"{plan.profile.name}: {plan.profile.description}"),

@@ -64,7 +64,7 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
         make_fake(model)
     parameters = dict(model.named_parameters())
     chosen = [(name, parameters[name]) for name in names]
-    adapters = {id(p) for name, p in chosen} if training.tuner == "lora" else set()
+    adapters = {id(p) for name, p in chosen} if training.adapts else set()
     with as_planned(training, fake, trace.begin):
         run = loop.Run(training, CPU, compute, model, parts, chosen)
         for _, parameter in chosen:

@@ -69,6 +69,7 @@ def _rss_after_tiny_step() -> int:
     from edgeft.models.evaluate import greedy
     from edgeft.models.parts import find_parts
     from edgeft.settings import Training
+    from edgeft.tuners import ADAPTERS
 
     meter.import_all()
     meter.control_malloc()
@@ -81,7 +82,7 @@ def _rss_after_tiny_step() -> int:
         use_cache=False,
     )
     training = Training(
-        device="cpu", tuner="lora", base_precision="fp32", compute_dtype="fp32", rank=8, lora_alpha=16.0,
+        device="cpu", tuner=ADAPTERS, base_precision="fp32", compute_dtype="fp32", rank=8, lora_alpha=16.0,
         target_modules=("q_proj", "down_proj"), trained_layers=(0, 1), micro_batch_size=4,
         batch_size=4, max_length=128, max_trained=127, checkpointing=False, loss_chunk_tokens=256, optimizer="adamw",
         learning_rate=1e-3, steps=1,

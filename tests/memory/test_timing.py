@@ -13,8 +13,10 @@ from edgeft.memory import dataflow, tape, train_step
 from edgeft.memory.operations import Way
 from edgeft.memory.timing import MADE, count, seconds_per_step
 from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.tuners import TUNERS
 
 WORK = train_step.Workload(256, 255)
+MADES = MADE | {name: tuner.made for name, tuner in TUNERS.items()}
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_a_layer_makes_what_is_counted(
     dataflow.layer_bytes(llama, Way.of(llama, training, 64), place, place != "idle", False, False)
     heads = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
     widths = (llama.hidden_size, llama.intermediate_size, *heads, training.rank)
-    counted = 4 * sum(share * width for share, width in zip(MADE[kind], widths, strict=True))
+    counted = 4 * sum(share * width for share, width in zip(MADES[kind], widths, strict=True))
     assert sum(made).real / 2 == pytest.approx(counted, rel=0.01)  # the tape runs twice
 
 
