@@ -1,0 +1,59 @@
+"""Which verbs are there? The only place that prints or exits: a table of commands, each a function of a file beside.
+
+Every stage is skipped, in a fraction of a second, when its output is already what its inputs say: content decides, not
+file dates. torch is imported by the verbs that need it only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import typer
+
+from edgeft.cli.device import arm64, run, sign, verify
+from edgeft.cli.lists import data, report, show_what
+from edgeft.cli.screen import say
+from edgeft.cli.stages import adapters, export, merge, plan, survival, train
+from edgeft.errors import BadInput, EdgeftError
+
+app = typer.Typer(
+    name="edgeft",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model inside a memory budget and ship it to a small device, proven equal.",
+)
+PASSED_ON: dict[str, Any] = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+# in the order of --help; `run` hands what follows to run.py
+for verb in (plan, train, merge, survival, export, adapters, run, verify, arm64, sign, report, data):
+    app.command(**(PASSED_ON if verb is run else {}))(verb)
+app.command("show")(show_what)
+
+# what these were called before 0.2
+MOVED = {
+    "profiles": "show profiles", "targets": "show targets", "settings": "show settings", "layers": "show layers",
+    "schema": "show schema", "keygen": "sign --new-key FILE",
+}  # fmt: skip
+
+
+def main() -> None:
+    """The command line: errors as `where: problem` and a hint, without a traceback, and their exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces kernels it did not find at import
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        if len(sys.argv) > 1 and sys.argv[1] in MOVED:
+            raise BadInput(f"edgeft {sys.argv[1]}", "is another command now", f"edgeft {MOVED[sys.argv[1]]}")
+        app()
+    except EdgeftError as problem:
+        if os.environ.get("EDGEFT_TRACEBACK"):
+            raise
+        say(f"edgeft: {problem}")
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        say("\nstopped")
+        sys.exit(130)

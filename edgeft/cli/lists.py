@@ -1,0 +1,167 @@
+"""What can be looked at on the command line? Reports, data files, and what can be named."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeft import api
+from edgeft.cli.screen import JsonOption, stderr, stdout
+from edgeft.errors import BadInput
+from edgeft.progress import Reporter
+from edgeft.settings import parse_settings
+
+
+def report(
+    plan_file: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="plan.json, or the build folder that holds it")
+    ] = None,
+    models: Annotated[Path | None, typer.Option(help="instead of a plan: every model in this folder")] = None,
+    machines: Annotated[str, typer.Option("--profiles", help="for --models: all, or names as in t4,l4-24gb")] = "all",
+    target: Annotated[str, typer.Option(help="for --models: what is shipped, a name in export/ or a TOML file")] = (
+        "ort-int4"
+    ),
+    settings: Annotated[list[str] | None, typer.Option("--set", help="for --models: pin a setting, key=value")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page; Markdown and JSON are written beside it")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one page to decide on hardware with: a plan, the run made from it, or many models on many machines."""
+    from edgeft.machines.limits import usable_cores
+    from edgeft.reporting.matrix import Matrix, find_models, find_profiles, make_matrix
+    from edgeft.reporting.pages import write_report
+    from edgeft.reporting.summary import Summary
+
+    made: Summary | Matrix
+    if models is not None and plan_file is not None:
+        raise BadInput("report", "a plan and --models were given", "give one of them")
+    if models is not None:
+        found, pinned = find_models(models), [text.partition("=") for text in settings or []]
+        parse_settings(settings or [])  # a misspelt key is an error, not a cell
+        with Reporter(stderr) as progress:
+            made = make_matrix(
+                found,
+                find_profiles(machines),
+                target=target,
+                settings={key: value for key, _, value in pinned},
+                workers=usable_cores(),
+                progress=progress,
+            )
+        path = out or Path("build") / "report" / "matrix.html"
+    else:
+        if plan_file is None:
+            raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
+        source = plan_file / "plan.json" if plan_file.is_dir() else plan_file
+        made = api.summary(source)
+        path = out or source.parent / "report.html"
+    written = write_report(made, path)
+    if as_json:
+        sys.stdout.write(made.model_dump_json() + "\n")
+    else:
+        stdout.print("\n".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+def data(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="jsonl, csv, parquet or a hub dataset id")],
+    model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id: its tokenizer is used")],
+    rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    max_length: Annotated[int | None, typer.Option(min=8, help="cut samples to so many tokens, as a plan does")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what of a data file trains: the first rows with their trained tokens marked, and what is not used, and why.
+
+    Rows that cannot be used are refused with their lines (exit 1).
+    """
+    from edgeft.data.dataset import TextTokenizer, data_text, report_data
+
+    folder = Path(model)
+    if not folder.is_dir():
+        from edgeft.models.headers import local_folder
+
+        folder = local_folder(model)
+    found = report_data(file, TextTokenizer(folder), max_length, rows)
+    if as_json:
+        sys.stdout.write(found.model_dump_json() + "\n")
+    else:
+        stdout.print(data_text(found), soft_wrap=True, markup=False)
+
+
+class Shown(enum.StrEnum):
+    """What `edgeft show` lists."""
+
+    profiles = "profiles"
+    targets = "targets"
+    settings = "settings"
+    layers = "layers"
+    schema = "schema"
+
+
+def show_what(
+    what: Annotated[Shown, typer.Argument(help="profiles, targets, settings; layers MODEL; schema plan or report")],
+    name: Annotated[str | None, typer.Argument(help="of a model (folder or hub id), or of a document")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List what can be named: machines, targets, settings; a model's layers and sizes; a document's JSON Schema."""
+    needed = {Shown.layers: "a model", Shown.schema: "a document: plan or report"}
+    if (name is None) == (what in needed):
+        raise BadInput(f"show {what}", f"needs {needed[what]}" if what in needed else f"takes no name, got {name!r}")
+    if what is Shown.profiles:
+        _show_profiles(as_json)
+    elif what is Shown.targets:
+        _show_targets(as_json)
+    elif what is Shown.settings:
+        _show_settings(as_json)
+    elif what is Shown.layers:
+        _show_layers(str(name), as_json)
+    else:
+        from edgeft.reporting.schema import schema_text
+
+        sys.stdout.write(schema_text(str(name)))
+
+
+def _show_profiles(as_json: bool) -> None:
+    from edgeft.machines.profile import list_profiles
+    from edgeft.reporting.terminal import profiles_text
+
+    found = list_profiles()
+    if as_json:
+        sys.stdout.write(json.dumps([profile.model_dump() for profile in found]) + "\n")
+    else:
+        stdout.print(profiles_text(found))
+
+
+def _show_targets(as_json: bool) -> None:
+    from edgeft.targets.target import list_targets
+
+    found = list_targets()
+    if as_json:
+        sys.stdout.write(json.dumps([target.model_dump() for target in found]) + "\n")
+        return
+    for target in found:
+        stdout.print(f"{target.name:20} {target.description}", soft_wrap=True)
+
+
+def _show_layers(model: str, as_json: bool) -> None:
+    from edgeft.models.discover import discover
+    from edgeft.reporting.terminal import layers_text
+
+    found = discover(model)
+    if as_json:
+        sys.stdout.write(found.model_dump_json() + "\n")
+    else:
+        stdout.print(layers_text(found))
+
+
+def _show_settings(as_json: bool) -> None:
+    from edgeft.settings import Job
+
+    if as_json:
+        sys.stdout.write(json.dumps(Job.model_json_schema()["properties"]) + "\n")
+        return
+    for name, field in Job.model_fields.items():
+        default = "required" if field.is_required() else "planned" if field.default is None else f"{field.default}"
+        stdout.print(f"{name:18} {default:10} {field.description}", soft_wrap=True, markup=False)
