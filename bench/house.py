@@ -91,8 +91,13 @@ def known_in(tree: ast.Module, words: set[str]) -> int:
     parts: list[ast.stmt] = []
     for node in tree.body:
         parts += node.body if isinstance(node, ast.ClassDef) else [node]
-    return sum(any(text in words or any(f".{word}." in text for word in words) for text in strings(part))
-               for part in parts)  # fmt: skip
+
+    def said(part: ast.stmt, text: str) -> bool:
+        if text == "full" and "tuner" not in ast.unparse(part).lower():
+            return False  # a grade of the reports has that name too
+        return text in words or any(f".{word}." in text for word in words)
+
+    return sum(any(said(part, text) for text in strings(part)) for part in parts)
 
 
 def count(root: Path) -> dict[str, Any]:

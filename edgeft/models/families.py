@@ -171,7 +171,7 @@ FAMILIES: dict[str, Family] = {
 UNKNOWN = Family("", (), {})
 OTHERS_IN_CONV1D = ("openai-gpt", "imagegpt", "decision_transformer", "clvp")
 OTHERS_OVERFLOW_FP16 = ("gemma3", "gemma3n", "gemma3n_text")
-# their steps are within 5% of those of a Llama of their widths (tests/test_families.py); the rest is simulated
+# their steps are within 5% of those of a Llama of their widths (tests/memory/test_families.py); the rest is simulated
 LIKE_LLAMA = ("olmo", "olmo2", "cohere", "phi", "starcoder2", "stablelm")
 
 
