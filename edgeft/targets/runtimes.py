@@ -109,6 +109,8 @@ def genai_problem(target: Target) -> str:
         return problem
     if target.weight_bits in (5, 6):
         return "weight_bits 5 and 6 exist for llama.cpp only"
+    if target.method != "rtn":
+        return 'method k_quant exists for llama.cpp only; calibration = "gptq" fits codes to what layers see'
     if target.head_bits != target.weight_bits and (target.weight_bits, target.head_bits) != (4, 8):
         return "head_bits must equal weight_bits, or be 8 where weight_bits is 4"
     allowed = {4: (4, 32), 16: (16,)}.get(target.weight_bits, (32,))

@@ -77,6 +77,7 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
             ("head_bits = 8", "head_bits = 32"),
             r"head_bits must equal weight_bits, or be 8 where weight_bits is 4",
         ),
+        (("weight_bits = 4", 'weight_bits = 4\nmethod = "k_quant"'), r"method k_quant exists for llama\.cpp only"),
         (("weight_bits = 4", "weight_bits = "), r"not valid TOML: .*line \d+"),
         (("weight_bits = 4", 'name = "x"\nweight_bits = 4'), r"key 'name' cannot be set"),
     ],
