@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, job_data
+from tiny import job_data
 
 from edgeft.errors import BadInput, DoesNotFit
-from edgeft.exporting.build import ArtifactModel, build_bundle
-from edgeft.exporting.bundle import GoldenInput
 from edgeft.exporting.export import export
 from edgeft.exporting.outputs import observe_model
 from edgeft.exporting.parity import compare
