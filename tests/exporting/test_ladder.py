@@ -16,7 +16,6 @@ from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.exporting.build import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.outputs import (
-    Form,
     cannot_match,
     is_original,
     load_as_trained,
@@ -24,12 +23,12 @@ from edgeft.exporting.outputs import (
     observe_model,
     trained_settings,
 )
-from edgeft.exporting.parity import ALIKE, UNKNOWN, Gain, allowed_loss, compare, exact_match_problem, trained_rung
+from edgeft.exporting.parity import trained_rung
 from edgeft.exporting.stored_codes import stored_rung
 from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.models.layer_shares import Shares
-from edgeft.models.metrics import Metrics, pair
+from edgeft.models.metrics import Metrics
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
 from edgeft.settings import make_job
@@ -125,86 +124,6 @@ def test_when_an_answer_can_no_longer_match() -> None:
     assert not cannot_match(tokenizer, row, ids[2:])
     assert cannot_match(tokenizer, row, [*ids[2:], *ids[2:4]])
     assert cannot_match(tokenizer, row, ids[3:5])
-
-
-def scored(form: Form) -> Metrics:
-    count = len(form.losses)
-    return Metrics(
-        rows=count, loss=form.loss, perplexity=1.0, exact_match=None, row_losses=form.losses, row_tokens=form.tokens
-    )
-
-
-def form(loss: float, spread: float, rows: int = 20) -> Form:
-    table = torch.log_softmax(torch.eye(8) * 5, dim=-1)
-    return Form("form", table, tuple(loss + spread * (i % 2) for i in range(rows)), (1,) * rows)
-
-
-def test_the_quality_gate_is_a_share_of_what_was_gained_and_no_more_than_its_bound() -> None:
-    int4 = load_target("ort-int4").parity
-    assert allowed_loss(int4, Gain(0.5, shown=True))[0] == pytest.approx(0.5 * int4.max_gain_lost)
-    assert allowed_loss(int4, Gain(6.4, shown=True))[0] == int4.max_loss_increase_nats
-    assert allowed_loss(int4, UNKNOWN)[0] == int4.max_loss_increase_nats
-    before = form(1.0, 0.1)
-    lost = compare(before, form(1.04, 0.1), int4, Gain(0.5, shown=True))
-    assert "of the 0.5 nats that the fine-tune gained" in lost.problems[0] and lost.loss_change is not None
-    assert lost.loss_change.shown and lost.loss_change.difference == pytest.approx(0.04)
-    assert not compare(before, form(1.04, 0.1), int4, Gain(1.0, shown=True)).problems
-
-
-def answered(lost: int, won: int, loss: float) -> Form:
-    """A form of 300 rows: of the first 150, which the merged model answers, it loses some, and wins others."""
-    table = torch.log_softmax(torch.eye(8) * 5, dim=-1)
-    exact = tuple(lost <= row < 150 + won for row in range(300))
-    return Form("form", table, tuple(loss + 0.1 * (row % 2) for row in range(300)), (1,) * 300, exact)
-
-
-@pytest.mark.parametrize("target", ["ort-int4", "ort-int4-calibrated", "ort-int4-mixed", "gguf-q4_0", "gguf-q4_k_m"])
-def test_the_gate_of_4_bits_refuses_what_rounding_to_nearest_cost_a_real_model(target: str) -> None:
-    """As measured on a 135M model: 14 points of exact match and 0.258 nats; calibrated 1.0 point and 0.032 nats."""
-    tolerance, gain = load_target(target).parity, Gain(4.0, shown=True)
-    merged, nearest, calibrated = answered(0, 0, 1.0), answered(58, 16, 1.258), answered(12, 9, 1.032)
-    assert compare(merged, nearest, tolerance, gain).problems
-    assert not compare(merged, calibrated, tolerance, gain).problems
-    refused = exact_match_problem(merged, nearest, tolerance, slice(None))
-    assert refused == "exact match falls by 14.0 points (95% interval 8.5 to 19.3), at most 2"
-    assert exact_match_problem(merged, calibrated, tolerance, slice(None)) == ""
-
-
-def test_a_gain_is_shown_by_the_rows_or_not_at_all() -> None:
-    def metrics(*losses: float) -> Metrics:
-        count = len(losses)
-        return Metrics(
-            rows=count, loss=sum(losses) / count, perplexity=1.0, exact_match=None, row_losses=losses,
-            row_tokens=(1,) * count,
-        )  # fmt: skip
-
-    assert Gain.of(metrics(3.0, 3.1, 2.9), metrics(1.0, 1.2, 1.1)).shown
-    assert not Gain.of(metrics(3.0, 1.0, 2.0), metrics(1.0, 2.9, 2.0)).shown
-    assert Gain.of(metrics(3.0, 3.0).bare, metrics(1.0, 1.0).bare) == Gain(2.0, shown=True)
-    found = pair("a", metrics(3.0, 3.1, 2.9), "b", metrics(1.0, 1.2, 1.1))
-    assert found is not None and found.loss is not None and found.loss.high < 0 and found.exact_match is None
-    assert pair("a", metrics(3.0, 3.1).bare, "b", metrics(1.0, 1.2)) is None
-
-
-def test_ties_are_told_apart_from_agreement() -> None:
-    near = torch.tensor([[1.0, 0.95, -5.0], [2.0, 0.0, -5.0]])
-    other = torch.tensor([[0.95, 1.0, -5.0], [2.0, 0.0, -5.0]])
-    forms = [Form("f", torch.log_softmax(t, dim=-1), (1.0, 1.0), (1, 1)) for t in (near, other)]
-    rung = compare(*forms, ALIKE)
-    assert (rung.top1_agreement, rung.top1_or_tie) == (0.5, 1.0)
-
-
-def test_a_score_that_is_not_reproduced_names_rows() -> None:
-    recorded = scored(form(1.0, 0.1))
-    assert not trained_rung(form(1.0, 0.1), recorded, torch.float32, "cpu").problems
-    apart = form(1.0, 0.1)
-    moved = Form("f", apart.log_probabilities, (1.4, *apart.losses[1:-1], apart.losses[-1] - 0.4), apart.tokens)
-    assert moved.loss == pytest.approx(apart.loss)  # the mean says nothing
-    problems = trained_rung(moved, recorded, torch.float32, "cpu").problems
-    assert problems == ("2 of 20 rows differ, by up to 0.4 nats a token",)
-    on_gpu = trained_rung(form(1.01, 0.1), recorded, torch.float32, "cuda")
-    assert not on_gpu.problems and "trained on cuda, compared on the CPU" in on_gpu.tolerance
-    assert "is computed" not in on_gpu.tolerance
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
