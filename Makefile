@@ -69,17 +69,15 @@ check: .venv/installed-dev  ## format, lint, types
 	$(py) -m ruff check edgeft export tests bench examples
 	$(py) -m mypy
 
-# a minute: no child process, no runtime, no training run
-fast := data/batches data/dataset data/rows data/samples data/scoring_groups engine/lisa exporting/choose_target \
-  machines/limits memory/depth memory/families memory/tape memory/timing models/discover models/intervals models/loss \
-  models/parts models/spec models/stacks reporting/figures reporting/summary targets/grid targets/target \
-  layering settings
-test-fast: .venv/installed-dev  ## what a change breaks first, in a minute
-	OMP_NUM_THREADS=1 $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets and not arm64' \
-	  $(foreach file,$(fast),tests/$(subst ./,,$(dir $(file)))test_$(notdir $(file)).py)
+# Files in their order, each in one process: what several of its tests use is made once.
+pytest := OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+  -m 'not slow and not gpu and not targets and not arm64'
+
+test-fast: .venv/installed-dev  ## a minute: what starts no process, loads no runtime and trains nothing (tests/fast.py)
+	$(pytest) --fast
 
 test: .venv/installed-dev  ## every test that a CPU can pass in minutes
-	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not targets and not arm64'
+	$(pytest)
 
 # optimum wants an older transformers than edgeft: it has an environment of its own, which borrows torch and all that
 # fits from .venv (found after its own packages).

@@ -5,14 +5,53 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable
+import signal
+import subprocess
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fast import heavy_names
 from tiny import CHAT_TEMPLATE, ROWS, SECTIONS, WriteRows, run
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+
+
+LIMIT_SECONDS = 300  # of one test; a slow one has twelve times as many
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="only tests that start no process, load no runtime, train nothing"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        left = [item for item in items if getattr(item, "originalname", item.name) in heavy_names(item.path)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def within_limit(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fail a test that takes too long, and what it waits for with it."""
+    seconds = LIMIT_SECONDS * (12 if item.get_closest_marker("slow") else 1)
+
+    def late(number: int, frame: Any) -> None:
+        pytest.fail(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+if hasattr(signal, "SIGALRM"):
+    pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(within_limit)
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +174,19 @@ def merged_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: P
     run(folder / "plan.json", folder / "train")
     merge(folder / "train", folder / "merged", wise_alpha=1.0, progress=silent)
     return folder / "merged"
+
+
+@pytest.fixture(autouse=True)
+def children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of edgeft are forked from one that has imported, see tests/warm.py; fast tests start none."""
+    if request.config.getoption("--fast"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", started)
+    elif request.node.get_closest_marker("cold") is None:
+        import warm
+
+        for name in warm.STARTING:
+            monkeypatch.setattr(f"{name}.subprocess", warm.subprocess_for())
+
+
+def started(self: Any, command: Any, *arguments: Any, **options: Any) -> None:
+    pytest.fail(f"a fast test started a process: {command}")

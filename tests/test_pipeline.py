@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from tiny import ROOT
 
 SYSTEM = "Answer with one word."
 
 
 def edgeft(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return warm.edgeft(*arguments, code=code)
+
+
+def typed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As a user starts it: a Python of its own, and so have its children."""
     command = [sys.executable, "-m", "edgeft", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -45,10 +50,10 @@ def line(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     pins = ("epochs=6", "batch_size=4", "rank=8", "learning_rate=5e-3", "eval_rows=8")
     settings = [part for pin in pins for part in ("--set", pin)]
     plan = ("plan", "--model", checkpoint_folder, "--profile", "cpu-8gb", "--data", data, *settings)
-    edgeft(*plan, "--out", folder / "plan.json")
-    edgeft("train", folder / "plan.json")
-    edgeft("merge", folder / "train", "--wise-alpha", 0.9)
-    done = edgeft("export", folder / "merged", "--target", "ort-fp32", "--device", "raspberrypi5-8gb")
+    typed(*plan, "--out", folder / "plan.json")
+    typed("train", folder / "plan.json")
+    typed("merge", folder / "train", "--wise-alpha", 0.9)
+    done = typed("export", folder / "merged", "--target", "ort-fp32", "--device", "raspberrypi5-8gb")
     assert "on raspberrypi5-8gb, full context" in done.stdout
     return folder
 

@@ -14,6 +14,7 @@ from tiny import ROOT
 
 from edgeft import processes
 
+pytestmark = pytest.mark.cold
 PACKAGE = ROOT / "edgeft"
 # Those that start Python by its own name, with -P: run.py, what is compared with an emulated device, pip, optimum.
 OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py", "device_check.py", "emulation.py"}

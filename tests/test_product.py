@@ -31,6 +31,7 @@ from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.training.train import train
 
+PARTS = 6  # of the sample, each a test
 ROWS = [{"prompt": f"lib{i}:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(20)]
 ON = {"embedding": "on", "norm": "on", "head": "on"}
 ENDS: dict[str, dict[str, str]] = {
@@ -160,12 +161,18 @@ def test_what_is_refused_is_refused_with_its_reason(checkpoint_folder: Path) -> 
         assert not usual or one["tuner"] != "lora", one
 
 
+@pytest.fixture(scope="module")
+def sample(checkpoint_folder: Path) -> list[dict[str, Any]]:
+    return covering([one for one in PRODUCT if refusal(one, checkpoint_folder) is None])
+
+
+@pytest.mark.parametrize("part", range(PARTS))
 def test_a_covering_sample_of_the_rest_goes_through(
-    checkpoint_folder: Path, write_rows: Any, tmp_path: Path, surroundings: None, trained_as_fp32: None
-) -> None:
-    accepted = [one for one in PRODUCT if refusal(one, checkpoint_folder) is None]
-    faults = list(run_all(covering(accepted), checkpoint_folder, write_rows("rows.jsonl", ROWS), tmp_path))
-    assert not faults, "\n".join(faults)
+    part: int, sample: list[dict[str, Any]], checkpoint_folder: Path, write_rows: Any, tmp_path: Path,
+    surroundings: None, trained_as_fp32: None,
+) -> None:  # fmt: skip
+    faults = list(run_all(sample[part::PARTS], checkpoint_folder, write_rows("rows.jsonl", ROWS), tmp_path))
+    assert len(sample) > 2 * PARTS and not faults, "\n".join(faults)
 
 
 @pytest.mark.slow

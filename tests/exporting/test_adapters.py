@@ -6,14 +6,13 @@ import functools
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm
 from bundles import PROMPTS, bundle, checkpoint, reference, reseal, save_tokenizer, script, seal, some_ids, workplace
 from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
@@ -402,10 +401,7 @@ def test_what_cannot_be_switched_to_is_refused_by_name(
 
 def test_the_verb_refuses_what_it_cannot_read(trained: dict[str, Path], tmp_path: Path) -> None:
     def edgeft(*arguments: object) -> str:
-        command = [sys.executable, "-m", "edgeft", "adapters", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        return done.stderr
+        return warm.edgeft("adapters", *arguments, code=1).stderr
 
     assert "cannot use 'libs'" in edgeft("libs")
     assert "cannot use 'libs=b'" in edgeft(f"libs={trained['libs']}", "libs=b")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import ROWS
+from warm import edgeft
 
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting import rehearsal
@@ -234,13 +234,11 @@ def test_a_process_that_dies_is_reported(four_layers: Path, tmp_path: Path, monk
 
 def test_the_verb_rehearses_first_and_train_json_says_what_came_of_it(four_layers: Path, tmp_path: Path) -> None:
     plan_of(four_layers, tmp_path).write(tmp_path / "plan.json")
-    command = [sys.executable, "-m", "edgeft", "train", str(tmp_path / "plan.json")]
-    done = subprocess.run([*command, "--target", "ort-fp32"], capture_output=True, text=True, check=True)
+    train = ("train", tmp_path / "plan.json")
+    done = edgeft(*train, "--target", "ort-fp32", code=0)
     said = "rehearsed: 2 layers went from merge to ort-fp32 and answered, in "
     assert said in done.stderr and said in done.stdout
     assert json.loads((tmp_path / "train" / "train.json").read_text())["rehearsal"]["layers"] == 2
-    skipped = subprocess.run(
-        [*command, "--no-rehearsal", "--out", str(tmp_path / "other")], capture_output=True, text=True, check=True
-    )
+    skipped = edgeft(*train, "--no-rehearsal", "--out", tmp_path / "other", code=0)
     assert "not rehearsed: not asked for" in skipped.stdout
     assert json.loads((tmp_path / "other" / "train.json").read_text())["rehearsal"]["skipped"] == "not asked for"

@@ -187,6 +187,7 @@ def export_one(merged: Path, out: Path, target: Target) -> Any:
         return problem
 
 
+@pytest.mark.slow
 def test_eight_bits_go_where_calibrated_codes_need_them(delicate: Path, tmp_path: Path) -> None:
     """Promoted, with the 4-bit codes chosen anew for it; and the bundle's KL is the one that was simulated."""
     loose = gated(INT4, 1.0)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from bundles import bundle, reseal, script
+from warm import edgeft
 
 from edgeft.errors import BadInput, MissingExtra, ParityFailed
 from edgeft.exporting.sign import keygen, public_key_path, sign
@@ -356,10 +357,6 @@ def test_a_file_that_is_no_private_key_is_refused(copy: Path, key: Path) -> None
 
 def test_the_verbs(copy: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-
-    def edgeft(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "edgeft", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     made = edgeft("sign", "--new-key", tmp_path / "k")
     assert made.returncode == 0

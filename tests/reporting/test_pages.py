@@ -6,13 +6,12 @@ import html.parser
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import CONFIGS, ROOT
+from warm import edgeft
 
 from edgeft.errors import EdgeftError
 from edgeft.machines.profile import list_profiles, load_profile
@@ -271,10 +270,6 @@ def test_wording() -> None:
     assert [amount(90, "seconds"), amount(GIB, "bytes"), amount(1234.5, "tokens/s")] == [
         "1 min 30 s", "1.00 GiB", "1,234 tokens/s"
     ]  # fmt: skip
-
-
-def edgeft(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "edgeft", *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 def test_the_verb_writes_a_matrix(tmp_path: Path) -> None:

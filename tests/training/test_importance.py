@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import CONFIGS
+from warm import edgeft
 
 from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
@@ -563,14 +564,6 @@ def test_the_plot_has_a_bar_per_layer_and_marks_the_chosen() -> None:
 
 
 # the whole way, by the verbs
-
-
-def edgeft(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edgeft", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def plan_arguments(job: Job, out: Path, *settings: str) -> list[object]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import run
 
+from edgeft import processes
 from edgeft.engine.loop import learning_rate
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines.limits import Limit
@@ -97,22 +95,30 @@ def test_adapter_loads_in_plain_peft(plan_file: Any, checkpoint_folder: Path, tm
     assert scores.loss == pytest.approx(result.valid.loss, rel=1e-5)
 
 
+KILLED = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from edgeft.documents import sha256_file
+    from edgeft.planning.plan import Plan
+    from edgeft.training.train import train
+    def kill(stage, done, total, numbers):
+        if stage == "train" and done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+    path, out = map(Path, sys.argv[1:])
+    train(Plan.read(path), out, plan_sha256=sha256_file(path), progress=kill)
+"""
+
+
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(tuner: str, plan_file: Any, tmp_path: Path) -> None:
     path = plan_file(epochs=3.0, checkpoint_steps=3, tuner=tuner)
     whole = run(path, tmp_path / "whole")
     out = tmp_path / "killed run"  # a path with a space
-    command = [sys.executable, "-m", "edgeft", "train", str(path), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not any(work_folder(out).glob("step-*")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert any(work_folder(out).glob("step-*")), "no checkpoint was written before the kill"
+    killed = processes.run(KILLED, path, out)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists(), "a killed run must not look finished"
     resumed = run(path, out)
-    assert resumed.resumed_at and 0 < resumed.resumed_at[0] < resumed.steps
+    assert resumed.resumed_at == (3,) and resumed.steps == whole.steps > 5
     name = "adapter_model.safetensors" if tuner == "lora" else "changed.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert resumed.loss_curve == whole.loss_curve

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import edgeft
 
 
 def verify(folder: Path, *pins: str, profile: str = "cpu-8gb", model: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edgeft", "plan", "--model", str(model), "--profile", profile, "--verify"]
-    command += ["--out", str(folder / "plan.json"), *(part for pin in pins for part in ("--set", pin))]
-    return subprocess.run(command, capture_output=True, text=True)
+    settings = [part for pin in pins for part in ("--set", pin)]
+    return edgeft("plan", "--model", model, "--profile", profile, "--verify", "--out", folder / "plan.json", *settings)
 
 
 @pytest.mark.parametrize("pins", [("rank=4",), ("tuner=full", "layers=lisa", "active_layers=1", "base_precision=nf4")])
