@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import tempfile
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     "sparse on bf16": (TOP, 47, {"tuner": "full", "layers": "sparse", **HALF}),
     "NF4, bf16": (ALL, 47, {**NF4, "compute_dtype": "bf16"}),
 }
+# Each of these differs in one thing from a way of the others, which shows it too.
+LONG = {
+    "LoRA, top layer", "LoRA, two micro-batches", "LoRA, recomputed", "LoRA, bf16", "full", "full, top layer", "NF4",
+    "sparse on NF4",
+}  # fmt: skip
+
+
+def some_slow(names: Iterable[Any], slow: Container[Any]) -> list[Any]:
+    """The cases of a test, those in `slow` run by make test-slow alone."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else [], id=str(name)) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +146,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some_slow(WAYS, LONG))
 def test_simulated_equals_real(way: str, llama: ModelSpec, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, trained, changes = WAYS[way]
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
@@ -183,10 +194,14 @@ def test_tied_head_equals_real(tmp_path: Path) -> None:
     check(spec, plan_of(spec, ALL, **FULL, batch_size=4), Workload(48, 47))
 
 
-@pytest.mark.parametrize("way", ["LoRA", "LoRA, recomputed", "full, two micro-batches", "sparse, embedding on", "NF4"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_counting_changes_nothing(way: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+COUNTED = ("LoRA", "LoRA, recomputed", "full, two micro-batches", "sparse, embedding on", "NF4")
+UNTIED = [(way, False) for way in COUNTED[1:]]
+
+
+@pytest.mark.parametrize("case", some_slow([*((way, True) for way in COUNTED), ("LoRA", False), *UNTIED], UNTIED))
+def test_counting_changes_nothing(case: tuple[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd adds two gradients otherwise while a mode looks on: a tied table of this size would be there again."""
+    way, tied = case
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     spec = save_model(tmp_path / "model", tie_word_embeddings=tied, vocab_size=8192)
     layers, trained, changes = WAYS[way]
@@ -209,7 +224,9 @@ STACKS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize(
+    "name", some_slow(STACKS, ("LoRA, recomputed in the lower half", "LoRA, bf16", "LoRA, top layers of NF4"))
+)
 def test_shallow_models_tell_the_deep_one(name: str, tmp_path: Path) -> None:
     kind, layers, top, changes, run = STACKS[name]
     more = {"no_rope_layer_interval": 2} if kind == "smollm3" else {}
@@ -307,12 +324,19 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", [{}, {"checkpointing": True, "batch_size": 4}, NF4, HALF], ids=str)
-@pytest.mark.parametrize("kind", EXPERTS)
-def test_experts_take_what_a_real_step_does(kind: str, way: dict[str, Any], tmp_path: Path) -> None:
+EXPERT_WAYS: dict[str, dict[str, Any]] = {
+    "fp32": {}, "recomputed": {"checkpointing": True, "batch_size": 4}, "nf4": NF4, "bf16": HALF,
+}  # fmt: skip
+EVERY = [(kind, way) for kind in EXPERTS for way in EXPERT_WAYS]
+
+
+@pytest.mark.parametrize("case", some_slow(EVERY, [(k, w) for k, w in EVERY if k != "mixtral" and w != "fp32"]))
+def test_experts_take_what_a_real_step_does(case: tuple[str, str], tmp_path: Path) -> None:
+    """Every kind in fp32 and one kind in every way; the rest of the product by make test-slow."""
+    kind, way = case
     spec = save_model(tmp_path, kind, num_experts_per_tok=2, **EXPERTS[kind])
     modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
-    check(spec, plan_of(spec, ALL, target_modules=modules, **way), Workload(48, 47))
+    check(spec, plan_of(spec, ALL, target_modules=modules, **EXPERT_WAYS[way]), Workload(48, 47))
 
 
 def test_experts_on_a_gpu_without_grouped_products_keep_more(tmp_path: Path) -> None:
