@@ -40,13 +40,18 @@ _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
 def serve(place: str, listening: int) -> None:
-    """Fork for each connection, until it is ended."""
+    """Fork for each connection, until it is ended or alone."""
     for name in FIRST:
         importlib.import_module(name)
-    asked = socket.socket(fileno=listening)
+    asked, parent = socket.socket(fileno=listening), os.getppid()
+    asked.settimeout(2)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    while True:
-        connection, _ = asked.accept()
+    while os.getppid() == parent:
+        try:
+            connection, _ = asked.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
