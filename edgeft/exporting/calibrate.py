@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from edgeft.data.samples import Sample
 from edgeft.errors import BadInput
 from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATION_TOKENS
 from edgeft.merging.change import find_tensor
-from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import find_parts, is_linear
-from edgeft.models.spec import read_model_spec
+from edgeft.models.streamed import alter, hold, load_in_files
 from edgeft.progress import Progress, silent
 from edgeft.targets.codes import Codes
 from edgeft.targets.grid import Encoded, Fitted, Grid
@@ -73,7 +74,7 @@ class _Walk:
 
     def __init__(self, merged: Path, target: Target, rows: Sequence[Sample], codes: Codes) -> None:
         self.codes, self.checkpoint = codes, Checkpoint(merged)
-        model = _in_files(merged)
+        model = load_in_files(merged)
         parts = find_parts(model)
         self.layers = list(parts.layers)
         grids = grids_of(model, to_nearest(target))
@@ -81,7 +82,7 @@ class _Walk:
         self.names: dict[int, str] = {}
         self.grids: dict[int, Grid] = {}
         before = {id(each): each for each in parts.body.parameters() if id(each) not in self.last}
-        _hold(before.values())
+        hold(before.values())
         for name, parameter in model.named_parameters():
             if id(parameter) in self.last and name in grids:
                 self.names[id(parameter)], self.grids[id(parameter)] = name, grids[name]
@@ -95,7 +96,7 @@ class _Walk:
     def step(self, index: int) -> None:
         """Round one layer, write its codes, and send every batch through it."""
         layer, found = self.layers[index], dict[str, Encoded]()
-        _hold(layer.parameters())
+        hold(layer.parameters())
         for linears in self._groups(index):
             factor = inverse_factor(self._hessian(index, linears[0]))
             for grid, members in groupby(linears, key=lambda linear: self.grids[id(linear.weight)]):
@@ -160,41 +161,24 @@ class _Walk:
         return found
 
 
-def _in_files(folder: Path) -> Any:
-    """A checkpoint's model in the dtype of its files, whose pages its weights stay; in fp32 where one table is rounded.
-
-    Tables that a model computes for itself (sines, slopes) are then of that dtype too, in a few families.
-    """
-    dtype = getattr(torch, read_model_spec(str(folder)).dtype)
-    model = load_plain(folder, dtype)
-    rounded = any(each.is_floating_point() and each.dtype != torch.float32 for each in model.buffers())
-    return load_plain(folder) if rounded else model
-
-
-def _hold(parameters: Iterable[Any]) -> None:
-    """Give weights fp32 memory of their own."""
-    for parameter in parameters:
-        parameter.data = parameter.data.to(torch.float32, copy=True)
-
-
 def _drop(parameters: Iterable[Any]) -> None:
     """Take weights' memory back."""
     for parameter in parameters:
         parameter.data = torch.empty(0)
 
 
-@torch.no_grad()
 def put_codes(model: Any, target: Target, codes: Codes) -> int:
     """Give a torch model of the checkpoint the weights of its calibrated bundle; how many tensors those are."""
     by_name = {stored.rpartition("layers.")[2]: stored for stored in codes}
     grids = grids_of(model, to_nearest(target))
     for name, grid in grids.items():
-        stored, weight = by_name.get(name.rpartition("layers.")[2]), model.get_parameter(name).data
-        if stored is None:
-            round_(weight, grid)
-        else:
-            weight.copy_(codes.read(stored).weight())
+        stored = by_name.get(name.rpartition("layers.")[2])
+        alter(model, name, partial(round_, grid=grid) if stored is None else partial(_decode, codes, stored))
     return len(grids)
+
+
+def _decode(codes: Codes, stored: str, weight: torch.Tensor) -> None:
+    weight.copy_(codes.read(stored).weight())
 
 
 class _Seen(Exception):

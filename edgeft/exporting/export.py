@@ -21,6 +21,7 @@ from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first
 from edgeft.exporting.sbom import BASE, Component, model_licence
+from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, stages
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.memory.train_step import Phase, Workload
@@ -28,9 +29,10 @@ from edgeft.merging.merge import check_trained, verify_merged
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.peft_folder import lora_scale, read_adapter_config
 from edgeft.merging.result import MergedCheckpoint
-from edgeft.models.checkpoint import Checkpoint, TensorFile, local_folder
+from edgeft.models.checkpoint import Checkpoint, TensorFile, load_plain, local_folder
 from edgeft.models.identity import DATA
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair, pair
+from edgeft.models.streamed import Load, load_streamed
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
@@ -61,11 +63,8 @@ def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibra
 
     Raises DoesNotFit where this machine has too little memory or disk for a stage of it.
     """
-    longest = plan.training.max_length
-    work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
-    data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
-    question = Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
-    phases = [stages.build(question, target), stages.prove(question, plan.training, target)]
+    question = question_of(plan)
+    phases = [stages.build(question, target), proof_phase(plan, target)]
     # what computing leaves in the process waits beside the builder too
     waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if computed else 0
     phases += stages.calibrate_phases(question, target) if calibrate else ()
@@ -74,6 +73,24 @@ def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibra
         stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + beside)
     disk.require(disk.export_disk(plan.spec, target), out)
     return max(phase.expected_bytes + beside for phase, beside in zip(phases, more, strict=True))
+
+
+def question_of(plan: Plan) -> Question:
+    """What a plan's stages after training depend on."""
+    longest = plan.training.max_length
+    work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
+    data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
+    return Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
+
+
+def proof_phase(plan: Plan, target: Target) -> Phase:
+    """The parity ladder in the memory that this process can have."""
+    return stages.prove(question_of(plan), plan.training, target, memory_limit().bytes)
+
+
+def loader(plan: Plan, target: Target) -> Load:
+    """How a proof here loads models in fp32: whole, or a layer at a time."""
+    return load_streamed if stages.streams(proof_phase(plan, target)) else load_plain
 
 
 def export(
@@ -143,8 +160,8 @@ def prove_bundle(
 ) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
-    ladder = Ladder(target, tokenizer, progress)
     plan = merged.train.plan
+    ladder = Ladder(target, tokenizer, progress, load=loader(plan, target))
     ladder.climb_training(trained, merged.train, rows.trained)
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
@@ -307,7 +324,7 @@ def export_adapters(
     tokenizer = TextTokenizer(base)
 
     def prove(artifact: ArtifactModel) -> Proof:
-        ladder = Ladder(target, tokenizer, progress)
+        ladder = Ladder(target, tokenizer, progress, load=loader(result.plan, target))
         tied = result.plan.spec.tie_word_embeddings
         form, _ = ladder.climb_artifact(base, artifact.folder, artifact, rows, tied=tied)
         return make_proof(ladder, {}, "validation", form)
@@ -363,11 +380,11 @@ def adapter_source(
     rows = ProofRows.of(data, result.plan)
 
     def prove(artifact: ArtifactModel) -> Proof:
-        ladder = Ladder(target, tokenizer, progress)
+        ladder = Ladder(target, tokenizer, progress, load=loader(result.plan, target))
         ladder.climb_training(folder, result, rows.trained)
         count = len(rows.trained)
         progress(f"parity: {name}", 0, 1, {})
-        form = observe_model(f"{name} as trained", load_tuned(folder, result), rows.trained)
+        form = observe_model(f"{name} as trained", load_tuned(folder, result, load=ladder.load), rows.trained)
         made = observe_artifact(name, artifact, rows.every, tokenizer, answers=rows.scored)
         ladder.add(compare(form, first(made, count), target.parity, ladder.gain))
         scores = _scores_of_training(result, bool(data.test))

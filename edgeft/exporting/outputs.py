@@ -35,6 +35,7 @@ from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.loss import head_transform
 from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
+from edgeft.models.streamed import Load, alter
 from edgeft.settings import Training
 from edgeft.training.result import TrainResult
 from edgeft.tuners import SAVED
@@ -198,7 +199,7 @@ def is_original(training: Training, compute: torch.dtype) -> bool:
     return training.base_precision != "nf4" and compute == torch.float32
 
 
-def load_as_trained(trained: Path, result: TrainResult) -> tuple[Any, torch.dtype]:
+def load_as_trained(trained: Path, result: TrainResult, load: Load = load_plain) -> tuple[Any, torch.dtype]:
     """The model as it was scored at the end of training, and what it computes in here; on the CPU.
 
     The base as training held it (4 bits, half precision), adapters live; layers that trained dense are so again if they
@@ -209,7 +210,10 @@ def load_as_trained(trained: Path, result: TrainResult) -> tuple[Any, torch.dtyp
     folder = local_folder(result.plan.job.model)
     here = compute if where == "cpu" else torch.float32
     if where != "cpu" and training.base_precision != "nf4" and compute != torch.float32:
-        model = load_plain(folder, DTYPES[training.base_precision]).float()
+        model = load(folder)
+        half = DTYPES[training.base_precision]
+        for name, _ in list(model.named_parameters()):
+            alter(model, name, lambda weight: weight.copy_(weight.to(half)))
     else:
         model = load_base(folder, training, CPU, here)
     parts = find_parts(model)
@@ -253,15 +257,17 @@ def put_dense_layers(
                 parameter.copy_(learnt.read(name))
 
 
-def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE) -> Any:
+def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE, load: Load = load_plain) -> Any:
     """Base and change of a training result, nothing merged, the change scaled by its shares; on the CPU in fp32."""
-    return load_changed(local_folder(result.plan.job.model), trained, result.training, shares)
+    return load_changed(local_folder(result.plan.job.model), trained, result.training, shares, load)
 
 
-def load_changed(base: Path, trained: Path, training: Training, shares: Shares = WHOLE) -> Any:
+def load_changed(
+    base: Path, trained: Path, training: Training, shares: Shares = WHOLE, load: Load = load_plain
+) -> Any:  # fmt: skip
     """The original weights and what training left in `trained`, nothing merged; fp32, on the CPU."""
     meter.import_all()
-    model = load_plain(base)
+    model = load(base)
     training = training.model_copy(update={"compute_dtype": "fp32"})
     if training.adapts:
         if not shares.nothing:
@@ -290,8 +296,11 @@ def put_adapters(model: Any, parts: Parts, trained: Path, training: Training, sh
 def put_changed(model: Any, trained: Path, shares: Shares) -> None:
     """Give a model the tensors that trained, each at its layer's share."""
     changed = TensorFile(trained / CHANGED)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in changed.entries:
-                share, wanted = shares.of(layer_of(name)), changed.read(name)
-                parameter.copy_(parameter + share * (wanted - parameter) if share < 1 else wanted)
+
+    def put(name: str, weight: torch.Tensor) -> None:
+        share, wanted = shares.of(layer_of(name)), changed.read(name)
+        weight.copy_(weight + share * (wanted - weight) if share < 1 else wanted)
+
+    for name, _ in list(model.named_parameters()):
+        if name in changed.entries:
+            alter(model, name, functools.partial(put, name))

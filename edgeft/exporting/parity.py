@@ -40,6 +40,7 @@ from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.intervals import paired_losses, paired_rates
 from edgeft.models.metrics import Difference, Metrics, Rung
+from edgeft.models.streamed import Load, alter
 from edgeft.progress import Progress
 from edgeft.targets.rounding import round_model
 from edgeft.targets.runtimes import runtime_of
@@ -195,6 +196,7 @@ class Ladder:
     progress: Progress
     rungs: list[Rung] = field(default_factory=list)
     gain: Gain = UNKNOWN
+    load: Load = load_plain  # of whole models in fp32
 
     def add(self, rung: Rung | None) -> None:
         """One more rung, unless there is none. Raises ParityFailed."""
@@ -210,7 +212,7 @@ class Ladder:
         training, compute, where = trained_settings(result)
         self.gain = Gain.of(result.base_valid, result.valid)
         self.progress("parity: trained", 0, 1, {})
-        model, here = load_as_trained(trained, result)
+        model, here = load_as_trained(trained, result, self.load)
         form = observe_model("trained", model, rows, compute=here, group_tokens=training.group_tokens)
         del model
         give_back()
@@ -219,7 +221,7 @@ class Ladder:
             return
         self.progress("parity: original", 0, 1, {})
         base = local_folder(result.plan.job.model)
-        original = observe_model("original", load_changed(base, trained, result.training), rows)
+        original = observe_model("original", load_changed(base, trained, result.training, load=self.load), rows)
         give_back()
         self.add(compare(form, original, ORIGINAL, self.gain))
 
@@ -241,7 +243,7 @@ class Ladder:
         def told(stage: str) -> Callable[[int, int], None]:
             return lambda done, total: self.progress(stage, done, total, {})
 
-        model = load_plain(merged_folder)
+        model = self.load(merged_folder)
         merged = observe_model("merged", model, rows, self.tokenizer, answers=answers, progress=told("parity: merged"))
         rounded = None
         if round_as_target(model, self.target):
@@ -266,10 +268,9 @@ def first(form: Form, rows: int) -> Form:
 def round_as_target(model: Any, target: Target) -> int:
     """Round a model's weights as the target does; how many tensors that were: 0 where torch does not know how."""
     if runtime_of(target).casts_half and target.weight_bits == 16:
-        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-        with torch.no_grad():
-            for parameter in matrices:
-                parameter.copy_(parameter.half())
+        matrices = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
+        for name in matrices:
+            alter(model, name, lambda weight: weight.copy_(weight.half()))
         return len(matrices)
     try:
         return round_model(model, target) if target.weight_bits < 16 else 0

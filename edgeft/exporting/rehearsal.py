@@ -222,7 +222,7 @@ def peak_bytes(plan: Plan, spec: ModelSpec, training: Training, target: Target) 
     from edgeft.planning.costs import Question
 
     question = Question(plan.job, plan.profile, spec, plan.lengths, plan.work, DATA_BYTES, plan.budget_bytes)
-    phases = (stages.build(question, target), stages.prove(question, training, target))
+    phases = (stages.build(question, target), stages.prove(question, training, target, None))
     return max(phase.high_bytes - stages.file_bytes(phase) for phase in phases)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.documents import saving, sha256_json
@@ -24,14 +24,13 @@ from edgeft.errors import BadInput, DoesNotFit, QualityLost
 from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
-from edgeft.exporting.export import Chosen, ProofRows, calibration_samples, check_room, export, rows_of
+from edgeft.exporting.export import Chosen, ProofRows, calibration_samples, check_room, export, loader, rows_of
 from edgeft.exporting.outputs import Form, observe_model
 from edgeft.exporting.parity import HINTS, Gain, compare, exact_match_problem, give_back, round_as_target
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint
-from edgeft.models.checkpoint import load_plain
 from edgeft.models.intervals import paired_rates
 from edgeft.models.metrics import Attempt, Difference, Promotion, Repair
 from edgeft.planning.stage_checks import target_device
@@ -94,9 +93,15 @@ class Climb:
     def exact(self) -> Form:
         """The merged model in fp32."""
         self.progress("repair: merged", 0, 1, {})
-        form = observe_model("merged", load_plain(self.folder), self.rows, self.tokenizer, answers=slice(None))
+        model = self.load(self.merged.train.plan.stages.target)
+        form = observe_model("merged", model, self.rows, self.tokenizer, answers=slice(None))
+        del model
         give_back()
         return form
+
+    def load(self, target: Target) -> Any:
+        """The merged model in fp32, as the proof of that target has it."""
+        return loader(self.merged.train.plan, target)(self.folder)
 
     def size(self, target: Target) -> int:
         """Predicted bytes of a target's whole bundle."""
@@ -162,7 +167,7 @@ class Climb:
         """What a model with the artifact's very weights says of the rows; None where torch does not know them."""
         codes = self.codes_of(step.target) if step.target.calibration != "none" else None
         self.progress(f"repair: {step.name}", 0, 1, {})
-        model = load_plain(self.folder)
+        model = self.load(step.target)
         if codes is not None:
             put_codes(model, step.target, codes)
         elif not round_as_target(model, step.target) and step.target.weight_bits < 32:

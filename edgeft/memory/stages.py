@@ -262,8 +262,24 @@ def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
     return (found,)
 
 
-def prove(planned: Planned, training: Training, target: Target) -> Phase:
-    """The parity ladder: a model in fp32 and the finished bundle side by side, log-probabilities of two forms.
+def prove(planned: Planned, training: Training, target: Target, have_bytes: int | None) -> Phase:
+    """The parity ladder with whole models in memory, or, where that needs more than there is, with one layer of them.
+
+    `have_bytes`: what the host has, pages of files aside; None: not known.
+    """
+    whole = _prove(planned, training, target, streamed=False)
+    if have_bytes is None or whole.high_bytes - file_bytes(whole) <= have_bytes:
+        return whole
+    return _prove(planned, training, target, streamed=True)
+
+
+def streams(proof: Phase) -> bool:
+    """Whether a parity ladder keeps its models' layers in their files."""
+    return any(term.name == "one layer" for term in proof.terms)
+
+
+def _prove(planned: Planned, training: Training, target: Target, *, streamed: bool) -> Phase:
+    """A model in fp32 and the finished bundle side by side, log-probabilities of two forms.
 
     5 tables of probabilities: those of two forms, and three when they are compared; or one, while the next form is
     loaded. Twice the usual margin: this process uses glibc's own malloc, which kept 0 to 60 MB of freed arrays.
@@ -271,7 +287,7 @@ def prove(planned: Planned, training: Training, target: Target) -> Phase:
     spec, lengths, work, has = planned.spec, planned.lengths, planned.work, processes(planned.profile)
     changed = 4 * learnt_parameters(spec, training)
     lora = training.adapts
-    file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 else 0  # read beside its fp32 form
+    file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 and not streamed else 0  # beside its fp32 form
     context = min(work.longest + work.longest_trained + 1, target.context_tokens)
     runtime = runtime_of(target)
     bundle = predict(spec, target, bundle_weights(spec, target), context).memory_bytes - runtime.process_bytes
@@ -286,10 +302,18 @@ def prove(planned: Planned, training: Training, target: Target) -> Phase:
         Term(name="weight file", bytes=max(file, 0 if lora else changed), formula="read beside it"),
         Term(name="probabilities", bytes=table, formula=formula),
     ]
+    held = [Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B")]
+    if streamed:
+        outside, layer = spec.vocab_size * spec.hidden_size, linear_weights(spec) // spec.num_hidden_layers
+        held = [
+            _file(spec),
+            Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B"),
+            Term(name="one layer", bytes=4 * layer, formula=f"{layer} x 4 B"),
+        ]
     return stage("export: prove", "host", [
         _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
         Term(name="data", bytes=planned.data_bytes, formula="samples as arrays of ids, the tokenizer"),
-        Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B"),
+        *held,
         Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
         Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
         *max(comparing, reading, key=lambda terms: sum(term.bytes for term in terms)),

@@ -23,6 +23,7 @@ from edgeft.memory.stages import (
     quantise,
     resume,
     stage,
+    streams,
 )
 from edgeft.memory.train_step import Phase, Term
 from edgeft.models.spec import ModelSpec
@@ -85,6 +86,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     likely = [each for each in found if each.weight_bits <= max(8, found[0].weight_bits)]
     target, why = expected(spec, likely)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
+    host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
     weights = bundle_weights(spec, target)
     device_bytes = device.budget_bytes if device else None
     context, limited_by = choose_context(spec, target, weights, device_bytes)
@@ -96,7 +98,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         merge(spec, training, has),
         *_largest(calibrate_phases(question, each) for each in likely),
         *_largest((build(question, each),) for each in likely),
-        *_largest((prove(question, training, each),) for each in likely),
+        *_largest((prove(question, training, each, host_bytes),) for each in likely),
         run_bundle(spec, target, weights, context),
     ]
     stages = Stages(
@@ -106,11 +108,13 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         context_tokens=context,
         context_limited_by=limited_by,
         data_bytes=data_bytes,
-        host_bytes=host_memory(profile, question.budget_bytes, usable_memory() if gpu else None),
+        host_bytes=host_bytes,
         target_bytes=device_bytes,
         target_name=device.name if device else "",
     )
     said = [why] if why else []
+    if any(phase.name == "export: prove" and streams(phase) for phase in phases):
+        said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
     return stages, said + stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 
 from edgeft.errors import BadInput
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
+from edgeft.models.streamed import alter
 from edgeft.targets.grid import GGML, Grid, Method
 from edgeft.targets.matrices import GGUF_TYPES
 from edgeft.targets.runtimes import runtime_of
@@ -75,17 +77,15 @@ def round_(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return weight
 
 
-@torch.no_grad()
 def round_model(model: Any, target: Target) -> int:
     """Round every weight of a torch model as the export to `target` would; how many tensors that were.
 
     Its logits are then the artifact's, but for the 8-bit activations of accuracy level 4 and the order of sums.
     """
-    count = 0
-    for name, grid in grids_of(model, target).items():
-        round_(model.get_parameter(name).data, grid)
-        count += 1
-    return count
+    grids = grids_of(model, target)
+    for name, grid in grids.items():
+        alter(model, name, partial(round_, grid=grid))
+    return len(grids)
 
 
 def grids_of(model: Any, target: Target) -> dict[str, Grid]:
