@@ -134,7 +134,7 @@ def test_a_job_survives_json() -> None:
     ("rank", "alpha", "scale"), [(4, 16.0, 8.0), (16, 16.0, 4.0), (8, 8.0, math.sqrt(8)), (0, 0.0, 0.0)]
 )
 def test_the_lora_scale_is_rank_stabilised(rank: int, alpha: float, scale: float) -> None:
-    training = Training.model_construct(rank=rank, lora_alpha=alpha)
+    training = Training.model_construct(tuner="lora", rank=rank, lora_alpha=alpha)
     assert training.lora_scale == pytest.approx(scale)
 
 
