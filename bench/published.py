@@ -23,7 +23,7 @@ from unittest import mock
 from run import CONFIGS, record
 
 from edgeft.machines.profile import HEAD_BUFFERS
-from edgeft.memory import dataflow, train_step
+from edgeft.memory import dataflow, phases, train_step
 from edgeft.memory.operations import Gradients, Kept
 from edgeft.memory.tape import Storage, Tape, Value
 from edgeft.models.spec import Linear, ModelSpec, read_model_spec
@@ -271,7 +271,7 @@ def on_cpu() -> list[dict[str, Any]]:
             live, moment = predict(spec, training, longest, theirs)
             case = f"125M on a CPU, {way}, {batch} x {longest}"
             rows.append(row(f"{case}, tensors", ON_CPU, peak, 1e6, live, moment, note if "LoRA" in way else ""))
-            held = train_step.buffers(spec, training, longest * batch, {512: 2 * HEAD_BUFFERS}).bytes
+            held = phases.buffers(spec, training, longest * batch, {512: 2 * HEAD_BUFFERS}).bytes
             made = live + 405_000_000 + held
             rows.append(row(f"{case}, resident", ON_CPU, resident, 1e6, made, moment,
                             "405 MB of imports as published, and edgeft's matrix library buffers"))  # fmt: skip
@@ -343,7 +343,7 @@ def peft() -> list[dict[str, Any]]:
     for case, published, settings in cases:
         training = train(spec, micro_batch_size=4, max_length=longest, **settings)
         live, moment = predict(spec, training, longest, replace(HF, loss="kept", padded=True))
-        live += train_step.CUDA_WORKSPACES
+        live += phases.CUDA_WORKSPACES
         made = row(f"PEFT, Llama-3.2-3B, {case}", PEFT, published, 1e9, live, moment,
                    "longest batch of 642 tokens: not stated, from the notes, which fitted it on the first row; "
                    "reserved bytes also hold what the allocator cannot reuse")  # fmt: skip

@@ -143,7 +143,8 @@ def train(
     from edgeft.exporting.rehearsal import rehearse
     from edgeft.reporting.terminal import rehearsal_line
     from edgeft.targets.target import candidates
-    from edgeft.training.train import MORE_MEMORY, choose_device, work_folder
+    from edgeft.training.prepare import choose_device
+    from edgeft.training.train import MORE_MEMORY, work_folder
     from edgeft.training.train import train as carry_out
 
     _, _, deviations = choose_device(made, device)

@@ -100,6 +100,6 @@ class Bundle(OnDisk, bundles.Bundle):
     _merged: merges.MergedCheckpoint | None = PrivateAttr(None)
 
     def text(self) -> Any:
-        from edgeft.reporting.terminal import bundle_text
+        from edgeft.reporting.bundle_tables import bundle_text
 
         return bundle_text(self, self._merged, bundles.measurement_of(self.folder))

@@ -23,7 +23,8 @@ from tiny import ROWS
 from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.exporting.build import ArtifactModel, _load_shipped, _record, build_bundle, hash_files
+from edgeft.exporting.artifact import ArtifactModel, load_shipped
+from edgeft.exporting.build import _record, build_bundle, hash_files
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import ProofRows, golden_inputs, prove_bundle
 from edgeft.exporting.parity import Ladder
@@ -184,7 +185,7 @@ def prove_line(place: Path, target: str) -> None:
     wanted = load_target(target)
     prove_bundle(trained, folder, merged, wanted, rows, ArtifactModel(place / "bundle"), silent)
     prompts, _ = golden_inputs(merged.train.plan.job, TextTokenizer(folder))
-    _record(_load_shipped(place / "bundle"), TextTokenizer(folder), prompts)
+    _record(load_shipped(place / "bundle"), TextTokenizer(folder), prompts)
 
 
 def prove_family(place: Path, target: str) -> None:

@@ -110,7 +110,7 @@ def trained_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cache of quantised bases, and a CPU of fixed rates for what runs in a GPU's place."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "product-cache"))
-    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-8gb"))
+    monkeypatch.setattr("edgeft.training.prepare.detect", lambda profile: load_profile("cpu-8gb"))
 
 
 def goes_through(combination: dict[str, Any], model: Path, data: Path, out: Path) -> None:

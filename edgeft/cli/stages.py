@@ -307,7 +307,7 @@ def adapters(
             return
     current.replaceable(folder, "bundle.json")
     from edgeft.exporting.export import export_adapters as run
-    from edgeft.reporting.terminal import adapters_text
+    from edgeft.reporting.bundle_tables import adapters_text
 
     with Reporter(stderr) as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
@@ -319,7 +319,7 @@ def _export_all(merged: Path, out: Path, device: str | None, trained: Path | Non
     from edgeft.exporting.export import export as run
     from edgeft.merging.merge import verify_merged
     from edgeft.planning.stage_checks import target_device
-    from edgeft.reporting.terminal import comparison_text
+    from edgeft.reporting.bundle_tables import comparison_text
 
     target_device(device)  # what is wrong for every target is said once
     verify_merged(merged, trained)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -19,6 +19,7 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.exporting.adapters import AdapterSource, Written, add_adapters
+from edgeft.exporting.artifact import ArtifactModel, Logits, load_shipped
 from edgeft.exporting.bundle import (
     MANIFEST,
     README,
@@ -41,8 +42,8 @@ from edgeft.machines import meter
 from edgeft.machines.environment import cpu_model, cpuinfo
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
-from edgeft.models.spec import read_model_spec
-from edgeft.targets.footprint import choose_context, predict
+from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import RUNNER, runner_module
 from edgeft.targets.runtimes import Runtime, runtime_of
@@ -57,132 +58,6 @@ GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
 
-Logits = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
-
-
-class ArtifactModel:
-    """A bundle in its own runtime, token ids in and logits out: what the parity ladder compares.
-
-    An ONNX graph gives logits after the last token of a pass alone. Here it runs with every position's: the same
-    weights and operators, one Gather less.
-    """
-
-    def __init__(self, bundle: Path) -> None:
-        from edgeft.targets.onnx_file import MODEL
-        from edgeft.targets.ort import every_position
-
-        runner, folder = runner_module(), Path(bundle)
-        self.folder = folder
-        try:
-            graph = every_position(folder) if (folder / MODEL).is_file() else None
-        except Exception:  # a damaged file: the runtime says so better
-            graph = None
-        try:
-            self._runner = runner.Runner(folder, graph)
-        except runner.MissingRuntime as problem:
-            raise _missing(problem) from None
-        except runner.RunError as problem:
-            raise BadInput(bundle, str(problem)) from None
-        self.context_tokens: int = self._runner.context_tokens
-        self.stop_ids: list[int] = list(self._runner.eos_ids)
-
-    def use(self, adapter: str | None) -> None:
-        """Answer with this adapter of the bundle from now on (None: without). Raises BadInput."""
-        try:
-            self._runner.use(adapter)
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
-
-    def logits(self, ids: list[int], first: int = 0) -> Logits:
-        """Logits after each token from `first` on: (len(ids) - first, vocabulary). Raises BadInput beyond the context.
-
-        What comes before `first` is read without them.
-        """
-        try:
-            self._runner.fit(list(ids), 0)
-            session = self._runner.engine.start(len(ids))
-            self._read(session, list(ids[:first]))
-            return self._append(session, list(ids[first:]))
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
-
-    def follow(
-        self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
-        hopeless: Callable[[list[int]], bool] = lambda made: False,
-    ) -> tuple[Logits, list[int]]:  # fmt: skip
-        """(logits after each token of a row but its last, from `first` on; the greedy answer to its prompt).
-
-        The prompt is read once: as long as decoding gives the row's own tokens, its logits are theirs. Where it leaves
-        them the rest of the row is read by itself. Decoding ends before a stop id, and where `hopeless` says so.
-        """
-        runner, prompt, room = self._runner, list(ids[:prompt_tokens]), max(0, self.context_tokens - prompt_tokens)
-        try:
-            runner.fit(list(ids), 0)
-            session = runner.engine.start(min(self.context_tokens, max(len(ids), prompt_tokens + max_new_tokens)))
-            if first < prompt_tokens - 1:  # an earlier answer is trained too
-                self._read(session, prompt[:first])
-                rows = list(self._append(session, prompt[first:]))
-            else:
-                rows = [self._read(session, prompt)]
-            answer: list[int] = []
-            last, followed = rows[-1], 0
-            most = min(max_new_tokens, room)
-            while len(answer) < most and (token := int(last.argmax())) not in stop_ids:
-                answer.append(token)
-                follows = followed == len(answer) - 1 and prompt_tokens + followed < len(ids) - 1
-                follows = follows and token == ids[prompt_tokens + followed]
-                if (not follows and hopeless(answer)) or len(answer) == most:
-                    break
-                last = numpy.asarray(session.append([token]), dtype=numpy.float32)
-                if follows:
-                    rows.append(last)
-                    followed += 1
-            done = prompt_tokens + followed
-            if done < len(ids) - 1:
-                rows += list(self.logits(ids[:-1], done))
-            return numpy.stack(rows), answer
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
-
-    def _read(self, session: Any, ids: list[int]) -> Logits:
-        """Logits after the last of some tokens, in passes of a bounded length."""
-        step = runner_module().PREFILL_TOKENS
-        last: Any = None
-        for start in range(0, len(ids), step):
-            last = session.append(ids[start : start + step])
-        return numpy.asarray(last, dtype=numpy.float32)
-
-    def _append(self, session: Any, ids: list[int]) -> Logits:
-        """Logits after each of some tokens, in passes of a bounded length."""
-        step = runner_module().PREFILL_TOKENS
-        parts = [session.append(ids[start : start + step], every=True) for start in range(0, len(ids), step)]
-        return numpy.concatenate([numpy.asarray(part, dtype=numpy.float32) for part in parts])
-
-    def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
-        """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
-        try:
-            return list(self._runner.greedy(list(ids), max_new_tokens, eos_ids))
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
-
-
-def _load_shipped(folder: Path) -> Any:
-    """The bundle as a device runs it, its own graph included: a Runner of run.py. Raises MissingExtra and BadInput."""
-    runner = runner_module()
-    try:
-        return runner.Runner(folder)
-    except runner.MissingRuntime as problem:
-        raise _missing(problem) from None
-    except runner.RunError as problem:
-        raise BadInput(folder, str(problem)) from None
-
-
-def _missing(problem: Exception) -> MissingExtra:
-    text, _, hint = str(problem).partition("\n\nhint: ")
-    package, _, what = text.partition(": ")
-    return MissingExtra(package, what, hint)
-
-
 def need_runtime(target: Target) -> None:
     """Nothing. Raises MissingExtra (exit 5) now rather than after a long build, where a package is not installed."""
     runtime = runtime_of(target)
@@ -195,30 +70,28 @@ def need_runtime(target: Target) -> None:
         raise MissingExtra(runtime.packages[0], problem, f"pip install {runtime.install}")
 
 
+class Filled(NamedTuple):
+    """What lies in a new bundle's folder before its manifest does."""
+
+    weights: Weights
+    context_tokens: int
+    limited_by: LimitedBy
+    builder_bytes: int  # the builder's own highest memory; 0: not told
+    adapter_inputs: dict[str, list[int]]
+    adapters: dict[str, Written]
+    files: dict[str, BundledFile]
+
+
 def build_bundle(
-    merged: Path,
-    target: Target,
-    out: Path,
-    *,
-    prompts: Sequence[GoldenInput],
-    prompt_format: PromptFormat = "plain",
-    system: str | None = None,
-    device_memory_bytes: int | None = None,
-    device_bandwidth_bytes_per_second: float | None = None,
-    input_sha256: str = "",
-    provenance: dict[str, str] | None = None,
-    prove: Callable[[ArtifactModel], Proof] | None = None,
-    measure: bool = True,
-    predicted_peak_bytes: int | None = None,
-    sources: Sequence[Component] = (),
-    adapters: Sequence[AdapterSource] = (),
-    promotion: Promotion | None = None,
-    repair: Repair | None = None,
-    keep_failed: bool = False,
-    size_budget_bytes: int | None = None,
-    rows: Mapping[str, Metrics] | None = None,
+    merged: Path, target: Target, out: Path, *, prompts: Sequence[GoldenInput], prompt_format: PromptFormat = "plain",
+    system: str | None = None, device_memory_bytes: int | None = None,
+    device_bandwidth_bytes_per_second: float | None = None, input_sha256: str = "",
+    provenance: dict[str, str] | None = None, prove: Callable[[ArtifactModel], Proof] | None = None,
+    measure: bool = True, predicted_peak_bytes: int | None = None, sources: Sequence[Component] = (),
+    adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
+    keep_failed: bool = False, size_budget_bytes: int | None = None, rows: Mapping[str, Metrics] | None = None,
     codes: Callable[[Path], Codes] | None = None,
-) -> Bundle:
+) -> Bundle:  # fmt: skip
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
@@ -231,101 +104,116 @@ def build_bundle(
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
     """
     start = time.perf_counter()
-    runtime = runtime_of(target)
-    if adapters and not runtime.switches_adapters:
+    _check_target(target, adapted=bool(adapters), coded=codes is not None)
+    spec, tokenizer = read_model_spec(str(merged)), TextTokenizer(merged)
+    if prompt_format == "chat" and tokenizer.template_text is None:
+        raise BadInput(merged, "there is no chat template", "export with prompt_format 'plain'")
+    device = device_memory_bytes, device_bandwidth_bytes_per_second
+    failed = failed_path(out.resolve()) if keep_failed else None
+    with staging(out) as folder:
+        reset_resident_peak()
+        waiting = resident_bytes()
+        page = readme(target, prompt_format, system, [source.name for source in adapters])
+        filled = _fill(
+            folder, out, merged, target, spec, tokenizer, codes, adapters, page, sources, device_memory_bytes
+        )
+        bundle = Bundle(
+            input_sha256=input_sha256, versions=versions(), target=target, prompt_format=prompt_format, system=system,
+            prefix_ids=tokenizer.prefix_ids, stop_ids=tokenizer.stop_ids, context_tokens=filled.context_tokens,
+            context_limited_by=filled.limited_by, golden_logit_tolerance=target.golden_logit_tolerance,
+            environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
+            size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
+            provenance=provenance or {}, promotion=promotion, repair=repair,
+            predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
+        )  # fmt: skip
+        bundle.write(folder / MANIFEST)
+        _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
+        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, failed)
+        _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
+        peak = max(waiting + filled.builder_bytes, resident_bytes(highest=True)) or None
+        measured = _measure(folder) if measure else None
+    _forget(measurement_path(out.resolve()), failed)
+    if measured is not None:
+        here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens)
+        Measurement(
+            input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=dict(rows or {}),
+            predicted_here_bytes=here.memory_bytes, predicted_peak_bytes=predicted_peak_bytes, measured_peak_bytes=peak,
+            seconds=time.perf_counter() - start,
+        ).write(measurement_path(out.resolve()))  # fmt: skip
+    return Bundle.read(out / MANIFEST)
+
+
+def _check_target(target: Target, *, adapted: bool, coded: bool) -> None:
+    """Nothing. Raises BadInput for what a target cannot hold, MissingExtra where its runtime is not here."""
+    if adapted and not runtime_of(target).switches_adapters:
         problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
         raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
-    if (codes is None) == (target.calibration != "none"):
+    if coded != (target.calibration != "none"):
         problem = f"has calibration {target.calibration!r}: it is built with calibrated codes, and no other target is"
         raise BadInput(
             f"target {target.name}", problem, "export a merged checkpoint, whose training data it is made with"
         )
     need_runtime(target)
-    backend: Any = importlib.import_module(f"edgeft.targets.{runtime.builder}")
-    spec = read_model_spec(str(merged))
-    tokenizer = TextTokenizer(merged)
-    if prompt_format == "chat" and tokenizer.template_text is None:
-        raise BadInput(merged, "there is no chat template", "export with prompt_format 'plain'")
-    with staging(out) as folder:
-        reset_resident_peak()
-        waiting = resident_bytes()
-        scratch = folder / ".codes"
-        chosen = () if codes is None else (_made(codes, scratch),)
-        builder = backend.build_model(merged, target, spec, folder, *chosen)
-        shutil.rmtree(scratch, ignore_errors=True)
-        inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
-        with saving(out):
-            shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
-            names = [source.name for source in adapters]
-            (folder / README).write_text(readme(target, prompt_format, system, names), encoding="utf-8")
-        weights = _with_adapters(backend.read_weights(folder), written)
-        context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
-        stop_ids = tokenizer.stop_ids
-        backend.write_limits(folder, context_tokens, stop_ids)
-        files = hash_files(folder)
-        hashes = {name: file.sha256 for name, file in files.items()}
-        with saving(out):
-            (folder / SBOM).write_text(bill_of_materials(hashes, sources, target), encoding="utf-8")
-        files = hash_files(folder)
-        bundle = Bundle(
-            input_sha256=input_sha256,
-            versions=versions(),
-            target=target,
-            prompt_format=prompt_format,
-            system=system,
-            prefix_ids=tokenizer.prefix_ids,
-            stop_ids=stop_ids,
-            context_tokens=context_tokens,
-            context_limited_by=limited_by,
-            golden_logit_tolerance=target.golden_logit_tolerance,
-            environment=environment(runtime),
-            weight_bytes_per_token=weights.bytes_per_token,
-            size_bytes=sum(file.size_bytes for file in files.values()),
-            files=files,
-            golden=[],
-            provenance=provenance or {},
-            promotion=promotion,
-            repair=repair,
-            predicted=predict(
-                spec, target, weights, context_tokens, device_memory_bytes, device_bandwidth_bytes_per_second
-            ),
-        )
-        bundle.write(folder / MANIFEST)
-        _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
-        golden = _record(_load_shipped(folder), tokenizer, prompts)
-        bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": inputs})
-        bundle.write(folder / MANIFEST)
-        bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, written)})
-        bundle.write(folder / MANIFEST)
-        if prove is not None:
-            try:
-                bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
-            except ParityFailed as problem:
-                if keep_failed:
-                    _keep_failed(folder, bundle, problem, failed_path(out.resolve()))
-                raise
-            bundle.write(folder / MANIFEST)
-        _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
-        peak = max(waiting + builder, resident_bytes(highest=True)) or None
-        measured = _measure(folder) if measure else None
-    path = measurement_path(out.resolve())
-    with saving(path):
-        path.unlink(missing_ok=True)  # of the bundle that was here before
-        if keep_failed and (failed_path(out.resolve()) / MANIFEST).is_file():
-            shutil.rmtree(failed_path(out.resolve()))
-    if measured is not None:
-        here = predict(spec, target, weights, measured.prompt_tokens + measured.new_tokens)
-        Measurement(
-            input_sha256=sha256_file(out / MANIFEST),
-            versions=versions(),
-            measured=measured,
-            rows=dict(rows or {}),
-            predicted_here_bytes=here.memory_bytes,
-            predicted_peak_bytes=predicted_peak_bytes,
-            measured_peak_bytes=peak,
-            seconds=time.perf_counter() - start,
-        ).write(path)
-    return Bundle.read(out / MANIFEST)
+
+
+def _fill(
+    folder: Path, out: Path, merged: Path, target: Target, spec: ModelSpec, tokenizer: TextTokenizer,
+    codes: Callable[[Path], Codes] | None, adapters: Sequence[AdapterSource], page: str, sources: Sequence[Component],
+    device_memory_bytes: int | None,
+) -> Filled:  # fmt: skip
+    """Everything in the folder but its manifest: the runtime's files, adapters, runner, `page`, bill of materials.
+
+    `out` is where the folder will lie, and what a failed write is said of.
+    """
+    backend: Any = importlib.import_module(f"edgeft.targets.{runtime_of(target).builder}")
+    scratch = folder / ".codes"
+    chosen = () if codes is None else (_made(codes, scratch),)
+    builder_bytes = backend.build_model(merged, target, spec, folder, *chosen)
+    shutil.rmtree(scratch, ignore_errors=True)
+    inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
+    with saving(out):
+        shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
+        (folder / README).write_text(page, encoding="utf-8")
+    weights = _with_adapters(backend.read_weights(folder), written)
+    context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
+    backend.write_limits(folder, context_tokens, tokenizer.stop_ids)
+    hashes = {name: file.sha256 for name, file in hash_files(folder).items()}
+    with saving(out):
+        (folder / SBOM).write_text(bill_of_materials(hashes, sources, target), encoding="utf-8")
+    return Filled(weights, context_tokens, limited_by, builder_bytes, inputs, written, hash_files(folder))
+
+
+def _proven(
+    folder: Path, bundle: Bundle, filled: Filled, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput],
+    adapters: Sequence[AdapterSource], prove: Callable[[ArtifactModel], Proof] | None, failed: Path | None,
+) -> Bundle:  # fmt: skip
+    """The bundle with golden vectors, adapters and proof, each in its manifest before the next reads it.
+
+    Raises ParityFailed; with `failed` the bundle lies there then.
+    """
+    golden = _record(load_shipped(folder), tokenizer, prompts)
+    bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": filled.adapter_inputs})
+    bundle.write(folder / MANIFEST)
+    bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, filled.adapters)})
+    bundle.write(folder / MANIFEST)
+    if prove is None:
+        return bundle
+    try:
+        bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
+    except ParityFailed as problem:
+        if failed is not None:
+            _keep_failed(folder, bundle, problem, failed)
+        raise
+    bundle.write(folder / MANIFEST)
+    return bundle
+
+
+def _forget(measurement: Path, failed: Path | None) -> None:
+    """Remove what an earlier bundle left beside this one: its measurement, and a failed one where those are kept."""
+    with saving(measurement):
+        measurement.unlink(missing_ok=True)
+        if failed is not None and (failed / MANIFEST).is_file():
+            shutil.rmtree(failed)
 
 
 def _keep_failed(folder: Path, bundle: Bundle, problem: ParityFailed, place: Path) -> None:
@@ -385,7 +273,7 @@ def _prove_adapters(
             golden=[],
         )
     bundle.model_copy(update={"adapters": entries}).write(folder / MANIFEST)  # for the runner's check of the contract
-    shipped = _load_shipped(folder)
+    shipped = load_shipped(folder)
     for source in sources:
         shipped.use(source.name)
         golden = _record(shipped, source.tokenizer, source.prompts)

@@ -16,7 +16,8 @@ from edgeft.data.rows import each_row
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, QualityLost
 from edgeft.exporting.adapters import AdapterSource
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first

@@ -27,7 +27,7 @@ from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
     from edgeft.data.dataset import Sample, TextTokenizer
-    from edgeft.exporting.build import ArtifactModel
+    from edgeft.exporting.artifact import ArtifactModel
     from edgeft.models.metrics import Proof
     from edgeft.models.spec import ModelSpec
     from edgeft.settings import Training

@@ -1,4 +1,4 @@
-"""How many bytes does each phase of a run need at its highest moment? In closed form, microseconds per candidate.
+"""How many bytes does a training step hold at its highest moment? In closed form, microseconds per candidate.
 
 What a layer keeps and holds follows from its operations (`edgeft.memory.dataflow`) and is the same for each layer of a
 kind; here layers, weights, gradients and states are added up. Nothing of it is fitted: bench/closed_form.py compares it
@@ -7,15 +7,11 @@ with the simulated step. Symbols as in the field: h hidden, e bytes of the compu
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS, Answers, Scoring, Shape, Size, scoring
 from edgeft.documents import Strict
 from edgeft.memory.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
@@ -23,7 +19,6 @@ from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import ENDS, Training
 from edgeft.tuners import TUNERS
-from edgeft.units import MIB
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, 8-bit scales per 64 weights, fp32 scales of 256 scales
@@ -31,25 +26,6 @@ NF4_PER_LINEAR = 1024 + 64 + 4  # the two code books and the offset of one quant
 ADAM8_BYTES = 2 * (1 + 4 / 256)  # two states of a byte, one fp32 scale per 256
 # bitsandbytes keeps the states of smaller tensors in fp32, and pages those of larger ones alone
 EIGHT_BIT_ELEMENTS, PAGED_ELEMENTS = 4096, 100_000
-# cuBLAS's workspaces inside PyTorch's allocator, one for the caller's thread and one for autograd's: 32 MiB each on
-# capability 9.0, 8.1 elsewhere. What the allocator reserves beyond what is alive: 15 to 50 MiB in runs of 0.2 to 10
-# GiB; at most 171 with 4-bit weights and in fp32, which the share in the high estimate covers (bench/gpu_runs.json).
-CUDA_WORKSPACES, CUDA_WORKSPACE_90 = 2 * 8_519_680, 2 * 32 * MIB
-CUDA_RESERVED, CUDA_FLOOR = 36 * MIB, 32 * MIB
-# What earlier phases leave between the tensors of a CPU's heap beyond what is expected, at most: 13.6 MiB were seen,
-# where 200 rows of many lengths had been scored (bench/planner.py, random job 25 of seed 1), 5 elsewhere.
-CPU_HEAP = 16 * MIB
-
-# What a training process holds on a CPU beyond the tiny run's and its tensors: the matrix library's buffers, Python's
-# objects. Fitted on half of the runs of bench/planner.py; live tensor bytes and the head's buffer are not fitted.
-CPU_BUFFERS, CPU_BYTES_PER_DOUBLING = 11_300_000, 1_460_000  # up to 128 tokens, and for each doubling of them
-CPU_BYTES_PER_ADAPTER, CPU_BYTES_PER_NF4, CPU_RECOMPUTING = 100_000, 36_000, 4_650_000  # of each linear; of a run
-
-# malloc=fast (`meter.keep_pool`): its part of what a step makes and frees, beyond which hardly a page is mapped anew,
-# and at most so much; of a pool in use POOL_WASTE lies between tensors, at most POOL_WORST. Measured on the example's
-# step with pools of 120, 176, 224 and 280 MiB: 0.39 to 0.46. Not fitted: 0.42 on layers of 135M's
-# shape at 2 x 512 tokens, pool of 512 MiB.
-POOL_SHARE, POOL_MOST, POOL_WASTE, POOL_WORST = 0.75, 256 * MIB, 0.42, 0.6
 
 
 class Term(Strict):
@@ -313,228 +289,6 @@ def _name(number: int, layers: int) -> str:
     return "loss" if number == layers else f"layer {number}"
 
 
-def scoring_terms(spec: ModelSpec, training: Training, scored: Scoring | None) -> tuple[list[Term], list[Term]]:
-    """(what losses, what answers hold beyond the model at the highest moment); `scored`: None without data."""
-    if scored is None or not scored.rows:
-        longest = training.max_length
-        rows = max(1, training.group_tokens // longest)
-        size = Size(longest, max(1, longest - MAX_ANSWER_TOKENS), training.max_trained)
-        scored = scoring([[size] * rows], training.group_tokens)
-    losses = max((_loss_terms(spec, training, shape) for shape in scored.shapes), key=_total)
-    return losses, _answer_terms(spec, training, scored.answers) if scored.answers else []
-
-
-def _total(terms: Sequence[Term]) -> int:
-    return sum(term.bytes for term in terms)
-
-
-def _loss_terms(spec: ModelSpec, training: Training, shape: Shape) -> list[Term]:
-    """A group's losses: the layers one after the other, or the logits of a chunk of its trained tokens."""
-    e, tokens = DTYPE_BYTES[training.compute_dtype], shape.rows * shape.tokens
-    way, chunk = Way.of(spec, training, shape.tokens), min(training.loss_chunk_tokens, shape.trained)
-    forward = _forward_bytes(spec, training, way, tokens, False)
-    wide = 4 if e == 4 else 4 + e  # half-precision logits are there beside their fp32 ones
-    logits = wide * spec.vocab_size * chunk + 2 * e * spec.hidden_size * shape.trained
-    inputs = 16 * tokens + 16 * shape.trained + mask_bytes(spec, way, tokens) + 2 * e * spec.head_dim * shape.tokens
-    formula = f"{shape.rows} x {shape.tokens} tokens, {shape.trained} trained, V = {spec.vocab_size}"
-    name = "logits" if logits > forward else "forward"
-    return [Term(name=name, bytes=int(max(logits, forward) + inputs), formula=formula)]
-
-
-def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list[Term]:
-    """Answers: their prompts under a mask, or the last token, with a full cache and a layer's keys twice.
-
-    Prompts are padded on the left, and transformers' cache grows by a copy.
-    """
-    e = DTYPE_BYTES[training.compute_dtype]
-    key = e * spec.num_key_value_heads * spec.head_dim  # of one layer, for each token
-    tokens, longest = answers.prompt_tokens, answers.longest_prompt
-    way = replace(Way.of(spec, training, longest), longest=longest)
-    cached = 2 * key * spec.num_hidden_layers
-    # a mask of booleans, and what positions and rotary tables are made from
-    inputs = 24 * tokens + longest * tokens + 2 * e * spec.head_dim * tokens
-    inputs += mask_bytes(spec, way, tokens) if spec.attn_logit_softcapping else 0
-    height = _forward_bytes(spec, training, way, tokens, True) + inputs
-    prompts = [
-        Term(name="prompts", bytes=int(height), formula=f"{tokens} tokens of {longest} at most, under a mask"),
-        Term(name="key-value cache", bytes=cached * tokens, formula=f"{tokens} tokens"),
-    ]
-    logits = (4 if e == 4 else 4 + e) * spec.vocab_size * answers.rows
-    formula = f"{answers.tokens} tokens, and a layer's keys while they grow"
-    last = [
-        Term(name="key-value cache", bytes=(cached + key) * answers.tokens, formula=formula),
-        Term(name="masks", bytes=32 * answers.tokens, formula=f"{answers.tokens} tokens"),
-        Term(name="logits", bytes=logits, formula=f"{answers.rows} rows, V = {spec.vocab_size}"),
-    ]
-    return max(prompts, last, key=_total)
-
-
-def _forward_bytes(spec: ModelSpec, training: Training, way: Way, tokens: int, masked: bool) -> float:
-    """Highest bytes of a forward pass through the layers without autograd, autocast's copies of weights included."""
-    trained = set(training.trained_layers)
-    places = Counter((n in trained, masked or is_masked(spec, n, way.longest)) for n in range(spec.num_hidden_layers))
-    parts = {
-        place: layer_bytes(spec, way, "scored" if place[0] else "idle", False, place[1], False) for place in places
-    }
-    embedded = way.itemsize * spec.hidden_size * tokens  # the model's code has a name for what the embedding gave
-    casts = sum(count * parts[place].kept_forward.imag for place, count in places.items())
-    return embedded + casts + max(_highest(part.forward, tokens) for part in parts.values())
-
-
-def _highest(sizes: Sequence[complex], tokens: int) -> float:
-    return max(size.real * tokens + size.imag for size in sizes)
-
-
-def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapping[int, int]) -> Term:
-    """What a CPU's training process holds that is neither there before it has a model nor a tensor."""
-    rows = min(training.loss_chunk_tokens, tokens)
-    measured = min((count for count in head_buffers if count >= rows), default=max(head_buffers, default=0))
-    head = head_buffers.get(measured, 0) * spec.vocab_size
-    adapted = len(training.target_modules) * len(training.trained_layers) if training.adapts else 0
-    quantised = len(spec.linears) * spec.num_hidden_layers if training.base_precision == "nf4" else 0
-    fixed = CPU_BUFFERS + int(CPU_BYTES_PER_DOUBLING * max(0.0, math.log2(tokens / 128)))
-    fixed += CPU_RECOMPUTING if training.checkpointing else 0
-    fixed += CPU_BYTES_PER_ADAPTER * adapted + CPU_BYTES_PER_NF4 * quantised
-    formula = f"the matrix library's: V = {spec.vocab_size}, {tokens} tokens; {adapted} adapters, {quantised} in NF4"
-    return Term(name="buffers", bytes=fixed + head, formula=formula)
-
-
-def pool_bytes(spec: ModelSpec, training: Training, work: Workload) -> int:
-    """What malloc=fast keeps of the memory of a step's tensors for the next ones; 0 for any other plan."""
-    if training.malloc != "fast" or training.device != "cpu":
-        return 0
-    return max(_pool_bytes(step_terms(spec, one, work)) for one in worst_sets(spec, training))
-
-
-def _pool_bytes(terms: list[Term]) -> int:
-    return min(POOL_MOST, int(POOL_SHARE * _passing(terms)))
-
-
-def _passing(terms: list[Term]) -> int:
-    """Bytes of a step's tensors that are gone when it ends."""
-    return sum(term.bytes for term in terms if term.name in ("activations", "gradients") or ":" in term.name)
-
-
-def phases(
-    spec: ModelSpec,
-    training: Training,
-    work: Workload,
-    *,
-    baseline_bytes: int,
-    data_bytes: int = 0,
-    head_buffers: Mapping[int, int] | None = None,
-    scored: Scoring | None = None,
-    capability: float | None = None,
-    more: Simulated | None = None,
-) -> tuple[Phase, ...]:
-    """Every phase of `train` with its terms; `baseline_bytes` is what the process holds before any model.
-
-    `head_buffers` is what the matrix library keeps per word of the vocabulary after so many rows (`Profile`).
-
-    On a CPU, and on an Apple GPU that shares its memory, a phase's bytes are the process's RSS: baseline, data,
-    tensors. On CUDA they are the allocator's: tensors, cuBLAS's workspaces by `capability`, what is reserved and not
-    used; the CUDA context is the profile's.
-    """
-    on_cpu = training.device == "cpu"
-    if training.device != "cuda":
-        first = "Python, torch, transformers, one tiny step"
-        start = [Term(name="process", bytes=baseline_bytes, formula=first)]
-        if data_bytes:
-            start.append(Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"))
-        tokens = work.longest * training.micro_batch_size
-        fixed = [*start, *([buffers(spec, training, tokens, head_buffers or {})] if on_cpu else [])]
-    else:
-        workspaces = CUDA_WORKSPACE_90 if capability == 9.0 else CUDA_WORKSPACES
-        start = fixed = [
-            Term(name="cuBLAS workspace", bytes=workspaces, formula="the caller's thread and autograd's"),
-            Term(name="reserved", bytes=CUDA_RESERVED, formula="by the allocator beyond what is alive, as measured"),
-        ]
-    weights = weight_bytes(spec, training)
-    weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
-    stored = spec.stored_bytes if training.base_precision != "nf4" else weights
-    if training.base_precision != "nf4" and stored == weights and not spec.stacked:
-        stored = 0  # weights that stay as they are stored stay pages of their file
-    load = [*start, weights_term]
-    if training.device == "cuda" and training.base_precision == "nf4":
-        # what stays dense is cast tensor by tensor, each beside its old self
-        table = DTYPE_BYTES[training.compute_dtype] * spec.vocab_size * spec.hidden_size
-        load.append(Term(name="cast", bytes=table, formula=f"{spec.vocab_size} x {spec.hidden_size}, twice"))
-    if on_cpu and stored:
-        load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
-    sets = worst_sets(spec, training)
-    adapter = trained_parameters(spec, training) * 4 if training.adapts else 0
-    dense = max(dense_bytes(spec, one) for one in sets)
-    pool = pool_bytes(spec, training, work)
-    held = [
-        *fixed,
-        weights_term,
-        Term(name="adapters", bytes=adapter, formula="kept while scoring"),
-        Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
-    ]
-
-    def scored_phase(terms: Sequence[Term]) -> Phase:
-        kept = _pool_term(min(pool, sum(term.bytes for term in terms)))
-        return phase("evaluate", [term for term in (*held, *terms, kept) if term.bytes], spec, training)
-
-    losses, answered = scoring_terms(spec, training, scored)
-    evaluate = scored_phase(losses)
-    if answered:  # for rows that a pass leaves open; there may be none
-        most = scored_phase(answered).high_bytes
-        evaluate = evaluate.model_copy(update={"high_bytes": max(evaluate.high_bytes, most)})
-    if more is not None:
-        # a group has no more tokens than a micro-batch, and keeps less of each
-        high = evaluate.high_bytes + max(0, more.bytes)
-        evaluate = evaluate.model_copy(update={"high_bytes": high})
-    steps = max((step_terms(spec, one, work) for one in sets), key=lambda terms: sum(term.bytes for term in terms))
-    step = [*fixed, *steps, _pool_term(min(pool, _passing(steps)))]
-    if more is not None:
-        formula = "what this model's code holds beyond a Llama's, or less than it"
-        step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
-    return (
-        phase("load", load, spec, training),
-        evaluate,
-        phase("train", [term for term in step if term.bytes], spec, training, more is not None and more.exact),
-    )
-
-
-def _pool_term(used: int) -> Term:
-    formula = f"{POOL_WASTE} of {used} B that are kept for reuse"
-    return Term(name="pool", bytes=int(POOL_WASTE * used), formula=formula)
-
-
-class Simulated(NamedTuple):
-    """Bytes that a model's own code was found to hold beyond the closed form in a step, or fewer than it.
-
-    `exact`: found for this very way of training, not for one like it.
-    """
-
-    bytes: int
-    exact: bool
-
-
 def known(spec: ModelSpec) -> bool:
     """Whether the closed form holds for a model's family."""
     return spec.exact or spec.model_type in LIKE_LLAMA
-
-
-def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training, simulated: bool = False) -> Phase:
-    """A phase with its low and high estimate: 2% for families known operation by operation on a CPU, 5% on CUDA.
-
-    CUDA's 5%, at least 32 MiB, is what the allocator reserves in pieces that do not fit. Families
-    like a Llama get 15%, as do ways that were not simulated of families that must be.
-    """
-    expected = sum(term.bytes for term in terms)
-    exact = simulated or spec.exact
-    margin = 0.15 if not exact else 0.02 if training.device == "cpu" else 0.05
-    pool = next((term.bytes for term in terms if term.name == "pool"), 0)
-    high = int(expected * (1 + margin)) + (CPU_HEAP if training.device != "cuda" else 0)
-    high += int(pool * (POOL_WORST / POOL_WASTE - 1))
-    if training.device == "cuda":
-        high = max(high, expected + CUDA_FLOOR)
-    return Phase(
-        name=name,
-        terms=tuple(terms),
-        low_bytes=int(expected * (1 - margin)) - pool,
-        expected_bytes=expected,
-        high_bytes=high,
-    )

@@ -17,6 +17,7 @@ from edgeft.data.scoring_groups import Scoring, Size, scoring
 from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
+from edgeft.memory.phases import Simulated, phases
 from edgeft.memory.timing import COUNTED, Counted, count, mean_work, scoring_seconds, seconds_per_step
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
@@ -65,7 +66,7 @@ class Question:
     keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
     heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
     counts: dict[tuple[Any, ...], Counted] = field(default_factory=dict, repr=False)  # by what `count` reads
-    simulated: dict[Training, train_step.Simulated] = field(default_factory=dict, repr=False)
+    simulated: dict[Training, Simulated] = field(default_factory=dict, repr=False)
     scorings: dict[tuple[int, int], Scoring] = field(default_factory=dict, repr=False)  # by a group's, a row's tokens
 
     @cached_property
@@ -95,7 +96,7 @@ class Question:
 
     def phases(self, training: Training, work: train_step.Workload | None = None) -> tuple[train_step.Phase, ...]:
         """Every phase of a run, for the longest sample unless another workload is given."""
-        return train_step.phases(
+        return phases(
             self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
             data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training),
             capability=self.profile.compute_capability,
@@ -135,10 +136,10 @@ class Question:
         found = simulate(self.spec, training, self.work).live_peak_bytes
         sets = train_step.worst_sets(self.spec, training)
         closed = max(sum(term.bytes for term in train_step.step_terms(self.spec, one, self.work)) for one in sets)
-        self.simulated[training] = train_step.Simulated(found - closed, True)
+        self.simulated[training] = Simulated(found - closed, True)
         self.heights.clear()
 
-    def _simulated(self, training: Training) -> train_step.Simulated | None:
+    def _simulated(self, training: Training) -> Simulated | None:
         """What simulation found for this way; for another, the most that it found for one like it."""
         if not self.simulated or training in self.simulated:
             return self.simulated.get(training)
@@ -146,7 +147,7 @@ class Question:
                  if (other.tuner, other.checkpointing) == (training.tuner, training.checkpointing)]  # fmt: skip
         if not alike:
             return None
-        return train_step.Simulated(max(one.bytes for one in alike), False)
+        return Simulated(max(one.bytes for one in alike), False)
 
     def scoring_seconds(self, training: Training) -> float:
         """Seconds of all scoring, before training and after it."""

@@ -1,4 +1,4 @@
-"""How do a plan, a run and a bundle read on a screen? Text tables for people; the JSON files are for programs."""
+"""How do a plan, a run and a merge read on a screen? Text tables for people; the JSON files are for programs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from edgeft.memory.disk import total
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.train_step import Phase
 from edgeft.models.layer_shares import Shares
-from edgeft.models.metrics import Importance, Metrics, Pair, Promotion, Proof, Repair, Sweep, pair
+from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.words import attempt_cells, difference_text, rung_cells
+from edgeft.reporting.words import difference_text
 from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
-    from edgeft.exporting.bundle import Bundle, Measurement
-    from edgeft.exporting.choose_target import Comparison
-    from edgeft.merging.result import Merged, MergedCheckpoint
+    from edgeft.merging.result import Merged
     from edgeft.merging.survival import Survival
     from edgeft.models.discover import Discovery
     from edgeft.training.result import Rehearsal, TrainResult, Trial
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 NOT_TENSORS = ("process", "data", "buffers", "pool", "cuBLAS workspace", "reserved")
 
 
-def _table(*columns: str, title: str = "") -> Table:
+def new_table(*columns: str, title: str = "") -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
@@ -77,7 +75,7 @@ def plan_text(plan: Plan) -> RenderableType:
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), Text(value))
-    table = _table("phase", "where", "expected", "high", "limit", "largest parts")
+    table = new_table("phase", "where", "expected", "high", "limit", "largest parts")
     for phase in (*plan.phases, *plan.stages.phases):
         parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
         limit = plan.budget_bytes if phase.where == "device" else plan.stages.limit_bytes(phase)
@@ -151,7 +149,7 @@ def _disk(stages: Stages) -> str:
 
 def explain_text(plan: Plan) -> RenderableType:
     """What else was looked at: the chosen way with one choice changed, and the smallest way of each quality."""
-    changed = _table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
+    changed = new_table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
                      title=f"{plan.looked_at} candidates; the chosen way with one choice changed")  # fmt: skip
     last = ""
     for other in plan.alternatives:
@@ -166,7 +164,7 @@ def explain_text(plan: Plan) -> RenderableType:
             "yes" if other.fits else "no",
         )
         last = other.setting
-    best = _table("quality given up", "peak", "time a step", "fits", "way", title="the smallest way of each quality")
+    best = new_table("quality given up", "peak", "time a step", "fits", "way", title="the smallest way of each quality")
     for row in plan.frontier:
         rank = f" rank {row.rank}" if row.rank else ""
         way = f"{row.tuner}{rank}, {row.base_precision}, {row.layers} {row.trained} layers, {row.optimizer}"
@@ -183,7 +181,7 @@ def explain_text(plan: Plan) -> RenderableType:
 
 def trial_text(trial: Trial) -> RenderableType:
     """Real steps with random weights against the plan."""
-    table = _table("on " + trial.device, "predicted", "at most", "measured", "error")
+    table = new_table("on " + trial.device, "predicted", "at most", "measured", "error")
     table.add_row("training, peak memory", show_bytes(trial.predicted_bytes), show_bytes(trial.high_bytes),
                   show_bytes(trial.measured_bytes), f"{100 * trial.error:+.1f}%")  # fmt: skip
     seconds = trial.estimated_seconds_per_step / trial.measured_seconds_per_step - 1
@@ -211,7 +209,7 @@ def _layers(layers: tuple[int, ...]) -> str:
 
 def profiles_text(profiles: list[Profile]) -> RenderableType:
     """All shipped profiles, one line each."""
-    table = _table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
+    table = new_table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
     for profile in profiles:
         memory = f"{profile.memory_gib:g} GiB" if profile.memory_gib else "detected"
         bandwidth = f"{profile.bandwidth_gb_per_second:g}" if profile.bandwidth_gb_per_second else "measured"
@@ -231,7 +229,7 @@ def profiles_text(profiles: list[Profile]) -> RenderableType:
 def layers_text(found: Discovery) -> RenderableType:
     """A model's units, a row for each kind of layer of a stack."""
     size = f"{show_count(found.total_parameters)} parameters, {show_bytes(found.total_bytes)} in {found.dtype}"
-    table = _table("unit", "module", "parameters", "bytes")
+    table = new_table("unit", "module", "parameters", "bytes")
     table.columns[1].justify = "left"
     for stack in found.stacks:
         numbers: dict[tuple[str, int, int], list[str]] = {}
@@ -267,7 +265,7 @@ def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:
 
 def train_text(result: TrainResult) -> RenderableType:
     """A training run: scores before and after, memory predicted and measured."""
-    table = _table("scored on", "rows", "loss", "perplexity", "exact match")
+    table = new_table("scored on", "rows", "loss", "perplexity", "exact match")
     for name, metrics in (
         ("validation, base", result.base_valid),
         ("validation, fine-tuned", result.valid),
@@ -327,121 +325,10 @@ def merge_text(merged: Merged) -> RenderableType:
     return Group(*lines)
 
 
-def ladder_text(proof: Proof) -> RenderableType:
-    """The parity ladder, a line per rung: what was compared, and how far apart it was."""
-    gain = f", {proof.gain_nats:.4f} nats gained over the base" if proof.gain_nats is not None else ""
-    title = f"parity, by validation rows{gain}"
-    columns = ("rung", "against", "compared", "top-1", "or a tie", "mean KL", "loss", "before", "")
-    table = _table(*columns, title=title)
-    for rung in proof.rungs:
-        table.add_row(rung.name, rung.against, rung.compared, *rung_cells(rung), "failed" if rung.problems else "ok")
-    return table
-
-
-def pairs_text(proof: Proof) -> RenderableType:
-    """What each form changed of the one before it on the same rows, with 95% intervals."""
-    title = f"the same {proof.scored_on} rows before and after, 95% intervals"
-    table = _table("from", "to", "loss, nats", "exact match, points", title=title)
-    for each in proof.pairs:
-        table.add_row(each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
-    return table
-
-
-def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measurement | None) -> RenderableType:
-    """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
-    parts: list[RenderableType] = []
-    if bundle.proof is not None:
-        parts.append(ladder_text(bundle.proof))
-        rows = next(iter(bundle.proof.scores.values())).rows
-        table = _table("model", "loss", "perplexity", "exact match", title=f"{rows} {bundle.proof.scored_on} rows")
-        for name, metrics in bundle.proof.scores.items():
-            table.add_row(name, *metrics_cells(metrics))
-        parts.append(table)
-        parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
-    table = _table("", "predicted", "measured")
-    if merged is not None:
-        trained = predicted_expected(merged.train), merged.train.measured_peak_bytes
-        table.add_row("training, peak memory", *map(show_bytes, trained))
-        table.add_row("merge, peak memory", *map(show_bytes, (merged.predicted_peak_bytes, merged.measured_peak_bytes)))
-    _add_costs(table, bundle, here)
-    chosen = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
-    chosen += [repair_text(bundle.repair, here)] if bundle.repair is not None else []
-    return Group(*parts, table, *chosen, _size_text(bundle))
-
-
-def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:
-    """All that was considered, what each costs in bytes, and what of it was measured here."""
-    title = f"{repair.asked}: against the merged model on {repair.compared}, by PyTorch, 95% intervals"
-    table = _table("artifact", "bundle", "loss, nats", "exact match, points", "tok/s here", "", title=title)
-    for each in repair.attempts:
-        name, *costs, decided = attempt_cells(each)
-        last = each is repair.attempts[-1]
-        speed = f"{here.measured.decode_tokens_per_second:,.0f}" if here is not None and last else "-"
-        table.add_row(name, *costs, speed, decided)
-    by_test = "A bundle failed on test rows, so they took part in the choice: its test scores flatter it a little."
-    return Group(table, *([Text(by_test)] if repair.by_test_rows else []))
-
-
-def promotion_text(promotion: Promotion) -> RenderableType:
-    """The tensors that got 8 bits, and why those."""
-    before, after = promotion.simulated_before, promotion.simulated
-    title = f"8 bits for {len(promotion.promoted)} of {promotion.considered} tensors, by {promotion.calibration}"
-    table = _table("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
-    for each in promotion.promoted:
-        cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
-        table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
-    kl = f"mean KL by torch {before.mean_kl_nats or 0:.4f} nats without, {after.mean_kl_nats or 0:.4f} with them"
-    return Group(*([table] if promotion.promoted else [Text(title)]), Text(f"{kl}: {promotion.ended}"))
-
-
-def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
-    """What an export of adapters ends with: how near the base and each of them are, and the bundle's costs."""
-    proofs = [proof for proof in (bundle.proof, *(each.proof for each in bundle.adapters.values())) if proof]
-    scores = _table("adapter", "rank", "base loss", "fine-tuned", bundle.target.name, "exact match")
-    for name, adapter in bundle.adapters.items():
-        if adapter.proof is not None:
-            found = adapter.proof.scores
-            last = found[bundle.target.name]
-            match = "-" if last.exact_match is None else f"{100 * last.exact_match:.1f}%"
-            losses = [f"{found[form].loss:.4f}" for form in ("base", "fine-tuned", bundle.target.name)]
-            scores.add_row(name, str(adapter.rank), *losses, match)
-    costs = _table("", "predicted", "measured")
-    _add_costs(costs, bundle, here)
-    return Group(*(ladder_text(proof) for proof in proofs), scores, costs, _size_text(bundle))
-
-
-def _add_costs(table: Table, bundle: Bundle, here: Measurement | None) -> None:
-    if here is not None and here.measured_peak_bytes is not None and here.predicted_peak_bytes is not None:
-        table.add_row(
-            "export, peak memory", show_bytes(here.predicted_peak_bytes), show_bytes(here.measured_peak_bytes)
-        )
-    if here is not None:
-        measured = here.measured
-        table.add_row(
-            "bundle here, peak memory",
-            show_bytes(here.predicted_here_bytes),
-            show_bytes(measured.peak_memory_bytes),
-        )
-        bound = f"at most {measured.bound_tokens_per_second:,.0f} tok/s"
-        table.add_row("bundle here, decode", bound, f"{measured.decode_tokens_per_second:,.0f} tok/s")
-    if bundle.predicted.device_memory_bytes:
-        need = f"{show_bytes(bundle.predicted.memory_bytes)} of {show_bytes(bundle.predicted.device_memory_bytes)}"
-        table.add_row(f"on {bundle.provenance.get('device', 'device')}, full context", need, "-")
-        if bundle.predicted.tokens_per_second_bound:
-            table.add_row(
-                "on the device, decode", f"at most {bundle.predicted.tokens_per_second_bound:,.0f} tok/s", "-"
-            )
-
-
-def _size_text(bundle: Bundle) -> Text:
-    size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
-    return Text(f"{size} (limited by the {bundle.context_limited_by})")
-
-
 def survival_text(survival: Survival) -> RenderableType:
     """What rounding leaves of a change: per layer, then the tensors that lose most."""
     title = f"what of the change survives in {survival.target}"
-    table = _table("layer", "tensors", "projection", "cosine", "noise", title=title)
+    table = new_table("layer", "tensors", "projection", "cosine", "noise", title=title)
     for layer in survival.layers:
         name = "ends" if layer.layer is None else str(layer.layer)
         cells = (f"{layer.projection:.3f}", f"{layer.cosine:.3f}", f"{layer.noise:.2f}")
@@ -450,7 +337,7 @@ def survival_text(survival: Survival) -> RenderableType:
         "all", str(sum(x.tensors for x in survival.layers)), f"{survival.projection:.3f}", f"{survival.cosine:.3f}", ""
     )
     by_name = {tensor.name: tensor for tensor in survival.tensors}
-    worst = _table("first to promote to 8 bits", "change in steps", "codes changed", "cosine")
+    worst = new_table("first to promote to 8 bits", "change in steps", "codes changed", "cosine")
     for name in survival.promote[:8]:
         tensor = by_name[name]
         cells = (f"{tensor.delta_in_steps:.3f}", f"{100 * tensor.codes_changed:.1f}%", f"{tensor.cosine:.3f}")
@@ -462,7 +349,7 @@ def sweep_text(sweep: Sweep) -> RenderableType:
     """A line per share: task and general text as merged and as rounded, the chosen one marked."""
     title = f"{sweep.task_rows}" + (f", {sweep.general_rows}" if sweep.general_rows else "")
     columns = ("wise_alpha", "task loss", "exact match", "general loss")
-    table = _table(*columns, *(f"{name}, {sweep.target}" for name in columns[1:]), "", title=title)
+    table = new_table(*columns, *(f"{name}, {sweep.target}" for name in columns[1:]), "", title=title)
     for point in sweep.points:
         cells = []
         for task, general in ((point.task, point.general), (point.rounded_task, point.rounded_general)):
@@ -475,26 +362,3 @@ def sweep_text(sweep: Sweep) -> RenderableType:
         table.add_row(str(point.shares), *cells, ", ".join(marks))
     shares = Shares(rest=sweep.wise_alpha, groups=sweep.groups)
     return Group(table, Text(f"wise_alpha {shares} ({sweep.select}): {sweep.why}"))
-
-
-def comparison_text(made: Comparison) -> RenderableType:
-    """Every target that fits side by side, why the others are out, and the one to ship."""
-    table = _table("target", "size", "loss", "exact match", "mean KL", "memory", "decode at most", "decode here")
-    left_out = []
-    for row in made.candidates:
-        if row.scores is None:
-            left_out.append(Text(f"{row.name}: {' '.join(row.problem.split())}"))
-            continue
-        bound, here = row.tokens_per_second_bound, row.tokens_per_second_here
-        exact = row.scores.exact_match
-        table.add_row(
-            ("> " if row.name == made.ship else "  ") + row.name,
-            show_bytes(row.size_bytes),
-            f"{row.scores.loss:.4f}",
-            "-" if exact is None else f"{100 * exact:.1f}%",
-            f"{max(0.0, row.mean_kl_nats):.1e}",
-            show_bytes(row.memory_bytes),
-            f"{bound:,.0f} tok/s" if bound else "-",
-            f"{here:,.0f} tok/s" if here else "-",
-        )
-    return Group(table, *left_out, Text(f"ship {made.ship}: {made.reason}"))

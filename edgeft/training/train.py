@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,19 +17,18 @@ from typing import Any
 
 import torch
 
-from edgeft.data.dataset import IGNORED, Sample
+from edgeft.data.dataset import Sample
 from edgeft.documents import saving, staging, versions
-from edgeft.engine.base import load_base
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
-from edgeft.machines.profile import detect, load_profile
-from edgeft.memory import disk, stages, train_step
-from edgeft.models.checkpoint import DTYPES, Checkpoint, join_files, local_folder
-from edgeft.models.evaluate import autocast, evaluate, token_losses
+from edgeft.memory import disk
+from edgeft.memory.phases import pool_bytes
+from edgeft.models.checkpoint import Checkpoint, join_files, local_folder
+from edgeft.models.evaluate import evaluate
 from edgeft.models.identity import (
     WEIGHTS,
     Inputs,
@@ -40,123 +38,18 @@ from edgeft.models.identity import (
     written_files,
 )
 from edgeft.models.metrics import Metrics, UnitRecord
-from edgeft.models.parts import Parts, find_parts, repeat_groups, units
-from edgeft.planning.costs import Question
+from edgeft.models.parts import Parts, units
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress
 from edgeft.settings import Training
 from edgeft.training.job_data import Data
 from edgeft.training.out_of_memory import capped, explained
-from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult, deviating
+from edgeft.training.prepare import carried_out, check_head, choose_device, prepare, tf32
+from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
 from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
-
-
-def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, compute: torch.dtype) -> None:
-    """Compare the chunked loss with the model's own logits on one sample; raises BadInput where they differ.
-
-    It catches a model that does something to its hidden states or logits that edgeft does not know of.
-    """
-    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0)
-    with torch.no_grad(), autocast(device, compute):
-        logits = model(input_ids=torch.tensor([short.ids], device=device), use_cache=False).logits[0, :-1].float()
-    targets = torch.tensor(short.ids[1:], device=device)
-    own = float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    with torch.no_grad():
-        ours = float(token_losses(model, parts, [short], device, compute, 16))
-    # half precision: the model's own logits are rounded once more than ours
-    if abs(own - ours) > (1e-3 if compute == torch.float32 else 2e-2) * max(1.0, abs(own)):
-        name = type(model).__name__
-        raise BadInput(
-            name,
-            f"its own loss on one sample is {own:.4f}, computed in chunks {ours:.4f}",
-            "report this model",
-        )
-
-
-def choose_device(
-    plan: Plan, wanted: str | None, *, emulate: bool = False
-) -> tuple[torch.device, torch.dtype, list[Deviation]]:
-    """(device, compute dtype, deviations): the plan's own, or the CPU in a dtype it computes at full rate.
-
-    `emulate`: on the CPU in the plan's dtypes, slowly: what a GPU's plan computes, seen without one. Raises BadInput
-    when `wanted` names a device that is not there.
-    """
-    training = plan.training
-    here = {"cpu": True, "cuda": cuda_computes(training.compute_dtype), "mps": torch.backends.mps.is_available()}
-    if wanted is not None and not here.get(wanted, False):
-        raise BadInput("--device", f"{wanted} is not available here", "leave --device out to train on the CPU")
-    if wanted is not None and wanted != training.device:
-        raise BadInput("--device", f"the plan is for {training.device}, not {wanted}", "plan with another --profile")
-    compute = DTYPES[training.compute_dtype]
-    if here[training.device] and not emulate:
-        return torch.device(training.device), compute, []
-    instead = {"device": "cpu", "optimizer": "adamw"}
-    if not emulate:
-        kept = "nf4" if training.base_precision == "nf4" else "fp32"
-        instead |= {"compute_dtype": "fp32", "base_precision": kept}
-    deviations = [Deviation(what=what, planned=planned, done=done)
-                  for what, done in instead.items() if (planned := getattr(training, what)) != done]  # fmt: skip
-    return torch.device("cpu"), compute if emulate else torch.float32, deviations
-
-
-def cuda_computes(dtype: str) -> bool:
-    """Whether there is a CUDA device that computes in a dtype at hardware rate."""
-    return torch.cuda.is_available() and (dtype != "bf16" or torch.cuda.get_device_capability() >= (8, 0))
-
-
-def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
-    """The plan as it is carried out: itself, or on the CPU in place of a GPU, with what that takes there.
-
-    Scoring is of the groups that the plan keeps. A family that the closed form does not hold for is simulated anew;
-    raises BadInput where it cannot be.
-    """
-    training = deviating(plan.training, deviations)
-    if training.device == plan.training.device:
-        return plan
-    machine, data_bytes = detect(load_profile("cpu")), plan.stages.data_bytes
-    budget = machine.budget_bytes
-    scorings = {(training.group_tokens, training.max_length): plan.scoring}
-    question = Question(
-        plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget, scorings=scorings
-    )  # fmt: skip
-    if not train_step.known(plan.spec):
-        question.simulate(training)
-    phases = question.phases(training)
-    resume = stages.resume(plan.spec, training, stages.processes(machine), data_bytes)
-    around = tuple(resume if phase.name == "resume" else phase for phase in plan.stages.phases)
-    return plan.model_copy(update={
-        "training": training, "phases": phases, "peak_bytes": max(phase.high_bytes for phase in phases),
-        "budget_bytes": budget, "stages": plan.stages.model_copy(update={"phases": around}),
-    })  # fmt: skip
-
-
-@contextlib.contextmanager
-def tf32(training: Training, device: torch.device) -> Iterator[None]:
-    """Let fp32 products run on tensor cores, which round their inputs to 10 bits (bf16 has 7): CUDA from 8.0 on."""
-    before = torch.get_float32_matmul_precision()
-    if (
-        training.compute_dtype == "fp32"
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    ):
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def prepare(plan: Plan, device: torch.device, compute: torch.dtype, folder: Path) -> tuple[Any, Parts]:
-    """The base model on its device, frozen, with the attention the plan counts on."""
-    model = load_base(folder, plan.training, device, compute)
-    if plan.training.repeats_groups:
-        repeat_groups(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model, find_parts(model)
 
 
 class Stop:
@@ -291,7 +184,7 @@ class Session:
         model, parts = prepare(here, device, compute, folder)
         check_head(model, parts, data.train[0], device, compute)
         phases = {"load": meter.peak_bytes(device)}
-        meter.keep_pool(train_step.pool_bytes(here.spec, training, here.work))
+        meter.keep_pool(pool_bytes(here.spec, training, here.work))
         fresh: dict[str, Any] = {}
         if not any(work.glob("step-*")):
             meter.reset_peak(device)
@@ -351,7 +244,7 @@ class Session:
             run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
         run.optimizer.state.clear()  # scoring needs no optimizer states
         meter.give_back()  # the pool is as full of pages as training made it
-        meter.keep_pool(train_step.pool_bytes(self.plan.spec, training, self.plan.work))
+        meter.keep_pool(pool_bytes(self.plan.spec, training, self.plan.work))
 
     def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""

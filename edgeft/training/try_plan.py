@@ -15,12 +15,13 @@ from edgeft.documents import sha256_file, versions
 from edgeft.engine.loop import make_run
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
-from edgeft.memory import train_step
+from edgeft.memory.phases import pool_bytes
 from edgeft.models.checkpoint import local_folder
 from edgeft.planning.plan import Plan
 from edgeft.training.out_of_memory import capped, explained
+from edgeft.training.prepare import choose_device, prepare, tf32
 from edgeft.training.result import Trial
-from edgeft.training.train import check_budget, choose_device, prepare, tf32
+from edgeft.training.train import check_budget
 from edgeft.units import show_bytes
 
 STEPS = 3  # the first has no optimizer states yet, the second is the highest, the third is timed
@@ -52,7 +53,7 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         model, parts = prepare(plan, device, compute, folder)
         run = make_run(plan.training, device, compute, model, parts, folder, Path(scratch))
         sample = filled_sample(plan)
-        meter.keep_pool(train_step.pool_bytes(plan.spec, plan.training, plan.work))
+        meter.keep_pool(pool_bytes(plan.spec, plan.training, plan.work))
         meter.reset_peak(device)
         for _ in range(STEPS):
             started = time.monotonic()

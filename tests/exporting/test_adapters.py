@@ -29,7 +29,7 @@ from edgeft.exporting.export import export_adapters
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
-from edgeft.reporting.terminal import adapters_text
+from edgeft.reporting.bundle_tables import adapters_text
 from edgeft.settings import make_job
 from edgeft.targets.ort import read_weights
 from edgeft.targets.runner import runner_module

@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_simulated_is_refused_with_the_reason(
 def test_a_gpus_plan_of_another_family_is_simulated_again_for_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-16gb"))
+    monkeypatch.setattr("edgeft.training.prepare.detect", lambda profile: load_profile("cpu-16gb"))
     spec = spec_of("bloom", tmp_path / "bloom")
     on_gpu, on_cpu = plan(spec, 64, profile="t4", base_precision="fp16"), plan(spec, 64, malloc="tight")
     instead = {"device": "cpu", "base_precision": "fp32", "compute_dtype": "fp32"}

@@ -12,7 +12,7 @@ import pytest
 from tiny import CONFIGS
 
 from edgeft.machines.profile import load_profile
-from edgeft.memory import timing, train_step
+from edgeft.memory import phases, timing
 from edgeft.memory.train_step import Workload
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
@@ -100,22 +100,22 @@ def test_fast_where_it_fits_tight_where_it_must() -> None:
 def test_a_pool_is_priced_in_the_phases_that_use_it() -> None:
     made = plan(tuner="lora")
     training, work = made.training, made.work
-    size = train_step.pool_bytes(made.spec, training, work)
-    assert 0 < size <= train_step.POOL_MOST
+    size = phases.pool_bytes(made.spec, training, work)
+    assert 0 < size <= phases.POOL_MOST
     for phase in made.phases:
         found = [term.bytes for term in phase.terms if term.name == "pool"]
         assert bool(found) == (phase.name != "load")
         if found:
-            assert found[0] <= train_step.POOL_WASTE * size
+            assert found[0] <= phases.POOL_WASTE * size
             others = phase.expected_bytes - found[0]
-            assert phase.high_bytes >= others + found[0] * train_step.POOL_WORST / train_step.POOL_WASTE
+            assert phase.high_bytes >= others + found[0] * phases.POOL_WORST / phases.POOL_WASTE
 
 
 @pytest.mark.parametrize("changes", [{"malloc": "tight"}, {"device": "cuda"}, {"device": "mps"}])
 def test_no_pool_is_kept_by_other_plans(changes: dict[str, Any]) -> None:
     made = plan(tuner="lora")
     training: Training = made.training.model_copy(update=changes)
-    assert train_step.pool_bytes(made.spec, training, made.work) == 0
+    assert phases.pool_bytes(made.spec, training, made.work) == 0
 
 
 def test_only_what_is_moved_is_faster() -> None:

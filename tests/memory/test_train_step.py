@@ -20,7 +20,7 @@ from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.loop import Run
 from edgeft.engine.tuners import apply_tuner
 from edgeft.machines import meter
-from edgeft.memory import train_step
+from edgeft.memory import phases, train_step
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
 from edgeft.settings import Training
@@ -137,9 +137,7 @@ def test_nf4_weights_are_4_127_bits(tmp_path: Path) -> None:
 
 def test_every_term_is_named_and_adds_up(tmp_path: Path) -> None:
     spec = spec_of(shape(), tmp_path)
-    found = train_step.phases(
-        spec, plan_of(FOUR, 64), train_step.Workload(64, 8), baseline_bytes=10**8, data_bytes=10**6
-    )
+    found = phases.phases(spec, plan_of(FOUR, 64), train_step.Workload(64, 8), baseline_bytes=10**8, data_bytes=10**6)
     assert [phase.name for phase in found] == ["load", "evaluate", "train"]
     for phase in found:
         assert phase.expected_bytes == sum(term.bytes for term in phase.terms)
@@ -152,16 +150,16 @@ def test_what_is_no_tensor_grows_with_what_was_fitted_and_measured(tmp_path: Pat
     spec = spec_of(shape(), tmp_path)
 
     def held(tokens: int, measured: dict[int, int] | None = None, **plan: Any) -> int:
-        return train_step.buffers(spec, plan_of(FOUR, 64, loss_chunk_tokens=512, **plan), tokens, measured or {}).bytes
+        return phases.buffers(spec, plan_of(FOUR, 64, loss_chunk_tokens=512, **plan), tokens, measured or {}).bytes
 
     measured = {128: 10, 256: 500}
     assert held(64) == held(128) < held(256)
     for tokens, per_word in ((100, 10), (128, 10), (129, 500), (256, 500), (4096, 500)):
         assert held(tokens, measured) - held(tokens) == per_word * spec.vocab_size
     linears = 4 * len(plan_of(FOUR, 64).target_modules)
-    assert held(64) - held(64, tuner="full") == train_step.CPU_BYTES_PER_ADAPTER * linears
-    assert held(64, checkpointing=True) - held(64) == train_step.CPU_RECOMPUTING
-    assert held(64, base_precision="nf4") - held(64) == train_step.CPU_BYTES_PER_NF4 * 7 * spec.num_hidden_layers
+    assert held(64) - held(64, tuner="full") == phases.CPU_BYTES_PER_ADAPTER * linears
+    assert held(64, checkpointing=True) - held(64) == phases.CPU_RECOMPUTING
+    assert held(64, base_precision="nf4") - held(64) == phases.CPU_BYTES_PER_NF4 * 7 * spec.num_hidden_layers
 
 
 def test_more_tokens_never_need_less(tmp_path: Path) -> None:
@@ -212,10 +210,10 @@ def test_a_gpu_run_is_planned_as_it_was_measured(run: dict[str, Any]) -> None:
     layers = range(spec.num_hidden_layers - count, spec.num_hidden_layers)
     training = plan_of(layers, settings["max_length"]).model_copy(update=settings)
     work = train_step.Workload(training.max_length, training.max_trained)
-    phases = train_step.phases(spec, training, work, baseline_bytes=0, capability=9.0)
-    train = next(phase for phase in phases if phase.name == "train")
+    found = phases.phases(spec, training, work, baseline_bytes=0, capability=9.0)
+    train = next(phase for phase in found if phase.name == "train")
     alive = sum(term.bytes for term in train.terms if term.name != "reserved") / MIB
-    high = max(phase.high_bytes for phase in phases) / MIB
+    high = max(phase.high_bytes for phase in found) / MIB
     if run.get("attention") == "math":  # it ran with grouped queries in fp32, for which there is no other kernel
         math = spec.num_attention_heads * training.micro_batch_size * training.max_length**2 * 4
         more = spec.num_hidden_layers * math / MIB
@@ -230,7 +228,7 @@ def test_a_plan_of_another_card_takes_its_own_workspaces() -> None:
     spec = read_model_spec(str(CONFIGS / "smollm2-135m"))
     training = plan_of(range(30), 64, device="cuda", **HALF)
     found = [
-        train_step.phases(spec, training, train_step.Workload(64, 63), baseline_bytes=0, capability=c)[2]
+        phases.phases(spec, training, train_step.Workload(64, 63), baseline_bytes=0, capability=c)[2]
         for c in (8.9, 9.0)
     ]
     assert found[1].expected_bytes - found[0].expected_bytes == 64 * MIB - 2 * 8_519_680

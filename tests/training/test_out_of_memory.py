@@ -129,7 +129,7 @@ def test_a_gpus_plan_on_a_cpu_is_planned_for_the_cpu(
 ) -> None:  # fmt: skip
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-8gb"))
+    monkeypatch.setattr("edgeft.training.prepare.detect", lambda profile: load_profile("cpu-8gb"))
     path = plan_file(profile="t4", base_precision="fp16", tuner="lora", max_steps=2)
     made = Plan.read(path)
     result = train(made, tmp_path / "train", plan_sha256=sha256_file(path), progress=silent)
@@ -178,7 +178,7 @@ def test_a_gpus_plan_on_the_cpu_holds_what_scoring_its_own_rows_takes(
 ) -> None:  # fmt: skip
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    monkeypatch.setattr("edgeft.training.train.detect", lambda profile: load_profile("cpu-8gb"))
+    monkeypatch.setattr("edgeft.training.prepare.detect", lambda profile: load_profile("cpu-8gb"))
     pins = {"tuner": "lora", "rank": 4, "max_steps": 2, "malloc": "tight"}
     on_gpu = Plan.read(plan_file(profile="t4", base_precision="fp16", **pins))
     here = carried_out(on_gpu, choose_device(on_gpu, None)[2])

@@ -1,0 +1,153 @@
+"""How does a bundle read on a screen: its proof, its scores, what it costs, how its target was chosen?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from edgeft.models.metrics import Promotion, Proof, Repair
+from edgeft.reporting.terminal import metrics_cells, new_table, predicted_expected
+from edgeft.reporting.words import attempt_cells, difference_text, rung_cells
+from edgeft.units import show_bytes
+
+if TYPE_CHECKING:
+    from edgeft.exporting.bundle import Bundle, Measurement
+    from edgeft.exporting.choose_target import Comparison
+    from edgeft.merging.result import MergedCheckpoint
+
+
+def ladder_text(proof: Proof) -> RenderableType:
+    """The parity ladder, a line per rung: what was compared, and how far apart it was."""
+    gain = f", {proof.gain_nats:.4f} nats gained over the base" if proof.gain_nats is not None else ""
+    title = f"parity, by validation rows{gain}"
+    columns = ("rung", "against", "compared", "top-1", "or a tie", "mean KL", "loss", "before", "")
+    table = new_table(*columns, title=title)
+    for rung in proof.rungs:
+        table.add_row(rung.name, rung.against, rung.compared, *rung_cells(rung), "failed" if rung.problems else "ok")
+    return table
+
+
+def pairs_text(proof: Proof) -> RenderableType:
+    """What each form changed of the one before it on the same rows, with 95% intervals."""
+    title = f"the same {proof.scored_on} rows before and after, 95% intervals"
+    table = new_table("from", "to", "loss, nats", "exact match, points", title=title)
+    for each in proof.pairs:
+        table.add_row(each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
+    return table
+
+
+def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measurement | None) -> RenderableType:
+    """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
+    parts: list[RenderableType] = []
+    if bundle.proof is not None:
+        parts.append(ladder_text(bundle.proof))
+        rows = next(iter(bundle.proof.scores.values())).rows
+        table = new_table("model", "loss", "perplexity", "exact match", title=f"{rows} {bundle.proof.scored_on} rows")
+        for name, metrics in bundle.proof.scores.items():
+            table.add_row(name, *metrics_cells(metrics))
+        parts.append(table)
+        parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
+    table = new_table("", "predicted", "measured")
+    if merged is not None:
+        trained = predicted_expected(merged.train), merged.train.measured_peak_bytes
+        table.add_row("training, peak memory", *map(show_bytes, trained))
+        table.add_row("merge, peak memory", *map(show_bytes, (merged.predicted_peak_bytes, merged.measured_peak_bytes)))
+    _add_costs(table, bundle, here)
+    chosen = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
+    chosen += [repair_text(bundle.repair, here)] if bundle.repair is not None else []
+    return Group(*parts, table, *chosen, _size_text(bundle))
+
+
+def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:
+    """All that was considered, what each costs in bytes, and what of it was measured here."""
+    title = f"{repair.asked}: against the merged model on {repair.compared}, by PyTorch, 95% intervals"
+    table = new_table("artifact", "bundle", "loss, nats", "exact match, points", "tok/s here", "", title=title)
+    for each in repair.attempts:
+        name, *costs, decided = attempt_cells(each)
+        last = each is repair.attempts[-1]
+        speed = f"{here.measured.decode_tokens_per_second:,.0f}" if here is not None and last else "-"
+        table.add_row(name, *costs, speed, decided)
+    by_test = "A bundle failed on test rows, so they took part in the choice: its test scores flatter it a little."
+    return Group(table, *([Text(by_test)] if repair.by_test_rows else []))
+
+
+def promotion_text(promotion: Promotion) -> RenderableType:
+    """The tensors that got 8 bits, and why those."""
+    before, after = promotion.simulated_before, promotion.simulated
+    title = f"8 bits for {len(promotion.promoted)} of {promotion.considered} tensors, by {promotion.calibration}"
+    table = new_table("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
+    for each in promotion.promoted:
+        cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
+        table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
+    kl = f"mean KL by torch {before.mean_kl_nats or 0:.4f} nats without, {after.mean_kl_nats or 0:.4f} with them"
+    return Group(*([table] if promotion.promoted else [Text(title)]), Text(f"{kl}: {promotion.ended}"))
+
+
+def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
+    """What an export of adapters ends with: how near the base and each of them are, and the bundle's costs."""
+    proofs = [proof for proof in (bundle.proof, *(each.proof for each in bundle.adapters.values())) if proof]
+    scores = new_table("adapter", "rank", "base loss", "fine-tuned", bundle.target.name, "exact match")
+    for name, adapter in bundle.adapters.items():
+        if adapter.proof is not None:
+            found = adapter.proof.scores
+            last = found[bundle.target.name]
+            match = "-" if last.exact_match is None else f"{100 * last.exact_match:.1f}%"
+            losses = [f"{found[form].loss:.4f}" for form in ("base", "fine-tuned", bundle.target.name)]
+            scores.add_row(name, str(adapter.rank), *losses, match)
+    costs = new_table("", "predicted", "measured")
+    _add_costs(costs, bundle, here)
+    return Group(*(ladder_text(proof) for proof in proofs), scores, costs, _size_text(bundle))
+
+
+def _add_costs(table: Table, bundle: Bundle, here: Measurement | None) -> None:
+    if here is not None and here.measured_peak_bytes is not None and here.predicted_peak_bytes is not None:
+        table.add_row(
+            "export, peak memory", show_bytes(here.predicted_peak_bytes), show_bytes(here.measured_peak_bytes)
+        )
+    if here is not None:
+        measured = here.measured
+        table.add_row(
+            "bundle here, peak memory",
+            show_bytes(here.predicted_here_bytes),
+            show_bytes(measured.peak_memory_bytes),
+        )
+        bound = f"at most {measured.bound_tokens_per_second:,.0f} tok/s"
+        table.add_row("bundle here, decode", bound, f"{measured.decode_tokens_per_second:,.0f} tok/s")
+    if bundle.predicted.device_memory_bytes:
+        need = f"{show_bytes(bundle.predicted.memory_bytes)} of {show_bytes(bundle.predicted.device_memory_bytes)}"
+        table.add_row(f"on {bundle.provenance.get('device', 'device')}, full context", need, "-")
+        if bundle.predicted.tokens_per_second_bound:
+            table.add_row(
+                "on the device, decode", f"at most {bundle.predicted.tokens_per_second_bound:,.0f} tok/s", "-"
+            )
+
+
+def _size_text(bundle: Bundle) -> Text:
+    size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
+    return Text(f"{size} (limited by the {bundle.context_limited_by})")
+
+
+def comparison_text(made: Comparison) -> RenderableType:
+    """Every target that fits side by side, why the others are out, and the one to ship."""
+    table = new_table("target", "size", "loss", "exact match", "mean KL", "memory", "decode at most", "decode here")
+    left_out = []
+    for row in made.candidates:
+        if row.scores is None:
+            left_out.append(Text(f"{row.name}: {' '.join(row.problem.split())}"))
+            continue
+        bound, here = row.tokens_per_second_bound, row.tokens_per_second_here
+        exact = row.scores.exact_match
+        table.add_row(
+            ("> " if row.name == made.ship else "  ") + row.name,
+            show_bytes(row.size_bytes),
+            f"{row.scores.loss:.4f}",
+            "-" if exact is None else f"{100 * exact:.1f}%",
+            f"{max(0.0, row.mean_kl_nats):.1e}",
+            show_bytes(row.memory_bytes),
+            f"{bound:,.0f} tok/s" if bound else "-",
+            f"{here:,.0f} tok/s" if here else "-",
+        )
+    return Group(table, *left_out, Text(f"ship {made.ship}: {made.reason}"))
