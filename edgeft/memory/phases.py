@@ -172,45 +172,83 @@ def phases(
     tensors. On CUDA they are the allocator's: tensors, cuBLAS's workspaces by `capability`, what is reserved and not
     used; the CUDA context is the profile's.
     """
-    on_cpu = training.device == "cpu"
-    if training.device != "cuda":
-        first = "Python, torch, transformers, one tiny step"
-        start = [Term(name="process", bytes=baseline_bytes, formula=first)]
-        if data_bytes:
-            start.append(Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"))
-        tokens = work.longest * training.micro_batch_size
-        fixed = [*start, *([buffers(spec, training, tokens, head_buffers or {})] if on_cpu else [])]
-    else:
+    start, fixed = _beside_tensors(spec, training, work, baseline_bytes, data_bytes, head_buffers or {}, capability)
+    sets, pool = worst_sets(spec, training), pool_bytes(spec, training, work)
+    evaluate = _evaluate(spec, training, [*fixed, *_kept(spec, training, sets)], scored, pool)
+    if more is not None:
+        # a group has no more tokens than a micro-batch, and keeps less of each
+        high = evaluate.high_bytes + max(0, more.bytes)
+        evaluate = evaluate.model_copy(update={"high_bytes": high})
+    steps = max((step_terms(spec, one, work) for one in sets), key=_total)
+    step = [*fixed, *steps, _pool_term(min(pool, _passing(steps)))]
+    if more is not None:
+        formula = "what this model's code holds beyond a Llama's, or less than it"
+        step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
+    return (
+        phase("load", [*start, *_loading(spec, training)], spec, training),
+        evaluate,
+        phase("train", [term for term in step if term.bytes], spec, training, more is not None and more.exact),
+    )
+
+
+def _beside_tensors(
+    spec: ModelSpec, training: Training, work: Workload, baseline_bytes: int, data_bytes: int,
+    head_buffers: Mapping[int, int], capability: float | None,
+) -> tuple[list[Term], list[Term]]:  # fmt: skip
+    """(before a model is there, once it computes) what is held that is no tensor."""
+    if training.device == "cuda":
         workspaces = CUDA_WORKSPACE_90 if capability == 9.0 else CUDA_WORKSPACES
-        start = fixed = [
+        fixed = [
             Term(name="cuBLAS workspace", bytes=workspaces, formula="the caller's thread and autograd's"),
             Term(name="reserved", bytes=CUDA_RESERVED, formula="by the allocator beyond what is alive, as measured"),
         ]
+        return fixed, fixed
+    start = [Term(name="process", bytes=baseline_bytes, formula="Python, torch, transformers, one tiny step")]
+    if data_bytes:
+        start.append(Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"))
+    tokens = work.longest * training.micro_batch_size
+    return start, [*start, *([buffers(spec, training, tokens, head_buffers)] if training.device == "cpu" else [])]
+
+
+def _weights(spec: ModelSpec, training: Training) -> Term:
     weights = weight_bytes(spec, training)
-    weights_term = Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
-    stored = spec.stored_bytes if training.base_precision != "nf4" else weights
-    if training.base_precision != "nf4" and stored == weights and not spec.stacked:
+    return Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
+
+
+def _loading(spec: ModelSpec, training: Training) -> list[Term]:
+    """The weights, and what they are made from while they are."""
+    weights, nf4 = _weights(spec, training), training.base_precision == "nf4"
+    stored = weights.bytes if nf4 else spec.stored_bytes
+    if not nf4 and stored == weights.bytes and not spec.stacked:
         stored = 0  # weights that stay as they are stored stay pages of their file
-    load = [*start, weights_term]
-    if training.device == "cuda" and training.base_precision == "nf4":
+    found = [weights]
+    if training.device == "cuda" and nf4:
         # what stays dense is cast tensor by tensor, each beside its old self
         table = DTYPE_BYTES[training.compute_dtype] * spec.vocab_size * spec.hidden_size
-        load.append(Term(name="cast", bytes=table, formula=f"{spec.vocab_size} x {spec.hidden_size}, twice"))
-    if on_cpu and stored:
-        load.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
-    sets = worst_sets(spec, training)
+        found.append(Term(name="cast", bytes=table, formula=f"{spec.vocab_size} x {spec.hidden_size}, twice"))
+    if training.device == "cpu" and stored:
+        found.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
+    return found
+
+
+def _kept(spec: ModelSpec, training: Training, sets: Sequence[Training]) -> list[Term]:
+    """What of the model is there while it is scored."""
     adapter = trained_parameters(spec, training) * 4 if training.adapts else 0
     dense = max(dense_bytes(spec, one) for one in sets)
-    pool = pool_bytes(spec, training, work)
-    held = [
-        *fixed,
-        weights_term,
+    return [
+        _weights(spec, training),
         Term(name="adapters", bytes=adapter, formula="kept while scoring"),
         Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
     ]
 
+
+def _evaluate(
+    spec: ModelSpec, training: Training, held: Sequence[Term], scored: Scoring | None, pool: int
+) -> Phase:  # fmt: skip
+    """Scoring: the losses, whose high estimate covers answers where rows have some."""
+
     def scored_phase(terms: Sequence[Term]) -> Phase:
-        kept = _pool_term(min(pool, sum(term.bytes for term in terms)))
+        kept = _pool_term(min(pool, _total(terms)))
         return phase("evaluate", [term for term in (*held, *terms, kept) if term.bytes], spec, training)
 
     losses, answered = scoring_terms(spec, training, scored)
@@ -218,20 +256,7 @@ def phases(
     if answered:  # for rows that a pass leaves open; there may be none
         most = scored_phase(answered).high_bytes
         evaluate = evaluate.model_copy(update={"high_bytes": max(evaluate.high_bytes, most)})
-    if more is not None:
-        # a group has no more tokens than a micro-batch, and keeps less of each
-        high = evaluate.high_bytes + max(0, more.bytes)
-        evaluate = evaluate.model_copy(update={"high_bytes": high})
-    steps = max((step_terms(spec, one, work) for one in sets), key=lambda terms: sum(term.bytes for term in terms))
-    step = [*fixed, *steps, _pool_term(min(pool, _passing(steps)))]
-    if more is not None:
-        formula = "what this model's code holds beyond a Llama's, or less than it"
-        step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
-    return (
-        phase("load", load, spec, training),
-        evaluate,
-        phase("train", [term for term in step if term.bytes], spec, training, more is not None and more.exact),
-    )
+    return evaluate
 
 
 def _pool_term(used: int) -> Term:

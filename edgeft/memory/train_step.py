@@ -191,13 +191,79 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     A layer keeps and holds what `edgeft.memory.dataflow` says; here the layers are stacked. While micro-batches after
     the first run, every gradient is there already.
     """
-    way, count = Way.of(spec, training, work.longest), spec.num_hidden_layers
-    e, tokens = way.itemsize, training.micro_batch_size * work.longest
+    way, tokens = Way.of(spec, training, work.longest), training.micro_batch_size * work.longest
     loss_tokens = training.micro_batch_size * min(work.longest_trained, work.longest - 1)
+    moments = _moments(spec, training, work, way, loss_tokens)
+    name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
+    parameters = trained_parameters(spec, training)
+    weights, itemsize = weight_bytes(spec, training), trained_itemsize(training)
+    dense, count = dense_bytes(spec, training), spec.num_hidden_layers
+    inputs = 8 * tokens + 8 * work.longest + 16 * loss_tokens + mask_bytes(spec, way, tokens)
+    inputs += 0 if position_parameters(spec) else 2 * way.itemsize * spec.head_dim * work.longest
+    recomputed = f", layers recomputed: {count - training.kept_layers} of {count}" if training.checkpointing else ""
+    trained = len(set(training.trained_layers))
+    terms = [
+        ("weights", weights, f"{spec.total_parameters} parameters in {training.base_precision}"),
+        ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
+        ("adapters", parameters * itemsize if training.adapts else 0, f"{parameters} x {itemsize} B"),
+        ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
+        ("gradients", present, f"{parameters} x {itemsize} B when all are there"),
+        ("activations", activations, f"{tokens} tokens{recomputed}"),
+        (f"height: {name}", held, f"{tokens} tokens, {loss_tokens} trained, V = {spec.vocab_size}"),
+        ("inputs", inputs, "ids, positions, rotary tables, masks"),
+    ]
+    return [Term(name=n, bytes=int(b), formula=f) for n, b, f in terms if b]
+
+
+class Moment(NamedTuple):
+    """One moment of a step, in bytes: activations that are kept, gradients that are there, what else is held."""
+
+    name: str
+    activations: float
+    gradients: float
+    held: float
+
+
+def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int) -> list[Moment]:
+    """Every moment that can be the highest: each part of the model forwards and backwards, the optimizer."""
+    count, e, tokens = spec.num_hidden_layers, way.itemsize, training.micro_batch_size * work.longest
+    again, on = training.batch_size > training.micro_batch_size, training.embedding == "on"
+    parts, embedded_is_kept = _parts(spec, training, work, way, loss_tokens, again)
+    table, positions = (e * spec.embedding_parameters, e * position_parameters(spec)) if on else (0, 0)
+    there = sum(part.gradients for part in parts) + table + positions if again else 0.0  # from the micro-batch before
+    # while the layers run, the model's code has a name for what the embedding gave: learned positions make another
+    embedded = e * spec.hidden_size * tokens
+    if learned := position_parameters(spec):
+        embedded += e * spec.hidden_size * (tokens if spec.family.positions_of_rows else work.longest)
+    elif embedded_is_kept:
+        embedded = 0
+    moments, kept = list[Moment](), 0.0
+    for n, part in enumerate(parts):
+        named = embedded if n or learned else 0
+        moments.append(Moment(f"forward, {_name(n, count)}", kept, there, max(part.forward, part.body + named)))
+        kept += part.kept_forward
+    kept, made, waiting = sum(part.kept for part in parts), 0.0, 0.0
+    for n, part in reversed(list(enumerate(parts))):
+        kept -= part.kept
+        if part.backward:
+            moments.append(Moment(f"backward, {_name(n, count)}", kept, (there or made) + waiting, part.backward))
+        made += part.gradients
+        waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
+    if table:
+        # its own gradient, to which a tied head's is added in place
+        height = e * spec.hidden_size * tokens + table + positions
+        moments.append(Moment("backward, embedding", 0, (there or made) + waiting, height))
+    return [*moments, Moment("optimizer", 0, there or made + table + positions, 0)]
+
+
+def _parts(
+    spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int, again: bool
+) -> tuple[list[Sizes], bool]:  # fmt: skip
+    """(each layer and what follows them, whether the first layer keeps its input)."""
+    count, tokens = spec.num_hidden_layers, training.micro_batch_size * work.longest
     trained, lowest = set(training.trained_layers), min(training.trained_layers, default=count)
     if training.embedding == "on":
         lowest = -1
-    again = training.batch_size > training.micro_batch_size
     head = training.embedding if spec.tie_word_embeddings else training.head
     after = ends_bytes(
         spec, way, lowest < count, training.norm == "on", head == "on", spec.tie_word_embeddings, loss_tokens,
@@ -213,54 +279,8 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
         for n in range(count)
     ]
     sizes = {place: Sizes.of(layer_bytes(spec, way, *place), tokens, again) for place in set(places)}
-    parts = [*(sizes[place] for place in places), Sizes.of(after, tokens, again)]
-    on = training.embedding == "on"
-    table, positions = (e * spec.embedding_parameters, e * position_parameters(spec)) if on else (0, 0)
-    there = sum(part.gradients for part in parts) + table + positions if again else 0.0  # from the micro-batch before
-
-    moments: list[tuple[str, float, float, float]] = []  # name, activations, gradients, what else is held
-    # while the layers run, the model's code has a name for what the embedding gave: learned positions make another
-    embedded = e * spec.hidden_size * tokens
-    if learned := position_parameters(spec):
-        embedded += e * spec.hidden_size * (tokens if spec.family.positions_of_rows else work.longest)
-    elif layer_bytes(spec, way, *places[0]).keeps_input:
-        embedded = 0
-    kept = 0.0
-    for n, part in enumerate(parts):
-        named = embedded if n or learned else 0
-        moments.append((f"forward, {_name(n, count)}", kept, there, max(part.forward, part.body + named)))
-        kept += part.kept_forward
-    kept, made, waiting = sum(part.kept for part in parts), 0.0, 0.0
-    for n, part in reversed(list(enumerate(parts))):
-        kept -= part.kept
-        if part.backward:
-            moments.append((f"backward, {_name(n, count)}", kept, (there or made) + waiting, part.backward))
-        made += part.gradients
-        waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
-    if table:
-        # its own gradient, to which a tied head's is added in place
-        height = e * spec.hidden_size * tokens + table + positions
-        moments.append(("backward, embedding", 0, (there or made) + waiting, height))
-    moments.append(("optimizer", 0, there or made + table + positions, 0))
-
-    name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
-    parameters = trained_parameters(spec, training)
-    weights, itemsize = weight_bytes(spec, training), trained_itemsize(training)
-    dense = dense_bytes(spec, training)
-    inputs = 8 * tokens + 8 * work.longest + 16 * loss_tokens + mask_bytes(spec, way, tokens)
-    inputs += 0 if learned else 2 * e * spec.head_dim * work.longest
-    recomputed = f", layers recomputed: {count - training.kept_layers} of {count}" if training.checkpointing else ""
-    terms = [
-        ("weights", weights, f"{spec.total_parameters} parameters in {training.base_precision}"),
-        ("dense layers", dense, f"{len(trained)} layers of {spec.num_hidden_layers} in fp32 while they train"),
-        ("adapters", parameters * itemsize if training.adapts else 0, f"{parameters} x {itemsize} B"),
-        ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
-        ("gradients", present, f"{parameters} x {itemsize} B when all are there"),
-        ("activations", activations, f"{tokens} tokens{recomputed}"),
-        (f"height: {name}", held, f"{tokens} tokens, {loss_tokens} trained, V = {spec.vocab_size}"),
-        ("inputs", inputs, "ids, positions, rotary tables, masks"),
-    ]
-    return [Term(name=n, bytes=int(b), formula=f) for n, b, f in terms if b]
+    first = layer_bytes(spec, way, *places[0]).keeps_input
+    return [*(sizes[place] for place in places), Sizes.of(after, tokens, again)], first
 
 
 class Sizes(NamedTuple):
