@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import json
 import signal
 import subprocess
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fast import heavy_names
-from tiny import CHAT_TEMPLATE, ROWS, SECTIONS, WriteRows, run
+from tiny import CHAT_TEMPLATE, SECTIONS, WriteRows, run, write_plan
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
@@ -132,19 +133,9 @@ def write_rows(tmp_path: Path) -> WriteRows:
 
 
 @pytest.fixture
-def plan_file(checkpoint_folder: Path, write_rows: WriteRows, tmp_path: Path) -> Any:
+def plan_file(checkpoint_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes the plan of a job on ROWS and gives its path."""
-    from edgeft.planning.plan import make_plan
-    from edgeft.settings import make_job
-
-    def write(**settings: Any) -> Path:
-        data = write_rows("rows.jsonl", ROWS)
-        values = {"profile": "cpu-8gb", "batch_size": 4, "epochs": 1.0, "rank": 4, "eval_rows": 4, **settings}
-        path = tmp_path / "plan.json"
-        make_plan(make_job(model=str(checkpoint_folder), data=str(data), **values)).write(path)
-        return path
-
-    return write
+    return functools.partial(write_plan, tmp_path, checkpoint_folder)
 
 
 @pytest.fixture(scope="session")
@@ -162,16 +153,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def merged_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Path) -> Path:
     """The merge of a trained adapter on the tiny untied model, beside its run, plan and rows. Not to be written to."""
     from edgeft.merging.merge import merge
-    from edgeft.planning.plan import make_plan
     from edgeft.progress import silent
-    from edgeft.settings import make_job
 
     folder = tmp_path_factory.mktemp("promotion")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    pins: dict[str, Any] = {"epochs": 8.0, "learning_rate": 1e-2, "batch_size": 4, "rank": 4, "eval_rows": 4}
-    job = make_job(model=str(checkpoint_folder), data=str(folder / "rows.jsonl"), profile="cpu-8gb", **pins)
-    make_plan(job).write(folder / "plan.json")
-    run(folder / "plan.json", folder / "train")
+    run(write_plan(folder, checkpoint_folder, epochs=8.0, learning_rate=1e-2), folder / "train")
     merge(folder / "train", folder / "merged", wise_alpha=1.0, progress=silent)
     return folder / "merged"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,18 @@ FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
 NF4 = {"base_precision": "nf4"}
 
 WriteRows = Callable[[str, Iterable[Any]], Path]
+
+
+def write_plan(folder: Path, model: Path, **settings: Any) -> Path:
+    """The plan, in `folder`, of a job on ROWS."""
+    from edgeft.planning.plan import make_plan
+    from edgeft.settings import make_job
+
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    values = {"profile": "cpu-8gb", "batch_size": 4, "epochs": 1.0, "rank": 4, "eval_rows": 4, **settings}
+    make_plan(make_job(**{"model": str(model), "data": str(data), **values})).write(folder / "plan.json")
+    return folder / "plan.json"
 
 
 def run(path: Path, out: Path, **options: Any) -> TrainResult:

@@ -109,7 +109,13 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / name)
 
 
-@pytest.mark.parametrize("mode", MODES)
+# To go on in each of these is shown by its neighbours: recomputed or not, parked or dropped, adapters in turn.
+LONG = {"lisa, recomputed", "lisa on nf4", "sparse adapters"}
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[pytest.mark.slow] if mode in LONG else []) for mode in MODES]
+)
 def test_stopped_in_the_middle_of_an_interval_ends_bit_for_bit_the_same(
     mode: str, planned: Any, tmp_path: Path
 ) -> None:

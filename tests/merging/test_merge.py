@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, run
+from tiny import CONFIGS, run, write_plan
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
@@ -24,10 +24,12 @@ from edgeft.models.parts import find_parts
 from edgeft.progress import silent
 
 
-@pytest.fixture(params=["lora", "full"])
-def trained(request: Any, plan_file: Any, tmp_path: Path) -> Path:
-    run(plan_file(tuner=request.param, epochs=2.0, learning_rate=5e-3), tmp_path / "train")
-    return tmp_path / "train"
+@pytest.fixture(scope="module", params=["lora", "full"])
+def trained(request: Any, checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of each tuner for all tests here. Not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(write_plan(folder, checkpoint_folder, tuner=request.param, epochs=2.0, learning_rate=5e-3), folder / "train")
+    return folder / "train"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
