@@ -41,9 +41,9 @@ _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 def serve(place: str, listening: int) -> None:
     """Fork for each connection, until it is ended or alone."""
+    asked, parent = socket.socket(fileno=listening), os.getppid()
     for name in FIRST:
         importlib.import_module(name)
-    asked, parent = socket.socket(fileno=listening), os.getppid()
     asked.settimeout(2)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     while os.getppid() == parent:
