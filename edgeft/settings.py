@@ -25,6 +25,7 @@ LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progres
 Schedule = Literal["uniform", "cycle", "weighted"]
 EndMode = Literal["off", "on", "rotate"]
 Malloc = Literal["fast", "tight"]
+Bits = Literal[4, 5, 6, 8, 16, 32]
 ENDS = ("embedding", "norm", "head")
 
 
@@ -100,6 +101,9 @@ class Job(Strict):
     )
     eval_rows: int = Field(200, ge=1, description="validation rows scored during training")
 
+    quantize_aware: bool = Field(
+        False, description="train what will be shipped: every product sees its weight rounded as the target does"
+    )
     target: str = Field(
         AUTO,
         description="what is exported: a name in export/, a TOML file, or auto: the smallest that keeps the fine-tune",
@@ -129,6 +133,30 @@ def make_job(**values: object) -> Job:
         return Job.model_validate(values)
     except pydantic.ValidationError as problem:
         raise invalid("job", problem, Job) from None
+
+
+class Rounding(Strict):
+    """How a target rounds weights: what of it decides their codes (`edgeft.targets.kinds`)."""
+
+    name: str = Field(description="the file's name without .toml")
+    runtime: str = Field(description="what runs it on the device")
+    weight_bits: Bits = Field(description="bits per weight of the matmuls")
+    method: Literal["rtn", "k_quant"] = Field(
+        default="rtn", description="how weights are rounded: to nearest, or fitted"
+    )
+    calibration: Literal["none", "gptq"] = Field(
+        default="none", description="gptq: codes chosen for what the layers' outputs see on training rows"
+    )
+    block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
+        description="weights that share one scale; 0: all of an output"
+    )
+    symmetric: bool = Field(description="no zero points")
+    head_bits: Bits = Field(description="bits per weight of the output head, and of embeddings tied to it")
+    embedding_bits: Bits = Field(description="bits per weight of embeddings that are not tied to the head")
+    mixed_layers: bool = Field(
+        default=False, description="8 bits for value and down projections of a third of the layers"
+    )
+    eight_bit: tuple[str, ...] = Field(default=(), description="modules with 8 bits: a layer, or one projection of it")
 
 
 class Training(Strict):
@@ -168,6 +196,8 @@ class Training(Strict):
     seed: int
     checkpoint_steps: int | None
     eval_rows: int
+    quantize_aware: Rounding | None = None  # products see the weights as this target will hold them
+    stored_dtype: str = ""  # quantize_aware: what a merge rounds to before the target does
 
     @property
     def adapts(self) -> bool:

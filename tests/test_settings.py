@@ -38,6 +38,7 @@ def test_only_the_model_is_required() -> None:
         "max_grad_norm": 1.0,
         "seed": 0,
         "eval_rows": 200,
+        "quantize_aware": False,
         "target": "auto",
     }
     with pytest.raises(pydantic.ValidationError, match="frozen"):

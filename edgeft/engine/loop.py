@@ -20,6 +20,7 @@ from edgeft.data.dataset import Sample
 from edgeft.documents import staging
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import Lisa, Named
+from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_frozen
 from edgeft.engine.tuners import apply_tuner, make_lisa, trained_units
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
@@ -296,9 +297,16 @@ def make_run(
     if training.layers == "lisa" or training.densely:
         found = trained_units(model, parts, training)
         ends = {unit: found[unit] for unit in ENDS if unit in found}
-        folder = work / "layers"
-        turns = DenseTurns(model, parts, Checkpoint(base), folder, compute, ends) if training.densely else None
+        args = Checkpoint(base), work / "layers", compute, ends
+        turns: DenseTurns | None = None
+        if training.quantize_aware is not None and not training.adapts:
+            turns = RoundedTurns(model, parts, training, *args)
+        elif training.densely:
+            turns = DenseTurns(model, parts, *args)
         lisa = make_lisa(model, parts, training, turns, work / "layers")
+    if training.quantize_aware is not None:
+        check_stored(Checkpoint(base), model, parts, training)
+        round_frozen(model, parts, training)
     return Run(training, device, compute, model, parts, chosen, lisa, work)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edgeft.engine.lisa import Lisa, Named, Turns
+from edgeft.engine.quantized_layers import train_rounded
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts, units
 from edgeft.settings import ENDS, Training
@@ -34,6 +35,8 @@ def apply_tuner(model: nn.Module, parts: Parts, training: Training) -> list[tupl
     chosen = [entry for entries in trained_units(model, parts, training).values() for entry in entries]
     for _, parameter in chosen if training.layers != "lisa" else []:
         parameter.requires_grad_(parameter.is_floating_point())  # 4-bit ones train once they are dense
+    if training.quantize_aware is not None:
+        train_rounded(model, parts, training)
     return chosen
 
 

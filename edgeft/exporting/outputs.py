@@ -15,6 +15,7 @@ from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.engine.base import load_base
 from edgeft.engine.fp32_layers import DenseTurns
+from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
 from edgeft.machines import meter
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
@@ -219,13 +220,21 @@ def load_as_trained(trained: Path, result: TrainResult, load: Load = load_plain)
     parts = find_parts(model)
     if training.adapts:
         put_adapters(model, parts, trained, training, WHOLE)
-        return model, here
-    apply_tuner(model, parts, training)
-    if training.densely and not is_original(training, here):
-        put_dense_layers(model, parts, trained, training, result, Checkpoint(folder), here)
     else:
-        put_changed(model, trained, WHOLE)
+        apply_tuner(model, parts, training)
+        if training.densely and not is_original(training, here) and training.quantize_aware is None:
+            put_dense_layers(model, parts, trained, training, result, Checkpoint(folder), here)
+        else:
+            put_changed(model, trained, WHOLE)
+    round_as_trained(model, parts, training)
     return model, here
+
+
+def round_as_trained(model: Any, parts: Parts, training: Training) -> None:
+    """Put every weight in its place as the run held it when it was scored, where it trained for a target."""
+    if training.quantize_aware is not None:
+        round_frozen(model, parts, training)
+        settle(model)
 
 
 def put_dense_layers(
@@ -263,17 +272,23 @@ def load_tuned(trained: Path, result: TrainResult, shares: Shares = WHOLE, load:
 
 
 def load_changed(
-    base: Path, trained: Path, training: Training, shares: Shares = WHOLE, load: Load = load_plain
+    base: Path, trained: Path, training: Training, shares: Shares = WHOLE, load: Load = load_plain, *,
+    rounded: bool = False,
 ) -> Any:  # fmt: skip
-    """The original weights and what training left in `trained`, nothing merged; fp32, on the CPU."""
+    """The original weights and what training left in `trained`, nothing merged; fp32, on the CPU.
+
+    `rounded`: as the target will hold them that it trained for.
+    """
     meter.import_all()
-    model = load(base)
-    training = training.model_copy(update={"compute_dtype": "fp32"})
+    model = load(base).requires_grad_(False)
+    aim = training.quantize_aware if rounded else None
+    training = training.model_copy(update={"compute_dtype": "fp32", "quantize_aware": aim})
     if training.adapts:
         if not shares.nothing:
             put_adapters(model, find_parts(model), trained, training, shares)
     else:
         put_changed(model, trained, shares)
+    round_as_trained(model, find_parts(model), training)
     return model
 
 

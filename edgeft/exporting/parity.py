@@ -221,7 +221,9 @@ class Ladder:
             return
         self.progress("parity: original", 0, 1, {})
         base = local_folder(result.plan.job.model)
-        original = observe_model("original", load_changed(base, trained, result.training, load=self.load), rows)
+        tuned = load_changed(base, trained, result.training, load=self.load, rounded=True)
+        original = observe_model("original", tuned, rows)
+        del tuned
         give_back()
         self.add(compare(form, original, ORIGINAL, self.gain))
 

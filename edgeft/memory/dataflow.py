@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 from edgeft.memory.operations import Gradients, Kept, Operations, Way
+from edgeft.memory.rounded import rounded_table
 from edgeft.memory.tape import Frame, Storage, Tape, Value, boundary
 from edgeft.models.families import Role
 from edgeft.models.spec import Linear, ModelSpec
@@ -224,6 +225,7 @@ class _Ends(_Layer):
         """edgeft.models.loss: gradients are made chunk by chunk on the way forwards, and wait."""
         tape, spec = self.tape, self.spec
         rows = min(self.chunk_tokens, self.trained_tokens)
+        table = rounded_table(self) if head is not None and self.way.head is not None else None
         waiting: list[Storage | None] = [Storage(tape, hidden.size) if hidden.node else None]
         if head is not None:
             waiting.append(Storage(tape, 1j * self.e * spec.embedding_parameters))
@@ -243,6 +245,7 @@ class _Ends(_Layer):
                 gradient = Storage(tape, 2j * words)
                 del gradient
             del logits, columns, slope
+        del table
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             results = list(waiting)

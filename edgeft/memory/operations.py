@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgeft.memory.rounded import rounded_product, rounds
 from edgeft.memory.tape import Storage, Tape, Value, parameter
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import Training
+from edgeft.targets.kinds import Kind
 from edgeft.tuners import adapts
 
 Kept = list[Storage]
@@ -30,6 +32,11 @@ class Way:
     cuda: bool
     flash: bool  # the kernel of CUDA devices from compute capability 8.0 on, and of CPUs: knows grouped queries
     longest: int = 0
+    # products that see their weight rounded, and a head that does; bytes of a weight as it is kept and as it is stored
+    rounded: tuple[tuple[str, Kind], ...] = ()
+    head: Kind | None = None
+    held: int = 4
+    stored: int = 4
 
     @classmethod
     def of(cls, spec: ModelSpec, training: Training, longest: int) -> Way:
@@ -38,7 +45,7 @@ class Way:
         return cls(
             training.tuner, training.rank, training.target_modules, 4 if training.compute_dtype == "fp32" else 2,
             training.base_precision == "nf4", training.densely, cuda,
-            not training.repeats_groups, longest if squares else 0,
+            not training.repeats_groups, longest if squares else 0, *rounds(spec, training),
         )  # fmt: skip
 
 
@@ -56,6 +63,7 @@ class Operations:
         # a dense layer of another precision's base trains its matrices alone under half-precision compute
         self.full_vectors = self.full and not (way.densely and self.half)
         self.targets = set(way.targets) if trained and adapts(way.tuner) else set()
+        self.kinds = dict(way.rounded)
 
     # of any width
 
@@ -179,6 +187,8 @@ class Operations:
 
     def project(self, x: Value, linear: Linear) -> Value:
         """A projection as it trains: wholly, beside an adapter, or not at all."""
+        if (self.full or linear.name in self.targets) and linear.name in self.kinds and not self.frozen:
+            return rounded_product(self, x, linear, self.kinds[linear.name])
         if self.full:
             weight = self.weight(linear.in_features * linear.out_features, copied=self.way.densely)
             return self.matmul(x, linear, weight, linear.has_bias and self.full_vectors)

@@ -108,7 +108,8 @@ def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list
 
 def _forward_bytes(spec: ModelSpec, training: Training, way: Way, tokens: int, masked: bool) -> float:
     """Highest bytes of a forward pass through the layers without autograd, autocast's copies of weights included."""
-    trained = set(training.trained_layers)
+    folded = training.quantize_aware is not None and training.adapts  # what is scored has no adapters left
+    trained = set() if folded else set(training.trained_layers)
     places = Counter((n in trained, masked or is_masked(spec, n, way.longest)) for n in range(spec.num_hidden_layers))
     parts = {
         place: layer_bytes(spec, way, "scored" if place[0] else "idle", False, place[1], False) for place in places

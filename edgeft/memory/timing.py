@@ -29,6 +29,9 @@ MADE = {
     "idle": (11, 4, 6.5, 6.5, 0),
     "through": (33, 8, 14, 14, 0),
 }
+ROUNDED_BYTES = (
+    60  # of a weight that is rounded for a pass and back (quantize_aware): fitted on the example's step alone
+)
 PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
 
@@ -89,7 +92,7 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 # what `count` reads of a plan, but for the layers that keep their activations
 COUNTED = attrgetter(
     "compute_dtype", "base_precision", "tuner", "rank", "target_modules", "layers", "trained_layers", "active_layers",
-    "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing",
+    "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing", "quantize_aware",
 )  # fmt: skip
 
 
@@ -125,6 +128,8 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     splits = micro_batches(training, work)
     if training.base_precision == "nf4":
         moved += itemsize * weights * (layers + crossed + again) * splits
+    if training.quantize_aware is not None:
+        moved += ROUNDED_BYTES * weights * (trained + trained * again / max(1.0, crossed)) * splits
     if full:
         moved += itemsize * parameters * splits
     return Counted(operations, moved)

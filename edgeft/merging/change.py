@@ -23,6 +23,7 @@ from edgeft.merging.peft_folder import (
 )
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.families import in_conv1d
+from edgeft.models.folding import folded
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
@@ -298,7 +299,7 @@ def _low_rank(
         left, right = factors()
 
         def added(part: slice) -> torch.Tensor:
-            return torch.addmm(rows(part), left[part], right, alpha=scale)
+            return folded(rows(part), left[part], right, scale)
 
         if magnitude is None:
             return added

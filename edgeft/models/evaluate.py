@@ -59,7 +59,7 @@ def token_losses(
         head: Any = parts.head
         return chunked_cross_entropy(
             trained_states(parts, batch, compute),
-            head.weight,
+            parts.head_weight(),
             head.bias,
             batch.targets,
             chunk_tokens=chunk_tokens,
@@ -78,9 +78,9 @@ def score_group(
     head: Any = parts.head
     losses, likely = list[float](), list[int]()
     with autocast(device, compute):
-        hidden = trained_states(parts, batch, compute)
+        hidden, weight = trained_states(parts, batch, compute), parts.head_weight()
         for start in range(0, len(hidden), chunk_tokens):
-            logits = hidden[start : start + chunk_tokens] @ head.weight.T.to(hidden.dtype)
+            logits = hidden[start : start + chunk_tokens] @ weight.T.to(hidden.dtype)
             if head.bias is not None:
                 logits += head.bias
             logits = logits.float().mul_(scale)

@@ -48,6 +48,11 @@ class Parts:
         """Whether head and token embedding are one tensor."""
         return not set(self.embedding.parameters()).isdisjoint(self.head.parameters())
 
+    def head_weight(self) -> torch.Tensor:
+        """What hidden states are multiplied with: the head's weight, rounded where it trains for a target."""
+        head: Any = self.head
+        return head.rounded.table() if hasattr(head, "rounded") else head.weight  # type: ignore[no-any-return]
+
 
 def find_parts(model: nn.Module) -> Parts:
     """The parts of a language model. Raises BadInput as find_stacks does, and when there is no language-model head."""

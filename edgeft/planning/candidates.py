@@ -12,6 +12,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
+from edgeft.planning.quantize_aware import exact_precisions, rounding_of
 from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
 from edgeft.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
 
@@ -48,6 +49,7 @@ def _pages_pile_up() -> BadInput:
 
 def check_job(job: Job, spec: ModelSpec) -> None:
     """Raise BadInput for settings that contradict one another or the model."""
+    rounding_of(job, spec)
     count = spec.num_hidden_layers
     if adapts(job.tuner) is False and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
         raise untrainable(job.base_precision)
@@ -171,6 +173,11 @@ def _precisions(job: Job, profile: Profile, spec: ModelSpec, tuner: Tuner, layer
     """
     if job.base_precision is not None:
         return [job.base_precision]
+    found = _any_precision(profile, spec, tuner, layers)
+    return exact_precisions(found, spec) if job.quantize_aware else found
+
+
+def _any_precision(profile: Profile, spec: ModelSpec, tuner: Tuner, layers: dict[str, Any]) -> list[Precision]:
     half, on_cpu = _half(profile, spec), profile.device == "cpu"
     some_layers = layers["layers"] != "all"
     if not adapts(tuner) and (not some_layers or on_cpu or _trained_end(layers)):
@@ -250,6 +257,7 @@ def candidates(
         for precision in _precisions(job, profile, spec, tuner, layers)
         for rank in (ranks if adapts(tuner) else [0])
     ]
+    rounding = rounding_of(job, spec)
     modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
     open_still: list[dict[str, Any]] = [
         {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
@@ -293,6 +301,8 @@ def candidates(
             seed=job.seed,
             checkpoint_steps=job.checkpoint_steps,
             eval_rows=job.eval_rows,
+            quantize_aware=rounding,
+            stored_dtype=spec.dtype if rounding else "",
         )
         pages = layers["layers"] != "lisa"  # see _pages_pile_up
         yield from (first.model_copy(update=choices) for choices in open_still

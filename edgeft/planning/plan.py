@@ -44,6 +44,7 @@ from edgeft.planning.candidates import (
     training_notes,
 )
 from edgeft.planning.costs import Candidate, Question
+from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.settings import Job, Training
 from edgeft.tuners import ADAPTERS, TUNERS, adapts
@@ -160,7 +161,7 @@ def make_plan(
     key = question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     per_step = question.seconds(training)
-    notes += training_notes(spec, training)
+    notes += training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
     stages, stage_notes = plan_stages(question, training)
     return Plan(

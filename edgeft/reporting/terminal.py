@@ -46,10 +46,11 @@ def plan_text(plan: Plan) -> RenderableType:
         layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
         layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
     how = TUNERS[training.tuner].method.format(rank=training.rank, layers=layers)
+    rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
     rows = [
         ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
         ("profile", f"{plan.profile.name}: {plan.profile.description}"),
-        ("method", f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}"),
+        ("method", f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}" + rounded),
         (
             "batch",
             f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}, up to "
@@ -266,11 +267,12 @@ def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:
 def train_text(result: TrainResult) -> RenderableType:
     """A training run: scores before and after, memory predicted and measured."""
     table = new_table("scored on", "rows", "loss", "perplexity", "exact match")
+    rounded = f", as {result.scored_as}" if result.scored_as else ""
     for name, metrics in (
         ("validation, base", result.base_valid),
-        ("validation, fine-tuned", result.valid),
+        (f"validation, fine-tuned{rounded}", result.valid),
         ("test, base", result.base_test),
-        ("test, fine-tuned", result.test),
+        (f"test, fine-tuned{rounded}", result.test),
     ):
         if metrics is not None:
             table.add_row(name, str(metrics.rows), *metrics_cells(metrics))

@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-# rtn: ONNX Runtime's neural_compressor port; mlas: its C++ kernel; gather: its rule for embedding tables; q: ggml's
-Method = Literal["rtn", "mlas", "gather", "q_0", "q_1", "q8_0"]
+from edgeft.targets.kinds import GGML_KINDS, Method
 
 
 class Fitted(NamedTuple):
@@ -223,8 +222,4 @@ _RULES: dict[Method, _Rule] = {
     "q8_0": _Rule(_q8_0_fit, _q8_0_code, torch.float16),
 }
 
-# ggml's types that are made of blocks of 32, by the names that GGUF gives them
-GGML: dict[str, Grid] = {
-    "Q4_0": Grid(4, 32, True, "q_0"), "Q4_1": Grid(4, 32, False, "q_1"), "Q8_0": Grid(8, 32, True, "q8_0"),
-    "Q5_0": Grid(5, 32, True, "q_0"), "Q5_1": Grid(5, 32, False, "q_1"),
-}  # fmt: skip
+GGML = {name: Grid(*kind) for name, kind in GGML_KINDS.items()}

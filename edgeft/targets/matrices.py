@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgeft.models.spec import Linear, ModelSpec
+from edgeft.settings import Bits
 from edgeft.units import MIB
 
 if TYPE_CHECKING:
     from edgeft.targets.target import Target
 
-Bits = Literal[4, 5, 6, 8, 16, 32]
 # (bits, symmetric) -> a GGUF type of blocks of 32; fp16 and fp32 have no scales to be symmetric about
 GGUF_TYPES = {
     (4, True): "Q4_0", (4, False): "Q4_1", (5, True): "Q5_0", (5, False): "Q5_1", (8, True): "Q8_0",

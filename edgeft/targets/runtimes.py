@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edgeft.models.spec import Linear, ModelSpec
+from edgeft.settings import Bits, Rounding
 from edgeft.targets.build_bytes import (
     Build,
     Part,
@@ -22,7 +23,6 @@ from edgeft.targets.build_bytes import (
     portable_scratch,
 )
 from edgeft.targets.matrices import (
-    Bits,
     Weights,
     gguf_bytes,
     gguf_type,
@@ -254,6 +254,6 @@ RUNTIMES: dict[str, Runtime] = {
 }
 
 
-def runtime_of(target: Target) -> Runtime:
+def runtime_of(target: Rounding) -> Runtime:
     """The row of a target's runtime."""
     return RUNTIMES[target.runtime]

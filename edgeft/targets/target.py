@@ -10,8 +10,7 @@ from pydantic import Field
 
 from edgeft.documents import NameIn, Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
-from edgeft.settings import AUTO
-from edgeft.targets.matrices import Bits
+from edgeft.settings import AUTO, Rounding
 from edgeft.targets.runtimes import RUNTIMES, runtime_of
 
 RuntimeName = Annotated[str, NameIn(RUNTIMES)]
@@ -32,29 +31,11 @@ class Tolerance(Strict):
     max_exact_match_drop_points: float = Field(ge=0, le=100, description="in points of 100")
 
 
-class Target(Strict):
+class Target(Rounding):
     """One kind of artifact."""
 
-    name: str = Field(description="the file's name without .toml")
     description: str = Field(description="the target in one line")
     runtime: RuntimeName = Field(description="what runs it on the device")
-    weight_bits: Bits = Field(description="bits per weight of the matmuls")
-    method: Literal["rtn", "k_quant"] = Field(
-        default="rtn", description="how weights are rounded: to nearest, or fitted"
-    )
-    calibration: Literal["none", "gptq"] = Field(
-        default="none", description="gptq: codes chosen for what the layers' outputs see on training rows"
-    )
-    block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
-        description="weights that share one scale; 0: all of an output"
-    )
-    symmetric: bool = Field(description="no zero points")
-    head_bits: Bits = Field(description="bits per weight of the output head, and of embeddings tied to it")
-    embedding_bits: Bits = Field(description="bits per weight of embeddings that are not tied to the head")
-    mixed_layers: bool = Field(
-        default=False, description="8 bits for value and down projections of a third of the layers"
-    )
-    eight_bit: tuple[str, ...] = Field(default=(), description="modules with 8 bits: a layer, or one projection of it")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
         default=0, description="activations in an ONNX Runtime matmul: 0 or 1 fp32, 4 int8; llama.cpp chooses by type"
     )
@@ -62,6 +43,11 @@ class Target(Strict):
     context_tokens: int = Field(ge=16, description="longest context; a model or a device may allow less")
     golden_logit_tolerance: float = Field(gt=0, description="absolute difference that another CPU may show")
     parity: Tolerance
+
+    @property
+    def rounding(self) -> Rounding:
+        """What of it decides codes."""
+        return Rounding.model_validate({name: getattr(self, name) for name in Rounding.model_fields})
 
     @pydantic.model_validator(mode="after")
     def _buildable(self) -> Target:
@@ -119,7 +105,7 @@ def candidates(name_or_path: str) -> tuple[Target, ...]:
     return climb(load_target(SMALLEST)) if name_or_path == AUTO else (load_target(name_or_path),)
 
 
-def eight_bit_modules(target: Target, layers: int, projections: tuple[str, ...]) -> tuple[str, ...]:
+def eight_bit_modules(target: Rounding, layers: int, projections: tuple[str, ...]) -> tuple[str, ...]:
     """The modules that get 8 bits, as `layers.N.name`: `eight_bit`, whole layers written out, and `mixed_layers`.
 
     `mixed_layers` are those where a 4-bit error weighs most by llama.cpp's rule: the first and last eighth and every

@@ -71,6 +71,7 @@ class TrainResult(Artifact):
     valid: Metrics
     base_test: Metrics | None
     test: Metrics | None
+    scored_as: str = Field(default="", description="the target whose rounding `valid` and `test` saw; none: unrounded")
     units: tuple[UnitRecord, ...]
     interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
     interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval

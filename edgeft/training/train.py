@@ -22,6 +22,7 @@ from edgeft.documents import saving, staging, versions
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
+from edgeft.engine.quantized_layers import settle
 from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
@@ -250,11 +251,6 @@ class Session:
         """Score what was trained and write it, whole or not at all."""
         run, training, device, data = self.run, self.training, self.device, self.data
         meter.reset_peak(device)
-        score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress)
-        valid = score("valid", data.valid[: training.eval_rows])
-        test = score("test", data.test) if data.test else None
-        self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(device))
-        meter.reset_peak(device)
         with staging(out) as temporary:
             if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
                 for unit in (*run.lisa.always, *run.lisa.active):
@@ -264,6 +260,12 @@ class Session:
                 kept = run.chosen if run.lisa is None else run.lisa.in_memory()
                 save_tuned(run.model, run.parts, training, kept, self.plan.job.model, temporary)
             self.phases["save"] = meter.peak_bytes(device)
+            meter.reset_peak(device)
+            settle(run.model)  # what is scored is what will be shipped
+            score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress)
+            valid = score("valid", data.valid[: training.eval_rows])
+            test = score("test", data.test) if data.test else None
+            self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(device))
             base = Checkpoint(local_folder(self.plan.job.model))
             steps = (
                 run.lisa.steps if run.lisa else dict.fromkeys(trained_units(run.model, run.parts, training), run.step)
@@ -293,6 +295,7 @@ class Session:
                 valid=valid,
                 base_test=Metrics.model_validate(self.scores["base_test"]) if self.scores["base_test"] else None,
                 test=test,
+                scored_as=training.quantize_aware.name if training.quantize_aware else "",
                 units=tuple(
                     UnitRecord(
                         unit=unit,

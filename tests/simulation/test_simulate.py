@@ -30,6 +30,7 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings import Training
 from edgeft.simulation.fake import quantisation_states
 from edgeft.simulation.simulate import simulate
+from edgeft.targets.target import load_target
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,7 @@ def check(spec: ModelSpec, training: Training, work: Workload) -> None:
 
 
 ALL, TOP = range(2), range(1, 2)
+ROUNDED = {"quantize_aware": load_target("ort-int4").rounding, "stored_dtype": "float32"}
 WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     # what trains, trained tokens of 48, the rest of the plan
     "LoRA": (ALL, 47, {}),
@@ -123,6 +125,11 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     ),
     "sparse on bf16": (TOP, 47, {"tuner": "full", "layers": "sparse", **HALF}),
     "NF4, bf16": (ALL, 47, {**NF4, "compute_dtype": "bf16"}),
+    "LoRA, rounded": (ALL, 47, {**ROUNDED, "batch_size": 4}),
+    "LoRA, rounded, recomputed": (ALL, 47, {**ROUNDED, "checkpointing": True, "batch_size": 4}),
+    "LoRA, rounded, bf16": (ALL, 47, {**ROUNDED, **HALF}),
+    "full, rounded": (ALL, 47, {**FULL, **ROUNDED, "batch_size": 4}),
+    "sparse, rounded": (TOP, 47, {"tuner": "full", "layers": "sparse", **ROUNDED}),
 }
 # Each of these differs in one thing from a way of the others, which shows it too.
 LONG = {
