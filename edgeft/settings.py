@@ -23,6 +23,7 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Layers = Literal["all", "sparse", "lisa"]
 LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progressive"]
 Schedule = Literal["uniform", "cycle", "weighted"]
+AnswerForm = Literal["free", "labels"]
 EndMode = Literal["off", "on", "rotate"]
 Malloc = Literal["fast", "tight"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
@@ -55,6 +56,10 @@ class Job(Strict):
     valid: str | None = Field(None, description="validation data; held out of the training data when absent")
     test: str | None = Field(None, description="test data, scored before and after training and after export")
     profile: str = Field("cpu", description="hardware profile: a name in profiles/ or a path to a TOML file")
+
+    answers: AnswerForm = Field(
+        "free", description="labels: the device answers with one of the training data's completions, with a probability"
+    )
 
     tuner: Tuner | None = Field(None, description="lora: low-rank adapters; full: every weight")
     rank: int | None = Field(None, ge=1, description="LoRA rank")

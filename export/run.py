@@ -6,6 +6,8 @@ or onnxruntime with tokenizers, and jinja2 for a chat template.
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
                             --system TEXT and --messages FILE for a chat; --adapter NAME with one of the bundle's
+                            A bundle that is held to labels answers with one of them: --json adds how probable it and
+                            the next best are, --min-probability P says "none of these" below, --free lets it write
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
 python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
 
@@ -34,8 +36,10 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import heapq
 import importlib
 import json
+import math
 import os
 import platform
 import stat
@@ -72,6 +76,10 @@ FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".o
 
 COPY_AGAIN = "copy the bundle again; --verify looks at every file of it"
 
+
+NONE_OF_THESE = "none of these"  # the answer where no label is probable enough
+# How exactly probabilities are known where they are shown: so far the search goes on. Half of it on either side.
+PROBABILITY_WITHIN = 0.02
 
 SPIN_MICROSECONDS = 200  # that a thread spins for before it sleeps
 
@@ -198,7 +206,16 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "task": lambda value: value in ("text-generation", "text-classification", "feature-extraction"),
     "golden": lambda value: isinstance(value, list),
     "failed": lambda value: isinstance(value, str),
+    "answers": lambda value: value is None or _are_answers(value),
 }
+
+
+def _are_answers(value: Any) -> bool:
+    """Whether a manifest's entry says how answers are held: to the labels of a file, at a temperature."""
+    if not isinstance(value, dict) or value.get("form") != "labels" or not isinstance(value.get("file"), str):
+        return False
+    temperature = value.get("temperature")
+    return type(temperature) in (int, float) and 0 < temperature < 1e6
 
 
 def _kinds_fault(manifest: dict[str, Any]) -> str:
@@ -371,6 +388,10 @@ class OnnxSession:
             raise RunError("logits", "this graph gives those of a pass's last token alone", "use Runner.last_logits")
         return rows
 
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens`: exact, the cache holds them as they were."""
+        self.generator.rewind_to(tokens)
+
 
 def apply_template(
     template: str, messages: list[dict[str, Any]], special: dict[str, str], tools: list[Any] | None = None
@@ -516,6 +537,13 @@ class OnnxRuntimeSession:
         logits = made["logits"].numpy()[0]
         return logits if every else logits[-1]
 
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens`."""
+        make = self.engine.ort.OrtValue.ortvalue_from_numpy
+        # copies: a value made of an array lies in its memory, and this one's is given back
+        self.cache = {name: make(value.numpy()[:, :, :tokens].copy()) for name, value in self.cache.items()}
+        self.done = tokens
+
 
 class OnnxEncoder(OnnxRuntime):
     """A bundle's model.onnx that gives a text's logits, or an embedding: the mean of its tokens' last hidden states."""
@@ -640,6 +668,12 @@ class LlamaSession:
         found = numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (rows, self.engine.words)).copy()
         return found if every else found[0]
 
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens`. Raises RunError for a model whose state cannot be cut."""
+        if not self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, tokens, -1):
+            raise RunError("llama.cpp", "cannot forget the last tokens of this model", "answer with --free")
+        self.done = tokens
+
 
 def _silence(api: Any) -> None:
     """No log lines of llama.cpp on standard error; a callback has to live as long as the library."""
@@ -656,6 +690,116 @@ def _uses_amx(api: Any) -> bool:
         return " amx_int8 " in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+
+
+class Labels:
+    """The answers that a bundle is held to, each a path of tokens with an end token at its end.
+
+    That end decides between a label and another one that it is the beginning of. `children` are the tokens by which a
+    prefix goes on, `under` is how many labels begin with it, `leaves` which label a whole path is.
+    """
+
+    def __init__(self, texts: list[str], paths: list[list[int]]) -> None:
+        self.texts, self.paths = texts, [tuple(path) for path in paths]
+        self.leaves = {path: number for number, path in enumerate(self.paths)}
+        self.under: dict[tuple[int, ...], int] = {}
+        nodes: dict[tuple[int, ...], dict[int, None]] = {}
+        for path in self.paths:
+            for end in range(len(path)):
+                nodes.setdefault(path[:end], {})[path[end]] = None
+                self.under[path[:end]] = self.under.get(path[:end], 0) + 1
+        self.children = {prefix: list(tokens) for prefix, tokens in nodes.items()}
+        self.longest = max(map(len, self.paths)) - 1  # tokens that are read: nothing is asked behind an end
+
+    @classmethod
+    def read(cls, bundle: Path, name: str, stop_ids: Iterable[int]) -> Labels:
+        """The labels of a bundle's file. Raises RunError for what no export writes."""
+        path, stops = bundle / name, set(stop_ids)
+        try:
+            entries = parse_json(path, read_limited(path), COPY_AGAIN)["labels"]
+            texts, paths = [str(each["text"]) for each in entries], [each["ids"] for each in entries]
+        except (OSError, KeyError, TypeError) as problem:
+            raise RunError(path, f"cannot be read: {problem!r}", COPY_AGAIN) from None
+        right = len(paths) > 1 and all(_are_ids(each) and each for each in paths)
+        right = right and all(each[-1] in stops and not stops & set(each[:-1]) for each in paths)
+        if not right or len({*map(tuple, paths)}) < len(paths):
+            raise NotAsExported(path, "holds no labels that can be told apart", "do not use this bundle")
+        return cls(texts, paths)
+
+
+class LabelSearch:
+    """Which label is the most probable, found best first; nothing that could still win is left out.
+
+    A label's score is the sum of its tokens' log-probabilities, its end's included. Every label that begins with a
+    prefix has at most the prefix's own: a label is the best as soon as no open prefix has more.
+
+    Probabilities are softmax(score / temperature) over all labels. What is not known of them yet lies between nothing
+    and what open prefixes allow: of `n` labels with `m` among them, m^(1/t) in one at t < 1, n (m/n)^(1/t) else.
+    """
+
+    def __init__(self, labels: Labels, temperature: float = 1.0) -> None:
+        self.labels, self.sharpness, self.passes = labels, 1 / temperature, 0
+        self.open: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # a heap of (-score, prefix)
+        self.found: list[tuple[float, int]] = []  # (score, label), best first
+
+    def next(self) -> tuple[int, ...]:
+        """The open prefix that may have the most, to be expanded now."""
+        return heapq.heappop(self.open)[1]
+
+    def expand(self, prefix: tuple[int, ...], score: float, gained: Iterable[float]) -> None:
+        """What follows a prefix of this score: the log-probability of each of its children."""
+        for token, more in zip(self.labels.children[prefix], gained):  # noqa: B905
+            path = (*prefix, token)
+            if path in self.labels.leaves:
+                self.found.append((score + float(more), self.labels.leaves[path]))
+            else:
+                heapq.heappush(self.open, (-score - float(more), path))
+        self.found.sort(key=lambda entry: (-entry[0], entry[1]))
+
+    def decided(self, places: int = 1) -> bool:
+        """Whether the best so many labels are known."""
+        places = min(places, len(self.labels.texts))
+        return len(self.found) >= places and (not self.open or self.found[places - 1][0] >= -self.open[0][0])
+
+    def probability(self, place: int) -> tuple[float, float]:
+        """(least, most) that the label found in this place may have of all labels."""
+        best = self.found[0][0]
+        known = sum(math.exp(self.sharpness * (score - best)) for score, _ in self.found)
+        unknown = 0.0
+        for loss, prefix in self.open:
+            count = self.labels.under[prefix] ** max(0.0, 1 - self.sharpness)
+            unknown += count * math.exp(min(700.0, self.sharpness * (-loss - best)))
+        own = math.exp(self.sharpness * (self.found[place][0] - best))
+        return own / (known + unknown), own / known
+
+    def known_within(self, width: float, places: int = 2) -> bool:
+        """Whether the best labels are decided and their probabilities known to this width."""
+        if not self.decided(places):
+            return False
+        bounds = [self.probability(place) for place in range(min(places, len(self.found)))]
+        return all(most - least <= width for least, most in bounds)
+
+    def settles(self, threshold: float) -> bool:
+        """Whether the best label is decided, and whether its probability reaches a threshold."""
+        if not self.decided():
+            return False
+        least, most = self.probability(0)
+        return least >= threshold or most < threshold
+
+
+def common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """How many tokens two beginnings have in common."""
+    pairs = zip(first, second)  # noqa: B905
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def log_shares(logits: Any, tokens: list[int]) -> list[float]:
+    """Log-probabilities of some tokens."""
+    import numpy
+
+    values = numpy.asarray(logits, dtype=numpy.float64)
+    values = values - values.max()
+    return list(values[tokens] - numpy.log(numpy.exp(values).sum()))
 
 
 class Runner:
@@ -687,6 +831,9 @@ class Runner:
         _same_as_checked(bundle, before)
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
+        held = self.manifest.get("answers") or {}
+        self.labels = Labels.read(bundle, held["file"], self.eos_ids) if held else None
+        self.temperature = float(held.get("temperature", 1.0))  # by which the labels' probabilities were calibrated
 
     def use(self, adapter: str | None) -> None:
         """From the next prompt on, answer with this adapter (None: without). The model stays loaded.
@@ -799,6 +946,33 @@ class Runner:
         yield last.astype(numpy.float32)
         for token in tokens[:-1]:
             yield session.append([token]).astype(numpy.float32)
+
+    def choose(
+        self, ids: list[int], enough: Callable[[LabelSearch], bool] = LabelSearch.decided, labels: Labels | None = None
+    ) -> LabelSearch:
+        """The best label for a prompt, its own unless others are given; looked for until `enough` says so.
+
+        The prompt is read once. Each pass after it goes on from what the last one has in common with it.
+        """
+        labels = labels or self.labels
+        if labels is None:
+            raise RunError("labels", "this bundle is held to none", "it answers in free text")
+        self.fit(ids, 0)
+        self.fit(ids + [0] * labels.longest, 0)
+        session, search = self.engine.start(len(ids) + labels.longest), LabelSearch(labels, self.temperature)
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            last = session.append(ids[start : start + PREFILL_TOKENS])
+        at: tuple[int, ...] = ()
+        while search.open and not enough(search):
+            score, prefix = -search.open[0][0], search.next()
+            if prefix:
+                same = common_length(at, prefix[:-1])  # its last token is read anew: its logits are asked for
+                if same < len(at):
+                    session.rewind(len(ids) + same)
+                last = session.append(list(prefix[same:]))
+                at, search.passes = prefix, search.passes + 1
+            search.expand(prefix, score, log_shares(last, labels.children[prefix]))
+        return search
 
     def greedy(self, ids: list[int], max_tokens: int, eos_ids: Iterable[int] | None = None) -> list[int]:
         """The most likely continuation, cut before its first end token."""
@@ -1144,6 +1318,7 @@ def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str, no
             )
         try:  # the recorded ids, so that the model is checked even if the tokenizer is wrong
             problems += _replay(runner, golden, where, notes)
+            problems += _replay_label(runner, golden, where, notes)
         except (RunError, IndexError, RuntimeError) as problem:
             problems.append(f"model: {where} cannot be replayed: {problem}")
     return problems
@@ -1173,6 +1348,28 @@ def _replay(runner: Runner, golden: dict[str, Any], where: str, notes: list[str]
         else:
             notes.append(f"{text}: within the margin, the best two were {margin:.3g} apart")
     return problems
+
+
+def _replay_label(runner: Runner, golden: dict[str, Any], where: str, notes: list[str]) -> list[str]:
+    """What is another label here than at export, or has another score, one line each.
+
+    A token's log-probability may move by twice the tolerance of a logit: by it, and by the sum over all of them.
+    """
+    recorded = golden.get("label")
+    if runner.labels is None or recorded is None:
+        return []
+    found = runner.choose(golden["ids"], lambda search: search.decided(2)).found
+    score, texts = found[0][0], [runner.labels.texts[number] for _, number in found]
+    tolerance = 2 * float(runner.manifest["golden_logit_tolerance"]) * (runner.labels.longest + 1)
+    margin = float(recorded["score"]) - float(recorded["runner_up_score"])
+    if texts[0] != recorded["label"]:
+        text = f"{where} gets the label {texts[0]!r} instead of {recorded['label']!r}"
+        if margin > 2 * tolerance:
+            return [f"model: {text}"]
+        notes.append(f"{text}: within the margin, the best two were {margin:.3g} apart")
+    elif not abs(score - float(recorded["score"])) <= tolerance:
+        return [f"model: {where}'s label has a score of {score:.4g} instead of {recorded['score']:.4g}"]
+    return []
 
 
 def verify(
@@ -1504,6 +1701,9 @@ def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> 
     if options.json:
         print(json.dumps(reply(runner, options, prompt)))
         return 0
+    if held_to_labels(runner, options):
+        print(choice(runner, options, prompt, shown=False)["text"])
+        return 0
     piece = runner.engine.decoder()
     for token in continued(runner, options, prompt)[1]:
         print(piece(token), end="", flush=True)
@@ -1519,8 +1719,46 @@ def continued(runner: Runner, options: argparse.Namespace, prompt: str | None) -
     return ids, runner.stream(ids, options.max_tokens, **sampling)
 
 
+def held_to_labels(runner: Runner, options: argparse.Namespace) -> bool:
+    """Whether the answer is one of the bundle's labels. Raises RunError for options that the other form takes."""
+    held = runner.labels is not None and not options.free
+    if not held and options.min_probability is not None:
+        raise RunError("--min-probability", "is for an answer that is held to labels, this one is free")
+    if held and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
+        raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
+    return held
+
+
+def choice(runner: Runner, options: argparse.Namespace, prompt: str | None, shown: bool = True) -> dict[str, Any]:
+    """The most probable label, unless it has less than --min-probability; with probabilities where they are shown.
+
+    They are the middle of what is possible, which is PROBABILITY_WITHIN wide; --min-probability is decided exactly.
+    """
+    threshold = options.min_probability or 0.0
+    runner.use(options.adapter)
+    ids = runner.encode(*prompt_text(runner, options, prompt))
+
+    def enough(search: LabelSearch) -> bool:
+        return search.settles(threshold) and (not shown or search.known_within(PROBABILITY_WITHIN))
+
+    search, labels = runner.choose(ids, enough), runner.labels
+    assert labels is not None
+    names = [labels.texts[number] for _, number in search.found[:2]]
+    taken = search.probability(0)[0] >= threshold
+    made: dict[str, Any] = {"text": names[0] if taken else NONE_OF_THESE, "label": names[0] if taken else None}
+    if shown:
+        middle = [sum(search.probability(place)) / 2 for place in range(2)]
+        made.update(best=names[0], probability=middle[0], within=PROBABILITY_WITHIN / 2)
+        made["runner_up"] = {"label": names[1], "probability": middle[1]}
+        made["passes"] = search.passes
+    path = labels.paths[search.found[0][1]]
+    return {**made, "ids": list(path[:-1]) if taken else [], "prompt_ids": ids}
+
+
 def reply(runner: Runner, options: argparse.Namespace, prompt: str | None) -> dict[str, Any]:
-    """The whole answer to one prompt or conversation: its text, its ids and the prompt's."""
+    """The whole answer to one prompt or conversation: its text, its ids and the prompt's; `choice` of labels."""
+    if held_to_labels(runner, options):
+        return choice(runner, options, prompt)
     ids, tokens = continued(runner, options, prompt)
     made = list(tokens)
     return {"text": runner.decode(made), "ids": made, "prompt_ids": ids}
@@ -1534,6 +1772,13 @@ def _at_least(smallest: float, kind: type) -> Any:
         return value
 
     return read
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1563,6 +1808,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=_at_least(0, float), default=1.0, help="sample from this share of the chances")
     parser.add_argument("--seed", type=_at_least(0, int), help="make sampling repeatable")
+    parser.add_argument("--free", action="store_true", help="free text although the bundle is held to labels")
+    parser.add_argument(
+        "--min-probability", type=_share, help=f"labels: answer {NONE_OF_THESE!r} where the best has less (0 to 1)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(argv)
     if options.messages is not None and options.prompt is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from edgeft.data.conversation import COLUMNS, PromptFormat, Row
+from edgeft.data.labels import Answers
 from edgeft.data.rows import each_row, read_rows
 from edgeft.data.samples import IGNORED, Sample, each_sample, hold_out, to_samples
 from edgeft.data.scoring_groups import Size
@@ -78,6 +79,17 @@ def measure_rows(
     source: str, tokenizer: TextTokenizer, max_length: int | None = None
 ) -> tuple[Lengths, tuple[Size, ...]]:
     """The lengths of a data file and, row for row, what scoring it asks for."""
+    return _measure(source, tokenizer, max_length)[:2]
+
+
+def measure_answers(source: str, tokenizer: TextTokenizer, max_length: int | None = None) -> Answers:
+    """The distinct answers that a data file's rows ask for, as long as they are few."""
+    return _measure(source, tokenizer, max_length)[2]
+
+
+def _measure(
+    source: str, tokenizer: TextTokenizer, max_length: int | None
+) -> tuple[Lengths, tuple[Size, ...], Answers]:
     path = Path(source)
     if not path.is_file():
         return _measured(source, tokenizer, max_length)
@@ -93,18 +105,22 @@ def _stamps(path: Path, folder: Path) -> tuple[tuple[int, int, int], ...]:
 @functools.lru_cache(maxsize=8)  # a plan that is made twice, to score its layers first, reads its data once
 def _measured_once(
     source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]
-) -> tuple[Lengths, tuple[Size, ...]]:
+) -> tuple[Lengths, tuple[Size, ...], Answers]:
     return _measured(source, TextTokenizer(Path(folder)), max_length)
 
 
-def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> tuple[Lengths, tuple[Size, ...]]:
+def _measured(
+    source: str, tokenizer: TextTokenizer, max_length: int | None
+) -> tuple[Lengths, tuple[Size, ...], Answers]:
     remarks: Counter[str] = Counter()
+    asked = Answers()
     sizes, cut, answers, highest = list[Size](), 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):
         sizes.append(sample.size)
         highest = max(highest, max(sample.packed_ids))
         cut += sample.cut_tokens > 0
         answers += len(row.trained) if row.has_prompt else 0
+        asked.add(sample, row, tokenizer.stop_ids)
     lengths, trained = [size.tokens for size in sizes], [size.trained for size in sizes]
     found = Lengths(
         path=source,
@@ -123,7 +139,7 @@ def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> 
         highest_id=highest,
         quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )
-    return found, tuple(sizes)
+    return found, tuple(sizes), asked
 
 
 class Token(Strict):
@@ -147,6 +163,7 @@ class DataReport(Strict):
 
     lengths: Lengths
     stop_ids: tuple[int, ...] = Field(description="ids at which an answer ends")
+    offer: str = Field("", description="what its answers could be held to, where they are few")
     rows: tuple[Shown, ...]
 
 
@@ -155,8 +172,9 @@ def report_data(source: str, tokenizer: TextTokenizer, max_length: int | None = 
     lengths = measure_lengths(source, tokenizer, max_length)
     shown = read_samples(source, tokenizer, max_length, min(rows, lengths.rows)) if rows else []
     return DataReport(
-        lengths=lengths, stop_ids=tuple(tokenizer.stop_ids), rows=tuple(_shown(each, tokenizer) for each in shown)
-    )
+        lengths=lengths, stop_ids=tuple(tokenizer.stop_ids), offer=measure_answers(source, tokenizer, max_length).offer,
+        rows=tuple(_shown(each, tokenizer) for each in shown),
+    )  # fmt: skip
 
 
 def _shown(sample: Sample, tokenizer: TextTokenizer) -> Shown:
@@ -191,6 +209,7 @@ def data_text(report: DataReport, mark: tuple[str, str] = ("\u27e6", "\u27e7")) 
     if found.untrained_rows:
         lines.append(f"{found.untrained_rows:,} rows are cut before their first token to train on")
     lines += [f"{rows:,} rows: {text}" for text, rows in found.remarks.items()]
+    lines += [report.offer] if report.offer else []
     for number, row in enumerate(report.rows, start=1):
         cut = f", {row.cut_tokens} cut" if row.cut_tokens else ""
         lines += ["", f"row {number}, {len(row.tokens)} tokens{cut}; what trains is between {mark[0]} and {mark[1]}:"]

@@ -112,6 +112,14 @@ class ArtifactModel:
         parts = [session.append(ids[start : start + step], every=True) for start in range(0, len(ids), step)]
         return numpy.concatenate([numpy.asarray(part, dtype=numpy.float32) for part in parts])
 
+    def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any:
+        """run.py's search for the best of the bundle's labels, ended as soon as it is decided or `enough` says so."""
+        runner = runner_module()
+        try:
+            return self._runner.choose(list(ids), enough or runner.LabelSearch.decided)
+        except runner.RunError as problem:
+            raise BadInput("artifact", str(problem)) from None
+
     def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
         try:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from edgeft.data.dataset import TextTokenizer
+from edgeft.data.labels import FILE, Label, labels_file
 from edgeft.documents import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.exporting.adapters import AdapterSource, Written, add_adapters
+from edgeft.exporting.answers import Answers, GoldenLabel
 from edgeft.exporting.artifact import ArtifactModel, Logits, load_shipped
 from edgeft.exporting.bundle import (
     MANIFEST,
@@ -90,13 +92,15 @@ def build_bundle(
     measure: bool = True, predicted_peak_bytes: int | None = None, sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
     keep_failed: bool = False, size_budget_bytes: int | None = None, rows: Mapping[str, Metrics] | None = None,
-    codes: Callable[[Path], Codes] | None = None,
+    codes: Callable[[Path], Codes] | None = None, labels: Sequence[Label] = (),
+    calibrate: Callable[[ArtifactModel, Answers], Answers] | None = None,
 ) -> Bundle:  # fmt: skip
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
+    Answers are held to `labels` where there are any; `calibrate` finds what their probabilities are worth.
     `codes` makes those of a calibrated target in a folder of its own. With `keep_failed` a bundle whose proof fails
     lies in `failed_path(out)` afterwards, its manifest says why; one that passes removes it.
 
@@ -113,7 +117,10 @@ def build_bundle(
     with staging(out) as folder:
         reset_resident_peak()
         waiting = resident_bytes()
-        page = readme(target, prompt_format, system, [source.name for source in adapters])
+        page = readme(target, prompt_format, system, [source.name for source in adapters], len(labels))
+        if labels:
+            with saving(out):
+                (folder / FILE).write_text(labels_file(labels), encoding="utf-8")
         filled = _fill(
             folder, out, merged, target, spec, tokenizer, codes, adapters, page, sources, device_memory_bytes
         )
@@ -123,12 +130,13 @@ def build_bundle(
             context_limited_by=filled.limited_by, golden_logit_tolerance=target.golden_logit_tolerance,
             environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
+            answers=Answers(file=FILE, labels=len(labels)) if labels else None,
             provenance=provenance or {}, promotion=promotion, repair=repair,
             predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
-        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, failed)
+        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, calibrate, failed)
         _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
         peak = max(waiting + filled.builder_bytes, resident_bytes(highest=True)) or None
         measured = _measure(folder) if measure else None
@@ -185,7 +193,8 @@ def _fill(
 
 def _proven(
     folder: Path, bundle: Bundle, filled: Filled, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput],
-    adapters: Sequence[AdapterSource], prove: Callable[[ArtifactModel], Proof] | None, failed: Path | None,
+    adapters: Sequence[AdapterSource], prove: Callable[[ArtifactModel], Proof] | None,
+    calibrate: Callable[[ArtifactModel, Answers], Answers] | None, failed: Path | None,
 ) -> Bundle:  # fmt: skip
     """The bundle with golden vectors, adapters and proof, each in its manifest before the next reads it.
 
@@ -199,11 +208,13 @@ def _proven(
     if prove is None:
         return bundle
     try:
-        bundle = bundle.model_copy(update={"proof": prove(ArtifactModel(folder))})
+        bundle = bundle.model_copy(update={"proof": prove(artifact := ArtifactModel(folder))})
     except ParityFailed as problem:
         if failed is not None:
             _keep_failed(folder, bundle, problem, failed)
         raise
+    if calibrate is not None and bundle.answers is not None:
+        bundle = bundle.model_copy(update={"answers": calibrate(artifact, bundle.answers)})
     bundle.write(folder / MANIFEST)
     return bundle
 
@@ -334,9 +345,19 @@ def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]
                 margins=margins,
                 top_ids=[int(token) for token in top],
                 top_logits=[float(first[token]) for token in top],
+                label=_golden_label(model, ids),
             )
         )
     return made
+
+
+def _golden_label(model: Any, ids: list[int]) -> GoldenLabel | None:
+    """The best two labels, where answers are held to labels."""
+    if model.labels is None:
+        return None
+    (score, best), (next_score, second) = model.choose(ids, lambda search: search.decided(2)).found[:2]
+    texts = model.labels.texts
+    return GoldenLabel(label=texts[best], score=score, runner_up=texts[second], runner_up_score=next_score)
 
 
 def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logits]:

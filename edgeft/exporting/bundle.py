@@ -12,6 +12,7 @@ import pydantic
 from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, saving, sha256_json
+from edgeft.exporting.answers import Answers, GoldenLabel
 from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof, Repair
 from edgeft.targets.footprint import LimitedBy, Predicted
 from edgeft.targets.runner import runner_module
@@ -54,6 +55,7 @@ class Golden(Strict):
     top_ids: list[int]
     top_logits: list[float]
     margins: list[float] = Field(default=[], description="of each greedy step: the best logit less the second best")
+    label: GoldenLabel | None = Field(default=None, description="where answers are held to labels")
 
 
 class Environment(Strict):
@@ -150,7 +152,13 @@ telemetry that is on by default; run.py switches it off. A program of your own t
 before it loads the runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment. `ORT_DISABLE_TELEMETRY=0` lets it on."""
 
 
-def readme(target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = ()) -> str:
+HELD = """It answers with one of {count} labels, the most probable one. `--json` adds its probability and the next best
+label's; `--min-probability 0.6` answers "none of these" below; `--free` lets the model write what it wants."""
+
+
+def readme(
+    target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = (), labels: int = 0
+) -> str:
     """What a person who finds the folder on a device has to know, in a page."""
     how = "a prompt goes through the model's chat template" if prompt_format == "chat" else "a text goes in as it is"
     lines = [
@@ -166,6 +174,8 @@ def readme(target: Target, prompt_format: PromptFormat, system: str | None, adap
     if system:
         quoted = "\n".join(f"> {line}" for line in system.splitlines())
         lines += ["", "It was trained with this system message, and run.py gives it (`--system ''`: none):", "", quoted]
+    if labels:
+        lines += ["", HELD.format(count=labels)]
     if adapters:
         lines += ["", "Adapters for `--adapter`: " + ", ".join(adapters) + "."]
     lines += ["", SILENT]
@@ -189,6 +199,7 @@ class Bundle(Artifact):
     environment: Environment | None = Field(default=None, description="where the golden vectors were recorded")
     weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
     size_bytes: int = Field(description="all files but bundle.json and a signature")
+    answers: Answers | None = Field(default=None, description="how answers are held; null: they are free")
     files: dict[FileName, BundledFile]
     golden: list[Golden]
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")

@@ -16,9 +16,11 @@ from edgeft.data.rows import each_row
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, QualityLost
 from edgeft.exporting.adapters import AdapterSource
+from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
+from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first
 from edgeft.exporting.sbom import BASE, Component, model_licence
@@ -123,36 +125,28 @@ def export(
         kept.update(scores)
         return proof
 
+    def judge(artifact: ArtifactModel, answers: Answers) -> Answers:
+        test = rows.every[len(rows.trained) :]
+        return calibrated(artifact, answers, plan.labels, rows.trained, test, tokenizer, progress)
+
     progress("build", 0, 1, {})
-    golden, chat = golden_inputs(merged.train.plan.job, tokenizer)
+    golden, chat = golden_inputs(plan.job, tokenizer)
+    notes = {"calibration": f"{target.calibration}, {rows_of(calibration)}"} if target.calibration != "none" else {}
     return build_bundle(
-        merged_folder,
-        target,
-        out,
-        prompts=golden,
-        prompt_format="chat" if chat else "plain",
-        system=shared_system(merged.train.plan.job, golden, tokenizer),
+        merged_folder, target, out, prompts=golden, prompt_format="chat" if chat else "plain",
+        system=shared_system(plan.job, golden, tokenizer),
         device_memory_bytes=profile.budget_bytes if profile else None,
         device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
         input_sha256=sha256_file(merged_folder / "merged.json"),
         provenance={
-            "merged.json": sha256_file(merged_folder / "merged.json"),
-            "train.json": merged.input_sha256,
-            "plan.json": merged.train.input_sha256,
-            **merged.train.inputs,
-            "device": profile.name if profile else "",
-        }
-        | ({"calibration": f"{target.calibration}, {rows_of(calibration)}"} if target.calibration != "none" else {}),
-        prove=prove,
-        predicted_peak_bytes=expected_bytes,
-        sources=made_from(merged.train, merged_folder),
-        promotion=chosen.promotion if chosen else None,
-        repair=chosen.repair if chosen else None,
-        keep_failed=keep_failed,
-        size_budget_bytes=size_budget_bytes,
-        rows=kept,
-        codes=_codes(merged_folder, target, plan, chosen, calibration, progress),
-    )
+            "merged.json": sha256_file(merged_folder / "merged.json"), "train.json": merged.input_sha256,
+            "plan.json": merged.train.input_sha256, **merged.train.inputs, "device": profile.name if profile else "",
+        } | notes,
+        prove=prove, predicted_peak_bytes=expected_bytes, sources=made_from(merged.train, merged_folder),
+        promotion=chosen.promotion if chosen else None, repair=chosen.repair if chosen else None,
+        keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, rows=kept,
+        codes=_codes(merged_folder, target, plan, chosen, calibration, progress), labels=plan.labels, calibrate=judge,
+    )  # fmt: skip
 
 
 def prove_bundle(
@@ -162,7 +156,7 @@ def prove_bundle(
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
     plan = merged.train.plan
-    ladder = Ladder(target, tokenizer, progress, load=loader(plan, target))
+    ladder = Ladder(target, tokenizer, progress, load=loader(plan, target), labels=plan.labels)
     ladder.climb_training(trained, merged.train, rows.trained)
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
@@ -365,6 +359,9 @@ def adapter_source(
     """A training result as an adapter of a bundle, with what proves it. Raises BadInput if it is no plain LoRA."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise BadInput("adapters", f"{name!r} is no name", "use small letters, digits, - and _: NAME=TRAIN")
+    if result.plan.labels:
+        hint = "merge it and export a bundle of its own, or train with --set answers=free"
+        raise BadInput(folder, "is held to labels, which a bundle of adapters cannot switch between", hint)
     if not result.plan.training.adapts:
         hint = f"plan with --set tuner={ADAPTERS}, or merge it and export a bundle of its own"
         raise BadInput(folder, "is a full fine-tune, which cannot be switched to", hint)

@@ -13,8 +13,10 @@ import torch
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.data.labels import Label
 from edgeft.engine.base import load_base
 from edgeft.engine.fp32_layers import DenseTurns
+from edgeft.engine.label_scores import held_to, label_numbers
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
 from edgeft.machines import meter
@@ -56,6 +58,7 @@ class Artifact(Protocol):
         self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
         hopeless: Callable[[list[int]], bool],
     ) -> tuple[Any, list[int]]: ...  # fmt: skip
+    def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any: ...
 
 
 @dataclass
@@ -140,18 +143,26 @@ def row_logits(
 def observe_model(
     name: str, model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer | None = None, *,
     compute: torch.dtype = torch.float32, group_tokens: int = EVAL_TOKENS, answers: slice | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    labels: Sequence[Label] = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Form:  # fmt: skip
     """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
 
-    Only what the likeliest tokens along the row's own answer leave open is generated.
+    Only what the likeliest tokens along the row's own answer leave open is generated, or searched among `labels`.
     """
     seen, parts = Observer(rows), find_parts(model)
+    asked = rows[answers] if answers is not None and tokenizer is not None else []
+    held = held_to(labels, asked, tokenizer, model) if tokenizer is not None else None
     for number, logits, targets in row_logits(model, parts, rows, compute, group_tokens):
+        if held is not None:
+            held.along(rows[number], seen.tokens[number], logits)
         seen.add(number, logits, targets)
         progress(sum(count > 0 for count in seen.tokens), len(rows))
     if answers is None or tokenizer is None or not rows[0].has_prompt:
         return seen.form(name)
+    if held is not None:
+        held.settle(model, parts, CPU, compute, POSITIONS, group_tokens)
+        chosen = {id(row) for row in asked if held.is_exact(row)}
+        return seen.form(name, [id(row) in chosen for row in rows])
     wanted = range(len(rows))[answers]
     judged: dict[int, bool | None] = {id(rows[i]): judge(tokenizer, rows[i], seen.likely[i]) for i in wanted}
     answer_open(model, rows, tokenizer, judged, CPU, compute, group_tokens)
@@ -160,17 +171,24 @@ def observe_model(
 
 def observe_artifact(
     name: str, artifact: Artifact, rows: Sequence[Sample], tokenizer: TextTokenizer, *, answers: slice | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    labels: Sequence[Label] = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Form:  # fmt: skip
-    """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded."""
+    """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded.
+
+    Where answers are held to `labels`, its own search chooses one.
+    """
     seen, exact = Observer(rows), [False] * len(rows)
     decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
     stops = tokenizer.stop_ids
+    asked = label_numbers(labels, rows, tokenizer)
     for number, sample in enumerate(rows):
         ids, at = sample.ids, trained_at(sample)
         if not at:
             continue
-        if number in decoding and sample.prompt_tokens:
+        if labels and number in decoding:
+            exact[number] = artifact.choose(sample.prompt).found[0][1] == asked[number]
+            logits = artifact.logits(ids, at[0])
+        elif number in decoding and sample.prompt_tokens:
             logits, answer = artifact.follow(
                 ids, at[0], sample.prompt_tokens, answer_tokens([sample]), stops,
                 functools.partial(cannot_match, tokenizer, sample),

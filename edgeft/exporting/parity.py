@@ -7,6 +7,7 @@ It starts at the model that trained, in the precision in which it trained, which
     merged    against W0 + a (Wft - W0)   every tensor of the checkpoint, by its bits
     stored    against merged              every matrix of the bundle, by its codes, where the rounding is known
     artifact  against rounded             the bundle in its runtime, and torch on the very weights that it holds
+    labels    against rounded             its choice among labels, where answers are held to them
     artifact  against merged              what rounding costs, beside what the fine-tune gained
 
 A rung that would compare a thing with itself is left out.
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer
+from edgeft.data.labels import Label
 from edgeft.errors import BadInput, ParityFailed, QualityLost
+from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
     Artifact,
     Form,
@@ -77,6 +80,7 @@ HINTS = {
     "merged": "run edgeft merge again; if that does not help, report this",
     "stored": "report this: the builder did not store what was merged",
     "rounded": "report this: the runtime does not compute what this model does",
+    "labels": "report this: the runtime does not choose the label that this model does",
     "artifact": "quantisation loses too much: try --target ort-int8 or gguf-q8_0, or loosen [parity] in a target file",
 }
 
@@ -197,6 +201,7 @@ class Ladder:
     rungs: list[Rung] = field(default_factory=list)
     gain: Gain = UNKNOWN
     load: Load = load_plain  # of whole models in fp32
+    labels: Sequence[Label] = ()
 
     def add(self, rung: Rung | None) -> None:
         """One more rung, unless there is none. Raises ParityFailed."""
@@ -246,18 +251,27 @@ class Ladder:
             return lambda done, total: self.progress(stage, done, total, {})
 
         model = self.load(merged_folder)
-        merged = observe_model("merged", model, rows, self.tokenizer, answers=answers, progress=told("parity: merged"))
+        merged = observe_model(
+            "merged", model, rows, self.tokenizer, answers=answers, labels=self.labels, progress=told("parity: merged")
+        )
         rounded = None
         if round_as_target(model, self.target):
             rounded = observe_model("rounded", model, rows[: min(count, PARITY_PROMPTS)])
+        few, scores = rows_for(self.labels, rows[:count]), None
+        if self.labels and (rounded is not None or self.target.weight_bits == 32):  # the bundle's very weights
+            told("parity: labels")(0, 1)
+            scores = referee(model, few, self.labels)
         del model
         give_back()
         made = observe_artifact(
-            "artifact", artifact, rows, self.tokenizer, answers=answers, progress=told("parity: artifact")
-        )
+            "artifact", artifact, rows, self.tokenizer, answers=answers, labels=self.labels,
+            progress=told("parity: artifact"),
+        )  # fmt: skip
         head = first(made, count)
         if rounded is not None:
             self.add(compare(rounded, first(head, len(rounded.losses)), alike, self.gain))
+        if scores is not None:
+            self.add(label_rung(scores, "rounded" if rounded else "merged", artifact, few, alike))
         self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))
         return merged, made
 

@@ -94,7 +94,7 @@ class Climb:
         """The merged model in fp32."""
         self.progress("repair: merged", 0, 1, {})
         model = self.load(self.merged.train.plan.stages.target)
-        form = observe_model("merged", model, self.rows, self.tokenizer, answers=slice(None))
+        form = self.observe("merged", model)
         del model
         give_back()
         return form
@@ -102,6 +102,11 @@ class Climb:
     def load(self, target: Target) -> Any:
         """The merged model in fp32, as the proof of that target has it."""
         return loader(self.merged.train.plan, target)(self.folder)
+
+    def observe(self, name: str, model: Any) -> Form:
+        """What a model says of the rows, its answers held as the plan holds them."""
+        labels = self.merged.train.plan.labels
+        return observe_model(name, model, self.rows, self.tokenizer, answers=slice(None), labels=labels)
 
     def size(self, target: Target) -> int:
         """Predicted bytes of a target's whole bundle."""
@@ -172,7 +177,7 @@ class Climb:
             put_codes(model, step.target, codes)
         elif not round_as_target(model, step.target) and step.target.weight_bits < 32:
             return None
-        form = observe_model(step.name, model, self.rows, self.tokenizer, answers=slice(None))
+        form = self.observe(step.name, model)
         del model
         give_back()
         return form

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer, read_samples
+from edgeft.data.labels import Label
+from edgeft.engine.label_scores import held_to
 from edgeft.errors import BadInput
 from edgeft.merging.change import Change, find_tensor
 from edgeft.merging.merge import blend, check_trained
@@ -87,10 +89,12 @@ def sweep(
         if share not in points:
             progress("sweep", min(len(points), total), total, {})
             line.move_to(shares)
-            scores = [_score(line.model, rows, data.tokenizer), _score(line.model, texts, data.tokenizer)]
+            scores = [_score(line.model, rows, data.tokenizer, data.labels), _score(line.model, texts, data.tokenizer)]
             rounded: list[Metrics | None] = [None, None]
             if round_model(line.model, target):
-                rounded = [_score(line.model, rows, data.tokenizer), _score(line.model, texts, data.tokenizer)]
+                rounded = [
+                    _score(line.model, rows, data.tokenizer, data.labels), _score(line.model, texts, data.tokenizer)
+                ]  # fmt: skip
             assert scores[0] is not None  # a job without validation rows holds some out
             points[share] = SweepPoint(
                 wise_alpha=shares.rest, groups=shares.groups, task=scores[0], general=scores[1],
@@ -172,10 +176,13 @@ def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sa
     return [sample for sample in samples if sample.trained_tokens]
 
 
-def _score(model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer) -> Metrics | None:
+def _score(
+    model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer, labels: Sequence[Label] = ()
+) -> Metrics | None:
     if not samples:
         return None
-    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu")).marked
+    held = held_to(labels, samples, tokenizer, model)
+    return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu"), held=held).marked
 
 
 def general_increase(point: SweepPoint, base: SweepPoint) -> float:

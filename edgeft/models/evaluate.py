@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -70,9 +70,13 @@ def token_losses(
 
 @torch.no_grad()
 def score_group(
-    model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, compute: torch.dtype, chunk_tokens: int
-) -> tuple[list[float], list[list[int]]]:
-    """(sum of cross entropies in nats, the most likely token at each trained one) of each sample, in one pass."""
+    model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, compute: torch.dtype, chunk_tokens: int,
+    look: Callable[[int, torch.Tensor], None] | None = None,
+) -> tuple[list[float], list[list[int]]]:  # fmt: skip
+    """(sum of cross entropies in nats, the most likely token at each trained one) of each sample, in one pass.
+
+    `look` sees the logits of each chunk of trained tokens, and the number of its first.
+    """
     batch = make_batch(samples).to(device)
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     head: Any = parts.head
@@ -86,6 +90,8 @@ def score_group(
             logits = logits.float().mul_(scale)
             if softcap:
                 logits.div_(softcap).tanh_().mul_(softcap)
+            if look is not None:
+                look(start, logits)
             chosen = logits.gather(1, batch.targets[start : start + chunk_tokens, None])
             highest, best = logits.max(dim=-1, keepdim=True)
             norm = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
@@ -214,6 +220,16 @@ def may_become(tokenizer: TextTokenizer, wanted: list[int], begun: list[int]) ->
     return tokenizer.spell(wanted).strip().startswith(tokenizer.spell(begun).strip().rstrip("\ufffd"))
 
 
+class Held(Protocol):
+    """Answers that are one of a few labels (`edgeft.engine.label_scores`): found from the same passes, and few more."""
+
+    def look(self, group: Sequence[Sample]) -> Callable[[int, torch.Tensor], None]: ...
+    def settle(
+        self, model: Any, parts: Parts, device: torch.device, compute: torch.dtype, chunk_tokens: int, group_tokens: int
+    ) -> None: ...
+    def is_exact(self, row: Sample) -> bool: ...
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -225,20 +241,30 @@ def evaluate(
     compute: torch.dtype = torch.float32,
     chunk_tokens: int = 1024,
     group_tokens: int = EVAL_TOKENS,
+    held: Held | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
-    """Metrics over all of `samples`, in groups of similar length; each row's own are kept with them."""
+    """Metrics over all of `samples`, in groups of similar length; each row's own are kept with them.
+
+    An answer is what `held` finds, where it is given; else what the model would write.
+    """
     losses: dict[int, float] = {}
     judged: dict[int, bool | None] = {}
+    free = held is None and samples[0].has_prompt
     for group in by_length(samples, group_tokens):
-        nats, likely = score_group(model, parts, group, device, compute, chunk_tokens)
+        look = None if held is None else held.look(group)
+        nats, likely = score_group(model, parts, group, device, compute, chunk_tokens, look)
         losses |= zip(map(id, group), nats, strict=True)
         judged |= {
-            id(sample): judge(tokenizer, sample, best) if samples[0].has_prompt else False
+            id(sample): judge(tokenizer, sample, best) if free else False
             for sample, best in zip(group, likely, strict=True)
         }
         progress(len(losses), len(samples))
-    answer_open(model, samples, tokenizer, judged, device, compute, group_tokens)
+    if held is None:
+        answer_open(model, samples, tokenizer, judged, device, compute, group_tokens)
+    else:
+        held.settle(model, parts, device, compute, chunk_tokens, group_tokens)
+        judged = {id(sample): held.is_exact(sample) for sample in samples}
     order = [id(sample) for sample in samples]
     return metrics(samples, tokenizer, [losses[row] for row in order], [bool(judged[row]) for row in order])
 

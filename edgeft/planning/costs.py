@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from edgeft.data.dataset import Lengths
-from edgeft.data.scoring_groups import Scoring, Size, scoring
+from edgeft.data.labels import Label, tree_size
+from edgeft.data.scoring_groups import Scoring, Size, scoring, searched
 from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
@@ -62,6 +63,7 @@ class Question:
     data_bytes: int
     budget_bytes: int
     scored: tuple[tuple[Size, ...], ...] = ()  # the rows that are scored, before training and after; a file each
+    labels: tuple[Label, ...] = ()  # what their answers are held to
     # what has been counted, by a plan's id; the plan is kept, so that its id stays its own
     keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
     heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
@@ -108,7 +110,9 @@ class Question:
         key = training.group_tokens, training.max_length
         if key not in self.scorings:
             cut = [[size.cut(training.max_length) for size in sizes] for sizes in self.scored]
-            self.scorings[key] = scoring(cut, training.group_tokens)
+            plain = scoring(cut, training.group_tokens)
+            longest, nodes = tree_size(self.labels)
+            self.scorings[key] = searched(plain, cut, longest, nodes) if self.labels else plain
         return self.scorings[key]
 
     def high_bytes(self, training: Training, work: train_step.Workload | None = None) -> int:

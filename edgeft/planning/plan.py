@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgeft.data.dataset import Lengths, TextTokenizer, hold_out, measure_rows
+from pydantic import Field
+
+from edgeft.data.dataset import Lengths, TextTokenizer, hold_out, measure_answers, measure_rows
+from edgeft.data.labels import HINT, Label, make_labels
 from edgeft.data.scoring_groups import Scoring, Size
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
 from edgeft.errors import BadInput
@@ -70,6 +73,7 @@ class Plan(Artifact):
     profile: Profile
     spec: ModelSpec
     lengths: Lengths | None
+    labels: tuple[Label, ...] = Field(default=(), description="what answers are held to; none: they are free")
     training: Training
     budget_bytes: int
     peak_bytes: int
@@ -140,6 +144,8 @@ def make_plan(
     spec = spec or read_model_spec(job.model)
     folder = Path(job.model) if Path(job.model).is_dir() else None
     lengths, data_bytes, scored, notes = _read_lengths(job, spec, folder)
+    labels, offer = _read_labels(job, folder)
+    notes += offer
     length, length_note = _max_length(job, spec, lengths)
     notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
@@ -148,7 +154,7 @@ def make_plan(
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
-    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored)
+    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, labels)
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
@@ -172,6 +178,7 @@ def make_plan(
         profile=profile,
         spec=spec,
         lengths=lengths,
+        labels=labels,
         training=training,
         budget_bytes=budget,
         peak_bytes=question.high_bytes(training),
@@ -286,6 +293,21 @@ def _read_lengths(job: Job, spec: ModelSpec, folder: Path | None) -> tuple[Lengt
         check_vocabulary(entry, spec)
     data_bytes = samples_bytes(every, tokenizer.backend.get_vocab_size())
     return every[0], data_bytes, _scored(job, sizes), notes
+
+
+def _read_labels(job: Job, folder: Path | None) -> tuple[tuple[Label, ...], list[str]]:
+    """(what answers are held to, an offer to hold them). Raises BadInput for answers that are no labels."""
+    if job.data is None:
+        if job.answers == "labels":
+            raise BadInput("answers", "labels are the completions of the training data, and there is none", HINT)
+        return (), []
+    tokenizer = TextTokenizer(folder or local_folder(job.model))
+    answers = measure_answers(job.data, tokenizer, job.max_length)
+    if job.answers == "free":
+        return (), [answers.offer] if answers.offer else []
+    every = range(len(answers.asked))
+    rows = every if job.valid else hold_out(every, HELD_OUT_SHARE, job.seed)[0]
+    return make_labels(answers, rows, tokenizer, job.data), []
 
 
 def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:

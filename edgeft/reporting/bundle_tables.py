@@ -9,11 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeft.models.metrics import Promotion, Proof, Repair
+from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, certain_rows
 from edgeft.reporting.terminal import metrics_cells, new_table, predicted_expected
 from edgeft.reporting.words import attempt_cells, difference_text, rung_cells
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
+    from edgeft.exporting.answers import Answers
     from edgeft.exporting.bundle import Bundle, Measurement
     from edgeft.exporting.choose_target import Comparison
     from edgeft.merging.result import MergedCheckpoint
@@ -39,6 +41,18 @@ def pairs_text(proof: Proof) -> RenderableType:
     return table
 
 
+def answers_text(answers: Answers) -> RenderableType:
+    """What answers are held to, and what their probabilities are worth."""
+    tables = []
+    if answers.calibration is not None:
+        for head, cells in ((CERTAIN_HEAD, certain_rows), (BIN_HEAD, bin_rows)):
+            table = new_table(*head, title=answers.calibration.compared if head is CERTAIN_HEAD else "")
+            for row in cells(answers.calibration):
+                table.add_row(*row)
+            tables.append(table)
+    return Group(*tables, *map(Text, answers_lines(answers)))
+
+
 def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measurement | None) -> RenderableType:
     """What an export ends with: the ladder, every form's scores, and size, memory and speed of the bundle."""
     parts: list[RenderableType] = []
@@ -50,6 +64,7 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
             table.add_row(name, *metrics_cells(metrics))
         parts.append(table)
         parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
+    parts += [answers_text(bundle.answers)] if bundle.answers is not None else []
     table = new_table("", "predicted", "measured")
     if merged is not None:
         trained = predicted_expected(merged.train), merged.train.measured_peak_bytes

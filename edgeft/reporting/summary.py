@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, versions
+from edgeft.exporting.answers import Answers
 from edgeft.exporting.bundle import Bundle, Measurement
 from edgeft.machines.profile import Profile
 from edgeft.memory.disk import Disk
@@ -126,6 +127,7 @@ class Summary(Artifact):
     scored_on: str = ""
     pairs: tuple[Pair, ...] = Field(default=(), description="of forms on the same scored rows, with 95% intervals")
     proof: Proof | None = None
+    answers: Answers | None = Field(default=None, description="how a bundle's answers are held; null: they are free")
     repair: Repair | None = Field(default=None, description="what was considered, where the export chose its target")
     loss_curve: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...]
@@ -176,6 +178,7 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         scored_on=scored_on,
         pairs=_pairs(train, bundle),
         proof=bundle.proof if bundle else None,
+        answers=bundle.answers if bundle else None,
         repair=bundle.repair if bundle else None,
         loss_curve=_thinned(train.loss_curve) if train else (),
         notes=tuple(said),

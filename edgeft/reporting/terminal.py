@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edgeft.data.labels import labels_line
 from edgeft.machines.profile import Profile
 from edgeft.memory.disk import total
 from edgeft.memory.simulated import Simulation
@@ -70,6 +71,8 @@ def plan_text(plan: Plan) -> RenderableType:
     ]
     if plan.lengths is not None:
         rows.insert(2, ("data", plan.lengths.line))
+    if plan.labels:
+        rows.insert(3, ("answers", labels_line(plan.labels)))
     rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
     if plan.importance is not None:
         rows.insert(4 if plan.lengths else 3, ("importance", importance_text(plan.importance)))
@@ -287,6 +290,8 @@ def train_text(result: TrainResult) -> RenderableType:
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
     memory += show_bytes(result.measured_peak_bytes)
     lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
+    if result.plan.labels:
+        lines.append(Text(f"exact match: the most probable of {len(result.plan.labels)} labels is the right one"))
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
     if result.skipped_steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgeft.data.dataset import Sample, TextTokenizer, hold_out, read_samples
+from edgeft.data.labels import Label
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.models.headers import local_folder
@@ -22,6 +23,7 @@ class Data:
     valid: list[Sample]
     test: list[Sample]
     tokenizer: TextTokenizer
+    labels: tuple[Label, ...] = ()  # what answers are held to; none: they are free
 
     @classmethod
     def read(cls, plan: Plan, *, train: bool = True) -> Data:
@@ -40,10 +42,10 @@ class Data:
             found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
         test = samples(plan.job.test) if plan.job.test else []
         if not train:
-            return cls([], valid, test, tokenizer)
+            return cls([], valid, test, tokenizer, plan.labels)
         found = [sample for sample in found if sample.trained_tokens]
         if not found:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
         meter.give_back()  # what encoding took and left between the samples: half of their size again
-        return cls(found, valid, test, tokenizer)
+        return cls(found, valid, test, tokenizer, plan.labels)

@@ -1,0 +1,49 @@
+"""How does a report say what answers are held to, and how far their probabilities can be trusted?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgeft.exporting.answers import Answers, Calibration
+from edgeft.reporting.words import difference_text
+
+BIN_HEAD = ("probability", "answers", "mean probability", "right")
+CERTAIN_HEAD = ("of the answers, the most certain", "answers", "right")
+PARTS = {0.25: "quarter", 0.5: "half", 0.75: "three quarters", 1.0: "all"}
+
+
+def percent(share: float) -> str:
+    """A share of 1 as it is shown."""
+    return f"{100 * share:.1f}%"
+
+
+def bin_rows(made: Calibration) -> Iterator[tuple[str, ...]]:
+    """The reliability table: what answers of each probability get right."""
+    for each in made.bins:
+        span = f"{100 * each.low:.0f} to {100 * each.high:.0f}%"
+        yield span, f"{each.rows}", percent(each.probability), percent(each.right)
+
+
+def certain_rows(made: Calibration) -> Iterator[tuple[str, ...]]:
+    """What the most certain answers get right."""
+    for each in made.certain:
+        yield PARTS.get(each.share, percent(each.share)), f"{each.rows}", percent(each.right)
+
+
+def answers_lines(answers: Answers) -> list[str]:
+    """What is said of held answers beside the tables."""
+    lines = [f"answers are one of {answers.labels:,} labels; exact match counts the most probable one"]
+    made = answers.calibration
+    if made is None:
+        return [*lines, "their probabilities are not calibrated: too few validation rows"]
+    change = f", {difference_text(made.change)} nats" if made.change else ""
+    loss = f"log loss {made.log_loss_plain:.4f} without it, {made.log_loss:.4f} with it{change}"
+    lines.append(
+        f"temperature {answers.temperature:g}, fitted on {made.fitted_rows} validation rows; on {made.compared}: {loss}"
+    )
+    if made.threshold is None:
+        return [*lines, "no --min-probability is suggested: all answers are right so often, or none"]
+    found = made.threshold
+    wanted = f"chosen on validation rows for {percent(found.wanted_right)} right"
+    held = f"on {made.compared} {percent(found.answered)} are answered, {percent(found.right)} of them right"
+    return [*lines, f"suggested: --min-probability {found.min_probability:g}, {wanted}; {held}"]
