@@ -23,7 +23,7 @@ def output() -> str:
 def picture() -> str:
     """The memory of every phase of that plan, as SVG."""
     from edgeft import api
-    from edgeft.reporting.figures import memory_bars
+    from edgeft.reporting.charts import memory_bars
     from edgeft.reporting.read_run import Run
     from edgeft.reporting.summary import summarise
 

@@ -14,7 +14,7 @@ from pathlib import Path
 HEAVY = (
     "subprocess", "multiprocessing", "edgeft.processes", "warm", "bundles", "runtimes", "onnxruntime",
     "onnxruntime_genai", "llama_cpp",
-    "tiny.run", "edgeft.training.train", "edgeft.training.importance", "edgeft.engine.base", "edgeft.engine.loop",
+    "tiny.run", "edgeft.training.train", "edgeft.training.importance", "edgeft.engine.nf4_base", "edgeft.engine.loop",
     "edgeft.simulation", "edgeft.merging.merge", "edgeft.merging.sweep", "edgeft.exporting", "edgeft.api",
 )  # fmt: skip
 LIGHT = ("edgeft.exporting.parity", "edgeft.exporting.outputs", "edgeft.exporting.choose_target")

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeft.data.dataset import Sample
 from edgeft.documents import sha256_file
-from edgeft.engine.base import load_base
 from edgeft.engine.loop import Run, make_run
+from edgeft.engine.nf4_base import load_base
 from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import DoesNotFit, EdgeftError
 from edgeft.merging.merge import merge

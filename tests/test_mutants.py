@@ -26,7 +26,8 @@ from edgeft.errors import BadInput, EdgeftError
 from edgeft.exporting.artifact import ArtifactModel, load_shipped
 from edgeft.exporting.build import _record, build_bundle, hash_files
 from edgeft.exporting.bundle import Bundle
-from edgeft.exporting.export import ProofRows, golden_inputs, prove_bundle
+from edgeft.exporting.export import ProofRows, prove_bundle
+from edgeft.exporting.golden import golden_inputs
 from edgeft.exporting.parity import Ladder
 from edgeft.exporting.rehearsal import ROUNDED_ALIKE
 from edgeft.merging.merge import find_trained, merge, verify_merged

@@ -14,10 +14,10 @@ from typing import Any
 
 import typer
 
+from edgeft.cli.commands import adapters, export, merge, plan, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
 from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.screen import say
-from edgeft.cli.stages import adapters, export, merge, plan, survival, train
 from edgeft.errors import BadInput, EdgeftError
 
 app = typer.Typer(

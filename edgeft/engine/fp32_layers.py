@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from edgeft.documents import saving
-from edgeft.engine.base import make_nf4
 from edgeft.engine.lisa import Named
+from edgeft.engine.nf4_base import make_nf4
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts
 

@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy
-
 from edgeft.data.dataset import TextTokenizer
 from edgeft.data.labels import FILE, Label, labels_file
 from edgeft.documents import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.exporting.adapters import AdapterSource, Written, add_adapters
-from edgeft.exporting.answers import Answers, GoldenLabel
-from edgeft.exporting.artifact import ArtifactModel, Logits, load_shipped
+from edgeft.exporting.answers import Answers
+from edgeft.exporting.artifact import ArtifactModel, load_shipped
 from edgeft.exporting.bundle import (
     MANIFEST,
     README,
@@ -29,8 +27,6 @@ from edgeft.exporting.bundle import (
     Bundle,
     BundledAdapter,
     BundledFile,
-    Environment,
-    Golden,
     GoldenInput,
     Measured,
     Measurement,
@@ -39,25 +35,21 @@ from edgeft.exporting.bundle import (
     measurement_path,
     readme,
 )
+from edgeft.exporting.golden import environment, record
 from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
-from edgeft.machines.environment import cpu_model, cpuinfo
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
-from edgeft.targets.runner import RUNNER, runner_module
-from edgeft.targets.runtimes import Runtime, runtime_of
+from edgeft.targets.runner import RUNNER
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
-
-SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
-GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
-GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
 
 def need_runtime(target: Target) -> None:
@@ -200,7 +192,7 @@ def _proven(
 
     Raises ParityFailed; with `failed` the bundle lies there then.
     """
-    golden = _record(load_shipped(folder), tokenizer, prompts)
+    golden = record(load_shipped(folder), tokenizer, prompts)
     bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": filled.adapter_inputs})
     bundle.write(folder / MANIFEST)
     bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, filled.adapters)})
@@ -235,15 +227,6 @@ def _keep_failed(folder: Path, bundle: Bundle, problem: ParityFailed, place: Pat
     with saving(place):
         shutil.rmtree(place, ignore_errors=True)
         folder.replace(place)
-
-
-def environment(runtime: Runtime) -> Environment:
-    """Where golden vectors are recorded: another processor or runtime may round otherwise."""
-    flags = cpuinfo("flags", "Features").split()
-    features = sorted(flag for flag in flags if flag.startswith(runner_module().FEATURES))
-    found = versions(runtime.packages)
-    runtimes = " ".join(f"{name} {found.get(name, '')}".strip() for name in runtime.packages)
-    return Environment(cpu=cpu_model(), features=features, runtime=runtimes)
 
 
 def _made(codes: Callable[[Path], Codes], scratch: Path) -> Codes:
@@ -287,7 +270,7 @@ def _prove_adapters(
     shipped = load_shipped(folder)
     for source in sources:
         shipped.use(source.name)
-        golden = _record(shipped, source.tokenizer, source.prompts)
+        golden = record(shipped, source.tokenizer, source.prompts)
         entries[source.name] = entries[source.name].model_copy(update={"golden": golden})
     del shipped  # its memory, before the proofs
     model = ArtifactModel(folder)
@@ -314,79 +297,6 @@ def hash_files(folder: Path) -> dict[str, BundledFile]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-
-
-def _record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]) -> list[Golden]:
-    """Golden vectors, made by the artifact. Raises ParityFailed if text or ids are not what training used."""
-    made = []
-    for prompt in prompts:
-        plain = prompt.messages is None
-        text = prompt.text or ""
-        if prompt.messages is not None:
-            text = tokenizer.render(prompt.messages, add_generation_prompt=True)
-        expected = (tokenizer.prefix_ids if plain else []) + tokenizer.encode([text])[0]
-        dated = "strftime" in (tokenizer.template_text or "")
-        if prompt.messages is not None and not dated and (given := _rendered(model, prompt.messages)) != text:
-            problem = f"the runtime renders {given!r}, training used {text!r}"
-            raise ParityFailed("chat template", problem, SIMPLIFY)
-        ids = model.encode(text, plain=plain)
-        if ids != expected:
-            problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
-            raise ParityFailed("tokenizer", problem, "the runtime does not know this kind of tokenizer.json")
-        steps, margins, first = _continue(model, ids)
-        top = numpy.argsort(-first, kind="stable")[:GOLDEN_LOGITS]
-        made.append(
-            Golden(
-                messages=None if dated else prompt.messages,
-                text=text,
-                plain=plain,
-                ids=ids,
-                greedy_ids=steps,
-                margins=margins,
-                top_ids=[int(token) for token in top],
-                top_logits=[float(first[token]) for token in top],
-                label=_golden_label(model, ids),
-            )
-        )
-    return made
-
-
-def _golden_label(model: Any, ids: list[int]) -> GoldenLabel | None:
-    """The best two labels, where answers are held to labels."""
-    if model.labels is None:
-        return None
-    (score, best), (next_score, second) = model.choose(ids, lambda search: search.decided(2)).found[:2]
-    texts = model.labels.texts
-    return GoldenLabel(label=texts[best], score=score, runner_up=texts[second], runner_up_score=next_score)
-
-
-def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logits]:
-    """(greedy tokens, by how much each led the next best, logits after the prompt), by one cache."""
-    count = min(GOLDEN_TOKENS, model.context_tokens - len(ids))
-    model.fit(ids, 0)
-    session = model.engine.start(len(ids) + max(0, count))
-    step = runner_module().PREFILL_TOKENS
-    for start in range(0, len(ids), step):
-        last = session.append(ids[start : start + step])
-    first = last = numpy.array(last, dtype=numpy.float32)
-    steps: list[int] = []
-    margins: list[float] = []
-    while len(steps) < count:
-        second, best = numpy.sort(last)[-2:]
-        steps.append(int(last.argmax()))
-        margins.append(float(best - second))
-        if len(steps) < count:
-            last = numpy.asarray(session.append(steps[-1:]), dtype=numpy.float32)
-    return steps, margins, first
-
-
-def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:
-    """What the runtime makes of a chat. Raises ParityFailed where it cannot read the template at all."""
-    try:
-        return str(model.render(messages))
-    except runner_module().RunError as problem:
-        why = next((line for line in str(problem).splitlines() if line.strip()), "")
-        raise ParityFailed("chat template", f"the runtime cannot render it: {why}", SIMPLIFY) from None
 
 
 def _measure(folder: Path) -> Measured:

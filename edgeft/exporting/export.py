@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from edgeft.data.dataset import Row, Sample, TextTokenizer, read_rows, read_samples
+from edgeft.data.dataset import Sample, TextTokenizer, read_samples
 from edgeft.data.rows import each_row
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, QualityLost
@@ -20,6 +20,7 @@ from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
+from edgeft.exporting.golden import golden_inputs
 from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first
@@ -48,8 +49,6 @@ from edgeft.tuners import ADAPTERS, module_of, other_factor
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
-
-GOLDEN_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -264,25 +263,6 @@ def made_from(result: TrainResult, folder: Path) -> list[Component]:
 def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
     base, tuned = (result.base_test, result.test) if test else (result.base_valid, result.valid)
     return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
-
-
-def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
-    """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
-    source = job.valid or job.data
-    assert source is not None  # Data.read has refused a plan without data
-    rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
-    chat = rows[0].format == "chat"
-    # a chat is rendered already: its last prompt is replayed as the text the device must reproduce
-    return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
-
-
-def _prompt_text(row: Row) -> str:
-    return row.prompt if row.has_prompt else row.text[:64]
-
-
-def _chat_input(row: Row) -> GoldenInput:
-    assert row.messages is not None
-    return GoldenInput(messages=list(row.messages))
 
 
 def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextTokenizer) -> str | None:

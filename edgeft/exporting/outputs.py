@@ -14,9 +14,9 @@ import torch
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.data.labels import Label
-from edgeft.engine.base import load_base
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.label_scores import held_to, label_numbers
+from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
 from edgeft.machines import meter

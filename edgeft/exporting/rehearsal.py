@@ -120,7 +120,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     """Cut the plan's model, change it, merge, export and prove it, all in `scratch`. Raises as those stages do."""
     from edgeft.data.dataset import TextTokenizer, read_samples
     from edgeft.exporting.build import build_bundle, need_runtime
-    from edgeft.exporting.export import golden_inputs
+    from edgeft.exporting.golden import golden_inputs
     from edgeft.exporting.small_model import CannotCut, count_layers, cut
     from edgeft.merging.merge import merge
     from edgeft.models.checkpoint import local_folder

@@ -51,22 +51,22 @@ def to_html(report: Summary | Matrix) -> str:
     """The page: styles and figures inside it, no script, no address but the ids of its own parts."""
     from markupsafe import Markup
 
-    from edgeft.reporting import figures
+    from edgeft.reporting import charts
 
     drawn: dict[str, str] = {}
     if isinstance(report, Matrix):
         name, values = "matrix.html.j2", _matrix_values(report)
-        drawn["reach"] = figures.reach(report) if report.training_machines else ""
+        drawn["reach"] = charts.reach(report) if report.training_machines else ""
     else:
         name, values = "summary.html.j2", {"name": Path(report.model).name or report.model}
-        drawn["memory"] = figures.memory_bars(report.stages)
+        drawn["memory"] = charts.memory_bars(report.stages)
         if report.later_stages:
-            drawn["later"] = figures.memory_bars(report.later_stages, "later")
-        drawn["frontier"] = figures.frontier(report.options, report.budget_bytes)
+            drawn["later"] = charts.memory_bars(report.later_stages, "later")
+        drawn["frontier"] = charts.frontier(report.options, report.budget_bytes)
         if report.timeline:
-            drawn["timeline"] = figures.timeline(report.timeline, report.budget_bytes)
+            drawn["timeline"] = charts.timeline(report.timeline, report.budget_bytes)
         if len(report.loss_curve) > 2:
-            drawn["loss"] = figures.loss_curve(report.loss_curve)
+            drawn["loss"] = charts.loss_curve(report.loss_curve)
     marked = {key: Markup(figure) for key, figure in drawn.items()}  # figures escape what they write
     text = _environment().get_template(name).render(report=report, plots=marked, **values)
     return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from edgeft.data.batches import Batch, make_batch
 from edgeft.data.dataset import Sample
 from edgeft.engine import loop
-from edgeft.engine.base import compute_in
 from edgeft.engine.fp32_layers import make_dense
+from edgeft.engine.nf4_base import compute_in
 from edgeft.memory.train_step import PAGED_ELEMENTS
 from edgeft.models import evaluate
 from edgeft.models.checkpoint import DTYPES

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edgeft.data.dataset import IGNORED, Sample
-from edgeft.engine.base import load_base
+from edgeft.engine.nf4_base import load_base
 from edgeft.errors import BadInput
 from edgeft.machines.profile import detect, load_profile
 from edgeft.memory import stages, train_step

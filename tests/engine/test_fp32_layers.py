@@ -198,8 +198,8 @@ def test_the_change_of_a_4_bit_layer_is_never_rounded(planned: Any, deep_folder:
 def test_frozen_layers_of_a_4_bit_base_stay_4_bit_and_active_ones_are_dense(
     planned: Any, deep_folder: Path, tmp_path: Path
 ) -> None:
-    from edgeft.engine.base import load_base
     from edgeft.engine.fp32_layers import DenseTurns
+    from edgeft.engine.nf4_base import load_base
     from edgeft.models.checkpoint import Checkpoint
     from edgeft.models.parts import find_parts
 

@@ -12,8 +12,8 @@ from tiny import run
 
 from edgeft.data.dataset import Sample
 from edgeft.engine import loop
-from edgeft.engine.base import load_base
 from edgeft.engine.loop import SKIPPED_IN_A_ROW, Run, make_run, make_scaler
+from edgeft.engine.nf4_base import load_base
 from edgeft.errors import EdgeftError
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts

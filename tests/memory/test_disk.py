@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import CONFIGS, run
 
-from edgeft.engine import base
+from edgeft.engine import nf4_base
 from edgeft.errors import DoesNotFit
 from edgeft.memory import disk
 from edgeft.memory.disk import Disk, require, shortages, total
@@ -110,7 +110,7 @@ def test_quantising_asks_the_disk_of_the_cache(
     training = make_plan(make_job(model=str(checkpoint_folder), profile="cpu-8gb", base_precision="nf4")).training
     free(1000)
     with pytest.raises(DoesNotFit, match=r"the quantise stage writes up to (?s:.*) or set XDG_CACHE_HOME"):
-        base.load_base(checkpoint_folder, training, torch.device("cpu"), torch.float32)
+        nf4_base.load_base(checkpoint_folder, training, torch.device("cpu"), torch.float32)
     assert not (tmp_path / "cache").exists()
 
 

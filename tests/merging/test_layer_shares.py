@@ -18,7 +18,7 @@ from edgeft.merging.sweep import Line, group_moves, sweep
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.layer_shares import Group, Shares, equal_groups, layer_of, parse_shares
 from edgeft.progress import silent
-from edgeft.reporting.plots import plot_sweep
+from edgeft.reporting.sweep_charts import plot_sweep
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 

@@ -21,7 +21,7 @@ from edgeft.errors import BadInput, MissingExtra
 from edgeft.merging.survival import Survival, layer_of, survival
 from edgeft.models import headers
 from edgeft.models.checkpoint import Checkpoint, load_plain
-from edgeft.reporting.plots import plot_survival
+from edgeft.reporting.sweep_charts import plot_survival
 from edgeft.targets.rounding import grid_of
 from edgeft.targets.target import load_target
 

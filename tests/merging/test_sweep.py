@@ -25,7 +25,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Metrics, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
 from edgeft.progress import silent
-from edgeft.reporting.plots import plot_sweep
+from edgeft.reporting.sweep_charts import plot_sweep
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgeft.documents import Artifact, cache_folder, staging
-from edgeft.engine.base import compute_in, load_base, quantised_folder
+from edgeft.engine.nf4_base import compute_in, load_base, quantised_folder
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines.meter import LiveBytes
 from edgeft.models.checkpoint import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgeft.engine.base import load_base, quantise, quantised_folder
+from edgeft.engine.nf4_base import load_base, quantise, quantised_folder
 from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.headers import is_buffer

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample
-from edgeft.engine import base
-from edgeft.engine.base import load_base
+from edgeft.engine import nf4_base
 from edgeft.engine.loop import Run, make_run
+from edgeft.engine.nf4_base import load_base
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.memory import train_step
@@ -158,10 +158,10 @@ def test_simulated_equals_real(way: str, llama: ModelSpec, cache: Path, monkeypa
     layers, trained, changes = WAYS[way]
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     training = plan_of(llama, layers, **changes)
-    quantised = base.quantised_folder(Path(llama.model))
+    quantised = nf4_base.quantised_folder(Path(llama.model))
     if training.base_precision == "nf4" and not quantised.exists():
         quantised.parent.mkdir(parents=True)
-        base.quantise(Path(llama.model), quantised)
+        nf4_base.quantise(Path(llama.model), quantised)
     check(llama, training, Workload(48, trained))
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,9 @@ from warm import edgeft
 
 from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
-from edgeft.engine.base import make_nf4
 from edgeft.engine.lisa import draw
 from edgeft.engine.loop import Run, learning_rate, remaining_steps
+from edgeft.engine.nf4_base import make_nf4
 from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
@@ -33,7 +32,6 @@ from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning import layer_scores
 from edgeft.planning.candidates import draw_weights
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.reporting.importance_plot import importance_svg
 from edgeft.reporting.terminal import plan_text
 from edgeft.settings import Job, Training, make_job
 from edgeft.training import gradients, importance
@@ -552,15 +550,6 @@ def test_the_plan_shows_scores_choice_and_seconds(job_of: Any) -> None:
         "gradient of 64 rows, 3.0 s on the cpu, peak 1.00 MiB: 0* 0.5, 1 0.1, 2* 0.9, 3 0.2. Chosen 0,2, topmost 2,3"
         in text
     )
-
-
-def test_the_plot_has_a_bar_per_layer_and_marks_the_chosen() -> None:
-    found = scores_of(0.5, -0.1, 0.9, 0.2, method="ablation", chosen=(0, 2))
-    svg = importance_svg(found)
-    groups = [group.get("id") for group in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}g")]
-    bars = [name for name in groups if name and name.startswith("layer ")]
-    assert bars == ["layer 0 chosen", "layer 1", "layer 2 chosen", "layer 3"]
-    assert "importance by ablation, 64 rows" in svg and svg == importance_svg(found)
 
 
 # the whole way, by the verbs

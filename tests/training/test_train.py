@@ -316,7 +316,7 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
     import bitsandbytes.functional as bnb
 
     from edgeft.data.dataset import Sample
-    from edgeft.engine.base import load_base
+    from edgeft.engine.nf4_base import load_base
     from edgeft.engine.tuners import apply_tuner
     from edgeft.models.evaluate import greedy, token_losses
     from edgeft.models.parts import find_parts

@@ -166,7 +166,7 @@ def _show_sweep(found: Sweep, plot: Path | None) -> None:
     from edgeft.reporting.terminal import sweep_text
 
     if plot is not None:
-        from edgeft.reporting.plots import plot_sweep
+        from edgeft.reporting.sweep_charts import plot_sweep
 
         plot_sweep(found, plot)
     stderr.print(sweep_text(found))
@@ -189,7 +189,7 @@ def survival(
         found = run(merged, load_target(target), base=base, progress=progress)
     found.write(out or merged.parent / "survival.json")
     if plot is not None:
-        from edgeft.reporting.plots import plot_survival
+        from edgeft.reporting.sweep_charts import plot_survival
 
         plot_survival(found, plot)
     show(as_json, found, survival_text(found))

@@ -13,7 +13,7 @@ from tiny import CONFIGS
 from edgeft.memory.simulated import Moment
 from edgeft.memory.train_step import Term
 from edgeft.planning.plan import make_plan
-from edgeft.reporting import figures
+from edgeft.reporting import charts
 from edgeft.reporting.matrix import find_profiles, make_matrix
 from edgeft.reporting.read_run import Run
 from edgeft.reporting.summary import Option, Stage, Summary, summarise
@@ -46,12 +46,12 @@ def summary() -> Summary:
 def drawings(summary: Summary) -> dict[str, Callable[[], str]]:
     matrix = make_matrix([("smol", str(CONFIGS / "smollm2-135m"))], find_profiles("cpu-8gb,t4"))
     return {
-        "memory": lambda: figures.memory_bars(summary.stages),
-        "later": lambda: figures.memory_bars(summary.later_stages, "later"),
-        "frontier": lambda: figures.frontier(summary.options, summary.budget_bytes),
-        "timeline": lambda: figures.timeline(MOMENTS, 10 * GIB),
-        "loss": lambda: figures.loss_curve([(1, 3.0), (2, 2.5), (3, 2.0)]),
-        "reach": lambda: figures.reach(matrix),
+        "memory": lambda: charts.memory_bars(summary.stages),
+        "later": lambda: charts.memory_bars(summary.later_stages, "later"),
+        "frontier": lambda: charts.frontier(summary.options, summary.budget_bytes),
+        "timeline": lambda: charts.timeline(MOMENTS, 10 * GIB),
+        "loss": lambda: charts.loss_curve([(1, 3.0), (2, 2.5), (3, 2.0)]),
+        "reach": lambda: charts.reach(matrix),
     }
 
 
@@ -71,24 +71,24 @@ def rectangles(svg: str, colour: str) -> list[tuple[float, float]]:
 
 def test_segments_of_a_bar_touch_and_add_up_to_what_is_expected(summary: Summary) -> None:
     for found in (*summary.stages, *summary.later_stages):
-        pieces = figures.segments(found)
+        pieces = charts.segments(found)
         assert pieces[0].start == 0
         assert all(a.start + a.length == b.start for a, b in itertools.pairwise(pieces))
         assert pieces[-1].start + pieces[-1].length == found.expected_bytes
 
 
 def test_bars_are_drawn_as_long_as_the_terms_are_large() -> None:
-    svg = figures.memory_bars(STAGES)
-    [(left, width), (other, same)] = rectangles(svg, figures.COLOURS["weights"])[:2]
+    svg = charts.memory_bars(STAGES)
+    [(left, width), (other, same)] = rectangles(svg, charts.COLOURS["weights"])[:2]
     assert (left, width) == pytest.approx((other, same))
-    start, adapters = rectangles(svg, figures.COLOURS["adapters"])[0]
+    start, adapters = rectangles(svg, charts.COLOURS["adapters"])[0]
     assert start == pytest.approx(left + width, abs=0.01)
     assert adapters == pytest.approx(width / 4, rel=1e-3)
-    assert rectangles(svg, figures.OTHERS[0])[0][1] == pytest.approx(width / 2, rel=1e-3)
+    assert rectangles(svg, charts.OTHERS[0])[0][1] == pytest.approx(width / 2, rel=1e-3)
 
 
 def test_bars_name_their_numbers() -> None:
-    found = texts(figures.memory_bars((stage("train", {"weights": 4}, measured=3 * GIB),)))
+    found = texts(charts.memory_bars((stage("train", {"weights": 4}, measured=3 * GIB),)))
     for text in (
         "expected 4.00 GiB, high 4.25 GiB, measured 3.00 GiB",
         "limit 10.0 GiB",
@@ -101,36 +101,36 @@ def test_bars_name_their_numbers() -> None:
 
 
 def test_limits_of_different_memories_are_drawn_apart_and_far_ones_at_the_edge() -> None:
-    found = texts(figures.memory_bars((stage("merge", {"blocks": 5}, 8), stage("bundle", {"weights": 4}, 6))))
+    found = texts(charts.memory_bars((stage("merge", {"blocks": 5}, 8), stage("bundle", {"weights": 4}, 6))))
     assert {"limit 8.00 GiB", "limit 6.00 GiB"} <= set(found)
-    found = texts(figures.memory_bars((stage("merge", {"blocks": 1}, 100), stage("bundle", {"weights": 1}, None))))
+    found = texts(charts.memory_bars((stage("merge", {"blocks": 1}, 100), stage("bundle", {"weights": 1}, None))))
     assert [text for text in found if text.startswith("limit")] == ["limit 100 GiB \N{RIGHTWARDS ARROW}"]
 
 
 def test_a_term_has_one_colour_in_every_figure_and_strangers_differ() -> None:
     names = ["weights", "height: loss", "height: top layer", "a", "b", "activations"]
-    found = figures.colours(names)
-    assert found["height: loss"] == found["height: top layer"] == figures.COLOURS["height"]
-    assert figures.colours(["activations", "weights"])["weights"] == found["weights"]
-    assert found["a"] != found["b"] and not {found["a"], found["b"]} & set(figures.COLOURS.values())
-    assert figures.plain("height: loss") == "temporary (loss)" and figures.plain("weights") == "weights"
+    found = charts.colours(names)
+    assert found["height: loss"] == found["height: top layer"] == charts.COLOURS["height"]
+    assert charts.colours(["activations", "weights"])["weights"] == found["weights"]
+    assert found["a"] != found["b"] and not {found["a"], found["b"]} & set(charts.COLOURS.values())
+    assert charts.plain("height: loss") == "temporary (loss)" and charts.plain("weights") == "weights"
 
 
 def test_terms_of_every_stage_have_a_colour_of_their_own(summary: Summary) -> None:
     for found in (*summary.stages, *summary.later_stages):
         for term in found.terms:
-            assert term.name.partition(": ")[0] in figures.COLOURS, term.name
+            assert term.name.partition(": ")[0] in charts.COLOURS, term.name
 
 
 def test_the_timeline_names_its_highest_moment_and_its_phases() -> None:
-    found = texts(figures.timeline(MOMENTS, 10 * GIB))
+    found = texts(charts.timeline(MOMENTS, 10 * GIB))
     assert "backward: loss, 9.00 GiB" in found
     assert {"forward", "backward", "optimizer", "limit 10.0 GiB"} <= set(found)
-    assert not any("limit" in text for text in texts(figures.timeline(MOMENTS, 100 * GIB)))
+    assert not any("limit" in text for text in texts(charts.timeline(MOMENTS, 100 * GIB)))
 
 
 def test_the_frontier_names_each_way_and_marks_the_chosen_one(summary: Summary) -> None:
-    svg = figures.frontier(summary.options, summary.budget_bytes)
+    svg = charts.frontier(summary.options, summary.budget_bytes)
     [chosen] = [option for option in summary.options if option.chosen]
     assert chosen.text in texts(svg) and svg.count("e8a33d") == 1  # one star
     bold = [" ".join("".join(n.itertext()).split()) for n in ElementTree.fromstring(svg).iter("text")
@@ -145,7 +145,7 @@ def test_ways_that_a_picture_cannot_tell_apart_are_drawn_once() -> None:
             chosen=chosen,
         )  # fmt: skip
 
-    found = texts(figures.frontier([option(9), option(8.9), option(7, True), option(6.95), option(5)], 10 * GIB))
+    found = texts(charts.frontier([option(9), option(8.9), option(7, True), option(6.95), option(5)], 10 * GIB))
     assert [text for text in found if re.fullmatch(r"\d(\.\d+)?", text) and text in ("9", "8.9", "7", "6.95", "5")]
     assert {"9", "7", "5"} <= set(found) and not {"8.9", "6.95"} & set(found)
 
@@ -177,8 +177,8 @@ def test_figures_stand_on_their_own(drawings: dict[str, Callable[[], str]]) -> N
 
 def test_names_from_outside_stay_text() -> None:
     hostile = "<script>$\\alpha$</script>&amp;"
-    assert hostile in texts(figures.memory_bars((stage(hostile, {hostile: 4}),)))
+    assert hostile in texts(charts.memory_bars((stage(hostile, {hostile: 4}),)))
 
 
 def test_small_runs_are_drawn_in_mebibytes() -> None:
-    assert figures.unit_of(1.4 * GIB) == (2**20, "MiB") and figures.unit_of(1.6 * GIB) == (GIB, "GiB")
+    assert charts.unit_of(1.4 * GIB) == (2**20, "MiB") and charts.unit_of(1.6 * GIB) == (GIB, "GiB")

@@ -36,7 +36,7 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
     if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
         disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
         # in a process of its own: what quantising leaves in the heap would count against training
-        code = "import sys; from pathlib import Path; from edgeft.engine.base import quantise; "
+        code = "import sys; from pathlib import Path; from edgeft.engine.nf4_base import quantise; "
         code += "quantise(*map(Path, sys.argv[1:]))"
         # large matrices would fragment its heap to twice the size
         done = processes.run(code, folder, cached, environment=MALLOC_ENVIRONMENT)

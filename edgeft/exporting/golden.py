@@ -1,0 +1,125 @@
+"""Which prompts does a bundle carry with their answers, golden vectors, and what does the artifact answer to each?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from edgeft.data.dataset import Row, TextTokenizer, read_rows
+from edgeft.documents import versions
+from edgeft.errors import ParityFailed
+from edgeft.exporting.answers import GoldenLabel
+from edgeft.exporting.artifact import Logits
+from edgeft.exporting.bundle import Environment, Golden, GoldenInput
+from edgeft.machines.environment import cpu_model, cpuinfo
+from edgeft.settings import Job
+from edgeft.targets.runner import runner_module
+from edgeft.targets.runtimes import Runtime
+
+GOLDEN_PROMPTS = 4
+SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
+GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
+GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
+
+
+def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput], bool]:
+    """(prompts whose answers the bundle records, whether they are chats): the first rows of the validation data."""
+    source = job.valid or job.data
+    assert source is not None  # Data.read has refused a plan without data
+    rows = read_rows(source, tokenizer, GOLDEN_PROMPTS)
+    chat = rows[0].format == "chat"
+    # a chat is rendered already: its last prompt is replayed as the text the device must reproduce
+    return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
+
+
+def _prompt_text(row: Row) -> str:
+    return row.prompt if row.has_prompt else row.text[:64]
+
+
+def _chat_input(row: Row) -> GoldenInput:
+    assert row.messages is not None
+    return GoldenInput(messages=list(row.messages))
+
+
+def record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]) -> list[Golden]:
+    """Golden vectors, made by the artifact. Raises ParityFailed if text or ids are not what training used."""
+    made = []
+    for prompt in prompts:
+        plain = prompt.messages is None
+        text = prompt.text or ""
+        if prompt.messages is not None:
+            text = tokenizer.render(prompt.messages, add_generation_prompt=True)
+        expected = (tokenizer.prefix_ids if plain else []) + tokenizer.encode([text])[0]
+        dated = "strftime" in (tokenizer.template_text or "")
+        if prompt.messages is not None and not dated and (given := _rendered(model, prompt.messages)) != text:
+            problem = f"the runtime renders {given!r}, training used {text!r}"
+            raise ParityFailed("chat template", problem, SIMPLIFY)
+        ids = model.encode(text, plain=plain)
+        if ids != expected:
+            problem = f"the runtime encodes {text!r:.200} as {ids[:20]}, training used {expected[:20]}"
+            raise ParityFailed("tokenizer", problem, "the runtime does not know this kind of tokenizer.json")
+        steps, margins, first = _continue(model, ids)
+        top = numpy.argsort(-first, kind="stable")[:GOLDEN_LOGITS]
+        made.append(
+            Golden(
+                messages=None if dated else prompt.messages,
+                text=text,
+                plain=plain,
+                ids=ids,
+                greedy_ids=steps,
+                margins=margins,
+                top_ids=[int(token) for token in top],
+                top_logits=[float(first[token]) for token in top],
+                label=_golden_label(model, ids),
+            )
+        )
+    return made
+
+
+def _golden_label(model: Any, ids: list[int]) -> GoldenLabel | None:
+    """The best two labels, where answers are held to labels."""
+    if model.labels is None:
+        return None
+    (score, best), (next_score, second) = model.choose(ids, lambda search: search.decided(2)).found[:2]
+    texts = model.labels.texts
+    return GoldenLabel(label=texts[best], score=score, runner_up=texts[second], runner_up_score=next_score)
+
+
+def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logits]:
+    """(greedy tokens, by how much each led the next best, logits after the prompt), by one cache."""
+    count = min(GOLDEN_TOKENS, model.context_tokens - len(ids))
+    model.fit(ids, 0)
+    session = model.engine.start(len(ids) + max(0, count))
+    step = runner_module().PREFILL_TOKENS
+    for start in range(0, len(ids), step):
+        last = session.append(ids[start : start + step])
+    first = last = numpy.array(last, dtype=numpy.float32)
+    steps: list[int] = []
+    margins: list[float] = []
+    while len(steps) < count:
+        second, best = numpy.sort(last)[-2:]
+        steps.append(int(last.argmax()))
+        margins.append(float(best - second))
+        if len(steps) < count:
+            last = numpy.asarray(session.append(steps[-1:]), dtype=numpy.float32)
+    return steps, margins, first
+
+
+def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:
+    """What the runtime makes of a chat. Raises ParityFailed where it cannot read the template at all."""
+    try:
+        return str(model.render(messages))
+    except runner_module().RunError as problem:
+        why = next((line for line in str(problem).splitlines() if line.strip()), "")
+        raise ParityFailed("chat template", f"the runtime cannot render it: {why}", SIMPLIFY) from None
+
+
+def environment(runtime: Runtime) -> Environment:
+    """Where golden vectors are recorded: another processor or runtime may round otherwise."""
+    flags = cpuinfo("flags", "Features").split()
+    features = sorted(flag for flag in flags if flag.startswith(runner_module().FEATURES))
+    found = versions(runtime.packages)
+    runtimes = " ".join(f"{name} {found.get(name, '')}".strip() for name in runtime.packages)
+    return Environment(cpu=cpu_model(), features=features, runtime=runtimes)
