@@ -96,7 +96,6 @@ def test_the_real_model_goes_through_the_whole_line(
     monkeypatch.setattr(smollm2, "ROWS", {"train": 32, "valid": 16})
     monkeypatch.setattr(smollm2, "SETTINGS", smollm2.SETTINGS | {"max_steps": 2, "eval_rows": 8})
     monkeypatch.setattr(smollm2, "TARGETS", ("ort-int4", "ort-int4-calibrated"))
-    monkeypatch.setattr(smollm2, "TASKS", ("purposes",))
     monkeypatch.setattr(smollm2, "GENERAL_ROWS", 2)
     monkeypatch.setattr(smollm2, "ROUNDS", 1)
     monkeypatch.setattr(smollm2, "Kept", lambda name: InMemory())
@@ -104,7 +103,7 @@ def test_the_real_model_goes_through_the_whole_line(
     if list(cached.glob("*.whl")):
         monkeypatch.setattr(smollm2, "wheel", lambda folder: sorted(cached.glob("*.whl"))[0])
     try:
-        result = smollm2.bench(8)
+        result = smollm2.bench(8, ["purposes"])
     except MissingExtra as missing:
         pytest.skip(f"not run: {missing}")
     found = result["tasks"]["purposes"]
