@@ -256,7 +256,7 @@ class Ladder:
         )
         rounded = None
         if round_as_target(model, self.target):
-            rounded = observe_model("rounded", model, rows[: min(count, PARITY_PROMPTS)])
+            rounded = observe_model("rounded", model, rows[:PARITY_PROMPTS])  # those whose tables the artifact keeps
         few, scores = rows_for(self.labels, rows[:count]), None
         if self.labels and (rounded is not None or self.target.weight_bits == 32):  # the bundle's very weights
             told("parity: labels")(0, 1)
@@ -269,7 +269,7 @@ class Ladder:
         )  # fmt: skip
         head = first(made, count)
         if rounded is not None:
-            self.add(compare(rounded, first(head, len(rounded.losses)), alike, self.gain))
+            self.add(compare(rounded, first(made, len(rounded.losses)), alike, self.gain))
         if scores is not None:
             self.add(label_rung(scores, "rounded" if rounded else "merged", artifact, few, alike))
         self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))

