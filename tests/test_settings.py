@@ -39,6 +39,7 @@ def test_only_the_model_is_required() -> None:
         "seed": 0,
         "eval_rows": 200,
         "quantize_aware": False,
+        "answers": "free",
         "target": "auto",
     }
     with pytest.raises(pydantic.ValidationError, match="frozen"):
