@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgeft.results import Bundle, Merged, MergedForeign, Plan, TrainResult
     from edgeft.settings import Job, make_job
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Bundle", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult", "export", "make_job",
            "make_plan", "merge", "plan", "report", "run", "train", "verify", "wise"]  # fmt: skip
 HOMES = {"Job": "settings", "make_job": "settings", "make_plan": "planning.plan", "wise": "merging.wise"}
