@@ -33,7 +33,8 @@ from edgeft.data.rows import read_rows
 from edgeft.data.samples import IGNORED, Sample, to_samples
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import EdgeftError, MissingExtra
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import MANIFEST, Bundle
 from edgeft.exporting.calibrate import calibrate
 from edgeft.machines.limits import reset_resident_peak, resident_bytes

@@ -24,10 +24,10 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.exporting.artifact import ArtifactModel, load_shipped
-from edgeft.exporting.build import _record, build_bundle, hash_files
+from edgeft.exporting.build import build_bundle, hash_files
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import ProofRows, prove_bundle
-from edgeft.exporting.golden import golden_inputs
+from edgeft.exporting.golden import golden_inputs, record
 from edgeft.exporting.parity import Ladder
 from edgeft.exporting.rehearsal import ROUNDED_ALIKE
 from edgeft.merging.merge import find_trained, merge, verify_merged
@@ -186,7 +186,7 @@ def prove_line(place: Path, target: str) -> None:
     wanted = load_target(target)
     prove_bundle(trained, folder, merged, wanted, rows, ArtifactModel(place / "bundle"), silent)
     prompts, _ = golden_inputs(merged.train.plan.job, TextTokenizer(folder))
-    _record(load_shipped(place / "bundle"), TextTokenizer(folder), prompts)
+    record(load_shipped(place / "bundle"), TextTokenizer(folder), prompts)
 
 
 def prove_family(place: Path, target: str) -> None:

@@ -17,7 +17,7 @@ from bundles import ROWS, bundle, reseal, save_tokenizer, script
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.exporting.build import ArtifactModel
+from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle, readme
 from edgeft.machines import limits
 from edgeft.targets.runner import runner_module

@@ -23,7 +23,8 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
 from edgeft.exporting.adapters import AdapterSource, add_adapters
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export_adapters
 from edgeft.models.spec import read_model_spec

@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, DoesNotFit, ParityFailed
-from edgeft.exporting.build import ArtifactModel, _record, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import (
     Bundle,
     GoldenInput,
     Measurement,
     measurement_path,
 )
+from edgeft.exporting.golden import record
 from edgeft.models.spec import read_model_spec
 from edgeft.targets.footprint import bundle_weights, choose_context, kv_cache_bytes_per_token, predict
 from edgeft.targets.ort import read_weights
@@ -240,12 +242,12 @@ def test_another_tokenizer_or_template_than_in_training_stops_the_export(tmp_pat
     shutil.copytree(checkpoint(), tmp_path / "other")
     save_tokenizer(tmp_path / "other", words=400)
     with pytest.raises(ParityFailed, match=r"^tokenizer: the runtime encodes .*training used \[") as caught:
-        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1])
+        record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[:1])
     assert caught.value.exit_code == 4
     shutil.copyfile(checkpoint() / "tokenizer.json", tmp_path / "other" / "tokenizer.json")
     (tmp_path / "other" / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("\n", "\n\n"), encoding="utf-8")
     with pytest.raises(ParityFailed, match=r"^chat template: the runtime renders '<\|im_start\|>system"):
-        _record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:])
+        record(runner, TextTokenizer(tmp_path / "other"), PROMPTS[2:])
 
 
 def test_building_twice_gives_the_same_bytes_and_replaces_the_old_folder(tmp_path: Path) -> None:

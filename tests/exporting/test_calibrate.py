@@ -19,7 +19,8 @@ from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.exporting import calibrate as calibrate_module
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.exporting.calibrate import DAMPING, calibrate, chosen_rows, gptq, inverse_factor, put_codes
 from edgeft.exporting.export import export
 from edgeft.machines.profile import load_profile

@@ -13,7 +13,7 @@ from tiny import ROWS, run
 from transformers import AutoModelForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
-from edgeft.exporting.build import ArtifactModel
+from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.outputs import (
     cannot_match,

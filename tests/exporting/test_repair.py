@@ -17,7 +17,7 @@ from edgeft.cli import app
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed, QualityLost
 from edgeft.exporting import repair
-from edgeft.exporting.build import ArtifactModel
+from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import Chosen, ProofRows
 from edgeft.exporting.outputs import observe_artifact

@@ -13,7 +13,8 @@ from runtimes import by_builder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeft.errors import EdgeftError
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.targets import nbits, onnx_file

@@ -13,7 +13,7 @@ import pytest
 # One session's bundles are shared with test_bundle.
 from bundles import bundle, reseal, some_ids
 
-from edgeft.exporting.build import ArtifactModel
+from edgeft.exporting.artifact import ArtifactModel
 from edgeft.targets.onnx_file import MODEL
 from edgeft.targets.ort import LAST, _prune_head, every_position
 from edgeft.targets.runner import runner_module

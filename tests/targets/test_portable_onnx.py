@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from edgeft.cli import app
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, MissingExtra, ParityFailed
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, Measurement, measurement_path
 from edgeft.exporting.encoder import export_encoder, is_encoder, read_texts
 from edgeft.models.spec import read_model_spec

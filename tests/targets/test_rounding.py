@@ -12,7 +12,8 @@ from bundles import bundle, checkpoint, reference, some_ids, workplace
 from runtimes import graph_weights, unpacked
 
 from edgeft.errors import BadInput
-from edgeft.exporting.build import ArtifactModel, build_bundle
+from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.build import build_bundle
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.targets.rounding import grid_of, promoted_modules, round_model
 from edgeft.targets.target import load_target
