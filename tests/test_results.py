@@ -83,6 +83,23 @@ def rows() -> Iterator[tuple[str, str]]:
     yield spread("PEFT, LitGPT, torchtune", count, mean, [part[end] for part in gpu for end in ("least", "most")])
 
 
+def real_model() -> Iterator[str]:
+    """The table of the model from a package, and what calibration makes up for."""
+    tasks = result("smollm2")["tasks"]
+    for task, found in tasks.items():
+        for name, form in found["forms"].items():
+            if name in ("base", "auto"):
+                continue
+            points, loss = form["exact_match_points_to_merged"], form["row_loss_to_merged"]["difference"]
+            moved = f"{points['difference']:+.1f} [{points['low']:+.1f}, {points['high']:+.1f}]"
+            row = f"| {task} | {name} | {percent(form['exact_match'])} |"
+            size = f" {moved} | {loss:+.3f} | {form['bundle_bytes'] / 2**20:.0f} MiB |" if name != "merged" else ""
+            yield row + size
+    shares = [percent(found["calibration_recovers_of_nearest_loss"], 0) for found in tasks.values()]
+    yield f"Calibration makes up for {' and '.join(shares)} of what"
+    assert tasks["sections"]["forms"]["auto"]["target"] == "ort-int4-calibrated"
+
+
 def sentences() -> Iterator[str]:
     """What the README says in words and small tables, from the records."""
     example, mib = result("example"), 2**20
@@ -109,6 +126,7 @@ def sentences() -> Iterator[str]:
     points = {point["wise_alpha"]: point["rounded_general"]["loss"] for point in swept["points"]}
     taken = swept["wise_alpha"]
     yield f"the sweep takes {taken:g}:"
+    yield from real_model()
     yield f"loss on other text is {points[taken]:.2f} instead of {points[1.0]:.2f} (base {points[0.0]:.2f})"
 
 
