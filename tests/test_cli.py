@@ -46,3 +46,11 @@ def test_show_says_what_it_needs(arguments: list[str], problem: str) -> None:
 def test_signing_needs_a_bundle_or_makes_a_key() -> None:
     assert "no bundle was given" in edgeft("sign").stderr
     assert "--key: is missing" in edgeft("sign", "somewhere").stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    import edgeft
+
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"{edgeft.__version__}\n")
+    assert CliRunner().invoke(app, ["--help"]).output.count("proven equal") == 1

@@ -10,10 +10,11 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from edgeft import __version__
 from edgeft.cli.commands import adapters, export, merge, plan, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
 from edgeft.cli.lists import data, report, show_what
@@ -25,9 +26,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune a language model inside a memory budget and ship it to a small device, proven equal.",
 )
 PASSED_ON: dict[str, Any] = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def whole(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print and end")] = (
+        False
+    ),
+) -> None:
+    """Fine-tune a language model inside a memory budget and ship it to a small device, proven equal."""
+
+
 # in the order of --help; `run` hands what follows to run.py
 for verb in (plan, train, merge, survival, export, adapters, run, verify, arm64, sign, report, data):
     app.command(**(PASSED_ON if verb is run else {}))(verb)
