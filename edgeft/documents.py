@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pydantic
-from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError
 from pydantic_core.core_schema import no_info_plain_validator_function
 
 from edgeft.errors import BadInput, EdgeftError, did_you_mean
@@ -106,8 +106,15 @@ def invalid(where: object, problem: pydantic.ValidationError, model: type[pydant
             hint = hint or did_you_mean(str(error["loc"][-1]), _field_names(model, error["loc"][:-1]))
         else:
             place = f"{key}: " if key else ""  # the document as a whole has no key
-            lines.append(f"{place}{error['msg'].lower()}, got {error.get('input')!r:.120}")
+            around = error["type"] == "missing" or (not key and error["type"] == "value_error")  # got: all around it
+            lines.append(place + _complaint(error) + ("" if around else f", got {error.get('input')!r:.120}"))
     return BadInput(where, "\n".join(lines), hint)
+
+
+def _complaint(error: ErrorDetails) -> str:
+    """What is wrong: a validator's own words as they are, pydantic's in small letters."""
+    raised = error.get("ctx", {}).get("error")
+    return str(raised) if isinstance(raised, ValueError) else error["msg"].lower()
 
 
 def _field_names(model: type[pydantic.BaseModel], path: tuple[int | str, ...]) -> list[str]:

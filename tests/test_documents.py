@@ -105,7 +105,7 @@ def test_a_missing_document_says_what_to_run(tmp_path: Path) -> None:
     [
         (
             '{"step": 3}',
-            "steps: field required, got {'step': 3}\nunknown key 'step'",
+            "steps: field required\nunknown key 'step'",
             "did you mean 'steps'?",
         ),
         (

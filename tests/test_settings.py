@@ -48,7 +48,7 @@ def test_only_the_model_is_required() -> None:
 
 @pytest.mark.parametrize("text", ["a", "5-3", "1-99999999999", "-1", "", "1,,2"])
 def test_layers_that_are_no_list_are_named(text: str) -> None:
-    with pytest.raises(BadInput, match="trained_layers: value error, expected numbers of layers, as in 0,5,12-15, got"):
+    with pytest.raises(BadInput, match="trained_layers: expected numbers of layers, as in 0,5,12-15, got"):
         make_job(model="m", trained_layers=text)
 
 
@@ -124,7 +124,7 @@ def test_a_value_that_does_not_fit(values: dict[str, object], message: str) -> N
 def test_a_job_needs_a_model() -> None:
     with pytest.raises(BadInput) as caught:
         make_job()
-    assert str(caught.value) == "job: model: field required, got {}"
+    assert str(caught.value) == "job: model: field required"
 
 
 def test_a_job_survives_json() -> None:

@@ -160,7 +160,7 @@ REFUSED = {
     ),
     "missing key": (
         ("cores = 4\n", ""),
-        "cores: field required, got ",
+        "cores: field required",
     ),
     "wrong type": (
         ("memory_gib = 8.0", 'memory_gib = "lots"'),

@@ -66,6 +66,7 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (("block_size =", "block_sise ="), r"unknown key 'block_sise'"),
+        (("head_bits", "head_bit"), r"head_bits: field required\nunknown key 'head_bit'"),
         (("min_top1_agreement", "min_top_agreement"), r"unknown key 'parity\.min_top_agreement'"),
         (("weight_bits = 4", "weight_bits = 7"), r"weight_bits: input should be 4, 5, 6, 8, 16 or 32, got 7"),
         (
@@ -86,6 +87,7 @@ def test_a_wrong_file_names_itself_and_the_key(tmp_path: Path, change: tuple[str
     with pytest.raises(BadInput, match=message) as caught:
         load_target(own(tmp_path, change))
     assert str(caught.value).startswith(str(tmp_path / "my own.toml") + ": ")
+    assert "description" not in str(caught.value) and "value error" not in str(caught.value)  # nor the whole document
 
 
 def test_an_unknown_key_gets_a_suggestion(tmp_path: Path) -> None:
