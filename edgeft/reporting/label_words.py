@@ -36,7 +36,7 @@ def answers_lines(answers: Answers) -> list[str]:
     made = answers.calibration
     if made is None:
         return [*lines, "their probabilities are not calibrated: too few validation rows"]
-    change = f", {difference_text(made.change)} nats" if made.change else ""
+    change = f", {difference_text(made.change, unit='nats')}" if made.change else ""
     loss = f"log loss {made.log_loss_plain:.4f} without it, {made.log_loss:.4f} with it{change}"
     lines.append(
         f"temperature {answers.temperature:g}, fitted on {made.fitted_rows} validation rows; on {made.compared}: {loss}"

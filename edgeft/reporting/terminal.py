@@ -303,7 +303,7 @@ def train_text(result: TrainResult) -> RenderableType:
 
 def exact_text(found: Pair) -> str:
     """The paired change of exact match behind that of the loss, where rows have answers."""
-    return f", exact match {difference_text(found.exact_match, 100, 1)} points" if found.exact_match else ""
+    return f", exact match {difference_text(found.exact_match, 100, 1, 'points')}" if found.exact_match else ""
 
 
 def rehearsal_line(rehearsal: Rehearsal) -> str:

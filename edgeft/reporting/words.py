@@ -90,12 +90,13 @@ def rung_cells(rung: Rung) -> tuple[str, ...]:
     return (percent(rung.top1_agreement), percent(rung.top1_or_tie), kl, *losses)
 
 
-def difference_text(found: Difference | None, scale: float = 1.0, digits: int = 4) -> str:
-    """+0.0123 (+0.0100 to +0.0146), and that no difference is shown where the interval covers zero."""
+def difference_text(found: Difference | None, scale: float = 1.0, digits: int = 4, unit: str = "") -> str:
+    """+0.0123 (+0.0100 to +0.0146) nats, and that no difference is shown where the interval covers zero."""
     if found is None:
         return "-"
     middle, low, high = (f"{scale * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
-    return f"{middle} ({low} to {high})" + ("" if found.shown else ": no difference shown")
+    amount = f"{middle} ({low} to {high})" + (f" {unit}" if unit else "")
+    return amount + ("" if found.shown else ": no difference shown")
 
 
 def attempt_cells(found: Attempt) -> tuple[str, str, str, str, str]:

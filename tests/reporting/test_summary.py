@@ -14,11 +14,12 @@ from edgeft.errors import BadInput
 from edgeft.exporting.bundle import Bundle, Measured, Measurement, measurement_path
 from edgeft.machines.profile import load_profile
 from edgeft.memory.simulated import Moment, Simulation
-from edgeft.models.metrics import Metrics, Proof
+from edgeft.models.metrics import Difference, Metrics, Proof
 from edgeft.planning.alternatives import CHOICES
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.read_run import Run, read_run
 from edgeft.reporting.summary import CURVE_POINTS, Summary, summarise
+from edgeft.reporting.words import difference_text
 from edgeft.settings import make_job
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.target import load_target
@@ -223,3 +224,9 @@ def test_a_simulation_and_devices_are_shown(plan: Plan) -> None:
     assert (found.timeline, found.simulated_peak_bytes) == (moments, 9)
     assert [cell.machine for cell in found.devices] == ["raspberrypi5-8gb"]
     assert found.devices[0].context_tokens is not None
+
+
+def test_a_differences_unit_stands_behind_its_interval() -> None:
+    shown, none = Difference(difference=0.02, low=0.01, high=0.03), Difference(difference=0.0, low=-0.1, high=0.1)
+    assert difference_text(shown, 100, 1, "points") == "+2.0 (+1.0 to +3.0) points"
+    assert difference_text(none, unit="nats") == "+0.0000 (-0.1000 to +0.1000) nats: no difference shown"
