@@ -23,6 +23,7 @@ MOST_SHARE = 0.5  # of the rows: what is asked for once is no label but a text
 OFFERED, ROWS_EACH = 200, 5  # labels are offered where there are at most so many, each asked for by so many rows
 HINT = "leave answers=labels out (--set answers=free): the device then writes what the model says"
 NO_LABEL = -1
+MOST_SHOWN = 40  # characters of a label in a line of a plan
 
 
 class Label(Strict):
@@ -140,9 +141,28 @@ def _shown(texts: set[str]) -> str:
 def labels_line(labels: Sequence[Label]) -> str:
     """The labels in one line."""
     tokens, rows = [len(label.ids) for label in labels], [label.rows for label in labels]
-    most = ", ".join(label.text for label in labels[:3])
+    most = ", ".join(_in_a_line(label.text) for label in labels[:3])
     line = f"one of {len(labels):,} labels, {min(tokens)} to {max(tokens)} tokens with the end, asked for by "
     return f"{line}{min(rows):,} to {max(rows):,} rows ({most}, ...)"
+
+
+def _in_a_line(text: str) -> str:
+    shown = text if text.isprintable() else repr(text)
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
+
+
+def unknown_answers(
+    answers: Answers, rows: Sequence[int], labels: Sequence[Label], tokenizer: TextTokenizer, source: str
+) -> list[str]:
+    """A line where some of the rows that are scored ask for what is no label: nothing can answer them right."""
+    if answers.too_many:
+        return [f"{source}: more than {MOST_LABELS:,} different answers are asked for, {len(labels):,} are labels"]
+    texts = {label.text for label in labels}
+    known = {place for path, place in answers.found.items() if tokenizer.decode(path[:-1]).strip() in texts}
+    unknown = sum(answers.asked[row] not in known for row in rows)
+    if not unknown:
+        return []
+    return [f"{source}: {unknown:,} of {len(rows):,} rows ask for what is no label, they are scored as wrong"]
 
 
 def tree_size(labels: Sequence[Label]) -> tuple[int, int]:

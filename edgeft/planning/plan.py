@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import Field
 
 from edgeft.data.dataset import Lengths, TextTokenizer, hold_out, measure_answers, measure_rows
-from edgeft.data.labels import HINT, Label, make_labels
+from edgeft.data.labels import HINT, Label, make_labels, unknown_answers
 from edgeft.data.scoring_groups import Scoring, Size
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
 from edgeft.errors import BadInput
@@ -296,7 +296,10 @@ def _read_lengths(job: Job, spec: ModelSpec, folder: Path | None) -> tuple[Lengt
 
 
 def _read_labels(job: Job, folder: Path | None) -> tuple[tuple[Label, ...], list[str]]:
-    """(what answers are held to, an offer to hold them). Raises BadInput for answers that are no labels."""
+    """(what answers are held to, notes: an offer to hold them, rows that ask for something else).
+
+    Raises BadInput for answers that are no labels.
+    """
     if job.data is None:
         if job.answers == "labels":
             raise BadInput("answers", "labels are the completions of the training data, and there is none", HINT)
@@ -306,8 +309,13 @@ def _read_labels(job: Job, folder: Path | None) -> tuple[tuple[Label, ...], list
     if job.answers == "free":
         return (), [answers.offer] if answers.offer else []
     every = range(len(answers.asked))
-    rows = every if job.valid else hold_out(every, HELD_OUT_SHARE, job.seed)[0]
-    return make_labels(answers, rows, tokenizer, job.data), []
+    rows, held_out = (every, ()) if job.valid else hold_out(every, HELD_OUT_SHARE, job.seed)
+    labels = make_labels(answers, rows, tokenizer, job.data)
+    notes = unknown_answers(answers, held_out, labels, tokenizer, f"{job.data}, held out")
+    for source in filter(None, (job.valid, job.test)):
+        scored = measure_answers(source, tokenizer, job.max_length)
+        notes += unknown_answers(scored, range(len(scored.asked)), labels, tokenizer, source)
+    return labels, notes
 
 
 def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:

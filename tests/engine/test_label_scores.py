@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgeft.data.dataset import TextTokenizer, measure_answers, read_samples, report_data
-from edgeft.data.labels import MOST_LABELS, Label, labels_file, labels_line, make_labels, tree_size
+from edgeft.data.labels import MOST_LABELS, Label, labels_file, labels_line, make_labels, tree_size, unknown_answers
 from edgeft.data.samples import Sample
 from edgeft.data.scoring_groups import Size, scoring, searched
 from edgeft.engine.label_scores import LabelRows, whole_scores
@@ -118,6 +118,26 @@ def test_labels_are_the_distinct_completions_of_the_training_rows(tokenizer: Tex
     assert "one of 6 labels" in labels_line(labels) and labels_file(labels).count('"text"') == 6
     held_out = make_labels(answers, range(0, 30, 2), tokenizer, "rows")  # those of every second row
     assert [label.text for label in held_out] == ["lib", "doc", "perl"]
+
+
+def test_a_plan_counts_scored_rows_that_ask_for_no_label(tokenizer: TextTokenizer, write_rows: Any) -> None:
+    """Else they are wrong for ever, and nobody is told why."""
+    trained = measure_answers(str(write_rows("train.jsonl", rows_of(30))), tokenizer)
+    labels = make_labels(trained, range(30), tokenizer, "rows")
+    assert not unknown_answers(trained, range(30), labels, tokenizer, "rows")
+    others = [*rows_of(6), *({"prompt": "Package: x", "completion": f" strange{n}"} for n in range(2))]
+    scored = measure_answers(str(write_rows("test.jsonl", others)), tokenizer)
+    (line,) = unknown_answers(scored, range(8), labels, tokenizer, "test")
+    assert line == "test: 2 of 8 rows ask for what is no label, they are scored as wrong"
+    assert not unknown_answers(scored, range(6), labels, tokenizer, "test")
+    scored.too_many = True
+    (line,) = unknown_answers(scored, range(8), labels, tokenizer, "test")
+    assert line == "test: more than 1,000 different answers are asked for, 6 are labels"
+
+
+def test_a_label_takes_its_share_of_a_line_whatever_is_in_it() -> None:
+    line = labels_line([Label(text=text, ids=(1, 2), rows=1) for text in ("two\nlines", "word " * 50, "caf\u00e9")])
+    assert "('two\\nlines', word word" in line and "..., caf\u00e9, ...)" in line and len(line) < 200
 
 
 def test_a_chats_labels_end_with_its_templates_end(tokenizer: TextTokenizer, write_rows: Any) -> None:
