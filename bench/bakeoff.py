@@ -139,17 +139,7 @@ def bench(model: str, rows: int) -> dict[str, Any]:
             kept.add({"run": name, "scores": smollm2.score(samples, tokenizer.stop_ids, smollm2.by_torch(make()))})
     return {
         "model": model, "rows": len(samples), "settings": SETTINGS[model], "runs": RUNS,
-        "policies": {name: against(kept.rows["merged, not rounded"], kept.rows[name]) for name in forms},
-    }  # fmt: skip
-
-
-def against(merged: dict[str, Any], form: dict[str, Any]) -> dict[str, Any]:
-    """A form's scores, and what it differs from the merged model's by."""
-    (losses, exact), (before, right) = zip(*form["scores"], strict=True), zip(*merged["scores"], strict=True)
-    return {
-        "exact_match": sum(exact) / len(exact), "row_loss": sum(losses) / len(losses),
-        "exact_match_points_to_merged": smollm2.in_points(right, exact),
-        "row_loss_to_merged": smollm2.by_rows(before, losses),
+        "policies": {name: smollm2.to_merged(kept.rows["merged, not rounded"], kept.rows[name]) for name in forms},
     }  # fmt: skip
 
 

@@ -268,18 +268,25 @@ def in_points(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]
     return {name: 100 * value for name, value in paired_rates(first, second)._asdict().items()}
 
 
+def to_merged(merged: dict[str, Any], form: dict[str, Any]) -> dict[str, Any]:
+    """A form's scores on the task's rows, and what they differ from the merged model's by."""
+    (before, right), (losses, exact) = (zip(*each["scores"], strict=True) for each in (merged, form))
+    return {
+        "exact_match": statistics.fmean(exact), "row_loss": statistics.fmean(losses),
+        "exact_match_points_to_merged": in_points(right, exact), "row_loss_to_merged": by_rows(before, losses),
+    }  # fmt: skip
+
+
 def summary(forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each form's scores, and its differences to the merged model."""
-    merged, found = forms["merged"], {}
-    for name, form in forms.items():
-        losses, exact = zip(*form["scores"], strict=True)
-        found[name] = {
-            "exact_match": statistics.fmean(exact), "row_loss": statistics.fmean(losses),
-            "general_loss": statistics.fmean(form["general"]), **form["taken"],
-            "exact_match_points_to_merged": in_points([right for _, right in merged["scores"]], exact),
-            "row_loss_to_merged": by_rows([loss for loss, _ in merged["scores"]], losses),
+    merged = forms["merged"]
+    found = {
+        name: {
+            **to_merged(merged, form), **form["taken"], "general_loss": statistics.fmean(form["general"]),
             "general_loss_to_merged": by_rows(merged["general"], form["general"]),
-        }  # fmt: skip
+        }
+        for name, form in forms.items()
+    }  # fmt: skip
     added = {name: each["row_loss_to_merged"]["difference"] for name, each in found.items()}
     nearest = added["ort-int4"]
     recovered = (nearest - added["ort-int4-calibrated"]) / nearest if nearest > 0 else None

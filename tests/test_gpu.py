@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EXAMPLE
+from tiny import EXAMPLE, give_unpacked_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeft.data.dataset import Sample
@@ -148,16 +148,11 @@ def test_optimizers_train_and_go_on_as_they_were(optimizer: str, planned: Any, t
 def test_nf4_gradients_are_those_of_the_dequantised_weights(
     compute: str, rtol: float, folder: Path, planned: Any
 ) -> None:
-    import bitsandbytes.functional as bnb
-
     training: Training = Plan.read(planned(tuner="lora", rank=8, base_precision="nf4", layers="all")).training
     training = training.model_copy(update={"compute_dtype": compute})
     dtype = DTYPES[compute]
     quantised, dense = load_base(folder, training, CUDA, dtype), load_plain(folder).to(CUDA)
-    for name, module in quantised.named_modules():
-        if type(module).__name__ == "Linear4bit":
-            exact = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            dense.get_submodule(name).weight.data = exact.float()
+    give_unpacked_weights(quantised, dense)
     gradients = []
     for model in (quantised, dense):
         parts = find_parts(model)

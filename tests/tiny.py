@@ -100,3 +100,30 @@ def save_model(folder: Path, kind: str = "llama", **changes: Any) -> ModelSpec:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return read_model_spec(str(folder))
+
+
+def qwen3_folder(folder: Path, tokenizer_folder: Path, layers: int) -> Path:
+    """A small Qwen3 with a tied head, stored in bf16 as most are shipped."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def give_unpacked_weights(quantised: Any, dense: Any) -> None:
+    """A dense model the very weights that a 4-bit one computes with."""
+    import bitsandbytes.functional as bnb
+
+    for name, module in quantised.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            exact = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dense.get_submodule(name).weight.data = exact.float()

@@ -8,11 +8,12 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field
 
 from edgeft.data.conversation import COLUMNS, PromptFormat, Row
-from edgeft.data.labels import Answers
+from edgeft.data.labels import AskedAnswers
 from edgeft.data.rows import each_row, read_rows
 from edgeft.data.samples import IGNORED, Sample, each_sample, hold_out, to_samples
 from edgeft.data.scoring_groups import Size
@@ -70,26 +71,21 @@ def read_samples(
     return [sample for sample, _ in each_sample(each_row(source, tokenizer, most), tokenizer, max_length)]
 
 
+class Measured(NamedTuple):
+    """What one reading of a data file tells: lengths, row for row what scoring asks for, the answers it asks for."""
+
+    lengths: Lengths
+    sizes: tuple[Size, ...]
+    asked: AskedAnswers
+
+
 def measure_lengths(source: str, tokenizer: TextTokenizer, max_length: int | None = None) -> Lengths:
     """Row count and token lengths of a data file; every row is tokenised. Raises what `read_rows` raises."""
-    return measure_rows(source, tokenizer, max_length)[0]
+    return measure(source, tokenizer, max_length).lengths
 
 
-def measure_rows(
-    source: str, tokenizer: TextTokenizer, max_length: int | None = None
-) -> tuple[Lengths, tuple[Size, ...]]:
-    """The lengths of a data file and, row for row, what scoring it asks for."""
-    return _measure(source, tokenizer, max_length)[:2]
-
-
-def measure_answers(source: str, tokenizer: TextTokenizer, max_length: int | None = None) -> Answers:
-    """The distinct answers that a data file's rows ask for, as long as they are few."""
-    return _measure(source, tokenizer, max_length)[2]
-
-
-def _measure(
-    source: str, tokenizer: TextTokenizer, max_length: int | None
-) -> tuple[Lengths, tuple[Size, ...], Answers]:
+def measure(source: str, tokenizer: TextTokenizer, max_length: int | None = None) -> Measured:
+    """All that a plan asks of a data file; every row is tokenised. Raises what `read_rows` raises."""
     path = Path(source)
     if not path.is_file():
         return _measured(source, tokenizer, max_length)
@@ -103,17 +99,13 @@ def _stamps(path: Path, folder: Path) -> tuple[tuple[int, int, int], ...]:
 
 
 @functools.lru_cache(maxsize=8)  # a plan that is made twice, to score its layers first, reads its data once
-def _measured_once(
-    source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]
-) -> tuple[Lengths, tuple[Size, ...], Answers]:
+def _measured_once(source: str, folder: str, max_length: int | None, *stamps: tuple[int, int, int]) -> Measured:
     return _measured(source, TextTokenizer(Path(folder)), max_length)
 
 
-def _measured(
-    source: str, tokenizer: TextTokenizer, max_length: int | None
-) -> tuple[Lengths, tuple[Size, ...], Answers]:
+def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> Measured:
     remarks: Counter[str] = Counter()
-    asked = Answers()
+    asked = AskedAnswers()
     sizes, cut, answers, highest = list[Size](), 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):
         sizes.append(sample.size)
@@ -139,7 +131,7 @@ def _measured(
         highest_id=highest,
         quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )
-    return found, tuple(sizes), asked
+    return Measured(found, tuple(sizes), asked)
 
 
 class Token(Strict):
@@ -169,10 +161,10 @@ class DataReport(Strict):
 
 def report_data(source: str, tokenizer: TextTokenizer, max_length: int | None = None, rows: int = 3) -> DataReport:
     """Counts and remarks of a data file, and its first rows token by token. Raises what `read_rows` raises."""
-    lengths = measure_lengths(source, tokenizer, max_length)
+    lengths, _, asked = measure(source, tokenizer, max_length)
     shown = read_samples(source, tokenizer, max_length, min(rows, lengths.rows)) if rows else []
     return DataReport(
-        lengths=lengths, stop_ids=tuple(tokenizer.stop_ids), offer=measure_answers(source, tokenizer, max_length).offer,
+        lengths=lengths, stop_ids=tuple(tokenizer.stop_ids), offer=asked.offer,
         rows=tuple(_shown(each, tokenizer) for each in shown),
     )  # fmt: skip
 

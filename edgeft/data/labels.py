@@ -35,7 +35,7 @@ class Label(Strict):
 
 
 @dataclass
-class Answers:
+class AskedAnswers:
     """What the rows of a file ask for: distinct answers with their rows, as long as they are few.
 
     `spelled` are the texts of one answer's tokens, the first two: a tokenizer that makes the same of two texts cannot
@@ -86,7 +86,7 @@ def whole_answer(sample: Sample, stop_ids: Sequence[int]) -> tuple[int, ...] | N
     return None if end is None else tuple(ids[: end + 1])
 
 
-def make_labels(answers: Answers, rows: Sequence[int], tokenizer: TextTokenizer, source: str) -> tuple[Label, ...]:
+def make_labels(answers: AskedAnswers, rows: Sequence[int], tokenizer: TextTokenizer, source: str) -> tuple[Label, ...]:
     """The answers that `rows` ask for, as labels, the most frequent first.
 
     The same text in other tokens, as some tokenizers write it behind another prompt, is one label: its most frequent
@@ -120,7 +120,7 @@ def _number_problem(labels: int, rows: int) -> list[str]:
     return []
 
 
-def _unclear(answers: Answers, by_text: dict[str, list[int]]) -> list[str]:
+def _unclear(answers: AskedAnswers, by_text: dict[str, list[int]]) -> list[str]:
     """A line for each label that is empty, or that something else is taken for."""
     lines = []
     for text, places in by_text.items():
@@ -152,7 +152,7 @@ def _in_a_line(text: str) -> str:
 
 
 def unknown_answers(
-    answers: Answers, rows: Sequence[int], labels: Sequence[Label], tokenizer: TextTokenizer, source: str
+    answers: AskedAnswers, rows: Sequence[int], labels: Sequence[Label], tokenizer: TextTokenizer, source: str
 ) -> list[str]:
     """A line where some of the rows that are scored ask for what is no label: nothing can answer them right."""
     if answers.too_many:

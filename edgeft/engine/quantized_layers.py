@@ -31,7 +31,7 @@ from edgeft.targets.grid import Encoded, Grid
 from edgeft.targets.rounding import grids_of_shapes
 
 
-class Change(NamedTuple):
+class LowRank(NamedTuple):
     """A low-rank change of a weight: scale * left @ right."""
 
     left: torch.Tensor
@@ -39,7 +39,7 @@ class Change(NamedTuple):
     scale: float
 
 
-class Codes(NamedTuple):
+class KeptCodes(NamedTuple):
     """A rounded weight as its backward pass finds it: (rows, columns) in bytes, scales and all of each block."""
 
     codes: torch.Tensor
@@ -48,7 +48,7 @@ class Codes(NamedTuple):
     least: torch.Tensor | None
 
     @classmethod
-    def empty(cls, weight: torch.Tensor, grid: Grid) -> Codes:
+    def empty(cls, weight: torch.Tensor, grid: Grid) -> KeptCodes:
         """Room for the codes of a weight."""
         rows, columns = weight.shape
         small = torch.int8 if grid.method == "q8_0" else torch.uint8
@@ -92,8 +92,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def round_into(
-    out: torch.Tensor, weight: torch.Tensor, grid: Grid, stored: torch.dtype, change: Change | None = None,
-    codes: Codes | None = None,
+    out: torch.Tensor, weight: torch.Tensor, grid: Grid, stored: torch.dtype, change: LowRank | None = None,
+    codes: KeptCodes | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`out` with Q(M) of a (rows, columns) weight in it, M in `stored` as `merging.merge.blend` makes it.
 
@@ -104,20 +104,20 @@ def round_into(
     return out
 
 
-def _merged(rows: torch.Tensor, part: slice, change: Change | None) -> torch.Tensor:
+def _merged(rows: torch.Tensor, part: slice, change: LowRank | None) -> torch.Tensor:
     if change is None:
         return rows.float()
     return folded(rows.float(), change.left[part].float(), change.right.float(), change.scale)
 
 
-def _round_block(out: torch.Tensor, merged: torch.Tensor, grid: Grid, codes: Codes | None, start: int) -> None:
+def _round_block(out: torch.Tensor, merged: torch.Tensor, grid: Grid, codes: KeptCodes | None, start: int) -> None:
     each = rows_at_once(merged.shape[1])
     for first in range(0, len(merged), each):
         last = min(first + each, len(merged))
         _round_rows(out[first:last], merged[first:last], grid, codes, slice(start + first, start + last))
 
 
-def _round_rows(out: torch.Tensor, merged: torch.Tensor, grid: Grid, codes: Codes | None, at: slice) -> None:
+def _round_rows(out: torch.Tensor, merged: torch.Tensor, grid: Grid, codes: KeptCodes | None, at: slice) -> None:
     encoded = grid.encode(merged.float())
     if codes is not None:
         codes.put(at, encoded)
@@ -152,14 +152,14 @@ class Rounded:
         """Whether the weight is not in its place yet."""
         return not self.settled and (self.adapted or self.weight.requires_grad)
 
-    def change(self) -> Change | None:
+    def change(self) -> LowRank | None:
         """What the adapter adds now."""
         if not self.adapted:
             return None
         left, right = self.module.lora_B["default"].weight, self.module.lora_A["default"].weight
-        return Change(left.detach(), right.detach(), float(self.module.scaling["default"]))
+        return LowRank(left.detach(), right.detach(), float(self.module.scaling["default"]))
 
-    def shipped(self, dtype: torch.dtype, codes: Codes | None = None) -> torch.Tensor:
+    def shipped(self, dtype: torch.dtype, codes: KeptCodes | None = None) -> torch.Tensor:
         """Q(M) as a tensor of its own; its codes too where there is room for them."""
         weight = self.weight.detach()
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -209,7 +209,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, left: torch.Tensor | None,
                 right: torch.Tensor | None, bias: torch.Tensor | None, rounded: Rounded) -> torch.Tensor:  # fmt: skip
         ctx.rounded = rounded
-        codes = Codes.empty(weight, rounded.grid) if ctx.needs_input_grad[0] else None
+        codes = KeptCodes.empty(weight, rounded.grid) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, *(codes or ()))
         with exact_products(x.device):
             return nn.functional.linear(x, rounded.shipped(x.dtype, codes), None if bias is None else bias.to(x.dtype))
@@ -219,7 +219,7 @@ class _Product(torch.autograd.Function):
         (gradient,), (x, *codes), rounded = gradients, ctx.saved_tensors, ctx.rounded
         of_x, of_weight, of_left, _, of_bias, _ = ctx.needs_input_grad
         with exact_products(gradient.device):
-            into = gradient @ Codes(*codes).weight(rounded.grid, gradient.dtype) if of_x else None
+            into = gradient @ KeptCodes(*codes).weight(rounded.grid, gradient.dtype) if of_x else None
             flat = gradient.flatten(0, -2)
             weight = _outer(flat, x).to(rounded.weight.dtype) if of_weight else None
             left, right = _of_factors(flat, x, rounded.change()) if of_left else (None, None)
@@ -232,7 +232,7 @@ def _outer(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gradient.T @ x.flatten(0, -2)
 
 
-def _of_factors(gradient: torch.Tensor, x: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_factors(gradient: torch.Tensor, x: torch.Tensor, change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     """Those at the factors of M = W0 + s L R, from G = d^T x at M: s G R^T and s L^T G, G itself never made."""
     flat = x.flatten(0, -2)
     left = gradient.T @ (flat @ change.right.T.to(x.dtype))

@@ -19,7 +19,7 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
 
-Change = Callable[[torch.Tensor], object]  # of an fp32 weight, in place
+Alteration = Callable[[torch.Tensor], object]  # of an fp32 weight, in place
 Load = Callable[[Path], Any]
 _STREAM = "edgeft_stream"
 
@@ -44,7 +44,7 @@ def hold(parameters: Iterable[Any]) -> None:
 def load_streamed(folder: Path) -> Any:
     """A causal LM that computes in fp32 on the CPU with one decoder layer in memory; embedding rows as they are asked.
 
-    For passes without gradients. Change its weights through `alter` alone. Raises BadInput as `load_plain`.
+    For passes without gradients. Alteration its weights through `alter` alone. Raises BadInput as `load_plain`.
     """
     model = load_in_files(folder)
     setattr(model, _STREAM, _Stream(model))
@@ -52,7 +52,7 @@ def load_streamed(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def alter(model: Any, name: str, change: Change) -> None:
+def alter(model: Any, name: str, change: Alteration) -> None:
     """Change a weight by its name in the model: now, or, where it stays in its file, whenever it is used."""
     stream, parameter = getattr(model, _STREAM, None), model.get_parameter(name)
     if stream is None or id(parameter) not in stream.changes:
@@ -66,7 +66,7 @@ class _Stream:
 
     def __init__(self, model: Any) -> None:
         parts = find_parts(model)
-        self.changes: dict[int, list[Change]] = {}
+        self.changes: dict[int, list[Alteration]] = {}
         self.files: dict[int, torch.Tensor] = {}  # of weights in use
         for layer in parts.layers:
             weights = list(layer.parameters())

@@ -34,7 +34,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Row:
+class TreeRow:
     """A text and a tree behind it as one sequence: each token's position, and where its parent stands."""
 
     ids: tuple[int, ...]
@@ -44,7 +44,7 @@ class Row:
     asked: dict[Prefix, int]  # where what follows a beginning is predicted
 
     @classmethod
-    def of(cls, begun: Begun) -> Row:
+    def of(cls, begun: Begun) -> TreeRow:
         """The sequence; beginnings of beginnings stand in it once."""
         length = len(begun.text)
         places: dict[Prefix, int] = {(): length - 1}
@@ -89,7 +89,7 @@ class TreeReader:
         if self.packs is None and begun:
             self.packs = self._takes_the_mask(max(begun, key=lambda each: len(each.prefixes)))
         work = [(number, part) for number, each in enumerate(begun) for part in self._parts_of(each)]
-        rows = [Row.of(part) for _, part in work]
+        rows = [TreeRow.of(part) for _, part in work]
         sizes = [Size(len(row.ids), 0, len(row.asked)) for row in rows]
         for group in scoring_groups.by_length(sizes, self.group_tokens):
             some = [rows[place] for place in group]
@@ -111,11 +111,11 @@ class TreeReader:
     def _takes_the_mask(self, begun: Begun) -> bool:
         """Whether the longest beginning's logits are those of a plain pass, with others beside it."""
         longest = max(begun.prefixes, key=len)
-        alone = next(self._group([Row.of(Begun(begun.text, (longest,)))], plain=True))[2]
-        tree = {prefix: logits for _, prefix, logits in self._group([Row.of(begun)], plain=False)}
+        alone = next(self._group([TreeRow.of(Begun(begun.text, (longest,)))], plain=True))[2]
+        tree = {prefix: logits for _, prefix, logits in self._group([TreeRow.of(begun)], plain=False)}
         return bool((tree[longest] - alone).abs().max() <= ALIKE[self.compute])
 
-    def _group(self, rows: Sequence[Row], *, plain: bool) -> Iterator[tuple[int, Prefix, torch.Tensor]]:
+    def _group(self, rows: Sequence[TreeRow], *, plain: bool) -> Iterator[tuple[int, Prefix, torch.Tensor]]:
         """(row, beginning, logits (V,)) of rows in one pass; `plain`: without a mask, for rows that are no trees."""
         width = max(len(row.ids) for row in rows)
         self.tokens += width * len(rows)

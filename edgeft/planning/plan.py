@@ -12,10 +12,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field
 
-from edgeft.data.dataset import Lengths, TextTokenizer, hold_out, measure_answers, measure_rows
+from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
 from edgeft.data.labels import HINT, Label, make_labels, unknown_answers
 from edgeft.data.scoring_groups import Scoring, Size
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
@@ -143,8 +144,9 @@ def make_plan(
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
     folder = Path(job.model) if Path(job.model).is_dir() else None
-    lengths, data_bytes, scored, notes = _read_lengths(job, spec, folder)
-    labels, offer = _read_labels(job, folder)
+    read = _read_data(job, folder)
+    lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)
+    labels, offer = _read_labels(job, read)
     notes += offer
     length, length_note = _max_length(job, spec, lengths)
     notes += length_note
@@ -276,36 +278,48 @@ def _with_choice(importance: Importance, training: Training, spec: ModelSpec) ->
     return importance.model_copy(update=choices)
 
 
-def _read_lengths(job: Job, spec: ModelSpec, folder: Path | None) -> tuple[Lengths | None, int, Scored, list[str]]:
-    """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
+class _Read(NamedTuple):
+    """What a plan has read of its data: each file once, training, validation and test data in this order."""
+
+    tokenizer: TextTokenizer
+    files: dict[str, Measured]
+
+
+def _read_data(job: Job, folder: Path | None) -> _Read | None:
+    """The job's data files; None where it has none. A hub model's tokenizer is fetched to measure them."""
     if job.data is None:
+        return None
+    tokenizer = TextTokenizer(folder or local_folder(job.model))
+    sources = filter(None, (job.data, job.valid, job.test))
+    return _Read(tokenizer, {source: measure(source, tokenizer, job.max_length) for source in sources})
+
+
+def _read_lengths(job: Job, spec: ModelSpec, read: _Read | None) -> tuple[Lengths | None, int, Scored, list[str]]:
+    """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
+    if read is None:
         note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
         return None, 0, (), [note]
-    if folder is None:
-        folder = local_folder(job.model)  # a hub model: its tokenizer must be fetched to measure the data
-    tokenizer = TextTokenizer(folder)
     sources = [source for source in (job.data, job.valid, job.test) if source]
-    every, sizes = zip(*(measure_rows(source, tokenizer, job.max_length) for source in sources), strict=True)
+    every, sizes = zip(*(read.files[source][:2] for source in sources), strict=True)
     notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
              for entry in every if entry.cut_rows]  # fmt: skip
     notes += [sentence for entry in every for sentence in entry.said]
     for entry in every:
         check_vocabulary(entry, spec)
-    data_bytes = samples_bytes(every, tokenizer.backend.get_vocab_size())
+    data_bytes = samples_bytes(every, read.tokenizer.backend.get_vocab_size())
     return every[0], data_bytes, _scored(job, sizes), notes
 
 
-def _read_labels(job: Job, folder: Path | None) -> tuple[tuple[Label, ...], list[str]]:
+def _read_labels(job: Job, read: _Read | None) -> tuple[tuple[Label, ...], list[str]]:
     """(what answers are held to, notes: an offer to hold them, rows that ask for something else).
 
     Raises BadInput for answers that are no labels.
     """
-    if job.data is None:
+    if job.data is None or read is None:
         if job.answers == "labels":
             raise BadInput("answers", "labels are the completions of the training data, and there is none", HINT)
         return (), []
-    tokenizer = TextTokenizer(folder or local_folder(job.model))
-    answers = measure_answers(job.data, tokenizer, job.max_length)
+    tokenizer, answers = read.tokenizer, read.files[job.data].asked
     if job.answers == "free":
         return (), [answers.offer] if answers.offer else []
     every = range(len(answers.asked))
@@ -313,7 +327,7 @@ def _read_labels(job: Job, folder: Path | None) -> tuple[tuple[Label, ...], list
     labels = make_labels(answers, rows, tokenizer, job.data)
     notes = unknown_answers(answers, held_out, labels, tokenizer, f"{job.data}, held out")
     for source in filter(None, (job.valid, job.test)):
-        scored = measure_answers(source, tokenizer, job.max_length)
+        scored = read.files[source].asked
         notes += unknown_answers(scored, range(len(scored.asked)), labels, tokenizer, source)
     return labels, notes
 

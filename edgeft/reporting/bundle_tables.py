@@ -11,7 +11,7 @@ from rich.text import Text
 from edgeft.models.metrics import Promotion, Proof, Repair
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, certain_rows
 from edgeft.reporting.terminal import metrics_cells, new_table, predicted_expected
-from edgeft.reporting.words import attempt_cells, difference_text, rung_cells
+from edgeft.reporting.words import attempt_cells, difference_text, percent, rung_cells
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
         if adapter.proof is not None:
             found = adapter.proof.scores
             last = found[bundle.target.name]
-            match = "-" if last.exact_match is None else f"{100 * last.exact_match:.1f}%"
+            match = percent(last.exact_match)
             losses = [f"{found[form].loss:.4f}" for form in ("base", "fine-tuned", bundle.target.name)]
             scores.add_row(name, str(adapter.rank), *losses, match)
     costs = new_table("", "predicted", "measured")
@@ -159,7 +159,7 @@ def comparison_text(made: Comparison) -> RenderableType:
             ("> " if row.name == made.ship else "  ") + row.name,
             show_bytes(row.size_bytes),
             f"{row.scores.loss:.4f}",
-            "-" if exact is None else f"{100 * exact:.1f}%",
+            percent(exact),
             f"{max(0.0, row.mean_kl_nats):.1e}",
             show_bytes(row.memory_bytes),
             f"{bound:,.0f} tok/s" if bound else "-",

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgeft.exporting.answers import Answers, Calibration
-from edgeft.reporting.words import difference_text
+from edgeft.reporting.words import difference_text, percent
 
 BIN_HEAD = ("probability", "answers", "mean probability", "right")
 CERTAIN_HEAD = ("of the answers, the most certain", "answers", "right")
 PARTS = {0.25: "quarter", 0.5: "half", 0.75: "three quarters", 1.0: "all"}
-
-
-def percent(share: float) -> str:
-    """A share of 1 as it is shown."""
-    return f"{100 * share:.1f}%"
 
 
 def bin_rows(made: Calibration) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,17 @@ from edgeft.machines.profile import Profile
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, certain_rows
 from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.reporting.summary import Summary
-from edgeft.reporting.words import SYMBOLS, amount, attempt_cells, cell_text, difference_text, grouped, signed, symbol
+from edgeft.reporting.words import (
+    SYMBOLS,
+    amount,
+    attempt_cells,
+    cell_text,
+    difference_text,
+    grouped,
+    percent,
+    signed,
+    symbol,
+)
 from edgeft.units import show_bytes, show_count, show_seconds
 
 
@@ -120,7 +130,7 @@ def _scores(report: Summary) -> list[tuple[str, ...]]:
             row.name,
             f"{row.metrics.loss:.4f}",
             f"{row.metrics.perplexity:.2f}",
-            "-" if row.metrics.exact_match is None else f"{100 * row.metrics.exact_match:.1f}%",
+            percent(row.metrics.exact_match),
         )
         for row in report.scores
     ]

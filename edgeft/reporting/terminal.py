@@ -18,7 +18,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.words import difference_text
+from edgeft.reporting.words import difference_text, percent
 from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
@@ -263,7 +263,7 @@ def layers_text(found: Discovery) -> RenderableType:
 
 def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:
     """(loss, perplexity, exact match) as shown."""
-    exact = "-" if metrics.exact_match is None else f"{100 * metrics.exact_match:.1f}%"
+    exact = percent(metrics.exact_match)
     return f"{metrics.loss:.4f}", f"{metrics.perplexity:.2f}", exact
 
 

@@ -79,12 +79,13 @@ def amount(value: float, unit: str) -> str:
     return show_seconds(value) if unit == "seconds" else f"{value:,.0f} {unit}"
 
 
+def percent(share: float | None) -> str:
+    """A share of 1 as it is shown; - where there is none."""
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
 def rung_cells(rung: Rung) -> tuple[str, ...]:
     """(top-1 agreement, the same or a tie, mean KL, loss, loss before) as shown; - where a rung has none."""
-
-    def percent(share: float | None) -> str:
-        return "-" if share is None else f"{100 * share:.1f}%"
-
     kl = "-" if rung.mean_kl_nats is None else f"{max(0.0, rung.mean_kl_nats):.1e}"
     losses = ("-" if loss is None else f"{loss:.4f}" for loss in (rung.loss, rung.loss_before))
     return (percent(rung.top1_agreement), percent(rung.top1_or_tie), kl, *losses)

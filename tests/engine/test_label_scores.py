@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from edgeft.data.dataset import TextTokenizer, measure_answers, read_samples, report_data
+from edgeft.data.dataset import TextTokenizer, measure, read_samples, report_data
 from edgeft.data.labels import MOST_LABELS, Label, labels_file, labels_line, make_labels, tree_size, unknown_answers
 from edgeft.data.samples import Sample
 from edgeft.data.scoring_groups import Size, scoring, searched
@@ -33,7 +33,7 @@ def rows_of(count: int, answers: list[str] = ANSWERS) -> list[dict[str, str]]:
 
 
 def labels_of(path: Path, tokenizer: TextTokenizer) -> tuple[Label, ...]:
-    answers = measure_answers(str(path), tokenizer)
+    answers = measure(str(path), tokenizer).asked
     return make_labels(answers, range(len(answers.asked)), tokenizer, str(path))
 
 
@@ -109,7 +109,7 @@ def test_a_row_that_asks_for_something_else_is_never_exact(
 
 def test_labels_are_the_distinct_completions_of_the_training_rows(tokenizer: TextTokenizer, write_rows: Any) -> None:
     path = write_rows("rows.jsonl", rows_of(31))
-    answers = measure_answers(str(path), tokenizer)
+    answers = measure(str(path), tokenizer).asked
     labels = make_labels(answers, range(31), tokenizer, "rows")
     assert [label.text for label in labels] == [answer.strip() for answer in ANSWERS]
     assert [label.rows for label in labels] == [6, 5, 5, 5, 5, 5]
@@ -122,11 +122,11 @@ def test_labels_are_the_distinct_completions_of_the_training_rows(tokenizer: Tex
 
 def test_a_plan_counts_scored_rows_that_ask_for_no_label(tokenizer: TextTokenizer, write_rows: Any) -> None:
     """Else they are wrong for ever, and nobody is told why."""
-    trained = measure_answers(str(write_rows("train.jsonl", rows_of(30))), tokenizer)
+    trained = measure(str(write_rows("train.jsonl", rows_of(30))), tokenizer).asked
     labels = make_labels(trained, range(30), tokenizer, "rows")
     assert not unknown_answers(trained, range(30), labels, tokenizer, "rows")
     others = [*rows_of(6), *({"prompt": "Package: x", "completion": f" strange{n}"} for n in range(2))]
-    scored = measure_answers(str(write_rows("test.jsonl", others)), tokenizer)
+    scored = measure(str(write_rows("test.jsonl", others)), tokenizer).asked
     (line,) = unknown_answers(scored, range(8), labels, tokenizer, "test")
     assert line == "test: 2 of 8 rows ask for what is no label, they are scored as wrong"
     assert not unknown_answers(scored, range(6), labels, tokenizer, "test")
@@ -189,12 +189,12 @@ def test_ten_thousand_labels_are_refused(tokenizer: TextTokenizer, write_rows: A
     path = write_rows("rows.jsonl", rows_of(10_000, [f" lib{number}" for number in range(10_000)]))
     with pytest.raises(BadInput, match=f"more than {MOST_LABELS:,} different answers"):
         labels_of(path, tokenizer)
-    assert not measure_answers(str(path), tokenizer).offer
+    assert not measure(str(path), tokenizer).asked.offer
 
 
 def test_an_answer_that_max_length_cuts_is_refused(tokenizer: TextTokenizer, write_rows: Any) -> None:
     path = write_rows("rows.jsonl", rows_of(30, [" lib", " " + "doc" * 30]))
-    answers = measure_answers(str(path), tokenizer, max_length=20)
+    answers = measure(str(path), tokenizer, max_length=20).asked
     with pytest.raises(BadInput, match=r"15 of 30 rows have no whole answer: .* max_length cuts it"):
         make_labels(answers, range(30), tokenizer, "rows")
 

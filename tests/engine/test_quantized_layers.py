@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CONFIGS, EXAMPLE, ROWS, SECTIONS, run
+from tiny import CONFIGS, EXAMPLE, ROWS, SECTIONS, qwen3_folder, run
 
 from edgeft.engine import quantized_layers
 from edgeft.engine.quantized_layers import Rounded, plain_name, rounded_modules
@@ -54,20 +54,7 @@ Seen = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Qwen3 with a tied head, stored in bf16: what merges round to."""
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return qwen3_folder(tmp_path_factory.mktemp("model"), tokenizer_folder, layers=2)
 
 
 @pytest.fixture

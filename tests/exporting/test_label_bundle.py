@@ -20,7 +20,7 @@ from label_trees import PROMPT, Session, brute_force, random_labels, run, runner
 from tiny import EXAMPLE, ROOT, SECTIONS
 
 import edgeft
-from edgeft.data.dataset import TextTokenizer, measure_answers
+from edgeft.data.dataset import TextTokenizer, measure
 from edgeft.data.labels import make_labels
 from edgeft.errors import BadInput
 from edgeft.exporting.build import build_bundle
@@ -181,7 +181,7 @@ def test_any_prompt_gets_a_label(line: Path) -> None:
 def test_ten_thousand_prompts_get_a_label_of_the_example(tmp_path: Path) -> None:
     model, data = EXAMPLE, SECTIONS / "train.jsonl"
     tokenizer = TextTokenizer(model)
-    answers = measure_answers(str(data), tokenizer)
+    answers = measure(str(data), tokenizer).asked
     labels = make_labels(answers, range(len(answers.asked)), tokenizer, "data")
     build_bundle(model, load_target("ort-int8"), tmp_path / "bundle", prompts=[], measure=False, labels=labels)
     all_held(tmp_path / "bundle", 10_000)
@@ -236,7 +236,7 @@ def test_the_pages_show_what_the_commands_print(line: Path) -> None:
     keys = [*made, *made["runner_up"]]
     assert sorted(re.findall(r'"(\w+)":', shown)) == sorted(keys) and f'"within": {made["within"]:g}' in shown
     tokenizer = TextTokenizer(EXAMPLE)
-    offer = measure_answers(str(SECTIONS / "train.jsonl"), tokenizer).offer
+    offer = measure(str(SECTIONS / "train.jsonl"), tokenizer).asked.offer
     assert f"    {offer}\n" in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.parts import Parts, find_parts
-from edgeft.models.tree_pass import Begun, Prefix, Row, TreeReader
+from edgeft.models.tree_pass import Begun, Prefix, TreeReader, TreeRow
 
 TEXT = (5, 6, 7, 8, 9)
 PREFIXES: tuple[Prefix, ...] = ((), (10,), (10, 11), (10, 12), (10, 12, 13), (14,), (20, 21, 22))
@@ -69,7 +69,7 @@ def test_a_tree_costs_less_than_its_beginnings(checkpoint_folder: Path) -> None:
 
 
 def test_a_beginning_stands_in_a_tree_once() -> None:
-    row = Row.of(Begun(TEXT, PREFIXES))
+    row = TreeRow.of(Begun(TEXT, PREFIXES))
     assert row.ids == (*TEXT, 10, 11, 12, 13, 14, 20, 21, 22)
     assert row.positions == (0, 1, 2, 3, 4, 5, 6, 6, 7, 5, 5, 6, 7)
     assert row.asked[()] == 4 and row.asked[(10, 12, 13)] == 8

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import run
+from tiny import give_unpacked_weights, run
 
 from edgeft import processes
 from edgeft.engine.loop import learning_rate
@@ -313,8 +313,6 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
     plan_file: Any, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after scoring: bitsandbytes swaps in a CPU kernel without a backward pass when a layer is in eval mode."""
-    import bitsandbytes.functional as bnb
-
     from edgeft.data.dataset import Sample
     from edgeft.engine.nf4_base import load_base
     from edgeft.engine.tuners import apply_tuner
@@ -326,10 +324,7 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
     cpu, ids = torch.device("cpu"), list(range(5, 25))
     quantised, dense = load_base(checkpoint_folder, training, cpu, torch.float32), load_plain(checkpoint_folder)
     greedy(quantised, [ids], [0], 3, cpu)
-    for name, module in quantised.named_modules():
-        if type(module).__name__ == "Linear4bit":
-            exact = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            dense.get_submodule(name).weight.data = exact.float()
+    give_unpacked_weights(quantised, dense)
     gradients = []
     for model in (quantised, dense):
         parts = find_parts(model)
