@@ -33,7 +33,7 @@ TUNERS: dict[str, Tuning] = {
     "lora": Tuning(
         adapters=True,
         sizes=lambda inputs, outputs, rank: (rank * inputs, rank * outputs),
-        made=(46, 18, 20, 22, 14),
+        made=(31, 8, 14, 14, 14),
         rate=lambda hidden: 2e-4 * (2000 / hidden) ** 0.775,
         scale=lambda alpha, rank: alpha / rank**0.5,
         peft={"use_rslora": True},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeft.engine.adapted_linear import fuse
 from edgeft.engine.lisa import Lisa, Named, Turns
 from edgeft.engine.quantized_layers import train_rounded
 from edgeft.models.checkpoint import Checkpoint, TensorFile
@@ -78,6 +79,8 @@ def _inject_lora(model: nn.Module, parts: Parts, training: Training) -> None:
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             parameter.data = parameter.data.float()
+    if training.compute_dtype == "fp32" and training.quantize_aware is None:
+        fuse(model)
 
 
 def lora_config(model: nn.Module, parts: Parts, training: Training) -> Any:

@@ -192,12 +192,46 @@ class Operations:
         if self.full:
             weight = self.weight(linear.in_features * linear.out_features, copied=self.way.densely)
             return self.matmul(x, linear, weight, linear.has_bias and self.full_vectors)
+        if linear.name in self.targets and not self.half:
+            return self.adapted(x, linear)
         result = self.base(x, linear)
         if linear.name not in self.targets:
             return result
         if self.way.nf4:
             result = self.one(result, result.size, None)  # PEFT clones it
         return self.add(result, self.scaled(self.adapter(x, linear)))
+
+    def adapted(self, x: Value, linear: Linear) -> Value:
+        """A frozen projection and its adapter in one operation (`engine.adapted_linear`), in fp32."""
+        e, rank, inputs, outputs = self.e, self.way.rank, linear.in_features, linear.out_features
+
+        def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
+            low = Storage(tape, e * rank)
+            up, down = Storage(tape, 1j * e * outputs * rank), Storage(tape, 1j * e * inputs * rank)
+            into = Storage(tape, e * inputs) if wanted[0] else None
+            if wanted[0]:
+                matrix = self.dense(tape, linear)
+                del matrix
+            kept.clear()
+            del low
+            return [into, down, up]
+
+        low = Value(Storage(self.tape, e * rank), e * rank)
+        matrix = self.dense(self.tape, linear)
+        weights = [self.weight(rank * inputs), self.weight(rank * outputs)]
+        result = self.tape.run(e * outputs, [x, *weights], [x, low], back, saves_last=True)
+        del matrix
+        return result
+
+    def dense(self, tape: Tape, linear: Linear) -> Storage | None:
+        """A 4-bit weight made dense beside its unpacked scales, which go at once."""
+        if not self.way.nf4:
+            return None
+        elements = linear.in_features * linear.out_features
+        scales = Storage(tape, 4j * -(-elements // 64))
+        matrix = Storage(tape, 1j * self.e * elements)
+        del scales
+        return matrix
 
     def adapter(self, x: Value, linear: Linear) -> Value:
         down = linear.model_copy(update={"out_features": self.way.rank})

@@ -31,16 +31,18 @@ class Tape:
         self._number = 0
 
     def run(self, size: complex, inputs: Sequence[Value], saved: Sequence[Value], back: Backward, *,
-            saves_result: bool = False, beside: complex = 0, hidden: complex = 0) -> Value:  # fmt: skip
+            saves_result: bool = False, saves_last: bool = False, beside: complex = 0,
+            hidden: complex = 0) -> Value:  # fmt: skip
         """The result of an operation on `inputs` that keeps `saved` for its backward pass where one will come.
 
         `beside` is a second result that only the backward pass needs; `hidden` is held only while the operation runs.
+        One of PyTorch's own keeps what it needs before it computes, one written in Python once it is done: `saves_last`.
         """
         wanted = any(value.node for value in inputs)
         kept, slots = [], range(0)
         if wanted:
             kept = [value.storage for value in saved]
-            if self.frame is not None:
+            if self.frame is not None and not saves_last:
                 slots, kept = self.frame.keep(kept), []
         result = Value(Storage(self, size, silently=bool(beside or hidden)), size)
         results = [result.storage] if saves_result else []
@@ -51,6 +53,8 @@ class Tape:
         if wanted:
             if self.frame is None:
                 kept += results
+            elif saves_last:
+                slots, kept = self.frame.keep(kept + results), []
             elif results:
                 slots = range(slots.start, self.frame.keep(results).stop)
             self._number += 1

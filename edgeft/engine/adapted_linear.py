@@ -1,0 +1,76 @@
+"""How is a frozen projection computed together with its LoRA adapter, as one operation?
+
+PEFT's forward makes five tensors of the result's size, two of them for the backward pass's sake alone, and its
+backward adds two gradients of the input. Here the adapter's product is added to the frozen one in place, both ways.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+Gradient = torch.Tensor | None
+
+
+class _Adapted(torch.autograd.Function):
+    """x W^T + b + scale (x A^T) B^T for a frozen W, in fp32; x (..., in), A (rank, in), B (out, rank)."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Module, scale: float
+    ) -> torch.Tensor:
+        low = x.reshape(-1, x.shape[-1]) @ down.T
+        result = _product(base, x)
+        result.view(-1, up.shape[0]).addmm_(low, up.T, alpha=scale)
+        context.save_for_backward(x, low, down, up)
+        context.base, context.scale = base, scale
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[Gradient, Gradient, Gradient, None, None]:
+        x, low, down, up = context.saved_tensors
+        flat, inputs = gradient.reshape(-1, up.shape[0]), x.reshape(-1, x.shape[-1])
+        into_low = (flat @ up).mul_(context.scale)
+        into_up = (flat.T @ low).mul_(context.scale) if context.needs_input_grad[2] else None
+        into_down = into_low.T @ inputs if context.needs_input_grad[1] else None
+        into = None
+        if context.needs_input_grad[0]:
+            into = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            rows = into.view(inputs.shape)
+            torch.mm(flat, dense_weight(context.base, x.dtype), out=rows)
+            rows.addmm_(into_low, down)
+        return into, into_down, into_up, None, None
+
+
+def _product(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    if type(linear).__name__ == "Linear4bit":
+        return nn.functional.linear(x, dense_weight(linear, x.dtype), linear.bias)
+    return linear(x)  # type: ignore[no-any-return]
+
+
+def dense_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The (out, in) weight of a linear module; made dense where it is kept in 4 bits."""
+    weight: Any = linear.weight
+    if type(linear).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+    return weight.T if type(linear).__name__ == "Conv1D" else weight  # type: ignore[no-any-return]
+
+
+def fuse(model: nn.Module) -> None:
+    """Let every plain LoRA of PEFT in `model` compute as one operation, in fp32."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant and list(module.lora_A) == ["default"]:
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+    scale = module.scaling["default"]
+    return _Adapted.apply(x, down, up, module.base_layer, scale)  # type: ignore[no-any-return, no-untyped-call]
