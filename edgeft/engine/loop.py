@@ -84,6 +84,7 @@ class Run:
         """
         if self.lisa is not None and self.lisa.begin_step(self.step, self.optimizer):
             self.chosen = self.lisa.parameters()
+        start_states(self.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, self.step)
         loss, skipped = self._gradients(samples), 0
@@ -226,6 +227,21 @@ def make_optimizer(
     kind: Any = adamw.AdamW8bit if training.optimizer == "adamw8bit" else adamw.PagedAdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, **options)
     return optimizer
+
+
+def start_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the states that it would make at its first update, before anything of a step is there.
+
+    Made among a step's tensors they would divide the memory between them for the rest of the run.
+    """
+    if type(optimizer) is not torch.optim.AdamW:
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if not optimizer.state[parameter]:
+            zeros = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                     for name in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            optimizer.state[parameter] = {"step": step, **zeros}
 
 
 def page_states(optimizer: Any) -> None:

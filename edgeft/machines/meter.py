@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-MAPPED_BYTES, NEVER, LARGEST_THRESHOLD = 65536, -1, 32 * 2**20
-POOL_PIECE = 2**20
+MAPPED_BYTES = 65536
 
 
 def import_all() -> None:
@@ -41,7 +40,25 @@ def _uncompiled(function: Any = None, **options: Any) -> Any:
     return function if function is not None else lambda other: other
 
 
-def _glibc() -> Any:
+class _Mallinfo(ctypes.Structure):
+    """What glibc tells of its heaps, mallinfo2(3)."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def taken_bytes() -> int:
+    """Bytes that glibc has given out, in its heaps and mapped; 0 before its version 2.33."""
+    library = glibc()
+    if not hasattr(library, "mallinfo2"):
+        return 0
+    library.mallinfo2.restype = _Mallinfo
+    found = library.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
+
+
+def glibc() -> Any:
     """glibc, None where the system has another C library (musl has neither the file nor the threshold)."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
@@ -57,38 +74,19 @@ def control_malloc() -> bool:
     glibc's own threshold grows to 32 MiB as tensors are freed; from then on activations fragment the heap, and peak
     RSS is 10 to 73% above the tensors' bytes and never the same twice. Must run before the model is built.
     """
-    library = _glibc()
+    library = glibc()
     if library is None:
         return False
     return all(bool(library.mallopt(what, MAPPED_BYTES)) for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
-def keep_pool(size: int) -> bool:
-    """True when glibc keeps `size` bytes for tensors to come; what finds no place there is mapped, and returned.
-
-    For `control_malloc`'s processes. A page that is mapped anew is cleared by the system, which takes a small model as
-    long as its arithmetic. glibc looks for a place in its heap before it maps a block, so a heap that is grown once and
-    never trimmed is a pool: its pages are there once they were used, never more than `size`. `give_back` ends it.
-    """
-    library = _glibc()
-    if library is None or size < POOL_PIECE:
-        return False
-    library.mallopt(M_TRIM_THRESHOLD, NEVER)
-    library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
-    pieces = [library.malloc(POOL_PIECE) for _ in range(size // POOL_PIECE)]  # not touched: no page of it is there yet
-    for piece in reversed(pieces):  # the last one first: each joins the free end of the heap
-        library.free(piece)
-    library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-    return True
-
-
 def give_back() -> None:
-    """Let glibc return all that was freed to the system, a pool's pages too.
+    """Let glibc return all that was freed to the system.
 
     It keeps a dropped model's pages for tensors to come: 530 MiB of a 135M model in fp32 after its second loading.
     """
     gc.collect()
-    if (library := _glibc()) is not None:
+    if (library := glibc()) is not None:
         library.malloc_trim(0)
 
 

@@ -43,11 +43,9 @@ CPU_HEAP = 16 * MIB
 CPU_BUFFERS, CPU_BYTES_PER_DOUBLING = 11_300_000, 1_460_000  # up to 128 tokens, and for each doubling of them
 CPU_BYTES_PER_ADAPTER, CPU_BYTES_PER_NF4, CPU_RECOMPUTING = 100_000, 36_000, 4_650_000  # of each linear; of a run
 
-# malloc=fast (`meter.keep_pool`): its part of what a step makes and frees, beyond which hardly a page is mapped anew,
-# and at most so much; of a pool in use POOL_WASTE lies between tensors, at most POOL_WORST. Measured on the example's
-# step with pools of 120, 176, 224 and 280 MiB: 0.39 to 0.46. Not fitted: 0.42 on layers of 135M's
-# shape at 2 x 512 tokens, pool of 512 MiB.
-POOL_SHARE, POOL_MOST, POOL_WASTE, POOL_WORST = 0.75, 256 * MIB, 0.42, 0.6
+# malloc=fast (`machines.pool`): what may lie free between tensors, of what a step makes and frees; beyond it free pages
+# are given back before the next layer runs. The heap's size is address space, not memory.
+POOL_SHARE, POOL_RESERVE = 0.25, 2.0
 
 
 def scoring_terms(spec: ModelSpec, training: Training, scored: Scoring | None) -> tuple[list[Term], list[Term]]:
@@ -137,15 +135,19 @@ def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapp
     return Term(name="buffers", bytes=fixed + head, formula=formula)
 
 
-def pool_bytes(spec: ModelSpec, training: Training, work: Workload) -> int:
-    """What malloc=fast keeps of the memory of a step's tensors for the next ones; 0 for any other plan."""
+class PoolSize(NamedTuple):
+    """What malloc=fast keeps: bytes that may lie free between tensors, and the size of the heap that they lie in."""
+
+    kept: int
+    reserve: int
+
+
+def pool_size(spec: ModelSpec, training: Training, work: Workload) -> PoolSize:
+    """The pool of a plan with malloc=fast; nothing for any other plan."""
     if training.malloc != "fast" or training.device != "cpu":
-        return 0
-    return max(_pool_bytes(step_terms(spec, one, work)) for one in worst_sets(spec, training))
-
-
-def _pool_bytes(terms: list[Term]) -> int:
-    return min(POOL_MOST, int(POOL_SHARE * _passing(terms)))
+        return PoolSize(0, 0)
+    passing = max(_passing(step_terms(spec, one, work)) for one in worst_sets(spec, training))
+    return PoolSize(int(POOL_SHARE * passing), int(POOL_RESERVE * passing))
 
 
 def _passing(terms: list[Term]) -> int:
@@ -174,14 +176,14 @@ def phases(
     used; the CUDA context is the profile's.
     """
     start, fixed = _beside_tensors(spec, training, work, baseline_bytes, data_bytes, head_buffers or {}, capability)
-    sets, pool = worst_sets(spec, training), pool_bytes(spec, training, work)
+    sets, pool = worst_sets(spec, training), pool_size(spec, training, work).kept
     evaluate = _evaluate(spec, training, [*fixed, *_kept(spec, training, sets)], scored, pool)
     if more is not None:
         # a group has no more tokens than a micro-batch, and keeps less of each
         high = evaluate.high_bytes + max(0, more.bytes)
         evaluate = evaluate.model_copy(update={"high_bytes": high})
     steps = max((step_terms(spec, one, work) for one in sets), key=_total)
-    step = [*fixed, *steps, _pool_term(min(pool, _passing(steps)))]
+    step = [*fixed, *steps, _pool_term(pool)]
     if more is not None:
         formula = "what this model's code holds beyond a Llama's, or less than it"
         step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
@@ -260,9 +262,8 @@ def _evaluate(
     return evaluate
 
 
-def _pool_term(used: int) -> Term:
-    formula = f"{POOL_WASTE} of {used} B that are kept for reuse"
-    return Term(name="pool", bytes=int(POOL_WASTE * used), formula=formula)
+def _pool_term(kept: int) -> Term:
+    return Term(name="pool", bytes=kept, formula="freed memory that is kept for the tensors to come")
 
 
 class Simulated(NamedTuple):
@@ -284,11 +285,10 @@ def phase(name: str, terms: list[Term], spec: ModelSpec, training: Training, sim
     expected = sum(term.bytes for term in terms)
     exact = simulated or spec.exact
     margin = 0.15 if not exact else 0.02 if training.device == "cpu" else 0.05
-    pool = next((term.bytes for term in terms if term.name == "pool"), 0)
     high = int(expected * (1 + margin)) + (CPU_HEAP if training.device != "cuda" else 0)
-    high += int(pool * (POOL_WORST / POOL_WASTE - 1))
     if training.device == "cuda":
         high = max(high, expected + CUDA_FLOOR)
+    pool = sum(term.bytes for term in terms if term.name == "pool")  # which nothing need fill
     return Phase(
         name=name,
         terms=tuple(terms),

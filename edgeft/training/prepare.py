@@ -12,8 +12,10 @@ import torch
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.nf4_base import load_base
 from edgeft.errors import BadInput
+from edgeft.machines.pool import Pool
 from edgeft.machines.profile import detect, load_profile
 from edgeft.memory import stages, train_step
+from edgeft.memory.phases import CPU_HEAP, pool_size
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.evaluate import autocast, token_losses
 from edgeft.models.parts import Parts, find_parts, repeat_groups
@@ -126,3 +128,17 @@ def tf32(training: Training, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def make_pool(plan: Plan, parts: Parts) -> Pool:
+    """The pool of freed memory that a plan wants, watched from the model's layers."""
+    size = pool_size(plan.spec, plan.training, plan.work)
+    pool = Pool(size.reserve, least=size.kept)
+    pool.watch([layer for stack in parts.stacks for layer in stack.layers], parts.body)
+    return pool
+
+
+def hold_to(pool: Pool, plan: Plan, name: str) -> None:
+    """Let the pool keep what the plan's phase expects, or its high estimate where that has answers in it."""
+    phase = next(phase for phase in plan.phases if phase.name == name)
+    pool.limit = max(phase.expected_bytes, phase.high_bytes - CPU_HEAP) if name == "evaluate" else phase.expected_bytes

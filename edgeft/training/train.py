@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,8 +28,8 @@ from edgeft.engine.quantized_layers import settle
 from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
+from edgeft.machines.pool import Pool
 from edgeft.memory import disk
-from edgeft.memory.phases import pool_bytes
 from edgeft.models.checkpoint import Checkpoint, join_files, local_folder
 from edgeft.models.evaluate import evaluate
 from edgeft.models.identity import (
@@ -46,7 +47,15 @@ from edgeft.progress import Progress
 from edgeft.settings import Training
 from edgeft.training.job_data import Data
 from edgeft.training.out_of_memory import capped, explained
-from edgeft.training.prepare import carried_out, check_head, choose_device, prepare, tf32
+from edgeft.training.prepare import (
+    carried_out,
+    check_head,
+    choose_device,
+    hold_to,
+    make_pool,
+    prepare,
+    tf32,
+)
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
 from edgeft.units import show_bytes
 
@@ -106,7 +115,7 @@ def train(
         phase[0] = stage
         progress(stage, done, total, numbers)
 
-    with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device):
+    with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device), at_end():
         session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
         if not session.scores:  # every checkpoint there was had become unreadable
             shutil.rmtree(session.work)
@@ -115,9 +124,18 @@ def train(
         session.loop()
         result = session.finish(out, plan_sha256, rehearsal)
         del session
-    meter.give_back()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
+
+
+@contextlib.contextmanager
+def at_end() -> Iterator[None]:
+    """Give back at the end what was kept for the next step, however it came."""
+    try:
+        yield
+    finally:
+        meter.control_malloc()
+        meter.give_back()
 
 
 def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:
@@ -152,6 +170,7 @@ class Session:
     work: Path
     progress: Progress
     run: Run
+    pool: Pool
     inputs: Inputs
     scores: dict[str, Any]
     phases: dict[str, int]
@@ -186,15 +205,17 @@ class Session:
         model, parts = prepare(here, device, compute, folder)
         check_head(model, parts, data.train[0], device, compute)
         phases = {"load": meter.peak_bytes(device)}
-        meter.keep_pool(pool_bytes(here.spec, training, here.work))
+        pool = make_pool(here, parts)
         fresh: dict[str, Any] = {}
         if not any(work.glob("step-*")):
             meter.reset_peak(device)
+            hold_to(pool, here, "evaluate")
             score = scorer(model, parts, data, training, device, compute, progress)
             fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
             fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
             phases["evaluate"] = meter.peak_bytes(device)
         meter.reset_peak(device)
+        hold_to(pool, here, "train")
         run = make_run(training, device, compute, model, parts, folder, work)
         resumed = [run.step] if run.step else []
         if resumed:
@@ -202,7 +223,7 @@ class Session:
             meter.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         return cls(
-            plan, here, device, compute, deviations, data, work, progress, run, inputs,
+            plan, here, device, compute, deviations, data, work, progress, run, pool, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
             before["seconds"], before["peaks"],
         )  # fmt: skip
@@ -245,8 +266,8 @@ class Session:
             self.interval_peaks.append(meter.peak_bytes(device))
             run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
         run.optimizer.state.clear()  # scoring needs no optimizer states
-        meter.give_back()  # the pool is as full of pages as training made it
-        meter.keep_pool(pool_bytes(self.plan.spec, training, self.plan.work))
+        self.pool.give_back()  # its pages are as many as training made them
+        hold_to(self.pool, self.here, "evaluate")
 
     def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""

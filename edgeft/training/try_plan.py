@@ -15,11 +15,10 @@ from edgeft.documents import sha256_file, versions
 from edgeft.engine.loop import make_run
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
-from edgeft.memory.phases import pool_bytes
 from edgeft.models.checkpoint import local_folder
 from edgeft.planning.plan import Plan
 from edgeft.training.out_of_memory import capped, explained
-from edgeft.training.prepare import choose_device, prepare, tf32
+from edgeft.training.prepare import choose_device, hold_to, make_pool, prepare, tf32
 from edgeft.training.result import Trial
 from edgeft.training.train import check_budget
 from edgeft.units import show_bytes
@@ -53,7 +52,8 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         model, parts = prepare(plan, device, compute, folder)
         run = make_run(plan.training, device, compute, model, parts, folder, Path(scratch))
         sample = filled_sample(plan)
-        meter.keep_pool(pool_bytes(plan.spec, plan.training, plan.work))
+        pool = make_pool(plan, parts)
+        hold_to(pool, plan, "train")
         meter.reset_peak(device)
         for _ in range(STEPS):
             started = time.monotonic()

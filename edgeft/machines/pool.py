@@ -1,0 +1,114 @@
+"""How much freed memory does a process keep for the tensors to come, and when does it give it back?"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeft.machines.meter import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, MAPPED_BYTES, glibc, rss_bytes, taken_bytes
+
+NEVER, LARGEST_THRESHOLD = -1, 32 * 2**20
+PIECE = 2**20
+HEAD = 2**30  # behind every layer
+ROOM = 3  # what is free in so many times what a layer takes serves it: not every tensor finds a hole of its size
+
+
+class Pool:
+    """Freed memory that is kept for tensors to come, while the process holds no more than `limit` bytes in all.
+
+    For `meter.control_malloc`'s processes. A page that is mapped anew is cleared by the system: in a training step
+    that takes up to a third of the time. glibc looks for a place in its heap before it maps a block, so a heap that is
+    grown once by `reserve` bytes, none of them touched, serves every tensor that finds room there. What lies free
+    between tensors would grow without a bound: before each layer runs, forward and backward, the process looks at what
+    it holds, and where the layer would take it above the limit, the free pages are given back first.
+
+    Where address space is limited the heap grows by `least` bytes instead. Without glibc nothing is kept.
+    `meter.control_malloc` ends it.
+    """
+
+    def __init__(self, reserve: int, least: int) -> None:
+        size = reserve if _may_reserve() else least
+        self.reserve = size if size >= PIECE and glibc() is not None else 0
+        self.limit = math.inf
+        self.times_given_back = 0
+        self._grows: dict[int, float] = {}  # bytes for each element of a place's input, to the next place, at most
+        self._last: tuple[int, int, int] | None = None  # place, size of its input, bytes held
+        self._other = 0  # what the process holds that glibc has not given out
+        self.give_back()
+
+    def watch(self, layers: Sequence[torch.nn.Module], body: torch.nn.Module) -> None:
+        """Look before each of `layers` runs, once `body` has run, and when gradients have passed a layer."""
+        if not self.reserve:
+            return
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
+        body.register_forward_hook(lambda *_: self.look(HEAD, 1))
+
+    def _before(self, number: int) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+            size = 1 if hidden is None else hidden.numel()
+            self.look(number, size)
+            if hidden is not None and hidden.requires_grad:
+                hidden.register_hook(lambda _: self.look(-1 - number, size))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def look(self, place: int, size: int) -> None:
+        """Give free pages back where what comes after this place would take the process above the limit.
+
+        Places are layers, forward 0, 1, ... and backward -1, -2, ..., and the head. What comes after a place is what
+        was seen there, in proportion to the `size` of its input; before it was seen, as much as there is.
+        """
+        if not self.reserve:
+            return
+        held = rss_bytes()
+        if self._last is not None and (place < 0 or self._last[0] >= 0):
+            # from the last gradient to the next forward pass the optimizer's states appear, once
+            old, tokens, before = self._last
+            self._grows[old] = max(self._grows.get(old, 0.0), (held - before) / tokens)
+        more = self._grows.get(place, 0.0 if place < 0 else math.inf) * size
+        if held > self.limit or (held + more > self.limit and self._free(held) < ROOM * more):
+            self.give_back()
+            held = rss_bytes()
+        self._last = place, size, held
+
+    def give_back(self) -> None:
+        """Return every free page to the system; the heap keeps its size."""
+        if self.reserve:
+            glibc().malloc_trim(0)
+            self._grow()
+            self._other = rss_bytes() - taken_bytes()
+            self.times_given_back += 1
+
+    def _free(self, held: int) -> int:
+        """Resident bytes that lie free in the heap."""
+        return held - taken_bytes() - self._other
+
+    def _grow(self) -> None:
+        """Make the heap's free end `reserve` bytes long, without touching a page."""
+        if not self.reserve:
+            return
+        library = glibc()
+        library.mallopt(M_TRIM_THRESHOLD, NEVER)
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        pieces = [library.malloc(PIECE) for _ in range(self.reserve // PIECE)]
+        for piece in reversed(pieces):  # the last one first: each joins the free end of the heap
+            library.free(piece)
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+def _may_reserve() -> bool:
+    """Whether address space costs nothing: no ulimit on it, and the system does not count what is not touched."""
+    with contextlib.suppress(OSError, ValueError):
+        if int(Path("/proc/sys/vm/overcommit_memory").read_text()) == 2:
+            return False
+    import resource
+
+    kinds = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    return all(resource.getrlimit(kind)[0] == resource.RLIM_INFINITY for kind in kinds)

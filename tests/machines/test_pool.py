@@ -1,0 +1,106 @@
+"""Freed memory is kept for the tensors to come, and given back before a process would hold more than its limit."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from edgeft.machines.pool import Pool
+from edgeft.units import MIB
+
+glibc_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="glibc's malloc"
+)
+# Layers whose results are kept until the end of a step, as autograd keeps them: `count` tensors of a MiB each, beside
+# as many that go at once, with something small between them that stays and divides the memory.
+STEPS = """if True:
+    import json, resource, sys
+    import torch
+    from edgeft.machines import meter
+    from edgeft.machines.pool import Pool
+    reserve, least, extra, layers, count = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+    assert meter.control_malloc()
+    start = meter.rss_bytes()
+    pool = Pool(reserve, least)
+    pool.limit = start + extra
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, kept):
+            for _ in range(count):
+                gone = torch.ones(2**18)
+                kept.append((torch.ones(2**18), torch.ones(4)))
+                del gone
+            return x
+
+    body = torch.nn.Module()
+    stack = [Layer() for _ in range(layers)]
+    pool.watch(stack, body)
+
+    def step():
+        kept, x = [], torch.ones(1)
+        for layer in stack:
+            x = layer(x, kept)
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    step(), step(), step()
+    meter.reset_peak(torch.device("cpu"))
+    before = faults()
+    step()
+    seen = faults() - before
+    peak = meter.peak_rss_bytes() - start
+    meter.control_malloc()
+    meter.give_back()
+    print(json.dumps([seen, peak, meter.rss_bytes() - start, pool.times_given_back]))
+"""
+
+
+def of(*arguments: int, before: str = "") -> list[int]:
+    """(page faults of a fourth step, its peak, bytes held after the end, how often pages were given back)."""
+    done = subprocess.run(
+        [sys.executable, "-c", before + STEPS, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    return [int(value) for value in json.loads(done.stdout.splitlines()[-1])]
+
+
+@glibc_only
+def test_a_pool_keeps_what_is_freed() -> None:
+    faults, peak, after, _ = of(256 * MIB, 0, 200 * MIB, 10, 4)
+    assert faults < 40 * 256 / 4 and 40 * MIB < peak < 200 * MIB and after < 8 * MIB
+    faults, peak, after, _ = of(0, 0, 200 * MIB, 10, 4)
+    assert faults > 80 * 256 * 0.9 and peak < 44 * MIB and after < 8 * MIB
+
+
+@glibc_only
+def test_a_pool_keeps_within_its_limit() -> None:
+    _, free, _, _ = of(256 * MIB, 0, 200 * MIB, 20, 4)
+    assert free > 100 * MIB  # what is there when nothing limits it: 80 MiB are kept in a step
+    faults, peak, _, times = of(256 * MIB, 0, 90 * MIB, 20, 4)
+    assert peak < 90 * MIB + 8 * MIB < free and times > 20  # a layer more at most; each place is unknown once
+    assert faults < 160 * 256
+
+
+@glibc_only
+def test_less_is_reserved_where_address_space_is_limited() -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, resource.RLIM_INFINITY))\n"
+    faults, peak, _, _ = of(256 * MIB, 16 * MIB, 200 * MIB, 10, 4, before=limited)
+    assert faults > 24 * 256 and peak < 80 * MIB
+
+
+def test_nothing_is_watched_where_nothing_is_reserved() -> None:
+    class Refusing:
+        def register_forward_pre_hook(self, *_: Any, **__: Any) -> None:
+            raise AssertionError
+
+    pool = Pool(0, 0)
+    pool.watch([Refusing()], Refusing())  # type: ignore[list-item, arg-type]
+    pool.give_back()
+    pool.look(0, 1)
+    assert pool.times_given_back == 0
