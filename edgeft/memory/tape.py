@@ -36,7 +36,7 @@ class Tape:
         """The result of an operation on `inputs` that keeps `saved` for its backward pass where one will come.
 
         `beside` is a second result that only the backward pass needs; `hidden` is held only while the operation runs.
-        One of PyTorch's own keeps what it needs before it computes, one written in Python once it is done: `saves_last`.
+        PyTorch's own keep what they need before they compute, one written in Python once it is done: `saves_last`.
         """
         wanted = any(value.node for value in inputs)
         kept, slots = [], range(0)

@@ -15,7 +15,6 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import Training, make_job
-from edgeft.units import MIB
 
 SMOL = str(CONFIGS / "smollm2-135m")
 
