@@ -373,7 +373,9 @@ def run(
     wanted = {"--max-tokens": max_tokens, "--system": system, "--adapter": adapter}
     given = [part for name, value in wanted.items() if value is not None for part in (name, str(value))]
     try:
-        made = runner.reply(runner.Runner(folder), runner.parse([*given, "--", prompt]), prompt)
+        options = runner.parse([*given, "--bundle", str(folder)])
+        model = runner.ready(folder, options)
+        made = runner.reply(model, options, runner.prompt_ids(model, options, runner.Asked(prompt)))
     except runner.RunError as problem:
         raise of_exit_code(problem.exit_code, problem.where, problem.problem, problem.hint) from None
     return str(made["text"])

@@ -8,6 +8,8 @@ python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: 
                             --system TEXT and --messages FILE for a chat; --adapter NAME with one of the bundle's
                             A bundle that is held to labels answers with one of them: --json adds how probable it and
                             the next best are, --min-probability P says "none of these" below, --free lets it write
+python run.py --batch FILE --out OUT   answers each line of a file, {"prompt": ...} or {"messages": ...}, into a line
+                            of --json; what was killed goes on where it was; --serve: standard input, as it comes
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
 python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
 
@@ -46,7 +48,7 @@ import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator  # noqa: UP035 (one import less on a device)
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence  # noqa: UP035 (one import less on a device)
 
 # onnxruntime since 1.29 and onnxruntime-genai since 0.18 write a device id into the home folder and look for a
 # collector, unless told before they are imported. What a user has set stays.
@@ -60,6 +62,7 @@ BLANK_HASH = "0" * 64
 # Tokens per forward pass of a prompt: activations grow with it. Blocks of 64 or more give the very numbers of one
 # pass, and 128 to 256 are the fastest: 512 are 9% slower at 135M.
 PREFILL_TOKENS = 256
+ONE_MORE = 16  # tokens: no pass has one more than a multiple of these
 SIGNATURE = "bundle.sig"
 SIGNED = b"edgeft bundle 1\n"  # what is signed: this, so that no other use of a key can be mistaken, and bundle.json
 # How the names of those processor features begin by which runtimes choose their kernels.
@@ -293,6 +296,8 @@ class OnnxRuntimeGenAI:
     `graph` takes the place of model.onnx, over the same weights.
     """
 
+    shares = True  # a prompt's numbers are the same to the bit, however many of its tokens the cache held already
+
     def __init__(self, bundle: Path, manifest: dict[str, Any], check: bool, graph: bytes | None = None) -> None:
         self.og = runtime("onnxruntime_genai", "onnxruntime-genai")
         config = read_config(bundle, manifest["files"])
@@ -460,6 +465,9 @@ class OnnxRuntime:
         except Exception as problem:  # both raise exceptions of their own for whatever a file holds
             hint = "run --verify to see which file is damaged"
             raise RunError(bundle, f"cannot be loaded: {problem}", hint) from None
+        target = manifest.get("target")
+        # 8-bit graphs scale a pass's activations by their largest: its other tokens change a token's numbers
+        self.shares = isinstance(target, dict) and target.get("weight_bits") == 32
         self.template, self.special = read_template(bundle)
         self.inputs = {value.name: value for value in self.model.get_inputs()}
         self.outputs = [value.name for value in self.model.get_outputs()]
@@ -787,10 +795,59 @@ class LabelSearch:
         return least >= threshold or most < threshold
 
 
-def common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two beginnings have in common."""
     pairs = zip(first, second)  # noqa: B905
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def passes(ids: list[int]) -> Iterator[list[int]]:
+    """A prompt's tokens, PREFILL_TOKENS a pass, so that the numbers behind it do not depend on where passes begin.
+
+    A single row is another kernel's, which rounds otherwise: no pass is of one token, nor has one beyond a block that
+    attention takes at once (twice a head's width: a multiple of ONE_MORE).
+    """
+    start = 0
+    while start < len(ids):
+        left = len(ids) - start
+        size = min(left, PREFILL_TOKENS)
+        size -= 2 * (size > 1 and (size % ONE_MORE == 1 or left - size == 1))
+        yield ids[start : start + size]
+        start += size
+
+
+class Cache:
+    """A session of the engine's and the tokens that it has read: what the next prompt has in common with it stays.
+
+    What was read one by one, an answer, does not, so that a prompt's numbers are those of a new session to the bit.
+    """
+
+    def __init__(self, engine: Any, room: int) -> None:
+        self.engine, self.room, self.prompt_tokens = engine, room, 0
+        self.session, self.ids = engine.start(room), list[int]()
+
+    def append(self, ids: list[int]) -> Any:
+        """Logits after the last of some more tokens."""
+        self.ids += ids
+        return self.session.append(ids)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens`."""
+        if tokens < len(self.ids):
+            self.session.rewind(tokens)
+            del self.ids[tokens:]
+
+    def read(self, ids: list[int]) -> Any:
+        """Logits after a whole prompt, of which two tokens at least are read anew: a single one is another kernel's."""
+        same = max(0, min(common_length(self.ids[: self.prompt_tokens], ids), len(ids) - 2))
+        try:
+            self.rewind(same)
+        except (RunError, RuntimeError):  # this kind of model cannot forget: from its beginning then
+            self.session, self.ids = self.engine.start(self.room), []
+        for part in passes(ids[len(self.ids) :]):
+            last = self.append(part)
+        self.prompt_tokens = len(ids)
+        return last
 
 
 def log_shares(logits: Any, tokens: list[int]) -> list[float]:
@@ -803,7 +860,15 @@ def log_shares(logits: Any, tokens: list[int]) -> list[float]:
 
 
 class Runner:
-    """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer."""
+    """A loaded bundle. Token ids in, token ids and logits out; text through the bundle's own tokenizer.
+
+    `keep_tokens`: more than 0 keeps the last prompt's cache, for at least so many tokens, for what the next one has in
+    common with it.
+    """
+
+    keep_tokens = 0
+    kept: Cache | None = None
+    adapter: str | None = None
 
     def __init__(
         self, bundle: Path, graph: bytes | None = None, trusted: bytes | None = None, check: bool = True
@@ -835,12 +900,28 @@ class Runner:
         self.labels = Labels.read(bundle, held["file"], self.eos_ids) if held else None
         self.temperature = float(held.get("temperature", 1.0))  # by which the labels' probabilities were calibrated
 
+    @contextlib.contextmanager
+    def cache(self, room: int) -> Iterator[Cache]:
+        """A cache for so many tokens: the last prompt's, where it is kept and has room: then only what is new is read.
+
+        While one answer is being made another finds none: each has its own.
+        """
+        kept, self.kept = self.kept, None
+        if kept is not None and kept.room < room:
+            kept, self.keep_tokens = None, max(self.keep_tokens, 2 * room)
+        cache = kept or Cache(self.engine, max(room, min(self.keep_tokens, self.context_tokens)))
+        yield cache  # where that raises, nobody knows what the cache holds: it is not kept
+        self.kept = cache if self.keep_tokens and self.engine.shares else None
+
     def use(self, adapter: str | None) -> None:
         """From the next prompt on, answer with this adapter (None: without). The model stays loaded.
 
         Raises RunError if the bundle has none of that name, or one that is not for this graph or is damaged.
         """
         self.engine.use(adapter)
+        if adapter != self.adapter:
+            self.kept = None
+        self.adapter = adapter
 
     def encode(self, text: str, plain: bool) -> list[int]:
         """Token ids of a text; a plain prompt gets the tokenizer's begin-of-text ids in front."""
@@ -885,8 +966,8 @@ class Runner:
         if self.task != "text-generation":
             return self.engine.values(ids)[None]
         session = self.engine.start(len(ids))
-        parts = [ids[start : start + PREFILL_TOKENS] for start in range(0, len(ids), PREFILL_TOKENS)]
-        return numpy.concatenate([session.append(part, every=True).astype(numpy.float32) for part in parts])
+        rows = [session.append(part, every=True).astype(numpy.float32) for part in passes(ids)]
+        return numpy.concatenate(rows)
 
     def last_logits(self, ids: list[int]) -> Any:
         """Logits after the last token: float32 (vocabulary,); of an encoder (labels or width,)."""
@@ -895,10 +976,7 @@ class Runner:
         self.fit(ids, 0)
         if self.task != "text-generation":
             return self.engine.values(ids)
-        session = self.engine.start(len(ids))
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            last = session.append(ids[start : start + PREFILL_TOKENS])
-        return last.astype(numpy.float32)
+        return Cache(self.engine, len(ids)).read(ids).astype(numpy.float32)
 
     def stream(
         self,
@@ -920,16 +998,15 @@ class Runner:
         stop = set(self.eos_ids if eos_ids is None else eos_ids)
         max_tokens = min(max_tokens, self.context_tokens - len(ids))
         random = numpy.random.default_rng(seed)
-        session = self.engine.start(len(ids) + max_tokens)
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            last = session.append(ids[start : start + PREFILL_TOKENS])
-        for made in range(1, max_tokens + 1):
-            token = int(last.argmax()) if temperature <= 0 else _sample(last, temperature, top_p, random)
-            if token in stop:
-                return
-            yield token
-            if made < max_tokens:
-                last = session.append([token])
+        with self.cache(len(ids) + max_tokens) as cache:
+            last = cache.read(ids)
+            for made in range(1, max_tokens + 1):
+                token = int(last.argmax()) if temperature <= 0 else _sample(last, temperature, top_p, random)
+                if token in stop:
+                    return
+                yield token
+                if made < max_tokens:
+                    last = cache.append([token])
 
     def follow(self, ids: list[int], tokens: list[int]) -> Iterator[Any]:
         """Logits after the prompt, then after each of the tokens but the last, whatever the model would have said."""
@@ -940,12 +1017,10 @@ class Runner:
             return
         self.fit(ids, 0)
         self.fit([*ids, *tokens], 0)
-        session = self.engine.start(len(ids) + len(tokens))
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            last = session.append(ids[start : start + PREFILL_TOKENS])
-        yield last.astype(numpy.float32)
+        cache = Cache(self.engine, len(ids) + len(tokens))
+        yield cache.read(ids).astype(numpy.float32)
         for token in tokens[:-1]:
-            yield session.append([token]).astype(numpy.float32)
+            yield cache.append([token]).astype(numpy.float32)
 
     def choose(
         self, ids: list[int], enough: Callable[[LabelSearch], bool] = LabelSearch.decided, labels: Labels | None = None
@@ -959,19 +1034,17 @@ class Runner:
             raise RunError("labels", "this bundle is held to none", "it answers in free text")
         self.fit(ids, 0)
         self.fit(ids + [0] * labels.longest, 0)
-        session, search = self.engine.start(len(ids) + labels.longest), LabelSearch(labels, self.temperature)
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            last = session.append(ids[start : start + PREFILL_TOKENS])
-        at: tuple[int, ...] = ()
-        while search.open and not enough(search):
-            score, prefix = -search.open[0][0], search.next()
-            if prefix:
-                same = common_length(at, prefix[:-1])  # its last token is read anew: its logits are asked for
-                if same < len(at):
-                    session.rewind(len(ids) + same)
-                last = session.append(list(prefix[same:]))
-                at, search.passes = prefix, search.passes + 1
-            search.expand(prefix, score, log_shares(last, labels.children[prefix]))
+        search = LabelSearch(labels, self.temperature)
+        with self.cache(len(ids) + labels.longest) as cache:
+            last = cache.read(ids)
+            while search.open and not enough(search):
+                score, prefix = -search.open[0][0], search.next()
+                if prefix:  # its last token is read anew: its logits are asked for
+                    same = common_length(cache.ids[len(ids) :], prefix[:-1])
+                    cache.rewind(len(ids) + same)
+                    last = cache.append(list(prefix[same:]))
+                    search.passes += 1
+                search.expand(prefix, score, log_shares(last, labels.children[prefix]))
         return search
 
     def greedy(self, ids: list[int], max_tokens: int, eos_ids: Iterable[int] | None = None) -> list[int]:
@@ -1613,130 +1686,151 @@ def read_input() -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_messages(path: Path) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """(a conversation, its tools) from a JSON file, `-` is standard input. Raises RunError.
+class Asked(NamedTuple):
+    """What is to be answered: a prompt, or a conversation with its tools."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+
+
+MESSAGES = 'give a list as in [{"role": "user", "content": "hello"}]'
+
+
+def read_messages(path: Path) -> Asked:
+    """A conversation, and its tools, from a JSON file; `-` is standard input. Raises RunError.
 
     [{"role": ..., "content": ...}, ...] or, as a row of training data has them, {"messages": [...], "tools": [...]}.
     """
-    hint = 'give a list as in [{"role": "user", "content": "hello"}]'
     try:
         raw = read_input().encode("utf-8") if str(path) == "-" else read_limited(path)
     except OSError as problem:
-        raise RunError(path, f"cannot be read: {problem.strerror or problem}", hint) from None
-    messages, tools = parse_json(path, raw, hint), None
-    if isinstance(messages, dict) and "messages" in messages:
-        unknown = sorted(messages.keys() - {"messages", "tools"})
-        if unknown:
-            raise RunError(path, f"has keys that are not used: {', '.join(unknown)}", "give messages and tools alone")
-        messages, tools = messages["messages"], messages.get("tools")
+        raise RunError(path, f"cannot be read: {problem.strerror or problem}", MESSAGES) from None
+    given = parse_json(path, raw, MESSAGES)
+    if not isinstance(given, dict) or "messages" not in given:
+        return as_messages(path, given, None)
+    unknown = sorted(given.keys() - {"messages", "tools"})
+    if unknown:
+        raise RunError(path, f"has keys that are not used: {', '.join(unknown)}", "give messages and tools alone")
+    return as_messages(path, given["messages"], given.get("tools"))
+
+
+def as_messages(where: object, messages: Any, tools: Any) -> Asked:
+    """A conversation and its tools as JSON has them. Raises RunError for what is none."""
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RunError(path, "'tools' is no list of objects", "give them as the training rows have them")
+        raise RunError(where, "'tools' is no list of objects", "give them as the training rows have them")
     if not isinstance(messages, list) or not messages:
-        raise RunError(path, "is no list of messages", hint)
+        raise RunError(where, "is no list of messages", MESSAGES)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RunError(path, f"message {number} has no 'role': {message!r:.80}", hint)
-    return messages, tools or None
+            raise RunError(where, f"message {number} has no 'role': {message!r:.80}", MESSAGES)
+    return Asked(messages=messages, tools=tools or None)
 
 
-def conversation(
-    options: argparse.Namespace, prompt: str | None, own_system: str | None
-) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """What the chat template gets: --messages or the prompt, behind the system message, the bundle's own; and tools.
+def conversation(options: argparse.Namespace, asked: Asked, own_system: str | None) -> list[dict[str, Any]]:
+    """The messages that the chat template gets: those asked, or the prompt, behind the bundle's own system message.
 
     --system takes its place; where that is empty there is none. A conversation that has one keeps it.
     """
-    if prompt is None:
-        messages, tools = read_messages(options.messages)
-    else:
-        messages, tools = [{"role": "user", "content": prompt}], None
+    messages = asked.messages or [{"role": "user", "content": asked.prompt}]
     has_one = messages[0]["role"] == "system"
     if has_one and options.system is not None:
         raise RunError("--system", "the conversation has a system message already", "give one of the two")
     system = own_system if options.system is None else options.system
-    return (messages if has_one or not system else [{"role": "system", "content": system}, *messages]), tools
+    return messages if has_one or not system else [{"role": "system", "content": system}, *messages]
 
 
-def encoded(runner: Runner, text: str, as_json: bool) -> str:
+def encoded(runner: Runner, ids: list[int], as_json: bool = True) -> Any:
     """A text's likeliest label and its share, or its embedding; as JSON the shares of all labels."""
     import numpy
 
-    ids = runner.encode(text, plain=True)
     values = runner.logits(ids)[0].astype(numpy.float64)
     labels = runner.manifest.get("labels") or []
     if not labels:
         vector = [float(value) for value in values]
-        return json.dumps({"embedding": vector, "prompt_ids": ids}) if as_json else " ".join(f"{v:.6g}" for v in vector)
+        return {"embedding": vector, "prompt_ids": ids} if as_json else " ".join(f"{v:.6g}" for v in vector)
     shares = numpy.exp(values - values.max())
     shares /= shares.sum()
     best = int(shares.argmax())
     if not as_json:
         return f"{labels[best]} {shares[best]:.4f}"
     scores = {label: float(share) for label, share in zip(labels, shares)}  # noqa: B905
-    return json.dumps({"label": labels[best], "scores": scores, "prompt_ids": ids})
+    return {"label": labels[best], "scores": scores, "prompt_ids": ids}
 
 
-def prompt_text(runner: Runner, options: argparse.Namespace, prompt: str | None) -> tuple[str, bool]:
-    """(the text that the model continues, whether it is a plain prompt). Without a prompt --messages has one."""
+def prompt_text(runner: Runner, options: argparse.Namespace, asked: Asked) -> tuple[str, bool]:
+    """(the text that the model continues, whether it is a plain prompt)."""
     trained = runner.manifest["adapters"][options.adapter] if options.adapter else runner.manifest
     chat = (options.format or trained["prompt_format"]) == "chat"
     if not chat and options.system is not None:
         raise RunError("--system", "this model continues plain prompts, which have no system message", "add --chat")
-    if not chat and prompt is None:
-        raise RunError("--messages", "this model continues plain prompts", "add --chat")
+    if not chat and asked.prompt is None:
+        raise RunError("messages", "this model continues plain prompts", "give a prompt, or add --chat")
     if not chat:
-        return str(prompt), True
-    return runner.render(*conversation(options, prompt, trained.get("system"))), False
+        return str(asked.prompt), True
+    return runner.render(conversation(options, asked, trained.get("system")), asked.tools), False
+
+
+def prompt_ids(runner: Runner, options: argparse.Namespace, asked: Asked) -> list[int]:
+    """The tokens of what is asked. Raises RunError where options do not go with it, or the context does not hold it."""
+    if runner.task != "text-generation":
+        if asked.prompt is None or options.system is not None:
+            raise RunError("prompt", f"this model does {runner.task}: it takes a text, no conversation")
+        ids = runner.encode(asked.prompt, plain=True)
+        runner.fit(ids, 0)
+        return ids
+    ids = runner.encode(*prompt_text(runner, options, asked))
+    runner.fit(ids, 1)
+    if runner.labels is not None and not options.free:
+        runner.fit(ids + [0] * runner.labels.longest, 0)
+    return ids
 
 
 def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
     """0, after writing the answer to standard output as it comes."""
-    prompt = read_prompt(options.prompt) if options.messages is None else None
-    runner = Runner(bundle, trusted=trusted, check=not options.no_check)
-    if runner.task != "text-generation":
-        if prompt is None or options.system is not None:
-            raise RunError("prompt", f"this model does {runner.task}: it takes a text, no conversation")
-        print(encoded(runner, prompt, options.json))
-        return 0
+    asked = Asked(read_prompt(options.prompt)) if options.messages is None else read_messages(options.messages)
+    runner = ready(bundle, options, trusted)
+    ids = prompt_ids(runner, options, asked)
     if options.json:
-        print(json.dumps(reply(runner, options, prompt)))
-        return 0
-    if held_to_labels(runner, options):
-        print(choice(runner, options, prompt, shown=False)["text"])
-        return 0
-    piece = runner.engine.decoder()
-    for token in continued(runner, options, prompt)[1]:
-        print(piece(token), end="", flush=True)
-    print()
+        print(json.dumps(reply(runner, options, ids)))
+    elif runner.task != "text-generation":
+        print(encoded(runner, ids, False))
+    elif runner.labels is not None and not options.free:
+        print(choice(runner, options, ids, shown=False)["text"])
+    else:
+        piece = runner.engine.decoder()
+        for token in continued(runner, options, ids):
+            print(piece(token), end="", flush=True)
+        print()
     return 0
 
 
-def continued(runner: Runner, options: argparse.Namespace, prompt: str | None) -> tuple[list[int], Iterator[int]]:
-    """(the prompt's ids, the answer's as they come)."""
-    runner.use(options.adapter)
-    ids = runner.encode(*prompt_text(runner, options, prompt))
-    sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
-    return ids, runner.stream(ids, options.max_tokens, **sampling)
+def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = None) -> Runner:
+    """A runner that answers as the options say. Raises RunError for what does not go together."""
+    runner = Runner(bundle, trusted=trusted, check=not options.no_check)
+    if runner.task == "text-generation":
+        held = runner.labels is not None and not options.free
+        if not held and options.min_probability is not None:
+            raise RunError("--min-probability", "is for an answer that is held to labels, this one is free")
+        if held and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
+            raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
+        runner.use(options.adapter)
+    return runner
 
 
-def held_to_labels(runner: Runner, options: argparse.Namespace) -> bool:
-    """Whether the answer is one of the bundle's labels. Raises RunError for options that the other form takes."""
-    held = runner.labels is not None and not options.free
-    if not held and options.min_probability is not None:
-        raise RunError("--min-probability", "is for an answer that is held to labels, this one is free")
-    if held and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
-        raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
-    return held
+def continued(runner: Runner, options: argparse.Namespace, ids: list[int]) -> Iterator[int]:
+    """The answer's tokens as they come."""
+    return runner.stream(
+        ids, options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
 
 
-def choice(runner: Runner, options: argparse.Namespace, prompt: str | None, shown: bool = True) -> dict[str, Any]:
+def choice(runner: Runner, options: argparse.Namespace, ids: list[int], shown: bool = True) -> dict[str, Any]:
     """The most probable label, unless it has less than --min-probability; with probabilities where they are shown.
 
     They are the middle of what is possible, which is PROBABILITY_WITHIN wide; --min-probability is decided exactly.
     """
     threshold = options.min_probability or 0.0
-    runner.use(options.adapter)
-    ids = runner.encode(*prompt_text(runner, options, prompt))
 
     def enough(search: LabelSearch) -> bool:
         return search.settles(threshold) and (not shown or search.known_within(PROBABILITY_WITHIN))
@@ -1755,13 +1849,205 @@ def choice(runner: Runner, options: argparse.Namespace, prompt: str | None, show
     return {**made, "ids": list(path[:-1]) if taken else [], "prompt_ids": ids}
 
 
-def reply(runner: Runner, options: argparse.Namespace, prompt: str | None) -> dict[str, Any]:
-    """The whole answer to one prompt or conversation: its text, its ids and the prompt's; `choice` of labels."""
-    if held_to_labels(runner, options):
-        return choice(runner, options, prompt)
-    ids, tokens = continued(runner, options, prompt)
-    made = list(tokens)
+def reply(runner: Runner, options: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
+    """The whole answer to a prompt: its text, its ids and the prompt's; `choice` of labels, `encoded` of an encoder."""
+    if runner.task != "text-generation":
+        return dict(encoded(runner, ids))
+    if runner.labels is not None and not options.free:
+        return choice(runner, options, ids)
+    made = list(continued(runner, options, ids))
     return {"text": runner.decode(made), "ids": made, "prompt_ids": ids}
+
+
+BATCH_ROW = 'a line is {"prompt": TEXT} or {"messages": [...], "tools": [...]}, with an "id" of your own if you like'
+MOST_SHOWN = 5  # of a batch's bad lines
+
+
+class BatchRow(NamedTuple):
+    """One line of a batch."""
+
+    line: int
+    asked: Asked
+    own: dict[str, Any]  # {"id": ...}, where it has one
+
+
+def batch_row(where: str, line: int, raw: bytes) -> BatchRow:
+    """A row of a batch out of its JSON text. Raises RunError, which names it, for what is none."""
+    if len(raw) > MOST_BYTES:
+        raise RunError(where, f"is longer than the {MOST_BYTES >> 20} MiB that are read", BATCH_ROW)
+    if not raw.strip():
+        raise RunError(where, "is empty", BATCH_ROW)
+    row = parse_json(where, raw.strip(), BATCH_ROW)
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise RunError(where, f"has no prompt and no messages, or both: {str(row)[:80]}", BATCH_ROW)
+    unknown = sorted(map(str, row.keys() - {"prompt", "messages", "tools", "id"}))
+    if unknown or ("tools" in row and "messages" not in row):
+        raise RunError(where, f"has keys that are not used: {', '.join(unknown) or 'tools'}", BATCH_ROW)
+    if "prompt" in row and not isinstance(row["prompt"], str):
+        raise RunError(where, f"'prompt' is no text: {row['prompt']!r:.80}", BATCH_ROW)
+    asked = Asked(row["prompt"]) if "prompt" in row else as_messages(where, row["messages"], row.get("tools"))
+    return BatchRow(line, asked, {"id": row["id"]} if "id" in row else {})
+
+
+def each_good(path: Path, entries: Iterable[Any], read: Callable[[Any], Any]) -> list[Any]:
+    """What `read` makes of each entry. Raises one RunError for all that it raises one for; then nothing is answered."""
+    made, broken = [], []
+    for entry in entries:
+        try:
+            made.append(read(entry))
+        except RunError as problem:
+            broken.append(problem)
+    if len(broken) == 1:
+        raise broken[0]
+    if broken:
+        lines = [f"{each.where}: {each.problem}" for each in broken[:MOST_SHOWN]]
+        more = [f"... and {len(broken) - MOST_SHOWN} more"] if len(broken) > MOST_SHOWN else []
+        raise RunError(path, f"{len(broken)} lines cannot be used\n" + "\n".join(lines + more), broken[0].hint)
+    return made
+
+
+def numbered(file: Any) -> Iterator[tuple[int, bytes]]:
+    """The lines of a binary file with their numbers; of one longer than MOST_BYTES no more than one byte more."""
+    for number, raw in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), start=1):
+        rest = raw
+        while len(rest) > MOST_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MOST_BYTES + 1)
+        yield number, raw
+
+
+def read_batch(path: Path) -> tuple[list[BatchRow], str]:
+    """(the rows of a batch, its bytes' hash). Raises RunError naming the lines that are none."""
+    digest = hashlib.sha256()
+
+    def read(each: tuple[int, bytes]) -> BatchRow:
+        digest.update(each[1])
+        return batch_row(f"{path}, line {each[0]}", *each)
+
+    try:
+        with open(path, "rb") as file:
+            rows = each_good(path, numbered(file), read)
+    except OSError as problem:
+        raise RunError(path, f"cannot be read: {problem.strerror or problem}", BATCH_ROW) from None
+    if not rows:
+        raise RunError(path, "there are no rows in it", BATCH_ROW)
+    return rows, digest.hexdigest()
+
+
+class Journal:
+    """The answers of a batch so far, beside its output, one whole line each: what a killed run leaves behind.
+
+    Its first line says of which batch, bundle and options they are: another one's are not taken up.
+    """
+
+    def __init__(self, out: Path, batch: dict[str, Any]) -> None:
+        self.out, self.path, self.head = out, out.with_name(out.name + ".part"), json.dumps(batch, sort_keys=True)
+        self.answers: dict[int, str] = {}  # by the row's place in the file
+        self.file: Any = None
+        self.whole = self._read() if self.path.exists() else 0  # bytes of its whole lines
+        if not self.path.exists() and out.exists():
+            raise RunError(out, "is there already", "name another file, or remove this one to answer anew")
+
+    def _read(self) -> int:
+        """The bytes that are kept: up to the last line's end. Raises RunError for what is not this batch's."""
+        raw = self.path.read_bytes()
+        size = raw.rfind(b"\n") + 1
+        try:
+            head, *lines = raw[:size].decode("utf-8").splitlines() or [self.head]
+            self.answers = {int(place): text for place, _, text in (line.partition(" ") for line in lines)}
+            ours = head == self.head if lines else "batch" in json.loads(head)
+            ours = ours and (size > 0 or f"{self.head}\n".encode().startswith(raw))
+        except (ValueError, TypeError):
+            ours = False
+        if not ours:
+            hint = "remove it, or name another --out"
+            raise RunError(self.path, "holds no answers of this batch, by this bundle, with these options", hint)
+        return size if self.answers else 0
+
+    def _write(self, line: str) -> None:
+        if self.file is None:
+            self.file = open(self.path, "ab")  # noqa: SIM115 (closed by finish, or with the process)
+            self.file.truncate(self.whole)  # half a line, of a run that was killed
+            if not self.whole:
+                self._write(self.head)
+        self.file.write(line.encode("utf-8") + b"\n")
+        self.file.flush()
+
+    def add(self, place: int, text: str) -> None:
+        """One more answer, as a line of JSON."""
+        self._write(f"{place} {text}")
+        self.answers[place] = text
+
+    def finish(self) -> None:
+        """The answers in the file's order as the output, whole or not at all; then the journal goes."""
+        whole = self.out.with_name(self.out.name + ".whole")
+        with open(whole, "wb") as file:
+            for place in range(len(self.answers)):
+                file.write(self.answers[place].encode("utf-8") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(whole, self.out)
+        if self.file is not None:
+            self.file.close()
+        os.unlink(self.path)
+
+
+# of the command line, what an answer depends on
+ANSWERED_BY = ("format", "system", "adapter", "max_tokens", "temperature", "top_p", "seed", "free", "min_probability")
+
+
+def answer_batch(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
+    """0, after answering each row of a file into another, in the file's order: what --json prints of each alone.
+
+    Rows that begin alike are answered one behind the other, so that what they have in common is read once.
+    """
+    rows, sha256 = read_batch(options.batch)
+    chosen = {name: getattr(options, name) for name in ANSWERED_BY}
+    batch = {"batch": sha256, "bundle": read_manifest(bundle)[SELF_HASH], "options": chosen}
+    journal = Journal(options.out, batch)
+    runner = ready(bundle, options, trusted)
+
+    def encode(row: BatchRow) -> list[int]:
+        try:
+            return prompt_ids(runner, options, row.asked)
+        except RunError as problem:
+            raise RunError(f"{options.batch}, line {row.line}", str(problem.problem), problem.hint) from None
+
+    prompts = each_good(options.batch, rows, encode)
+    behind = options.max_tokens if runner.labels is None or options.free else runner.labels.longest
+    runner.keep_tokens = max(map(len, prompts)) + behind
+    left = sorted((place for place in range(len(rows)) if place not in journal.answers), key=prompts.__getitem__)
+    done = len(rows) - len(left)
+    if done:
+        print(f"{options.out}: {done} of {len(rows)} rows were answered before", file=sys.stderr)
+    try:
+        for place in left:
+            made = reply(runner, options, prompts[place])
+            journal.add(place, json.dumps({**rows[place].own, **made}))
+            done += 1
+    except KeyboardInterrupt:
+        print(f"{done} of {len(rows)} rows are answered: the same command goes on from there", file=sys.stderr)
+        return 130
+    journal.finish()
+    return 0
+
+
+def serve(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
+    """0 at the end of standard input, after a line of JSON for each line of it, as it comes.
+
+    A line is a row of a batch. One that cannot be answered gets {"error": ...}, and the next is read.
+    """
+    runner = ready(bundle, options, trusted)
+    runner.keep_tokens = 1  # as many as prompts turn out to need
+    for number, raw in numbered(sys.stdin.buffer):
+        own: dict[str, Any] = {}
+        try:
+            row = batch_row(f"line {number}", number, raw)
+            own = row.own
+            made = reply(runner, options, prompt_ids(runner, options, row.asked))
+        except RunError as problem:
+            made = {"error": f"line {number}: {problem.problem}"}
+        print(json.dumps({**own, **made}), flush=True)
+    return 0
 
 
 def _at_least(smallest: float, kind: type) -> Any:
@@ -1803,6 +2089,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     style.add_argument("--plain", dest="format", action="store_const", const="plain", help="the prompt as it is")
     parser.add_argument("--system", help="the system message of a chat; '' for none (the one that was trained, if any)")
     parser.add_argument("--messages", type=Path, help="instead of a prompt: a conversation as JSON, - reads it piped")
+    action.add_argument("--batch", type=Path, help="answer a file of prompts or conversations, a line of JSON each")
+    parser.add_argument("--out", type=Path, help="--batch: the file of the answers, in the same order")
+    action.add_argument("--serve", action="store_true", help="answer each line of standard input as it comes")
     parser.add_argument("--adapter", help="answer with this adapter of the bundle")
     parser.add_argument("--max-tokens", type=_at_least(1, int), default=128, help="longest answer (128)")
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: always the likeliest token")
@@ -1816,6 +2105,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.messages is not None and options.prompt is not None:
         parser.error("give a prompt or --messages, not both")
+    if (options.batch or options.serve) and (options.messages is not None or options.prompt is not None):
+        parser.error("--batch and --serve bring their prompts")
+    if (options.batch is None) != (options.out is None):
+        parser.error("--batch and --out belong together")
     if options.no_check and (options.verify or options.public_key):
         parser.error("--no-check leaves out what --verify and --public-key ask for")
     return options
@@ -1851,7 +2144,9 @@ def main(argv: list[str] | None = None) -> int:
             made = bench(options.bundle, adapter=options.adapter, trusted=trusted, check=not options.no_check)
             print(json.dumps(made) if options.json else show_bench(made))
             return 0
-        return answer(options.bundle, options, trusted)
+        if options.batch:
+            return answer_batch(options.bundle, options, trusted)
+        return (serve if options.serve else answer)(options.bundle, options, trusted)
     except RunError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code

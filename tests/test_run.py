@@ -492,7 +492,7 @@ def test_a_conversation_with_tools_is_read_or_refused(document: Any, problem: st
         RUNNER.read_messages(path)
     user, tools = {"role": "user", "content": "x"}, [{"type": "function"}]
     path.write_text(json.dumps({"messages": [user], "tools": tools}), encoding="utf-8")
-    assert RUNNER.read_messages(path) == ([user], tools)
+    assert RUNNER.read_messages(path) == (None, [user], tools)
 
 
 def golden_of(folder: Path, change: Callable[[dict[str, Any]], None]) -> tuple[list[str], list[str]]:

@@ -100,16 +100,14 @@ class ArtifactModel:
 
     def _read(self, session: Any, ids: list[int]) -> Logits:
         """Logits after the last of some tokens, in passes of a bounded length."""
-        step = runner_module().PREFILL_TOKENS
         last: Any = None
-        for start in range(0, len(ids), step):
-            last = session.append(ids[start : start + step])
+        for part in runner_module().passes(ids):
+            last = session.append(part)
         return numpy.asarray(last, dtype=numpy.float32)
 
     def _append(self, session: Any, ids: list[int]) -> Logits:
         """Logits after each of some tokens, in passes of a bounded length."""
-        step = runner_module().PREFILL_TOKENS
-        parts = [session.append(ids[start : start + step], every=True) for start in range(0, len(ids), step)]
+        parts = [session.append(part, every=True) for part in runner_module().passes(ids)]
         return numpy.concatenate([numpy.asarray(part, dtype=numpy.float32) for part in parts])
 
     def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any:

@@ -91,11 +91,8 @@ def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logit
     """(greedy tokens, by how much each led the next best, logits after the prompt), by one cache."""
     count = min(GOLDEN_TOKENS, model.context_tokens - len(ids))
     model.fit(ids, 0)
-    session = model.engine.start(len(ids) + max(0, count))
-    step = runner_module().PREFILL_TOKENS
-    for start in range(0, len(ids), step):
-        last = session.append(ids[start : start + step])
-    first = last = numpy.array(last, dtype=numpy.float32)
+    cache = runner_module().Cache(model.engine, len(ids) + max(0, count))
+    first = last = numpy.array(cache.read(ids), dtype=numpy.float32)
     steps: list[int] = []
     margins: list[float] = []
     while len(steps) < count:
@@ -103,7 +100,7 @@ def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logit
         steps.append(int(last.argmax()))
         margins.append(float(best - second))
         if len(steps) < count:
-            last = numpy.asarray(session.append(steps[-1:]), dtype=numpy.float32)
+            last = numpy.asarray(cache.append(steps[-1:]), dtype=numpy.float32)
     return steps, margins, first
 
 

@@ -122,6 +122,17 @@ def test_run_py_answers_with_a_label_and_says_how_probable(line: Path) -> None:
     assert edgeft.run(bundle, prompt) == plain
 
 
+@pytest.mark.parametrize("arguments", [(), ("--min-probability", "0.6"), ("--free", "--max-tokens", "4")])
+def test_a_batch_gives_each_row_the_label_and_probability_that_it_gets_alone(
+    line: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    prompts = [row["prompt"] for row in rows_of(280, 6)] + ["x", "Package: x281-so-dev"]
+    (tmp_path / "in").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+    answer(line / "bundle", "--batch", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *arguments)
+    made = [json.loads(text) for text in (tmp_path / "out").read_text().splitlines()]
+    assert made == [json.loads(answer(line / "bundle", each, "--json", *arguments)) for each in prompts]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
