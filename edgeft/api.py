@@ -361,7 +361,7 @@ def summary(plan_file: Path) -> Summary:
 
 
 def run(
-    bundle: Bundle | str | Path, prompt: str, *, max_tokens: int = 128, system: str | None = None,
+    bundle: Bundle | str | Path, prompt: str, *, max_tokens: int | None = None, system: str | None = None,
     adapter: str | None = None,
 ) -> str:  # fmt: skip
     """A bundle's greedy answer to one prompt, on this machine, by edgeft's own run.py.

@@ -23,7 +23,6 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Layers = Literal["all", "sparse", "lisa"]
 LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progressive"]
 Schedule = Literal["uniform", "cycle", "weighted"]
-AnswerForm = Literal["free", "labels"]
 EndMode = Literal["off", "on", "rotate"]
 Malloc = Literal["fast", "tight"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
@@ -43,6 +42,15 @@ def parse_layers(value: Any) -> Any:
     return tuple(sorted(found))
 
 
+def parse_answers(value: Any) -> Any:
+    """A form of answers as it was given. Raises ValueError for what is none."""
+    known = isinstance(value, str) and (value in ("free", "labels") or value.startswith("regex:"))
+    if known or (isinstance(value, str) and value.endswith((".json", ".lark"))):
+        return value
+    raise ValueError("expected free, labels, regex:EXPRESSION, a JSON Schema (FILE.json) or a Lark grammar (FILE.lark)")
+
+
+AnswerForm = Annotated[str, BeforeValidator(parse_answers)]
 LayerSet = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
 
@@ -58,7 +66,9 @@ class Job(Strict):
     profile: str = Field("cpu", description="hardware profile: a name in profiles/ or a path to a TOML file")
 
     answers: AnswerForm = Field(
-        "free", description="labels: the device answers with one of the training data's completions, with a probability"
+        "free",
+        description="labels: one of the training data's completions, with a probability; regex:..., FILE.json (a JSON "
+        "Schema), FILE.lark: answers that always parse",
     )
 
     tuner: Tuner | None = Field(None, description="lora: low-rank adapters; full: every weight")

@@ -2,12 +2,14 @@
 """Does this bundle answer, how fast, and is it still what was exported?
 
 Needs Python 3.9 and the bundle's runtime, which bundle.json names: onnxruntime-genai, llama-cpp-python (a .gguf file),
-or onnxruntime with tokenizers, and jinja2 for a chat template.
+or onnxruntime with tokenizers, and jinja2 for a chat template; the latter two llguidance for answers by a grammar.
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
                             --system TEXT and --messages FILE for a chat; --adapter NAME with one of the bundle's
                             A bundle that is held to labels answers with one of them: --json adds how probable it and
                             the next best are, --min-probability P says "none of these" below, --free lets it write
+                            One that is held to a grammar (a JSON Schema, a regular expression) writes a whole answer
+                            that parses, or none (exit 1)
 python run.py --batch FILE --out OUT   answers each line of a file, {"prompt": ...} or {"messages": ...}, into a line
                             of --json; what was killed goes on where it was; --serve: standard input, as it comes
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
@@ -83,6 +85,9 @@ COPY_AGAIN = "copy the bundle again; --verify looks at every file of it"
 NONE_OF_THESE = "none of these"  # the answer where no label is probable enough
 # How exactly probabilities are known where they are shown: so far the search goes on. Half of it on either side.
 PROBABILITY_WITHIN = 0.02
+
+GRAMMARS = ("regex", "json_schema", "lark")  # the forms of answers that are written, not chosen
+MAX_TOKENS = 128  # of a free answer, where nobody says
 
 SPIN_MICROSECONDS = 200  # that a thread spins for before it sleeps
 
@@ -190,7 +195,12 @@ def _tables_fault(manifest: dict[str, Any]) -> str:
         if name_fault(name):
             return f"{name!r:.80} {name_fault(name)}"
     strange = [entry["file"] for entry in adapters.values() if entry["file"] not in files]
-    return f"{strange[0]!r:.80} is an adapter's file that is not among 'files'" if strange else ""
+    if strange:
+        return f"{strange[0]!r:.80} is an adapter's file that is not among 'files'"
+    held = manifest.get("answers")
+    if isinstance(held, dict) and isinstance(held.get("file"), str) and held["file"] not in files:
+        return f"{held['file']!r:.80} is the file of 'answers' and not among 'files'"
+    return ""
 
 
 def _are_ids(value: Any) -> bool:
@@ -214,9 +224,11 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _are_answers(value: Any) -> bool:
-    """Whether a manifest's entry says how answers are held: to the labels of a file, at a temperature."""
-    if not isinstance(value, dict) or value.get("form") != "labels" or not isinstance(value.get("file"), str):
+    """Whether a manifest's entry says how answers are held: to a file's grammar, or its labels at a temperature."""
+    if not isinstance(value, dict) or not isinstance(value.get("file"), str):
         return False
+    if value.get("form") != "labels":
+        return value.get("form") in GRAMMARS
     temperature = value.get("temperature")
     return type(temperature) in (int, float) and 0 < temperature < 1e6
 
@@ -288,6 +300,105 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(each.values())
         elif isinstance(each, list):
             waiting.extend(each)
+
+
+class Grammar(NamedTuple):
+    """What answers are held to, in a language of its own: one of GRAMMARS."""
+
+    form: str
+    text: str
+
+    @classmethod
+    def read(cls, bundle: Path, held: dict[str, Any]) -> Grammar:
+        """The grammar of a bundle's file. Raises RunError."""
+        path = bundle / held["file"]
+        try:
+            return cls(held["form"], read_limited(path).decode("utf-8"))
+        except (OSError, ValueError) as problem:
+            raise RunError(path, f"cannot be read: {problem}", COPY_AGAIN) from None
+
+    def refused(self, problem: object) -> RunError:
+        """What is said of a grammar that its reader does not take."""
+        return RunError(f"answers ({self.form})", str(problem), "the runtime or the tokenizer cannot express it")
+
+
+class Matcher:
+    """Which tokens an answer may go on with, by the llguidance package, which onnxruntime-genai has inside."""
+
+    def __init__(self, grammar: Grammar, words: Any, stop_ids: Iterable[int]) -> None:
+        """`words` is the tokenizer as llguidance's LLTokenizer. Raises RunError for a grammar that cannot be read."""
+        kind = runtime("llguidance", "llguidance").LLMatcher
+        self.stops = set(stop_ids)
+        try:
+            self.state = kind(words, getattr(kind, f"grammar_from_{grammar.form}")(grammar.text), log_level=0)
+        except ValueError as problem:
+            raise grammar.refused(problem) from None
+        if self.state.is_error():
+            raise grammar.refused(self.state.get_error())
+
+    def restart(self) -> None:
+        self.state.reset()
+
+    def allowed(self, words: int) -> Any:
+        """Which of so many tokens may come next: bool (words,). Raises RunError where the grammar is too large."""
+        import numpy
+
+        bits, made = self.state.compute_bitmask(), numpy.zeros(words, dtype=bool)
+        if self.state.is_error():
+            said = self.state.get_error().splitlines()[0]
+            if said.startswith("NoExtension"):  # none that the tokenizer has
+                return made
+            raise RunError("answers", said, "make the grammar simpler")
+        found = numpy.unpackbits(numpy.frombuffer(bits, dtype=numpy.uint8), bitorder="little")[:words]
+        made[: len(found)] = found
+        return made
+
+    def take(self, token: int) -> bool:
+        """Whether a token was allowed; it is taken then. An end token ends the answer."""
+        return (token in self.stops and self.stopped()) or bool(self.state.try_consume_tokens([token]) == 1)
+
+    def stopped(self) -> bool:
+        """Whether the answer has its end, or can have nothing else."""
+        return bool(self.state.is_stopped())
+
+    def whole(self, ids: Sequence[int]) -> bool:
+        """Whether these tokens, an end token behind them, are an answer."""
+        self.restart()
+        taken = self.state.try_consume_tokens(list(ids[:-1]))
+        return ids[-1] in self.stops and bool(taken == len(ids) - 1 and self.state.is_accepting())
+
+
+class Guided:
+    """A session whose answers may be held to a grammar by a Matcher."""
+
+    matcher: Matcher | None = None
+
+    def hold(self, engine: Any, grammar: Grammar | None) -> None:
+        """Hold answers to a grammar; the engine keeps its tokenizer, which takes long to make."""
+        if grammar is None:
+            return
+        if not hasattr(engine, "llguidance_words"):
+            engine.llguidance_words = engine.words()
+        self.matcher = Matcher(grammar, engine.llguidance_words, engine.eos_ids)
+
+    def begin(self) -> None:
+        """A new answer."""
+        if self.matcher is not None:
+            self.matcher.restart()
+
+    def pick(self, values: Any) -> int:
+        """The token with the most of those that the grammar allows next."""
+        import numpy
+
+        assert self.matcher is not None
+        self.picked = int(numpy.where(self.matcher.allowed(len(values)), values, -numpy.inf).argmax())
+        if not self.matcher.take(self.picked):
+            raise RunError("answers", "nothing that the grammar wants next is a token of this model", "make it simpler")
+        return self.picked
+
+    def following(self) -> Any:
+        """Logits after the token that was picked last."""
+        return self.append([self.picked])  # type: ignore[attr-defined]
 
 
 class OnnxRuntimeGenAI:
@@ -366,17 +477,25 @@ class OnnxRuntimeGenAI:
             raise RunError(self.bundle / TEMPLATE, "no such file")
         return apply_template(template, messages, special, tools)
 
-    def start(self, max_tokens: int) -> OnnxSession:
-        return OnnxSession(self, max_tokens)
+    def start(self, max_tokens: int, grammar: Grammar | None = None) -> OnnxSession:
+        return OnnxSession(self, max_tokens, grammar)
 
 
 class OnnxSession:
     """One text through the model; its KV cache is allocated for `max_tokens`."""
 
-    def __init__(self, engine: OnnxRuntimeGenAI, max_tokens: int) -> None:
-        params = engine.og.GeneratorParams(engine.model)
+    def __init__(self, engine: OnnxRuntimeGenAI, max_tokens: int, grammar: Grammar | None = None) -> None:
+        params, self.stops = engine.og.GeneratorParams(engine.model), engine.eos_ids
         params.set_search_options(max_length=max_tokens)
-        self.generator = engine.og.Generator(engine.model, params)
+        if grammar is not None:  # the largest of the logits that it is given, whatever the model's folder asks for
+            params.set_search_options(do_sample=False, num_beams=1, repetition_penalty=1.0, min_length=0)
+            params.set_guidance("lark_grammar" if grammar.form == "lark" else grammar.form, grammar.text)
+        try:
+            self.generator = engine.og.Generator(engine.model, params)
+        except RuntimeError as problem:
+            if grammar is None:
+                raise
+            raise grammar.refused(problem) from None
         if engine.adapter is not None:
             self.generator.set_active_adapter(engine.adapters, engine.adapter)
 
@@ -394,8 +513,28 @@ class OnnxSession:
         return rows
 
     def rewind(self, tokens: int) -> None:
-        """Forget all but the first `tokens`: exact, the cache holds them as they were."""
+        """Forget all but the first `tokens`: exact, the cache holds them as they were. A grammar begins anew."""
         self.generator.rewind_to(tokens)
+
+    def pick(self, values: Any) -> int:
+        """The token with the most of those that the grammar allows next, by the runtime's own guidance.
+
+        That knows the first end token alone: it stands for all of them.
+        """
+        import numpy
+
+        values = numpy.array(values, dtype=numpy.float32)
+        values[self.stops[0]] = values[self.stops].max()
+        try:
+            self.generator.set_logits(values[None])
+            self.generator.generate_next_token()
+        except RuntimeError as problem:
+            raise RunError("answers", str(problem).splitlines()[0], "make the grammar simpler") from None
+        return int(self.generator.get_next_tokens()[0])
+
+    def following(self) -> Any:
+        """Logits after the token that was picked last."""
+        return self.generator.get_logits()[0, -1]
 
 
 def apply_template(
@@ -507,17 +646,23 @@ class OnnxRuntime:
             raise RunError(self.bundle / TEMPLATE, "no such file")
         return apply_template(self.template, messages, self.special, tools)
 
-    def start(self, max_tokens: int) -> OnnxRuntimeSession:
-        return OnnxRuntimeSession(self)
+    def start(self, max_tokens: int, grammar: Grammar | None = None) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(self, grammar)
+
+    def words(self) -> Any:
+        """The tokenizer as llguidance reads it."""
+        text = (self.bundle / "tokenizer.json").read_text(encoding="utf-8")
+        return runtime("llguidance", "llguidance").LLTokenizer(text, eos_token=self.eos_ids)
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Guided):
     """One text through the model. Its KV cache is what the graph gave for the tokens before, and grows with them."""
 
-    def __init__(self, engine: OnnxRuntime) -> None:
+    def __init__(self, engine: OnnxRuntime, grammar: Grammar | None = None) -> None:
         import numpy
 
         self.engine, self.done = engine, 0
+        self.hold(engine, grammar)
         self.cache = {}
         for name, value in engine.inputs.items():
             if name.startswith("past_key_values."):
@@ -551,6 +696,7 @@ class OnnxRuntimeSession:
         # copies: a value made of an array lies in its memory, and this one's is given back
         self.cache = {name: make(value.numpy()[:, :, :tokens].copy()) for name, value in self.cache.items()}
         self.done = tokens
+        self.begin()
 
 
 class OnnxEncoder(OnnxRuntime):
@@ -572,6 +718,8 @@ class OnnxEncoder(OnnxRuntime):
 class LlamaCpp:
     """A bundle's model.gguf in llama.cpp, by the functions of its C interface that llama-cpp-python declares."""
 
+    shares = False  # attention over 64 tokens and more is another kernel's than over fewer: a pass's length tells
+
     def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
         self.api = api = runtime("llama_cpp", "llama-cpp-python")
         _silence(api)
@@ -590,7 +738,7 @@ class LlamaCpp:
         if not self.model:
             raise RunError(path, "cannot be loaded", "run --verify to see whether it is damaged")
         self.vocab = api.llama_model_get_vocab(self.model)
-        self.words = int(api.llama_vocab_n_tokens(self.vocab))
+        self.words_count = int(api.llama_vocab_n_tokens(self.vocab))
 
     def __del__(self) -> None:
         if getattr(self, "model", None):
@@ -633,15 +781,21 @@ class LlamaCpp:
             special[f"{name}_token"] = text.decode("utf-8")
         return apply_template(template.decode("utf-8"), messages, special, tools)
 
-    def start(self, max_tokens: int) -> LlamaSession:
-        return LlamaSession(self, max_tokens)
+    def start(self, max_tokens: int, grammar: Grammar | None = None) -> LlamaSession:
+        return LlamaSession(self, max_tokens, grammar)
+
+    def words(self) -> Any:
+        """The file's tokens as llguidance reads them."""
+        vocabulary = runtime("llguidance.llamacpp", "llguidance")
+        return vocabulary.lltokenizer_from_vocab(self.vocab, n_vocab=self.words_count, eos_token=self.eos_ids)
 
 
-class LlamaSession:
+class LlamaSession(Guided):
     """One text through the model; its KV cache (fp16) is allocated for `max_tokens`."""
 
-    def __init__(self, engine: LlamaCpp, max_tokens: int) -> None:
+    def __init__(self, engine: LlamaCpp, max_tokens: int, grammar: Grammar | None = None) -> None:
         self.engine, self.api = engine, engine.api
+        self.hold(engine, grammar)
         params = self.api.llama_context_default_params()
         params.n_ctx = max_tokens
         params.n_batch = params.n_ubatch = min(PREFILL_TOKENS, max_tokens)
@@ -673,7 +827,9 @@ class LlamaSession:
             raise RunError("llama.cpp", f"llama_decode gives {code}", "report this: the prompt fits the context")
         self.done += len(ids)
         rows = len(ids) if every else 1
-        found = numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (rows, self.engine.words)).copy()
+        found = numpy.ctypeslib.as_array(
+            self.api.llama_get_logits(self.context), (rows, self.engine.words_count)
+        ).copy()
         return found if every else found[0]
 
     def rewind(self, tokens: int) -> None:
@@ -681,6 +837,7 @@ class LlamaSession:
         if not self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, tokens, -1):
             raise RunError("llama.cpp", "cannot forget the last tokens of this model", "answer with --free")
         self.done = tokens
+        self.begin()
 
 
 def _silence(api: Any) -> None:
@@ -822,9 +979,9 @@ class Cache:
     What was read one by one, an answer, does not, so that a prompt's numbers are those of a new session to the bit.
     """
 
-    def __init__(self, engine: Any, room: int) -> None:
-        self.engine, self.room, self.prompt_tokens = engine, room, 0
-        self.session, self.ids = engine.start(room), list[int]()
+    def __init__(self, engine: Any, room: int, grammar: Grammar | None = None) -> None:
+        self.engine, self.room, self.grammar, self.prompt_tokens = engine, room, grammar, 0
+        self.session, self.ids = engine.start(room, grammar), list[int]()
 
     def append(self, ids: list[int]) -> Any:
         """Logits after the last of some more tokens."""
@@ -843,11 +1000,17 @@ class Cache:
         try:
             self.rewind(same)
         except (RunError, RuntimeError):  # this kind of model cannot forget: from its beginning then
-            self.session, self.ids = self.engine.start(self.room), []
+            self.session, self.ids = self.engine.start(self.room, self.grammar), []
         for part in passes(ids[len(self.ids) :]):
             last = self.append(part)
         self.prompt_tokens = len(ids)
         return last
+
+    def pick(self, values: Any) -> int:
+        """The token with the most of those that the grammar allows, as the next one."""
+        token = int(self.session.pick(values))
+        self.ids.append(token)
+        return token
 
 
 def log_shares(logits: Any, tokens: list[int]) -> list[float]:
@@ -867,6 +1030,7 @@ class Runner:
     """
 
     keep_tokens = 0
+    grammar: Grammar | None = None
     kept: Cache | None = None
     adapter: str | None = None
 
@@ -897,19 +1061,20 @@ class Runner:
         self.context_tokens: int = self.engine.context_tokens
         self.eos_ids: list[int] = self.engine.eos_ids
         held = self.manifest.get("answers") or {}
-        self.labels = Labels.read(bundle, held["file"], self.eos_ids) if held else None
+        self.labels = Labels.read(bundle, held["file"], self.eos_ids) if held.get("form") == "labels" else None
+        self.grammar = Grammar.read(bundle, held) if held.get("form") in GRAMMARS else None
         self.temperature = float(held.get("temperature", 1.0))  # by which the labels' probabilities were calibrated
 
     @contextlib.contextmanager
-    def cache(self, room: int) -> Iterator[Cache]:
+    def cache(self, room: int, grammar: Grammar | None = None) -> Iterator[Cache]:
         """A cache for so many tokens: the last prompt's, where it is kept and has room: then only what is new is read.
 
         While one answer is being made another finds none: each has its own.
         """
         kept, self.kept = self.kept, None
-        if kept is not None and kept.room < room:
+        if kept is not None and (kept.room < room or kept.grammar != grammar):
             kept, self.keep_tokens = None, max(self.keep_tokens, 2 * room)
-        cache = kept or Cache(self.engine, max(room, min(self.keep_tokens, self.context_tokens)))
+        cache = kept or Cache(self.engine, max(room, min(self.keep_tokens, self.context_tokens)), grammar)
         yield cache  # where that raises, nobody knows what the cache holds: it is not kept
         self.kept = cache if self.keep_tokens and self.engine.shares else None
 
@@ -1007,6 +1172,44 @@ class Runner:
                 yield token
                 if made < max_tokens:
                     last = cache.append([token])
+
+    def write(
+        self, ids: list[int], most: int | None = None, temperature: float = 0.0, seed: int | None = None
+    ) -> list[int]:
+        """A whole answer that the bundle's grammar allows, without its end.
+
+        Raises RunError where it has no end within `most` tokens, or the context: half an answer is none.
+        """
+        if self.grammar is None:
+            raise RunError("answers", "this bundle is held to no grammar", "it answers in free text")
+        self.fit(ids, 1)
+        room = self.context_tokens - len(ids)
+        most = min(most or room, room)
+        made = list[int]()
+        for tokens in sorted({min(MAX_TOKENS, most), most}):  # a cache for the whole context is seldom needed
+            made, ended = self._written(ids, tokens, temperature, seed)
+            if ended:
+                return made
+        problem = f"the answer has no end within {most} tokens: {self.decode(made)[-60:]!r}"
+        raise RunError("answers", problem, "raise --max-tokens, or export with a larger context")
+
+    def _written(self, ids: list[int], most: int, temperature: float, seed: int | None) -> tuple[list[int], bool]:
+        """(up to so many tokens of an answer without its end, whether it came)."""
+        import numpy
+
+        random, made = numpy.random.default_rng(seed), list[int]()
+        with self.cache(len(ids) + most, self.grammar) as cache:
+            last = cache.read(ids)
+            for count in range(1, most + 1):
+                # the largest of logits with Gumbel noise is one drawn by their shares
+                noisy = last / temperature + random.gumbel(size=len(last)) if temperature > 0 else last
+                token = cache.pick(noisy)
+                if token in self.eos_ids:
+                    return made, True
+                made.append(token)
+                if count < most:
+                    last = cache.session.following()
+        return made, False
 
     def follow(self, ids: list[int], tokens: list[int]) -> Iterator[Any]:
         """Logits after the prompt, then after each of the tokens but the last, whatever the model would have said."""
@@ -1392,6 +1595,7 @@ def _check_vectors(runner: Runner, vectors: list[dict[str, Any]], whose: str, no
         try:  # the recorded ids, so that the model is checked even if the tokenizer is wrong
             problems += _replay(runner, golden, where, notes)
             problems += _replay_label(runner, golden, where, notes)
+            problems += _replay_answer(runner, golden, where, notes)
         except (RunError, IndexError, RuntimeError) as problem:
             problems.append(f"model: {where} cannot be replayed: {problem}")
     return problems
@@ -1442,6 +1646,28 @@ def _replay_label(runner: Runner, golden: dict[str, Any], where: str, notes: lis
         notes.append(f"{text}: within the margin, the best two were {margin:.3g} apart")
     elif not abs(score - float(recorded["score"])) <= tolerance:
         return [f"model: {where}'s label has a score of {score:.4g} instead of {recorded['score']:.4g}"]
+    return []
+
+
+def _replay_answer(runner: Runner, golden: dict[str, Any], where: str, notes: list[str]) -> list[str]:
+    """What another answer the grammar gives here than at export, in one line: from its first other token on."""
+    recorded = golden.get("held")
+    if runner.grammar is None or recorded is None:
+        return []
+    ids, expected = golden["ids"], recorded["ids"]
+    with runner.cache(min(runner.context_tokens, len(ids) + len(expected)), runner.grammar) as cache:
+        last = cache.read(ids)
+        for step, token in enumerate(expected):
+            if step:
+                last = cache.session.following()
+            given = cache.pick(last)
+            if given == token or {given, token} <= set(runner.eos_ids):
+                continue
+            text = f"{where}'s held answer goes on with {given} instead of {token} at token {step}"
+            if float(recorded["margins"][step]) > 2 * float(runner.manifest["golden_logit_tolerance"]):
+                return [f"model: {text}"]
+            notes.append(f"{text}: within the margin, the best two were {recorded['margins'][step]:.3g} apart")
+            break
     return []
 
 
@@ -1797,6 +2023,8 @@ def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> 
         print(encoded(runner, ids, False))
     elif runner.labels is not None and not options.free:
         print(choice(runner, options, ids, shown=False)["text"])
+    elif runner.grammar is not None and not options.free:  # whole or not at all
+        print(runner.decode(written(runner, options, ids)))
     else:
         piece = runner.engine.decoder()
         for token in continued(runner, options, ids):
@@ -1811,7 +2039,9 @@ def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = Non
     if runner.task == "text-generation":
         held = runner.labels is not None and not options.free
         if not held and options.min_probability is not None:
-            raise RunError("--min-probability", "is for an answer that is held to labels, this one is free")
+            raise RunError("--min-probability", "is for an answer that is held to labels, this one is not")
+        if runner.grammar is not None and not options.free and options.top_p < 1:
+            raise RunError("--top-p", "is for free answers, this one is held to a grammar", "--temperature draws it")
         if held and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
             raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
         runner.use(options.adapter)
@@ -1820,9 +2050,15 @@ def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = Non
 
 def continued(runner: Runner, options: argparse.Namespace, ids: list[int]) -> Iterator[int]:
     """The answer's tokens as they come."""
-    return runner.stream(
-        ids, options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
+    most = options.max_tokens or MAX_TOKENS
+    return runner.stream(ids, most, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+
+
+def written(runner: Runner, options: argparse.Namespace, ids: list[int]) -> list[int]:
+    """The whole answer's tokens, held to the bundle's grammar unless it is --free."""
+    if runner.grammar is None or options.free:
+        return list(continued(runner, options, ids))
+    return runner.write(ids, options.max_tokens, options.temperature, options.seed)
 
 
 def choice(runner: Runner, options: argparse.Namespace, ids: list[int], shown: bool = True) -> dict[str, Any]:
@@ -1855,7 +2091,7 @@ def reply(runner: Runner, options: argparse.Namespace, ids: list[int]) -> dict[s
         return dict(encoded(runner, ids))
     if runner.labels is not None and not options.free:
         return choice(runner, options, ids)
-    made = list(continued(runner, options, ids))
+    made = written(runner, options, ids)
     return {"text": runner.decode(made), "ids": made, "prompt_ids": ids}
 
 
@@ -2013,7 +2249,7 @@ def answer_batch(bundle: Path, options: argparse.Namespace, trusted: bytes | Non
             raise RunError(f"{options.batch}, line {row.line}", str(problem.problem), problem.hint) from None
 
     prompts = each_good(options.batch, rows, encode)
-    behind = options.max_tokens if runner.labels is None or options.free else runner.labels.longest
+    behind = _longest(runner, options)
     runner.keep_tokens = max(map(len, prompts)) + behind
     left = sorted((place for place in range(len(rows)) if place not in journal.answers), key=prompts.__getitem__)
     done = len(rows) - len(left)
@@ -2021,14 +2257,27 @@ def answer_batch(bundle: Path, options: argparse.Namespace, trusted: bytes | Non
         print(f"{options.out}: {done} of {len(rows)} rows were answered before", file=sys.stderr)
     try:
         for place in left:
-            made = reply(runner, options, prompts[place])
+            try:
+                made = reply(runner, options, prompts[place])
+            except RunError as problem:  # a held answer without an end
+                made = {"error": str(problem.problem)}
             journal.add(place, json.dumps({**rows[place].own, **made}))
             done += 1
     except KeyboardInterrupt:
         print(f"{done} of {len(rows)} rows are answered: the same command goes on from there", file=sys.stderr)
         return 130
+    lost = sum("error" in json.loads(text) for text in journal.answers.values())
     journal.finish()
+    if lost:
+        print(f"{lost} of {len(rows)} rows have no answer: their lines say why", file=sys.stderr)
     return 0
+
+
+def _longest(runner: Runner, options: argparse.Namespace) -> int:
+    """Tokens that an answer may have, or that of one by a grammar nearly all have."""
+    if runner.labels is not None and not options.free:
+        return runner.labels.longest
+    return options.max_tokens or MAX_TOKENS
 
 
 def serve(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
@@ -2093,11 +2342,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="--batch: the file of the answers, in the same order")
     action.add_argument("--serve", action="store_true", help="answer each line of standard input as it comes")
     parser.add_argument("--adapter", help="answer with this adapter of the bundle")
-    parser.add_argument("--max-tokens", type=_at_least(1, int), default=128, help="longest answer (128)")
+    parser.add_argument(
+        "--max-tokens", type=_at_least(1, int), help=f"longest answer ({MAX_TOKENS}; held to a grammar: the context)"
+    )
     parser.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=_at_least(0, float), default=1.0, help="sample from this share of the chances")
     parser.add_argument("--seed", type=_at_least(0, int), help="make sampling repeatable")
-    parser.add_argument("--free", action="store_true", help="free text although the bundle is held to labels")
+    parser.add_argument("--free", action="store_true", help="free text although the bundle is held to a form")
     parser.add_argument(
         "--min-probability", type=_share, help=f"labels: answer {NONE_OF_THESE!r} where the best has less (0 to 1)"
     )

@@ -35,7 +35,7 @@ class Session:
     def __init__(self, seed: int, sharp: float) -> None:
         self.seed, self.sharp, self.ids, self.read = seed, sharp, list[int](), 0
 
-    def start(self, tokens: int) -> Session:
+    def start(self, tokens: int, grammar: object = None) -> Session:
         self.ids = []
         return self
 

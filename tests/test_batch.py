@@ -165,7 +165,7 @@ class Stateful:
 
     shares = False
 
-    def start(self, room: int) -> Any:
+    def start(self, room: int, grammar: object = None) -> Any:
         return SimpleNamespace(append=lambda ids: np.eye(8)[sum(ids) % 8], rewind=lambda tokens: pytest.fail("rewound"))
 
 

@@ -114,11 +114,6 @@ class LabelRows:
         return self.asked[id(row)] != NO_LABEL and self.chosen(row) == self.asked[id(row)]
 
 
-def held_to(labels: Sequence[Label], rows: Sequence[Sample], tokenizer: TextTokenizer, model: Any) -> LabelRows | None:
-    """The searches of some rows; None where answers are free, or no row asks for one."""
-    return LabelRows(labels, rows, tokenizer, positions(model)) if labels and rows and rows[0].has_prompt else None
-
-
 def positions(model: Any) -> int | None:
     """How many positions a model has, where its config says it."""
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

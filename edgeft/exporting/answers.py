@@ -1,4 +1,4 @@
-"""What does a manifest say of answers that are held to labels, and how far can their probabilities be trusted?
+"""What does a manifest say of answers that are held to something, and how far can labels' probabilities be trusted?
 
 Data only: `label_calibration` makes it.
 """
@@ -61,6 +61,23 @@ class Calibration(Strict):
     bins: tuple[Bin, ...]
     certain: tuple[Certain, ...]
     threshold: Threshold | None = Field(description="None: no answers are so often right, or all are")
+
+
+class GoldenAnswer(Strict):
+    """What the artifact wrote for a golden prompt, held to the grammar: its tokens, the one that ends it at the end."""
+
+    ids: list[int]
+    margins: list[float] = Field(
+        description="of each: its logit less the next best allowed one's; 1e9 where it is alone"
+    )
+
+
+class HeldToGrammar(Strict):
+    """How answers are held: to the grammar in `file`, as llguidance reads it."""
+
+    form: Literal["regex", "json_schema", "lark"]
+    file: str
+    source: str = Field(description="the setting that it was made from; of a file its name alone")
 
 
 class Answers(Strict):

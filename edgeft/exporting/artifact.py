@@ -118,6 +118,13 @@ class ArtifactModel:
         except runner.RunError as problem:
             raise BadInput("artifact", str(problem)) from None
 
+    def write(self, ids: list[int], most: int) -> list[int] | None:
+        """The answer that the bundle's grammar allows, without its end; None where that is not within `most` tokens."""
+        try:
+            return list(self._runner.write(list(ids), most))
+        except runner_module().RunError:
+            return None
+
     def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
         try:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeft.data.dataset import TextTokenizer
-from edgeft.data.labels import FILE, Label, labels_file
+from edgeft.data.grammar import Grammar, HeldTo
+from edgeft.data.labels import FILE, labels_file
 from edgeft.documents import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
 from edgeft.exporting.adapters import AdapterSource, Written, add_adapters
-from edgeft.exporting.answers import Answers
+from edgeft.exporting.answers import Answers, HeldToGrammar
 from edgeft.exporting.artifact import ArtifactModel, load_shipped
 from edgeft.exporting.bundle import (
     MANIFEST,
@@ -84,7 +85,7 @@ def build_bundle(
     measure: bool = True, predicted_peak_bytes: int | None = None, sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
     keep_failed: bool = False, size_budget_bytes: int | None = None, rows: Mapping[str, Metrics] | None = None,
-    codes: Callable[[Path], Codes] | None = None, labels: Sequence[Label] = (),
+    codes: Callable[[Path], Codes] | None = None, held_to: HeldTo = (),
     calibrate: Callable[[ArtifactModel, Answers], Answers] | None = None,
 ) -> Bundle:  # fmt: skip
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
@@ -92,7 +93,7 @@ def build_bundle(
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
-    Answers are held to `labels` where there are any; `calibrate` finds what their probabilities are worth.
+    Answers are held to labels or a grammar; `calibrate` finds what the labels' probabilities are worth.
     `codes` makes those of a calibrated target in a folder of its own. With `keep_failed` a bundle whose proof fails
     lies in `failed_path(out)` afterwards, its manifest says why; one that passes removes it.
 
@@ -109,20 +110,20 @@ def build_bundle(
     with staging(out) as folder:
         reset_resident_peak()
         waiting = resident_bytes()
-        page = readme(target, prompt_format, system, [source.name for source in adapters], len(labels))
-        if labels:
-            with saving(out):
-                (folder / FILE).write_text(labels_file(labels), encoding="utf-8")
+        page = readme(target, prompt_format, system, [source.name for source in adapters], held_to)
+        with saving(out):
+            answers = _hold(folder, held_to)
         filled = _fill(
-            folder, out, merged, target, spec, tokenizer, codes, adapters, page, sources, device_memory_bytes
-        )
+            folder, out, merged, target, spec, tokenizer, codes, adapters, page, device_memory_bytes,
+            lambda hashes: bill_of_materials(hashes, sources, target, held_to),
+        )  # fmt: skip
         bundle = Bundle(
             input_sha256=input_sha256, versions=versions(), target=target, prompt_format=prompt_format, system=system,
             prefix_ids=tokenizer.prefix_ids, stop_ids=tokenizer.stop_ids, context_tokens=filled.context_tokens,
             context_limited_by=filled.limited_by, golden_logit_tolerance=target.golden_logit_tolerance,
             environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
-            answers=Answers(file=FILE, labels=len(labels)) if labels else None,
+            answers=answers,
             provenance=provenance or {}, promotion=promotion, repair=repair,
             predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
         )  # fmt: skip
@@ -143,6 +144,17 @@ def build_bundle(
     return Bundle.read(out / MANIFEST)
 
 
+def _hold(folder: Path, held_to: HeldTo) -> Answers | HeldToGrammar | None:
+    """What the manifest says of answers that are held to something, after writing it into the folder."""
+    if isinstance(held_to, Grammar):
+        (folder / held_to.file).write_text(held_to.text, encoding="utf-8")
+        return HeldToGrammar(form=held_to.form, file=held_to.file, source=held_to.source)
+    if not held_to:
+        return None
+    (folder / FILE).write_text(labels_file(held_to), encoding="utf-8")
+    return Answers(file=FILE, labels=len(held_to))
+
+
 def _check_target(target: Target, *, adapted: bool, coded: bool) -> None:
     """Nothing. Raises BadInput for what a target cannot hold, MissingExtra where its runtime is not here."""
     if adapted and not runtime_of(target).switches_adapters:
@@ -158,10 +170,10 @@ def _check_target(target: Target, *, adapted: bool, coded: bool) -> None:
 
 def _fill(
     folder: Path, out: Path, merged: Path, target: Target, spec: ModelSpec, tokenizer: TextTokenizer,
-    codes: Callable[[Path], Codes] | None, adapters: Sequence[AdapterSource], page: str, sources: Sequence[Component],
-    device_memory_bytes: int | None,
+    codes: Callable[[Path], Codes] | None, adapters: Sequence[AdapterSource], page: str,
+    device_memory_bytes: int | None, bill: Callable[[Mapping[str, str]], str],
 ) -> Filled:  # fmt: skip
-    """Everything in the folder but its manifest: the runtime's files, adapters, runner, `page`, bill of materials.
+    """Everything in the folder but its manifest: the runtime's files, adapters, runner, `page`, the bill of materials.
 
     `out` is where the folder will lie, and what a failed write is said of.
     """
@@ -179,7 +191,7 @@ def _fill(
     backend.write_limits(folder, context_tokens, tokenizer.stop_ids)
     hashes = {name: file.sha256 for name, file in hash_files(folder).items()}
     with saving(out):
-        (folder / SBOM).write_text(bill_of_materials(hashes, sources, target), encoding="utf-8")
+        (folder / SBOM).write_text(bill(hashes), encoding="utf-8")
     return Filled(weights, context_tokens, limited_by, builder_bytes, inputs, written, hash_files(folder))
 
 
@@ -205,7 +217,7 @@ def _proven(
         if failed is not None:
             _keep_failed(folder, bundle, problem, failed)
         raise
-    if calibrate is not None and bundle.answers is not None:
+    if calibrate is not None and isinstance(bundle.answers, Answers):
         bundle = bundle.model_copy(update={"answers": calibrate(artifact, bundle.answers)})
     bundle.write(folder / MANIFEST)
     return bundle

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.documents import Artifact, Strict, saving, sha256_json
-from edgeft.exporting.answers import Answers, GoldenLabel
+from edgeft.exporting.answers import Answers, GoldenAnswer, GoldenLabel, HeldToGrammar
 from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof, Repair
 from edgeft.targets.footprint import LimitedBy, Predicted
 from edgeft.targets.runner import runner_module
-from edgeft.targets.runtimes import runtime_of
+from edgeft.targets.runtimes import needed_packages
 from edgeft.targets.target import Target
 
 MANIFEST = "bundle.json"
@@ -56,6 +57,7 @@ class Golden(Strict):
     top_logits: list[float]
     margins: list[float] = Field(default=[], description="of each greedy step: the best logit less the second best")
     label: GoldenLabel | None = Field(default=None, description="where answers are held to labels")
+    held: GoldenAnswer | None = Field(default=None, description="where answers are held to a grammar")
 
 
 class Environment(Strict):
@@ -156,15 +158,19 @@ HELD = """It answers with one of {count} labels, the most probable one. `--json`
 label's; `--min-probability 0.6` answers "none of these" below; `--free` lets the model write what it wants."""
 
 
+WRITTEN = """Its answers are held to the grammar in {file}: they parse, always, or there is none (exit 1: it has no end
+within the context or `--max-tokens`). `--free` lets the model write what it wants."""
+
+
 def readme(
-    target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = (), labels: int = 0
+    target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = (), held_to: HeldTo = ()
 ) -> str:
     """What a person who finds the folder on a device has to know, in a page."""
     how = "a prompt goes through the model's chat template" if prompt_format == "chat" else "a text goes in as it is"
     lines = [
         "# A language model to run on a device",
         "",
-        f"    pip install {' '.join(runtime_of(target).needed)}",
+        f"    pip install {' '.join(needed_packages(target, held_to))}",
         '    python run.py "a prompt"',
         "    python run.py --bench",
         "    python run.py --verify",
@@ -174,8 +180,10 @@ def readme(
     if system:
         quoted = "\n".join(f"> {line}" for line in system.splitlines())
         lines += ["", "It was trained with this system message, and run.py gives it (`--system ''`: none):", "", quoted]
-    if labels:
-        lines += ["", HELD.format(count=labels)]
+    if isinstance(held_to, Grammar):
+        lines += ["", WRITTEN.format(file=held_to.file)]
+    elif held_to:
+        lines += ["", HELD.format(count=len(held_to))]
     if adapters:
         lines += ["", "Adapters for `--adapter`: " + ", ".join(adapters) + "."]
     lines += ["", SILENT]
@@ -199,7 +207,9 @@ class Bundle(Artifact):
     environment: Environment | None = Field(default=None, description="where the golden vectors were recorded")
     weight_bytes_per_token: int = Field(description="read for each new token: all but tables of which one row is read")
     size_bytes: int = Field(description="all files but bundle.json and a signature")
-    answers: Answers | None = Field(default=None, description="how answers are held; null: they are free")
+    answers: Annotated[Answers | HeldToGrammar, Field(discriminator="form")] | None = Field(
+        default=None, description="how answers are held; null: they are free"
+    )
     files: dict[FileName, BundledFile]
     golden: list[Golden]
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")

@@ -144,7 +144,7 @@ def export(
         prove=prove, predicted_peak_bytes=expected_bytes, sources=made_from(merged.train, merged_folder),
         promotion=chosen.promotion if chosen else None, repair=chosen.repair if chosen else None,
         keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, rows=kept,
-        codes=_codes(merged_folder, target, plan, chosen, calibration, progress), labels=plan.labels, calibrate=judge,
+        codes=_codes(merged_folder, target, plan, chosen, calibration, progress), held_to=plan.held_to, calibrate=judge,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def prove_bundle(
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
     plan = merged.train.plan
-    ladder = Ladder(target, tokenizer, progress, load=loader(plan, target), labels=plan.labels)
+    ladder = Ladder(target, tokenizer, progress, load=loader(plan, target), held_to=plan.held_to)
     ladder.climb_training(trained, merged.train, rows.trained)
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
@@ -339,9 +339,10 @@ def adapter_source(
     """A training result as an adapter of a bundle, with what proves it. Raises BadInput if it is no plain LoRA."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise BadInput("adapters", f"{name!r} is no name", "use small letters, digits, - and _: NAME=TRAIN")
-    if result.plan.labels:
+    if held_to := result.plan.held_to:
+        what = "labels" if isinstance(held_to, tuple) else "a grammar"
         hint = "merge it and export a bundle of its own, or train with --set answers=free"
-        raise BadInput(folder, "is held to labels, which a bundle of adapters cannot switch between", hint)
+        raise BadInput(folder, f"is held to {what}, which a bundle of adapters cannot switch between", hint)
     if not result.plan.training.adapts:
         hint = f"plan with --set tuner={ADAPTERS}, or merge it and export a bundle of its own"
         raise BadInput(folder, "is a full fine-tune, which cannot be switched to", hint)

@@ -10,16 +10,19 @@ import numpy
 from edgeft.data.dataset import Row, TextTokenizer, read_rows
 from edgeft.documents import versions
 from edgeft.errors import ParityFailed
-from edgeft.exporting.answers import GoldenLabel
+from edgeft.exporting.answers import GoldenAnswer, GoldenLabel
 from edgeft.exporting.artifact import Logits
 from edgeft.exporting.bundle import Environment, Golden, GoldenInput
 from edgeft.machines.environment import cpu_model, cpuinfo
 from edgeft.settings import Job
 from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import Runtime
+from edgeft.targets.words import Words
 
 GOLDEN_PROMPTS = 4
 SIMPLIFY = "simplify chat_template.jinja, or export plain prompts"
+GOLDEN_ANSWER = 64  # tokens kept of an answer that is held to a grammar
+ALONE = 1e9  # the margin of a token that no other is allowed beside
 GOLDEN_TOKENS = 16  # greedy tokens kept per golden vector
 GOLDEN_LOGITS = 8  # largest first logits kept per golden vector
 
@@ -73,6 +76,7 @@ def record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput])
                 top_ids=[int(token) for token in top],
                 top_logits=[float(first[token]) for token in top],
                 label=_golden_label(model, ids),
+                held=_golden_answer(model, tokenizer, ids),
             )
         )
     return made
@@ -85,6 +89,38 @@ def _golden_label(model: Any, ids: list[int]) -> GoldenLabel | None:
     (score, best), (next_score, second) = model.choose(ids, lambda search: search.decided(2)).found[:2]
     texts = model.labels.texts
     return GoldenLabel(label=texts[best], score=score, runner_up=texts[second], runner_up_score=next_score)
+
+
+def _golden_answer(model: Any, tokenizer: TextTokenizer, ids: list[int]) -> GoldenAnswer | None:
+    """What the runtime writes under the bundle's grammar. Raises ParityFailed where that is not what was planned.
+
+    llguidance says here which tokens are allowed, the runtime has a reader of its own.
+    """
+    if model.grammar is None:
+        return None
+    matcher, stops = Words(tokenizer).reader(model.grammar), tokenizer.stop_ids
+    made, margins = list[int](), list[float]()
+    most = min(GOLDEN_ANSWER, model.context_tokens - len(ids))
+    with model.cache(len(ids) + most, model.grammar) as cache:
+        last = numpy.asarray(cache.read(ids), dtype=numpy.float32)
+        while len(made) < most:
+            masked = numpy.where(matcher.allowed(len(last)), last, -numpy.inf)
+            masked[stops[0]], masked[stops[1:]] = masked[stops].max(), -numpy.inf  # any end is one
+            expected, token = int(masked.argmax()), cache.pick(last)
+            token = stops[0] if token in stops else token
+            if token != expected:
+                problem = f"the runtime goes on with token {token} behind {made}, where {expected} was to come"
+                raise ParityFailed(
+                    "answers", problem, "report this: it reads the grammar otherwise than llguidance here"
+                )
+            second, best = numpy.sort(masked)[-2:]
+            made.append(token)
+            margins.append(float(min(best - second, ALONE)))
+            if token in stops or len(made) == most:
+                break
+            matcher.take(token)
+            last = numpy.asarray(cache.session.following(), dtype=numpy.float32)
+    return GoldenAnswer(ids=made, margins=margins)
 
 
 def _continue(model: Any, ids: list[int]) -> tuple[list[int], list[float], Logits]:

@@ -13,9 +13,10 @@ import torch
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
-from edgeft.data.labels import Label
+from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.engine.fp32_layers import DenseTurns
-from edgeft.engine.label_scores import held_to, label_numbers
+from edgeft.engine.grammar_scores import held_rows
+from edgeft.engine.label_scores import label_numbers
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
@@ -59,6 +60,7 @@ class Artifact(Protocol):
         hopeless: Callable[[list[int]], bool],
     ) -> tuple[Any, list[int]]: ...  # fmt: skip
     def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any: ...
+    def write(self, ids: list[int], most: int) -> list[int] | None: ...
 
 
 @dataclass
@@ -143,15 +145,15 @@ def row_logits(
 def observe_model(
     name: str, model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer | None = None, *,
     compute: torch.dtype = torch.float32, group_tokens: int = EVAL_TOKENS, answers: slice | None = None,
-    labels: Sequence[Label] = (), progress: Callable[[int, int], None] = lambda done, total: None,
+    held_to: HeldTo = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Form:  # fmt: skip
     """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
 
-    Only what the likeliest tokens along the row's own answer leave open is generated, or searched among `labels`.
+    Only what the likeliest tokens along the row's own answer leave open is generated, or found as `held_to` wants it.
     """
     seen, parts = Observer(rows), find_parts(model)
     asked = rows[answers] if answers is not None and tokenizer is not None else []
-    held = held_to(labels, asked, tokenizer, model) if tokenizer is not None else None
+    held = held_rows(held_to, asked, tokenizer, model) if tokenizer is not None else None
     for number, logits, targets in row_logits(model, parts, rows, compute, group_tokens):
         if held is not None:
             held.along(rows[number], seen.tokens[number], logits)
@@ -171,15 +173,16 @@ def observe_model(
 
 def observe_artifact(
     name: str, artifact: Artifact, rows: Sequence[Sample], tokenizer: TextTokenizer, *, answers: slice | None = None,
-    labels: Sequence[Label] = (), progress: Callable[[int, int], None] = lambda done, total: None,
+    held_to: HeldTo = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Form:  # fmt: skip
     """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded.
 
-    Where answers are held to `labels`, its own search chooses one.
+    Where answers are held to labels its own search chooses one, to a grammar its own runtime writes one.
     """
     seen, exact = Observer(rows), [False] * len(rows)
     decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
     stops = tokenizer.stop_ids
+    labels = held_to if isinstance(held_to, tuple) else ()
     asked = label_numbers(labels, rows, tokenizer)
     for number, sample in enumerate(rows):
         ids, at = sample.ids, trained_at(sample)
@@ -187,6 +190,10 @@ def observe_artifact(
             continue
         if labels and number in decoding:
             exact[number] = artifact.choose(sample.prompt).found[0][1] == asked[number]
+            logits = artifact.logits(ids, at[0])
+        elif isinstance(held_to, Grammar) and number in decoding:
+            written = artifact.write(sample.prompt, answer_tokens([sample]))
+            exact[number] = written is not None and is_exact(tokenizer, sample, written)
             logits = artifact.logits(ids, at[0])
         elif number in decoding and sample.prompt_tokens:
             logits, answer = artifact.follow(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer
-from edgeft.data.labels import Label
+from edgeft.data.grammar import HeldTo
 from edgeft.errors import BadInput, ParityFailed, QualityLost
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
@@ -201,7 +201,7 @@ class Ladder:
     rungs: list[Rung] = field(default_factory=list)
     gain: Gain = UNKNOWN
     load: Load = load_plain  # of whole models in fp32
-    labels: Sequence[Label] = ()
+    held_to: HeldTo = ()
 
     def add(self, rung: Rung | None) -> None:
         """One more rung, unless there is none. Raises ParityFailed."""
@@ -252,19 +252,26 @@ class Ladder:
 
         model = self.load(merged_folder)
         merged = observe_model(
-            "merged", model, rows, self.tokenizer, answers=answers, labels=self.labels, progress=told("parity: merged")
+            "merged",
+            model,
+            rows,
+            self.tokenizer,
+            answers=answers,
+            held_to=self.held_to,
+            progress=told("parity: merged"),
         )
         rounded = None
         if round_as_target(model, self.target):
             rounded = observe_model("rounded", model, rows[:PARITY_PROMPTS])  # those whose tables the artifact keeps
-        few, scores = rows_for(self.labels, rows[:count]), None
-        if self.labels and (rounded is not None or self.target.weight_bits == 32):  # the bundle's very weights
+        labels = self.held_to if isinstance(self.held_to, tuple) else ()
+        few, scores = rows_for(labels, rows[:count]), None
+        if labels and (rounded is not None or self.target.weight_bits == 32):  # the bundle's very weights
             told("parity: labels")(0, 1)
-            scores = referee(model, few, self.labels)
+            scores = referee(model, few, labels)
         del model
         give_back()
         made = observe_artifact(
-            "artifact", artifact, rows, self.tokenizer, answers=answers, labels=self.labels,
+            "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to,
             progress=told("parity: artifact"),
         )  # fmt: skip
         head = first(made, count)

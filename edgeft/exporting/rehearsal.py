@@ -166,7 +166,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
 
     bundle = build_bundle(
         merged, target, scratch / "bundle", prompts=golden, prompt_format="chat" if chat else "plain", prove=prove,
-        measure=False, labels=plan.labels,
+        measure=False, held_to=plan.held_to,
     )  # fmt: skip
     return Rehearsal(
         target=target.name, layers=count, rungs=tuple(rungs), predicted_peak_bytes=need,

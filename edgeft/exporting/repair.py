@@ -105,8 +105,8 @@ class Climb:
 
     def observe(self, name: str, model: Any) -> Form:
         """What a model says of the rows, its answers held as the plan holds them."""
-        labels = self.merged.train.plan.labels
-        return observe_model(name, model, self.rows, self.tokenizer, answers=slice(None), labels=labels)
+        held_to = self.merged.train.plan.held_to
+        return observe_model(name, model, self.rows, self.tokenizer, answers=slice(None), held_to=held_to)
 
     def size(self, target: Target) -> int:
         """Predicted bytes of a target's whole bundle."""

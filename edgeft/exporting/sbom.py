@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from edgeft.targets.runtimes import runtime_of
+from edgeft.data.grammar import HeldTo
+from edgeft.targets.runtimes import needed_packages
 from edgeft.targets.target import Target
 
 Kind = Literal["machine-learning-model", "data", "library", "file", "application"]
@@ -42,7 +43,9 @@ class Component(NamedTuple):
     licence: str = ""
 
 
-def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], target: Target) -> str:
+def bill_of_materials(
+    files: Mapping[str, str], sources: Sequence[Component], target: Target, held_to: HeldTo = ()
+) -> str:
     """CycloneDX JSON: every file of a bundle (name to sha256), the packages it needs, and what it was made from.
 
     Model and tokenizer files have the licence of the base model among `sources`, run.py and README.md that of edgeft.
@@ -55,7 +58,7 @@ def bill_of_materials(files: Mapping[str, str], sources: Sequence[Component], ta
                   licence=edgeft.licence if name in OURS else licence)
         for name, digest in sorted(files.items())
     ]  # fmt: skip
-    needed = [_package(name, "needed on the device") for name in runtime_of(target).needed]
+    needed = [_package(name, "needed on the device") for name in needed_packages(target, held_to)]
     components = [_entry(component) for component in (*inside, *needed, *sources)]
     for number, entry in enumerate(components):  # data of two adapters may have one name
         if any(entry["bom-ref"] == other["bom-ref"] for other in components[:number]):

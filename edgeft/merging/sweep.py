@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer, read_samples
-from edgeft.data.labels import Label
-from edgeft.engine.label_scores import held_to
+from edgeft.data.grammar import HeldTo
+from edgeft.engine.grammar_scores import held_rows
 from edgeft.errors import BadInput
 from edgeft.merging.change import Change, find_tensor
 from edgeft.merging.merge import blend, check_trained
@@ -89,11 +89,11 @@ def sweep(
         if share not in points:
             progress("sweep", min(len(points), total), total, {})
             line.move_to(shares)
-            scores = [_score(line.model, rows, data.tokenizer, data.labels), _score(line.model, texts, data.tokenizer)]
+            scores = [_score(line.model, rows, data.tokenizer, data.held_to), _score(line.model, texts, data.tokenizer)]
             rounded: list[Metrics | None] = [None, None]
             if round_model(line.model, target):
                 rounded = [
-                    _score(line.model, rows, data.tokenizer, data.labels), _score(line.model, texts, data.tokenizer)
+                    _score(line.model, rows, data.tokenizer, data.held_to), _score(line.model, texts, data.tokenizer)
                 ]  # fmt: skip
             assert scores[0] is not None  # a job without validation rows holds some out
             points[share] = SweepPoint(
@@ -176,12 +176,10 @@ def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sa
     return [sample for sample in samples if sample.trained_tokens]
 
 
-def _score(
-    model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer, labels: Sequence[Label] = ()
-) -> Metrics | None:
+def _score(model: Any, samples: Sequence[Sample], tokenizer: TextTokenizer, held_to: HeldTo = ()) -> Metrics | None:
     if not samples:
         return None
-    held = held_to(labels, samples, tokenizer, model)
+    held = held_rows(held_to, samples, tokenizer, model)
     return evaluate(model, find_parts(model), samples, tokenizer, device=torch.device("cpu"), held=held).marked
 
 

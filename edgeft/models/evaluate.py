@@ -122,18 +122,22 @@ def by_answer(samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Iterator[
 
 @torch.no_grad()
 def greedy(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
-           device: torch.device) -> list[list[int]]:  # fmt: skip
+           device: torch.device, allowed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> list[list[int]]:  # fmt: skip
     """The likeliest continuation of each prompt, in order, cut before its first stop id; padded on the left.
 
     Nothing but the likeliest token: no setting of the checkpoint's generation_config (penalties, forbidden or forced
-    tokens, least lengths, beams) takes part, as none does in run.py. Ends as soon as every row has stopped.
+    tokens, least lengths, beams) takes part, as none does in run.py. Ends as soon as every row has stopped. `allowed`
+    gives scores (rows, V) without those of tokens that may not follow ids (rows, n).
     """
     width = max(map(len, prompts))
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     with plain_generation(model, stop_ids, max_new_tokens) as settings:
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+        held = {} if allowed is None else {"logits_processor": [allowed]}
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **held)[:, width:]
+        made = made.tolist()
     return [cut_at(row, stop_ids) for row in made]
 
 
@@ -221,7 +225,7 @@ def may_become(tokenizer: TextTokenizer, wanted: list[int], begun: list[int]) ->
 
 
 class Held(Protocol):
-    """Answers that are one of a few labels (`edgeft.engine.label_scores`): found from the same passes, and few more."""
+    """Answers that are held to labels or a grammar (`edgeft.engine`): found from the same passes, and few more."""
 
     def look(self, group: Sequence[Sample]) -> Callable[[int, torch.Tensor], None]: ...
     def settle(

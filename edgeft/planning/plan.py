@@ -17,7 +17,8 @@ from typing import NamedTuple
 from pydantic import Field
 
 from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
-from edgeft.data.labels import HINT, Label, make_labels, unknown_answers
+from edgeft.data.grammar import Grammar, HeldTo, grammar_file
+from edgeft.data.labels import Label
 from edgeft.data.scoring_groups import Scoring, Size
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
 from edgeft.errors import BadInput
@@ -39,6 +40,7 @@ from edgeft.planning.alternatives import (
     savings,
     unused_budget,
 )  # fmt: skip
+from edgeft.planning.answers import HELD_OUT_SHARE, read_held
 from edgeft.planning.candidates import (
     candidates,
     check_job,
@@ -53,7 +55,6 @@ from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.settings import Job, Training
 from edgeft.tuners import ADAPTERS, TUNERS, adapts
 
-HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
 # takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
@@ -74,7 +75,8 @@ class Plan(Artifact):
     profile: Profile
     spec: ModelSpec
     lengths: Lengths | None
-    labels: tuple[Label, ...] = Field(default=(), description="what answers are held to; none: they are free")
+    labels: tuple[Label, ...] = Field(default=(), description="what answers are held to; none: to a grammar, or free")
+    grammar: Grammar | None = None
     training: Training
     budget_bytes: int
     peak_bytes: int
@@ -94,6 +96,11 @@ class Plan(Artifact):
     simulation: Simulation | None = None  # of the chosen way, when asked for
     importance: Importance | None = None
 
+    @property
+    def held_to(self) -> HeldTo:
+        """What answers are held to."""
+        return self.labels if self.grammar is None else self.grammar
+
 
 def plan_inputs(job: Job, model_folder: Path | None) -> Inputs:
     """The hashes of what a plan is made from; of weights only where they say which layers train."""
@@ -107,7 +114,9 @@ def _of_model(job: Job, folder: Path) -> Inputs:
 def request_digest(job: Job, model_folder: Path | None) -> str:
     """One digest of what a plan is made from: settings, profile, model config, data. Equal: the plan is current."""
     profile = shipped_path("profile", "profiles", job.profile)
-    read = [sha256_file(profile) if profile.is_file() else None, plan_inputs(job, model_folder)]
+    grammar = grammar_file(job.answers)
+    shipped = [sha256_file(path) for path in (profile, grammar) if path is not None and path.is_file()]
+    read = [*shipped, plan_inputs(job, model_folder)]
     return sha256_json([job.model_dump(), versions().get("edgeft", ""), read])
 
 
@@ -146,8 +155,8 @@ def make_plan(
     folder = Path(job.model) if Path(job.model).is_dir() else None
     read = _read_data(job, folder)
     lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)
-    labels, offer = _read_labels(job, read)
-    notes += offer
+    held = read_held(job, read.files if read else {}, read.tokenizer if read else None)
+    notes += held.notes
     length, length_note = _max_length(job, spec, lengths)
     notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
@@ -156,7 +165,7 @@ def make_plan(
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
-    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, labels)
+    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, held.labels)
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
@@ -180,7 +189,8 @@ def make_plan(
         profile=profile,
         spec=spec,
         lengths=lengths,
-        labels=labels,
+        labels=held.labels,
+        grammar=held.grammar,
         training=training,
         budget_bytes=budget,
         peak_bytes=question.high_bytes(training),
@@ -308,28 +318,6 @@ def _read_lengths(job: Job, spec: ModelSpec, read: _Read | None) -> tuple[Length
         check_vocabulary(entry, spec)
     data_bytes = samples_bytes(every, read.tokenizer.backend.get_vocab_size())
     return every[0], data_bytes, _scored(job, sizes), notes
-
-
-def _read_labels(job: Job, read: _Read | None) -> tuple[tuple[Label, ...], list[str]]:
-    """(what answers are held to, notes: an offer to hold them, rows that ask for something else).
-
-    Raises BadInput for answers that are no labels.
-    """
-    if job.data is None or read is None:
-        if job.answers == "labels":
-            raise BadInput("answers", "labels are the completions of the training data, and there is none", HINT)
-        return (), []
-    tokenizer, answers = read.tokenizer, read.files[job.data].asked
-    if job.answers == "free":
-        return (), [answers.offer] if answers.offer else []
-    every = range(len(answers.asked))
-    rows, held_out = (every, ()) if job.valid else hold_out(every, HELD_OUT_SHARE, job.seed)
-    labels = make_labels(answers, rows, tokenizer, job.data)
-    notes = unknown_answers(answers, held_out, labels, tokenizer, f"{job.data}, held out")
-    for source in filter(None, (job.valid, job.test)):
-        scored = read.files[source].asked
-        notes += unknown_answers(scored, range(len(scored.asked)), labels, tokenizer, source)
-    return labels, notes
 
 
 def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:

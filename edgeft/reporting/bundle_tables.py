@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeft.models.metrics import Promotion, Proof, Repair
-from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, certain_rows
+from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.terminal import metrics_cells, new_table, predicted_expected
 from edgeft.reporting.words import attempt_cells, difference_text, percent, rung_cells
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
-    from edgeft.exporting.answers import Answers
+    from edgeft.exporting.answers import Answers, HeldToGrammar
     from edgeft.exporting.bundle import Bundle, Measurement
     from edgeft.exporting.choose_target import Comparison
     from edgeft.merging.result import MergedCheckpoint
@@ -41,13 +41,13 @@ def pairs_text(proof: Proof) -> RenderableType:
     return table
 
 
-def answers_text(answers: Answers) -> RenderableType:
+def answers_text(answers: Answers | HeldToGrammar) -> RenderableType:
     """What answers are held to, and what their probabilities are worth."""
     tables = []
-    if answers.calibration is not None:
+    if (calibration := calibration_of(answers)) is not None:
         for head, cells in ((CERTAIN_HEAD, certain_rows), (BIN_HEAD, bin_rows)):
-            table = new_table(*head, title=answers.calibration.compared if head is CERTAIN_HEAD else "")
-            for row in cells(answers.calibration):
+            table = new_table(*head, title=calibration.compared if head is CERTAIN_HEAD else "")
+            for row in cells(calibration):
                 table.add_row(*row)
             tables.append(table)
     return Group(*tables, *map(Text, answers_lines(answers)))

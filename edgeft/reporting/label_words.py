@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeft.exporting.answers import Answers, Calibration
+from edgeft.data.grammar import held_name
+from edgeft.exporting.answers import Answers, Calibration, HeldToGrammar
 from edgeft.reporting.words import difference_text, percent
 
 BIN_HEAD = ("probability", "answers", "mean probability", "right")
 CERTAIN_HEAD = ("of the answers, the most certain", "answers", "right")
 PARTS = {0.25: "quarter", 0.5: "half", 0.75: "three quarters", 1.0: "all"}
+
+
+def calibration_of(answers: Answers | HeldToGrammar) -> Calibration | None:
+    """What labels' probabilities are worth, where it was found."""
+    return answers.calibration if isinstance(answers, Answers) else None
 
 
 def bin_rows(made: Calibration) -> Iterator[tuple[str, ...]]:
@@ -25,8 +31,10 @@ def certain_rows(made: Calibration) -> Iterator[tuple[str, ...]]:
         yield PARTS.get(each.share, percent(each.share)), f"{each.rows}", percent(each.right)
 
 
-def answers_lines(answers: Answers) -> list[str]:
+def answers_lines(answers: Answers | HeldToGrammar) -> list[str]:
     """What is said of held answers beside the tables."""
+    if isinstance(answers, HeldToGrammar):
+        return [f"answers are held to {held_name(answers.source)}, those that exact match counts too"]
     lines = [f"answers are one of {answers.labels:,} labels; exact match counts the most probable one"]
     made = answers.calibration
     if made is None:

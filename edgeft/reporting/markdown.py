@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgeft.machines.profile import Profile
-from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, certain_rows
+from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
@@ -96,7 +96,7 @@ def _summary(report: Summary) -> list[str]:
             "## What its answers are worth",
             "\n".join(f"- {escape(line)}" for line in answers_lines(report.answers)),
         ]
-        if made := report.answers.calibration:
+        if made := calibration_of(report.answers):
             blocks += [_table(CERTAIN_HEAD, certain_rows(made), (1, 2)), _table(BIN_HEAD, bin_rows(made), (1, 2, 3))]
     if report.repair:
         columns = ("artifact", "bundle", "loss, 95% interval", "exact match, points, 95% interval", "")

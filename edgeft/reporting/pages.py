@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft.documents import saving
 from edgeft.memory.timing import DATASHEET_SHARES, MEASURED_SHARES
-from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, certain_rows
+from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.markdown import approximate, to_markdown
 from edgeft.reporting.matrix import Grade, Matrix, ModelRow
 from edgeft.reporting.summary import Summary
@@ -92,7 +92,7 @@ def _environment() -> jinja2.Environment:
         "signed_bytes": lambda value: ("+" if value > 0 else "") + show_bytes(value),
         "rung_cells": rung_cells,
         "attempt": attempt_cells,
-        "answers_lines": answers_lines,
+        "answers_lines": answers_lines, "calibration": calibration_of,
         "certain_table": lambda made: (CERTAIN_HEAD, certain_rows(made)),
         "bin_table": lambda made: (BIN_HEAD, bin_rows(made)),
         "difference": difference_text,

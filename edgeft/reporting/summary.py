@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, versions
-from edgeft.exporting.answers import Answers
+from edgeft.exporting.answers import Answers, HeldToGrammar
 from edgeft.exporting.bundle import Bundle, Measurement
 from edgeft.machines.profile import Profile
 from edgeft.memory.disk import Disk
@@ -127,7 +127,9 @@ class Summary(Artifact):
     scored_on: str = ""
     pairs: tuple[Pair, ...] = Field(default=(), description="of forms on the same scored rows, with 95% intervals")
     proof: Proof | None = None
-    answers: Answers | None = Field(default=None, description="how a bundle's answers are held; null: they are free")
+    answers: Answers | HeldToGrammar | None = Field(
+        default=None, description="how a bundle's answers are held; null: they are free"
+    )
     repair: Repair | None = Field(default=None, description="what was considered, where the export chose its target")
     loss_curve: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...]

@@ -73,6 +73,8 @@ def plan_text(plan: Plan) -> RenderableType:
         rows.insert(2, ("data", plan.lengths.line))
     if plan.labels:
         rows.insert(3, ("answers", labels_line(plan.labels)))
+    elif plan.grammar is not None:
+        rows.insert(3, ("answers", plan.grammar.line))
     rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
     if plan.importance is not None:
         rows.insert(4 if plan.lengths else 3, ("importance", importance_text(plan.importance)))
@@ -292,6 +294,8 @@ def train_text(result: TrainResult) -> RenderableType:
     lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
     if result.plan.labels:
         lines.append(Text(f"exact match: the most probable of {len(result.plan.labels)} labels is the right one"))
+    elif result.plan.grammar is not None:
+        lines.append(Text(f"exact match: of answers {result.plan.grammar.line}"))
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
     if result.skipped_steps:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings import Bits, Rounding
 from edgeft.targets.build_bytes import (
@@ -87,6 +88,7 @@ class Runtime:
     other_interpreter: bool = False  # its exporter lives in an environment of its own
     graph_is_read: bool = False  # codes and numbers in the file are compared with what they must be
     widened_proof: bool = False  # a proof runs a graph with the logits of every position
+    guides: bool = False  # holds answers to a grammar by itself
     casts_half: bool = False  # fp16 matrices become fp32 on loading
 
 
@@ -201,6 +203,7 @@ RUNTIMES: dict[str, Runtime] = {
         switches_adapters=True,
         graph_is_read=True,
         widened_proof=True,
+        guides=True,
         casts_half=True,
     ),
     "llama.cpp": Runtime(
@@ -252,6 +255,12 @@ RUNTIMES: dict[str, Runtime] = {
         other_interpreter=True,
     ),
 }
+
+
+def needed_packages(target: Target, held_to: HeldTo = ()) -> tuple[str, ...]:
+    """What a device needs for a target's bundle: for a grammar its reader too, where the runtime has none inside."""
+    runtime = runtime_of(target)
+    return (*runtime.needed, "llguidance") if isinstance(held_to, Grammar) and not runtime.guides else runtime.needed
 
 
 def runtime_of(target: Rounding) -> Runtime:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgeft.data.dataset import Sample, TextTokenizer, hold_out, read_samples
-from edgeft.data.labels import Label
+from edgeft.data.grammar import HeldTo
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.models.headers import local_folder
 from edgeft.models.identity import check_inputs
-from edgeft.planning.plan import HELD_OUT_SHARE, Plan
+from edgeft.planning.answers import HELD_OUT_SHARE
+from edgeft.planning.plan import Plan
 
 PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"
 
@@ -23,7 +24,7 @@ class Data:
     valid: list[Sample]
     test: list[Sample]
     tokenizer: TextTokenizer
-    labels: tuple[Label, ...] = ()  # what answers are held to; none: they are free
+    held_to: HeldTo = ()  # what answers are held to, labels or a grammar; nothing: they are free
 
     @classmethod
     def read(cls, plan: Plan, *, train: bool = True) -> Data:
@@ -42,10 +43,10 @@ class Data:
             found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
         test = samples(plan.job.test) if plan.job.test else []
         if not train:
-            return cls([], valid, test, tokenizer, plan.labels)
+            return cls([], valid, test, tokenizer, plan.held_to)
         found = [sample for sample in found if sample.trained_tokens]
         if not found:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
         meter.give_back()  # what encoding took and left between the samples: half of their size again
-        return cls(found, valid, test, tokenizer, plan.labels)
+        return cls(found, valid, test, tokenizer, plan.held_to)

@@ -21,7 +21,7 @@ import torch
 from edgeft.data.dataset import Sample
 from edgeft.documents import saving, staging, versions
 from edgeft.engine.fp32_layers import DenseTurns
-from edgeft.engine.label_scores import held_to
+from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.quantized_layers import settle
@@ -347,7 +347,7 @@ def scorer(
         found = evaluate(
             model, parts, samples, data.tokenizer, device=device, compute=compute,
             chunk_tokens=training.loss_chunk_tokens, group_tokens=training.group_tokens,
-            held=held_to(data.labels, samples, data.tokenizer, model),
+            held=held_rows(data.held_to, samples, data.tokenizer, model),
             progress=lambda done, total: progress(name, done, total, {}),
         )  # fmt: skip
         if not math.isfinite(found.loss):

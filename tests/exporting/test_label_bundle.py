@@ -137,7 +137,7 @@ def test_a_batch_gives_each_row_the_label_and_probability_that_it_gets_alone(
     ("arguments", "problem"),
     [
         (("--temperature", "1"), "labels are compared, not drawn"),
-        (("--free", "--min-probability", "0.5"), "this one is free"),
+        (("--free", "--min-probability", "0.5"), "this one is not"),
     ],
 )
 def test_options_of_the_other_form_are_refused(arguments: tuple[str, ...], problem: str, line: Path) -> None:
@@ -194,7 +194,7 @@ def test_ten_thousand_prompts_get_a_label_of_the_example(tmp_path: Path) -> None
     tokenizer = TextTokenizer(model)
     answers = measure(str(data), tokenizer).asked
     labels = make_labels(answers, range(len(answers.asked)), tokenizer, "data")
-    build_bundle(model, load_target("ort-int8"), tmp_path / "bundle", prompts=[], measure=False, labels=labels)
+    build_bundle(model, load_target("ort-int8"), tmp_path / "bundle", prompts=[], measure=False, held_to=labels)
     all_held(tmp_path / "bundle", 10_000)
 
 
