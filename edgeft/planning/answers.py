@@ -55,10 +55,10 @@ def _read_grammar(job: Job, asked: AskedAnswers, files: Mapping[str, Measured], 
     """The grammar, written as most of the training data's answers are. Raises BadInput if none of them is in it."""
     words = Words(tokenizer)
     begins = Counter(_begin(tokenizer, path) for path in asked.found).most_common(1)
-    found = [words.checked(each) for each in read_grammar(job.answers, begins[0][0] if begins else "")]
+    found = read_grammar(job.answers, begins[0][0] if begins else "")
     counts = [words.within(each, asked) for each in found]
     best = counts.index(max(counts))
-    grammar = found[best]
+    grammar = words.checked(found[best])
     if asked.found and not counts[best]:
         wanted = next(iter(asked.found))[:-1]
         problem = f"allows none of the {len(asked.found):,} answers of {job.data}, as {tokenizer.decode(wanted)!r:.60}"

@@ -12,7 +12,7 @@ from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput, MissingExtra
 from edgeft.targets.runner import runner_module
 
-WALKS, WALK_TOKENS = 16, 4096  # answers that are written by chance, to see whether the tokenizer can
+WALK_TOKENS = 2048  # of answers that are written by chance, to see whether the tokenizer can
 
 
 class Words:
@@ -41,21 +41,21 @@ class Words:
         return self.runner.Matcher(grammar, self.words, self.tokenizer.stop_ids)
 
     def checked(self, grammar: Grammar) -> Grammar:
-        """The grammar, if answers that are written by chance come to an end. Raises BadInput if they get stuck."""
-        matcher, draw = self.matcher(grammar), numpy.random.default_rng(0)
-        for _ in range(WALKS):
-            matcher.restart()
-            made = list[int]()
-            while len(made) < WALK_TOKENS and not matcher.stopped():
-                try:
-                    allowed = matcher.allowed(self.words.vocab_size).nonzero()[0]
-                except self.runner.RunError as problem:
-                    raise BadInput("answers", f"{grammar.source}: {problem.problem}", FREE) from None
-                if not len(allowed):
-                    said = f"the tokenizer has no token for what must follow {self.tokenizer.spell(made)[-60:]!r}"
-                    raise BadInput("answers", f"{grammar.source}: {said}", FREE)
-                made.append(int(draw.choice(allowed)))
-                matcher.take(made[-1])
+        """The grammar, if answers that are written by chance do not get stuck. Raises BadInput if they do."""
+        matcher, draw, made = self.matcher(grammar), numpy.random.default_rng(0), list[int]()
+        for _ in range(WALK_TOKENS):
+            if matcher.stopped():
+                matcher.restart()
+                made.clear()
+            try:
+                allowed = matcher.allowed(self.words.vocab_size).nonzero()[0]
+            except self.runner.RunError as problem:
+                raise BadInput("answers", f"{grammar.source}: {problem.problem}", FREE) from None
+            if not len(allowed):
+                said = f"the tokenizer has no token for what must follow {self.tokenizer.spell(made)[-60:]!r}"
+                raise BadInput("answers", f"{grammar.source}: {said}", FREE)
+            made.append(int(allowed[draw.integers(len(allowed))]))
+            matcher.take(made[-1])
         return grammar
 
     def within(self, grammar: Grammar, asked: AskedAnswers) -> int:
