@@ -104,6 +104,10 @@ class Job(Strict):
         None, description="freed memory of a CPU run: fast keeps small blocks for reuse, tight returns all at once"
     )
 
+    prefix_cache: bool | None = Field(
+        None, description="outputs of the layers below all that train are kept on disk, computed once for each row"
+    )
+
     epochs: float = Field(3.0, gt=0, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
@@ -203,6 +207,8 @@ class Training(Strict):
     loss_chunk_tokens: int
     optimizer: Optimizer
     malloc: Malloc = "tight"
+    cached_layers: int = 0  # the lowest ones, whose outputs are on disk for every row; 0: all are computed
+    cached_tokens: int = 0  # of those rows
     learning_rate: float
     steps: int
     warmup_steps: int

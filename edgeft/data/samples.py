@@ -14,6 +14,7 @@ from edgeft.data.tokenizer import ENCODE_TEXTS, TextTokenizer, token_at
 from edgeft.errors import BadInput
 
 Held = TypeVar("Held")
+HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 IGNORED = -100  # the label of a token that is read but not trained on (torch's cross_entropy default)
 SPLIT = "the prompt alone has other tokens than in the whole text: its own are kept, the answer goes on behind them"
 ENDED = "the chat template closes an answer with no end token: one is added behind the last answer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, sta
 from edgeft.errors import BadInput
 from edgeft.machines.limits import MALLOC_ENVIRONMENT
 from edgeft.memory import disk
+from edgeft.models.boundary import Weight
 from edgeft.models.checkpoint import DTYPES, Checkpoint, load_plain, load_whole, quiet_transformers
 from edgeft.models.identity import weights_sha256
 from edgeft.models.spec import read_model_spec
@@ -111,6 +113,30 @@ def make_nf4(linear: Any, compute: torch.dtype) -> Any:
     made.bias, made.source_cls = linear.bias, linear.source_cls
     _compute_in(made, compute)
     return made
+
+
+def read_back(dropped: Iterable[Weight], folder: Path, training: Training, device: torch.device) -> None:
+    """Give a model the weights that it let go of, from its base in `folder`, one at a time, as `load_base` has them."""
+    nf4 = training.base_precision == "nf4"
+    files = Checkpoint(quantised_folder(folder) if nf4 else folder, packed=nf4)
+    for weight in dropped:
+        name = files.name_of(weight.name)
+        if weight.packed:
+            _read_packed(weight.module, files, name, device)
+        else:
+            value = files.read(name).to(device, weight.dtype)
+            weight.module._parameters[weight.key] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _read_packed(linear: Any, files: Checkpoint, name: str, device: torch.device) -> None:
+    from bitsandbytes import nn
+
+    kinds: Any = nn
+    stats = {own.removeprefix(f"{name}."): files.read(own) for own in files.owner if own.startswith(f"{name}.")}
+    linear._parameters["weight"] = kinds.Params4bit.from_prequantized(
+        files.read(name), stats, device=device, module=linear
+    )
+    _compute_in(linear, linear.compute_dtype)
 
 
 def quantised_folder(folder: Path) -> Path:

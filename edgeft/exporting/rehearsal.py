@@ -214,7 +214,7 @@ def layers_of_excerpt(training: Training, count: int) -> dict[str, object]:
     """What changes in a plan's training when all layers of an excerpt train, each at every step."""
     every = tuple(range(count))
     layers = "all" if training.layers == "all" else "sparse"
-    return {"layers": layers, "trained_layers": every, "active_layers": 0, "compute_dtype": "fp32"}
+    return {"layers": layers, "trained_layers": every, "active_layers": 0, "cached_layers": 0, "compute_dtype": "fp32"}
 
 
 def peak_bytes(plan: Plan, spec: ModelSpec, training: Training, target: Target) -> int:

@@ -45,7 +45,9 @@ def plan_disk(spec: ModelSpec, training: Training, targets: Sequence[Target]) ->
     sets = CODES_KEPT if len(targets) > 1 else 1
     export = max((export_disk(spec, target, sets) for target in targets), key=lambda each: each.peak_bytes)
     found = [train_disk(spec, training), merge_disk(spec), export]
-    return (nf4_disk(spec, training), *found) if training.base_precision == "nf4" else tuple(found)
+    cached = [nf4_disk(spec, training)] if training.base_precision == "nf4" else []
+    cached += [prefix_disk(spec, training)] if training.cached_layers else []
+    return (*cached, *found)
 
 
 def nf4_disk(spec: ModelSpec, training: Training) -> Disk:
@@ -56,6 +58,14 @@ def nf4_disk(spec: ModelSpec, training: Training) -> Disk:
     size = dense + SIDE_FILES_BYTES
     term = Term(name="NF4 base", bytes=size, formula=f"{spec.total_parameters} parameters, 4 bits where quantised")
     return Disk(stage="quantise", where="cache", terms=(term,), peak_bytes=size, kept_bytes=size)
+
+
+def prefix_disk(spec: ModelSpec, training: Training) -> Disk:
+    """The outputs of layers that do not train, of every row, kept in the cache in the dtype of computing."""
+    size = training.cached_tokens * spec.hidden_size * train_step.DTYPE_BYTES[training.compute_dtype]
+    formula = f"{training.cached_tokens} tokens x {spec.hidden_size} in {training.compute_dtype}"
+    term = Term(name="layer outputs", bytes=size, formula=formula)
+    return Disk(stage="prefix", where="cache", terms=(term,), peak_bytes=size, kept_bytes=size)
 
 
 def train_disk(spec: ModelSpec, training: Training) -> Disk:

@@ -189,6 +189,7 @@ def phases(
         step.append(Term(name="simulated", bytes=more.bytes, formula=formula))
     return (
         phase("load", [*start, *_loading(spec, training)], spec, training),
+        *_prefix(spec, training, fixed, pool),
         evaluate,
         phase("train", [term for term in step if term.bytes], spec, training, more is not None and more.exact),
     )
@@ -232,6 +233,25 @@ def _loading(spec: ModelSpec, training: Training) -> list[Term]:
     if training.device == "cpu" and stored:
         found.append(Term(name="weight file", bytes=stored, formula=f"pages of the file, {spec.dtype}"))
     return found
+
+
+def _prefix(spec: ModelSpec, training: Training, fixed: Sequence[Term], pool: int) -> list[Phase]:
+    """Making the outputs that are kept of the lowest layers, with the whole model in memory; no phase without them.
+
+    A group is as large as one that is scored, and is there until the next one is.
+    """
+    if not training.cached_layers:
+        return []
+    tokens, way = training.group_tokens, Way.of(spec, training, training.max_length)
+    forward = int(_forward_bytes(spec, training, way, tokens, False))
+    states = 2 * way.itemsize * spec.hidden_size * tokens
+    terms = [
+        Term(name="forward", bytes=forward + 16 * tokens + mask_bytes(spec, way, tokens), formula=f"{tokens} tokens"),
+        Term(name="layer outputs", bytes=states, formula=f"{tokens} x {spec.hidden_size}, twice"),
+    ]
+    kept = _pool_term(min(pool, _total(terms)))
+    held = [*fixed, _weights(spec, training), *terms, kept]
+    return [phase("prefix", [term for term in held if term.bytes], spec, training)]
 
 
 def _kept(spec: ModelSpec, training: Training, sets: Sequence[Training]) -> list[Term]:

@@ -33,6 +33,7 @@ ROUNDED_BYTES = (
     60  # of a weight that is rounded for a pass and back (quantize_aware): fitted on the example's step alone
 )
 PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
+KEEPING = 1.25  # of a forward pass: its outputs are also written, hashed and compared; a guess
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
 
 
@@ -66,14 +67,28 @@ def seconds_per_step(profile: Profile, training: Training, work: train_step.Work
 
 def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, scored: Scoring) -> float:
     """Seconds of scoring the base before training and the tuned model after it, without answers that stay open."""
+    layers = spec.num_hidden_layers - training.cached_layers
+    forward = _forward_seconds(profile, spec, training, layers, scored.tokens, scored.trained_tokens)
+    return 2 * forward
+
+
+def prefix_seconds(profile: Profile, spec: ModelSpec, training: Training) -> float:
+    """Seconds of running every row once through the layers whose outputs are kept; none where none are."""
+    return KEEPING * _forward_seconds(profile, spec, training, training.cached_layers, training.cached_tokens, 0)
+
+
+def _forward_seconds(
+    profile: Profile, spec: ModelSpec, training: Training, layers: int, tokens: int, trained_tokens: int
+) -> float:
+    """Seconds of so many tokens through some layers, and through the head where they train."""
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
     of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
-    weights = spec.num_hidden_layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
-    operations = 2 * weights * scored.tokens + 2 * spec.vocab_size * spec.hidden_size * scored.trained_tokens
-    moved = float(train_step.DTYPE_BYTES[training.compute_dtype] * spec.num_hidden_layers * scored.tokens)
+    weights = layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
+    operations = 2 * weights * tokens + 2 * spec.vocab_size * spec.hidden_size * trained_tokens
+    moved = float(train_step.DTYPE_BYTES[training.compute_dtype] * layers * tokens)
     moved *= _widths_made(spec, training, MADE["idle"])
-    moved += LOSS_BYTES / 2 * spec.vocab_size * scored.trained_tokens
-    return 2 * (operations / (of_rate * rate) + moved / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9))
+    moved += LOSS_BYTES / 2 * spec.vocab_size * trained_tokens
+    return operations / (of_rate * rate) + moved / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)
 
 
 def _widths_made(spec: ModelSpec, training: Training, made: tuple[float, ...]) -> float:
@@ -93,18 +108,19 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 COUNTED = attrgetter(
     "compute_dtype", "base_precision", "tuner", "rank", "target_modules", "layers", "trained_layers", "active_layers",
     "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing", "quantize_aware",
+    "cached_layers",
 )  # fmt: skip
 
 
 def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_layers: int) -> Counted:
-    """Operations and bytes of one optimizer step.
+    """Operations and bytes of one optimizer step; of layers whose outputs are kept none.
 
     Forward 2 operations per weight and token; backward 2 more for each layer that gradients cross, and 2 more where
     the weights train; recomputation one more forward pass of those layers. The head is counted for trained tokens only.
     4-bit weights are made dense for every product of every micro-batch.
     """
-    layers, trained = float(spec.num_hidden_layers), float(len(training.trained_layers))
-    crossed = layers - min(training.trained_layers, default=layers)
+    layers, trained = float(spec.num_hidden_layers - training.cached_layers), float(len(training.trained_layers))
+    crossed = spec.num_hidden_layers - float(min(training.trained_layers, default=spec.num_hidden_layers))
     if training.layers == "lisa":  # the lowest of n uniform draws out of L lies at (L - n) / (n + 1) on average
         crossed -= (trained - training.active_layers) / (training.active_layers + 1)
         trained = training.active_layers

@@ -68,6 +68,20 @@ def weight_bytes(spec: ModelSpec, training: Training) -> int:
     return int(dense * DTYPE_BYTES[training.compute_dtype] + codes)
 
 
+def dropped_bytes(spec: ModelSpec, training: Training) -> int:
+    """What of `weight_bytes` goes once the outputs of the lowest layers are kept: those layers, an untied embedding."""
+    below, matrices = sum(spec.layer_parameters[: training.cached_layers]), 0
+    each = sum(linear.in_features * linear.out_features for linear in spec.linears)
+    if not training.cached_layers:
+        return 0
+    table = 0 if spec.tie_word_embeddings else spec.embedding_parameters
+    if training.base_precision != "nf4":
+        return (below + table) * DTYPE_BYTES[training.base_precision]
+    matrices = each * training.cached_layers
+    codes = matrices * NF4_BYTES + NF4_PER_LINEAR * len(spec.linears) * training.cached_layers
+    return int((below - matrices + table) * DTYPE_BYTES[training.compute_dtype] + codes)
+
+
 def dense_bytes(spec: ModelSpec, training: Training) -> int:
     """What layers that train as dense fp32 ones take beyond what they take in the base: their matrices, no vectors.
 
@@ -196,14 +210,14 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     moments = _moments(spec, training, work, way, loss_tokens)
     name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
     parameters = trained_parameters(spec, training)
-    weights, itemsize = weight_bytes(spec, training), trained_itemsize(training)
+    weights, itemsize = weight_bytes(spec, training) - dropped_bytes(spec, training), trained_itemsize(training)
     dense, count = dense_bytes(spec, training), spec.num_hidden_layers
     inputs = 8 * tokens + 8 * work.longest + 16 * loss_tokens + mask_bytes(spec, way, tokens)
     inputs += 0 if position_parameters(spec) else 2 * way.itemsize * spec.head_dim * work.longest
     recomputed = f", layers recomputed: {count - training.kept_layers} of {count}" if training.checkpointing else ""
     trained = len(set(training.trained_layers))
     terms = [
-        ("weights", weights, f"{spec.total_parameters} parameters in {training.base_precision}"),
+        ("weights", weights, weights_formula(spec, training)),
         ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
         ("adapters", parameters * itemsize if training.adapts else 0, f"{parameters} x {itemsize} B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
@@ -213,6 +227,12 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
         ("inputs", inputs, "ids, positions, rotary tables, masks"),
     ]
     return [Term(name=n, bytes=int(b), formula=f) for n, b, f in terms if b]
+
+
+def weights_formula(spec: ModelSpec, training: Training) -> str:
+    """Which weights are there while a step runs."""
+    without = f" without layers 0 to {training.cached_layers - 1}" if training.cached_layers else ""
+    return f"{spec.total_parameters} parameters{without} in {training.base_precision}"
 
 
 class Moment(NamedTuple):
@@ -226,7 +246,7 @@ class Moment(NamedTuple):
 
 def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int) -> list[Moment]:
     """Every moment that can be the highest: each part of the model forwards and backwards, the optimizer."""
-    count, e, tokens = spec.num_hidden_layers, way.itemsize, training.micro_batch_size * work.longest
+    e, tokens = way.itemsize, training.micro_batch_size * work.longest
     again, on = training.batch_size > training.micro_batch_size, training.embedding == "on"
     parts, embedded_is_kept = _parts(spec, training, work, way, loss_tokens, again)
     table, positions = (e * spec.embedding_parameters, e * position_parameters(spec)) if on else (0, 0)
@@ -237,16 +257,16 @@ def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss
         embedded += e * spec.hidden_size * (tokens if spec.family.positions_of_rows else work.longest)
     elif embedded_is_kept:
         embedded = 0
-    moments, kept = list[Moment](), 0.0
+    moments, kept, names = list[Moment](), 0.0, _names(spec, training)
     for n, part in enumerate(parts):
         named = embedded if n or learned else 0
-        moments.append(Moment(f"forward, {_name(n, count)}", kept, there, max(part.forward, part.body + named)))
+        moments.append(Moment(f"forward, {names[n]}", kept, there, max(part.forward, part.body + named)))
         kept += part.kept_forward
     kept, made, waiting = sum(part.kept for part in parts), 0.0, 0.0
     for n, part in reversed(list(enumerate(parts))):
         kept -= part.kept
         if part.backward:
-            moments.append(Moment(f"backward, {_name(n, count)}", kept, (there or made) + waiting, part.backward))
+            moments.append(Moment(f"backward, {names[n]}", kept, (there or made) + waiting, part.backward))
         made += part.gradients
         waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
     if table:
@@ -259,7 +279,7 @@ def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss
 def _parts(
     spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int, again: bool
 ) -> tuple[list[Sizes], bool]:  # fmt: skip
-    """(each layer and what follows them, whether the first layer keeps its input)."""
+    """(each layer that runs and what follows them, whether the first of them keeps its input)."""
     count, tokens = spec.num_hidden_layers, training.micro_batch_size * work.longest
     trained, lowest = set(training.trained_layers), min(training.trained_layers, default=count)
     if training.embedding == "on":
@@ -276,7 +296,7 @@ def _parts(
             is_masked(spec, n, work.longest),
             training.recomputes(n, count),
         )
-        for n in range(count)
+        for n in range(training.cached_layers, count)
     ]
     sizes = {place: Sizes.of(layer_bytes(spec, way, *place), tokens, again) for place in set(places)}
     first = layer_bytes(spec, way, *places[0]).keeps_input
@@ -305,8 +325,9 @@ class Sizes(NamedTuple):
         )  # fmt: skip
 
 
-def _name(number: int, layers: int) -> str:
-    return "loss" if number == layers else f"layer {number}"
+def _names(spec: ModelSpec, training: Training) -> list[str]:
+    """The names of `_parts`."""
+    return [*(f"layer {n}" for n in range(training.cached_layers, spec.num_hidden_layers)), "loss"]
 
 
 def known(spec: ModelSpec) -> bool:

@@ -17,7 +17,17 @@ from typing import Any, BinaryIO
 import torch
 
 from edgeft.errors import BadInput
-from edgeft.models.headers import BUFFER, HEADS, LAYER, OTHER_TOWER, Header, check_tied, read_headers, refused
+from edgeft.models.headers import (
+    BUFFER,
+    HEADS,
+    LAYER,
+    OTHER_TOWER,
+    Header,
+    check_tied,
+    read_headers,
+    refused,
+    weight_files,
+)
 from edgeft.models.headers import DTYPES as TORCH_NAMES
 from edgeft.models.headers import local_folder as local_folder  # those who load weights import both from here
 
@@ -55,9 +65,10 @@ class TensorFile(Header):
 class Checkpoint:
     """The weights of a folder, single-file or sharded, by tensor name. Raises BadInput for what cannot be read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, packed: bool = False) -> None:
+        """`packed`: the 4-bit form of one, which no user gives."""
         self.folder = folder
-        self.files = read_headers(folder, TensorFile)
+        self.files = [TensorFile(path) for path in weight_files(folder)] if packed else read_headers(folder, TensorFile)
         self.owner = {name: file for file in self.files for name in file.entries}
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:

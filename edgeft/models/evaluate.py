@@ -37,9 +37,10 @@ def autocast(device: torch.device, compute: torch.dtype) -> Iterator[None]:
             yield
 
 
-def trained_states(parts: Parts, batch: Batch, compute: torch.dtype) -> torch.Tensor:
-    """Hidden states (N, h) from which the trained tokens of a batch are predicted, in the compute dtype."""
-    hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
+def trained_states(parts: Parts, samples: Sequence[Sample], batch: Batch, compute: torch.dtype) -> torch.Tensor:
+    """Hidden states (N, h) from which the trained tokens of samples, as one batch, are predicted; in compute dtype."""
+    with parts.starting(samples):
+        hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
     # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
     return hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)  # type: ignore[no-any-return]
 
@@ -58,7 +59,7 @@ def token_losses(
     with autocast(device, compute):
         head: Any = parts.head
         return chunked_cross_entropy(
-            trained_states(parts, batch, compute),
+            trained_states(parts, samples, batch, compute),
             parts.head_weight(),
             head.bias,
             batch.targets,
@@ -82,7 +83,7 @@ def score_group(
     head: Any = parts.head
     losses, likely = list[float](), list[int]()
     with autocast(device, compute):
-        hidden, weight = trained_states(parts, batch, compute), parts.head_weight()
+        hidden, weight = trained_states(parts, samples, batch, compute), parts.head_weight()
         for start in range(0, len(hidden), chunk_tokens):
             logits = hidden[start : start + chunk_tokens] @ weight.T.to(hidden.dtype)
             if head.bias is not None:
@@ -247,10 +248,12 @@ def evaluate(
     group_tokens: int = EVAL_TOKENS,
     held: Held | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    whole: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Metrics over all of `samples`, in groups of similar length; each row's own are kept with them.
 
-    An answer is what `held` finds, where it is given; else what the model would write.
+    An answer is what `held` finds, where it is given; else what the model would write. `whole` is called before the
+    model reads tokens that are no row's own.
     """
     losses: dict[int, float] = {}
     judged: dict[int, bool | None] = {}
@@ -264,6 +267,8 @@ def evaluate(
             for sample, best in zip(group, likely, strict=True)
         }
         progress(len(losses), len(samples))
+    if held is not None or None in judged.values():
+        whole()
     if held is None:
         answer_open(model, samples, tokenizer, judged, device, compute, group_tokens)
     else:

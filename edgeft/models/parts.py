@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgeft.data.samples import Sample
 from edgeft.errors import BadInput
 from edgeft.models.stacks import (
     Layers,
@@ -42,11 +46,16 @@ class Parts:
     head: nn.Module
     stacks: tuple[Stack, ...]
     text_path: str  # of the smallest module that holds the stacks and their token embeddings; "" is the model itself
+    start: Callable[[Sequence[Sample]], AbstractContextManager[None]] | None = None  # `edgeft.models.boundary`
 
     @property
     def tied(self) -> bool:
         """Whether head and token embedding are one tensor."""
         return not set(self.embedding.parameters()).isdisjoint(self.head.parameters())
+
+    def starting(self, samples: Sequence[Sample]) -> AbstractContextManager[None]:
+        """Where `body` is to run on `samples`: with what is kept of them, if anything is."""
+        return contextlib.nullcontext() if self.start is None else self.start(samples)
 
     def head_weight(self) -> torch.Tensor:
         """What hidden states are multiplied with: the head's weight, rounded where it trains for a target."""

@@ -33,7 +33,7 @@ class Saving(Strict):
 
 
 CHOICES = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "loss_chunk_tokens",
-           "optimizer", "malloc")  # fmt: skip
+           "optimizer", "malloc", "prefix_cache")  # fmt: skip
 
 
 def describe(training: Training, name: str) -> str:
@@ -42,6 +42,8 @@ def describe(training: Training, name: str) -> str:
         if training.layers == "lisa":
             return f"lisa, {training.active_layers} of {len(training.trained_layers)} at a time"
         return f"{training.layers}, {len(training.trained_layers)}"
+    if name == "prefix_cache":
+        return f"{training.cached_layers} layers" if training.cached_layers else "none"
     if name == "checkpointing" and training.kept_layers:
         return f"all but the top {training.kept_layers}"
     return str(getattr(training, name))
@@ -97,9 +99,10 @@ def frontier(question: Question, chosen: Training, looked_at: list[Training]) ->
     return tuple(sorted({*rows, mine}, key=lambda row: (row.quality_cost, -row.high_bytes)))
 
 
-def _frugal(training: Training) -> tuple[int, int, int, bool]:
+def _frugal(training: Training) -> tuple[int, int, int, bool, int]:
     return (
-        training.micro_batch_size, -int(training.checkpointing), training.loss_chunk_tokens, training.malloc == "fast"
+        training.micro_batch_size, -int(training.checkpointing), training.loss_chunk_tokens, training.malloc == "fast",
+        -training.cached_layers,
     )  # fmt: skip
 
 
@@ -122,10 +125,15 @@ def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
     if chosen.optimizer != "adamw":
         ways.append((chosen.optimizer, "adamw with 32-bit states", {"optimizer": "adamw"}))
     if chosen.layers == "lisa" or len(chosen.trained_layers) < count:
-        whole: dict[str, object] = {"layers": "all", "trained_layers": tuple(range(count)), "active_layers": 0}
+        whole: dict[str, object] = {
+            "layers": "all", "trained_layers": tuple(range(count)), "active_layers": 0, "cached_layers": 0,
+        }  # fmt: skip
         if not chosen.adapts:
             whole |= {"embedding": "on", "norm": "on", "head": "on", "base_precision": "fp32"}
         ways.append((f"layers: {describe(chosen, 'layers')}", f"all {count} layers", whole))
+    if chosen.cached_layers:
+        ways.append((f"outputs of layers 0 to {chosen.cached_layers - 1} on disk", "those layers in memory",
+                     {"cached_layers": 0}))  # fmt: skip
     if chosen.micro_batch_size < chosen.batch_size:
         ways.append((f"micro-batches of {chosen.micro_batch_size}", f"the whole batch of {chosen.batch_size} at once",
                      {"micro_batch_size": chosen.batch_size}))  # fmt: skip

@@ -9,12 +9,11 @@ from typing import NamedTuple
 from edgeft.data.dataset import Measured, hold_out
 from edgeft.data.grammar import FREE, Grammar, read_grammar
 from edgeft.data.labels import HINT, AskedAnswers, Label, make_labels, unknown_answers
+from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.settings import Job
 from edgeft.targets.words import Words
-
-HELD_OUT_SHARE = 0.05  # of the training rows, when no validation data is given
 
 
 class Held(NamedTuple):

@@ -12,6 +12,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
+from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
 from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
 from edgeft.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
@@ -231,9 +232,12 @@ def training_notes(spec: ModelSpec, training: Training) -> list[str]:
 
 
 def candidates(
-    job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None
-) -> Iterator[Training]:
+    job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None,
+    rows_tokens: int = 0,
+) -> Iterator[Training]:  # fmt: skip
     """Every combination of what the user left open; `scores`: one per layer, where the job's layer_score reads data.
+
+    `rows_tokens`: of all rows that are trained on or scored, where they are known.
 
     Raises BadInput, with its reason, for a combination that was set and does not run on the profile.
     """
@@ -304,10 +308,13 @@ def candidates(
             quantize_aware=rounding,
             stored_dtype=spec.dtype if rounding else "",
         )
+        cuts = prefixes(job, spec, first, rows_tokens)
         pages = layers["layers"] != "lisa"  # see _pages_pile_up
-        yield from (first.model_copy(update=choices) for choices in open_still
+        yield from (first.model_copy(update={**choices, **cut}) for cut in cuts for choices in open_still
                     if pages or choices["optimizer"] != "paged_adamw8bit")  # fmt: skip
-        left = True
+        left = left or bool(cuts)
+    if job.prefix_cache and not left:
+        check_prefix(spec, first, rows_tokens)
     if refused is not None and not left:
         raise refused
 

@@ -19,7 +19,15 @@ from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.phases import Simulated, phases
-from edgeft.memory.timing import COUNTED, Counted, count, mean_work, scoring_seconds, seconds_per_step
+from edgeft.memory.timing import (
+    COUNTED,
+    Counted,
+    count,
+    mean_work,
+    prefix_seconds,
+    scoring_seconds,
+    seconds_per_step,
+)
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
 
@@ -45,6 +53,7 @@ class Candidate(Strict):
     loss_chunk_tokens: int
     optimizer: Optimizer
     malloc: Malloc = "tight"
+    cached_layers: int = 0
     quality_cost: float
     seconds_per_step: float
     high_bytes: int
@@ -77,17 +86,32 @@ class Question:
         return mean_work(self.work, self.lengths)
 
     def key(self, training: Training) -> tuple[float, float]:
-        """(quality given up, seconds per step): what candidates are sorted by, best first; counted once for each."""
+        """(quality given up, seconds per step): what candidates are sorted by, best first; counted once for each.
+
+        A step has its share of what is made once for all of them.
+        """
         if id(training) not in self.keys:
-            self.keys[id(training)] = training, (quality_cost(self.spec, training), self.seconds(training))
+            seconds = self.seconds(training) + self.once(training) / training.steps
+            self.keys[id(training)] = training, (quality_cost(self.spec, training), seconds)
         return self.keys[id(training)][1]
+
+    def once(self, training: Training) -> float:
+        """Seconds that keeping outputs of layers takes once, less what scoring saves by them; 0 without."""
+        if not training.cached_layers:
+            return 0.0
+        without = training.model_copy(update={"cached_layers": 0})
+        return self.prefix_seconds(training) + self.scoring_seconds(training) - self.scoring_seconds(without)
+
+    def prefix_seconds(self, training: Training) -> float:
+        """Seconds of making the outputs of layers that are kept."""
+        return prefix_seconds(self.profile, self.spec, training)
 
     def hope(self, training: Training) -> tuple[float, float]:
         """The key at its best: with all but one of the layers that recompute keeping their activations."""
         most = self.most_kept(training)
         if most == training.kept_layers:
             return self.key(training)
-        return self.key(training)[0], self.seconds(training, most)
+        return self.key(training)[0], self.seconds(training, most) + self.once(training) / training.steps
 
     def most_kept(self, training: Training) -> int:
         """How many layers could keep their activations while others recompute; what is set when the user set it."""
@@ -171,7 +195,11 @@ class Question:
     def too_slow(self, training: Training) -> bool:
         """Whether all its steps take longer than the job's max_seconds."""
         limit = self.job.max_seconds
-        return limit is not None and self.seconds(training) * training.steps > limit
+        return limit is not None and self.all_seconds(training) > limit
+
+    def all_seconds(self, training: Training) -> float:
+        """Seconds of all steps, and of making what they start from."""
+        return self.seconds(training) * training.steps + self.prefix_seconds(training)
 
 
 def quality_cost(spec: ModelSpec, training: Training) -> float:

@@ -45,7 +45,7 @@ def scoring_plan(job: Job) -> Plan:
     """
     kept = KEPT if adapts(job.tuner) is False else KEPT + KEPT_OF_LORA
     tuner = job.tuner if adapts(job.tuner) else ADAPTERS
-    every = Job(**{name: getattr(job, name) for name in kept}, tuner=tuner, layers="all")
+    every = Job(**{name: getattr(job, name) for name in kept}, tuner=tuner, layers="all", prefix_cache=False)
     try:
         return make_plan(every)
     except DoesNotFit as problem:

@@ -19,6 +19,7 @@ from pydantic import Field
 from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
 from edgeft.data.grammar import Grammar, HeldTo, grammar_file
 from edgeft.data.labels import Label
+from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Scoring, Size
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
 from edgeft.errors import BadInput
@@ -40,7 +41,7 @@ from edgeft.planning.alternatives import (
     savings,
     unused_budget,
 )  # fmt: skip
-from edgeft.planning.answers import HELD_OUT_SHARE, read_held
+from edgeft.planning.answers import read_held
 from edgeft.planning.candidates import (
     candidates,
     check_job,
@@ -50,6 +51,7 @@ from edgeft.planning.candidates import (
     training_notes,
 )
 from edgeft.planning.costs import Candidate, Question
+from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.settings import Job, Training
@@ -63,7 +65,7 @@ DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300,
 SIMULATIONS = 8  # of a family that is planned by simulation, at most
 Scored = tuple[tuple[Size, ...], ...]
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
-        "loss_chunk_tokens", "optimizer", "malloc")  # fmt: skip
+        "loss_chunk_tokens", "optimizer", "malloc", "prefix_cache")  # fmt: skip
 
 
 class Plan(Artifact):
@@ -84,6 +86,7 @@ class Plan(Artifact):
     stages: Stages
     seconds_per_step: float
     seconds: float
+    prefix_seconds: float = Field(default=0.0, description="of `seconds`: making the outputs of layers that are kept")
     scoring: Scoring
     scoring_seconds: float
     notes: tuple[str, ...]
@@ -166,7 +169,8 @@ def make_plan(
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
     question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, held.labels)
-    looked_at = sorted(candidates(job, profile, spec, work, steps, scores), key=question.key)
+    rows_tokens = tokens_kept(job, read.files if read else {}, length)
+    looked_at = sorted(candidates(job, profile, spec, work, steps, scores, rows_tokens), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
     training, said = (
@@ -174,11 +178,12 @@ def make_plan(
     )
     notes += said
     if training is None:
-        raise does_not_fit(question, looked_at, _unpinned(question, steps, scores))
+        raise does_not_fit(question, looked_at, _unpinned(question, steps, scores, rows_tokens))
     key = question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     per_step = question.seconds(training)
     notes += training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
+    notes += prefix_notes(question, training, rows_tokens)
     notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
     stages, stage_notes = plan_stages(question, training)
     return Plan(
@@ -197,7 +202,8 @@ def make_plan(
         phases=question.phases(training),
         stages=stages,
         seconds_per_step=round(per_step, 4),
-        seconds=round(per_step * training.steps, 1),
+        seconds=round(question.all_seconds(training), 1),
+        prefix_seconds=round(question.prefix_seconds(training), 1),
         scoring=question.scoring(training),
         scoring_seconds=round(question.scoring_seconds(training), 1),
         notes=(*notes, *stage_notes),
@@ -360,14 +366,14 @@ def _steps(job: Job, lengths: Lengths | None) -> int:
     return min(steps, job.max_steps or steps)
 
 
-def _unpinned(question: Question, steps: int, scores: Sequence[float] | None) -> str | None:
+def _unpinned(question: Question, steps: int, scores: Sequence[float] | None, rows_tokens: int) -> str | None:
     """The setting that, given back to the planner, makes the job fit; None when none does."""
 
     def fits(**changes: object) -> bool:
         other = replace(question, job=question.job.model_copy(update=changes), keys={}, heights={}, counts={})
         try:
             check_job(other.job, other.spec)
-            found = candidates(other.job, other.profile, other.spec, other.work, steps, scores)
+            found = candidates(other.job, other.profile, other.spec, other.work, steps, scores, rows_tokens)
             return best_that_fits(other, list(found)) is not None
         except BadInput:
             return False

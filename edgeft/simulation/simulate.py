@@ -24,7 +24,9 @@ from edgeft.errors import BadInput
 from edgeft.memory import depth
 from edgeft.memory.simulated import Moment, Simulation, StepPhase, TensorGroup
 from edgeft.memory.train_step import Workload, worst_sets
+from edgeft.models.boundary import Boundary
 from edgeft.models.checkpoint import DTYPES, quiet_transformers
+from edgeft.models.parts import Parts
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import Training
 from edgeft.simulation.fake import as_planned, build_meta, make_fake, quantisation_states
@@ -66,6 +68,8 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
     chosen = [(name, parameters[name]) for name in names]
     adapters = {id(p) for name, p in chosen} if training.adapts else set()
     with as_planned(training, fake, trace.begin):
+        if training.cached_layers:
+            parts = _start_above(model, parts, training.cached_layers)
         run = loop.Run(training, CPU, compute, model, parts, chosen)
         for _, parameter in chosen:
             parameter.grad = torch.empty_like(parameter)
@@ -83,6 +87,15 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
         with trace:
             run.train_step([Sample([0] * work.longest, labels, work.longest - trained)] * samples)
     return _Step(trace, *sizes)
+
+
+def _start_above(model: Any, parts: Parts, cut: int) -> Parts:
+    """A model without its lowest layers, whose outputs are there for any sample."""
+    boundary = Boundary(parts, cut)
+    with Trace(1, 1):  # values that are read have one there
+        one = boundary.reach(torch.zeros(1, 1, dtype=torch.int64))
+    boundary.drop(model)
+    return boundary.above(parts, lambda samples: one.new_empty(len(samples), max(map(len, samples)), one.shape[-1]))
 
 
 @contextlib.contextmanager
@@ -110,6 +123,7 @@ def _kinds(config: Any, spec: ModelSpec, training: Training, work: Workload) -> 
         (
             layer in trained,
             layer >= lowest,
+            layer < training.cached_layers,
             training.recomputes(layer, spec.num_hidden_layers),
             spec.layer_parameters[layer],
             *(values[layer] for values in lists.values()),
@@ -134,7 +148,9 @@ def _with_layers(config: Any, training: Training, layers: list[int]) -> tuple[An
     for key, values in lists.items():
         setattr(text, key, [values[layer] for layer in layers])
     trained = tuple(n for n, layer in enumerate(layers) if layer in set(training.trained_layers))
-    return config, training.model_copy(update={"trained_layers": trained, "kept_layers": kept})
+    cached = sum(layer < training.cached_layers for layer in layers)
+    changes = {"trained_layers": trained, "kept_layers": kept, "cached_layers": cached}
+    return config, training.model_copy(update=changes)
 
 
 def _summary(

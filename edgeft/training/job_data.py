@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from edgeft.data.dataset import Sample, TextTokenizer, hold_out, read_samples
 from edgeft.data.grammar import HeldTo
+from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.models.headers import local_folder
 from edgeft.models.identity import check_inputs
-from edgeft.planning.answers import HELD_OUT_SHARE
 from edgeft.planning.plan import Plan
 
 PLAN_AGAIN = "put the files back, or plan and train again on these: run the same edgeft plan once more"

@@ -75,6 +75,8 @@ class TrainResult(Artifact):
     units: tuple[UnitRecord, ...]
     interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
     interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
+    prefix_cache: str = ""  # folder with the outputs of layers that did not train; none: every step computed them
+    prefix_seconds: float = 0.0  # of making them in this run; 0 where they were there
     skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
     resumed_at: tuple[int, ...] = ()
     rehearsal: Rehearsal = NOT_REHEARSED

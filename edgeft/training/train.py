@@ -47,6 +47,7 @@ from edgeft.progress import Progress
 from edgeft.settings import Training
 from edgeft.training.job_data import Data
 from edgeft.training.out_of_memory import capped, explained
+from edgeft.training.prefix import FrozenPrefix
 from edgeft.training.prepare import (
     carried_out,
     check_head,
@@ -177,6 +178,7 @@ class Session:
     resumed: list[int]
     seconds: float
     interval_peaks: list[int]
+    prefix: FrozenPrefix | None
 
     @property
     def training(self) -> Training:
@@ -207,13 +209,22 @@ class Session:
         phases = {"load": meter.peak_bytes(device)}
         pool = make_pool(here, parts)
         fresh: dict[str, Any] = {}
+        prefix = None
+        if training.cached_layers:
+            meter.reset_peak(device)
+            prefix = FrozenPrefix.open(here, data, model, parts, folder, device, compute, progress)
+            parts = prefix.above(parts)
+            phases["prefix"] = meter.peak_bytes(device)
         if not any(work.glob("step-*")):
             meter.reset_peak(device)
             hold_to(pool, here, "evaluate")
-            score = scorer(model, parts, data, training, device, compute, progress)
+            score = scorer(model, parts, data, training, device, compute, progress, prefix)
             fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
             fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
             phases["evaluate"] = meter.peak_bytes(device)
+        if prefix is not None:
+            prefix.drop()
+            pool.give_back()
         meter.reset_peak(device)
         hold_to(pool, here, "train")
         run = make_run(training, device, compute, model, parts, folder, work)
@@ -225,7 +236,7 @@ class Session:
         return cls(
             plan, here, device, compute, deviations, data, work, progress, run, pool, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
-            before["seconds"], before["peaks"],
+            before["seconds"], before["peaks"], prefix,
         )  # fmt: skip
 
     def loop(self) -> None:
@@ -284,7 +295,7 @@ class Session:
             self.phases["save"] = meter.peak_bytes(device)
             meter.reset_peak(device)
             settle(run.model)  # what is scored is what will be shipped
-            score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress)
+            score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress, self.prefix)
             valid = score("valid", data.valid[: training.eval_rows])
             test = score("test", data.test) if data.test else None
             self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(device))
@@ -328,6 +339,8 @@ class Session:
                 ),
                 interval_peak_bytes=tuple(self.interval_peaks),
                 interval_optimizer_bytes=() if run.lisa is None else tuple(run.lisa.optimizer_bytes),
+                prefix_cache=str(self.prefix.cache.path.parent) if self.prefix else "",
+                prefix_seconds=self.prefix.seconds if self.prefix else 0.0,
                 skipped_steps=run.skipped_steps,
                 resumed_at=tuple(self.resumed),
                 rehearsal=rehearsal,
@@ -339,7 +352,7 @@ class Session:
 
 def scorer(
     model: Any, parts: Parts, data: Data, training: Training, device: torch.device, compute: torch.dtype,
-    progress: Progress,
+    progress: Progress, prefix: FrozenPrefix | None = None,
 ) -> Callable[[str, list[Sample]], Metrics]:  # fmt: skip
     """A function (name, samples) -> Metrics that scores no more at once than a training step holds."""
 
@@ -349,6 +362,7 @@ def scorer(
             chunk_tokens=training.loss_chunk_tokens, group_tokens=training.group_tokens,
             held=held_rows(data.held_to, samples, data.tokenizer, model),
             progress=lambda done, total: progress(name, done, total, {}),
+            whole=prefix.restore if prefix else lambda: None,
         )  # fmt: skip
         if not math.isfinite(found.loss):
             hint = "plan again in another precision (--set base_precision=fp32) or with a lower learning rate"

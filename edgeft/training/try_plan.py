@@ -8,6 +8,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
@@ -15,8 +18,12 @@ from edgeft.documents import sha256_file, versions
 from edgeft.engine.loop import make_run
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
+from edgeft.models.boundary import Boundary, release_pages
 from edgeft.models.checkpoint import local_folder
+from edgeft.models.evaluate import autocast
+from edgeft.models.parts import Parts
 from edgeft.planning.plan import Plan
+from edgeft.settings import Training
 from edgeft.training.out_of_memory import capped, explained
 from edgeft.training.prepare import choose_device, hold_to, make_pool, prepare, tf32
 from edgeft.training.result import Trial
@@ -50,6 +57,9 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         random_checkpoint(local_folder(plan.job.model), folder)
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")  # these quantised weights are of no use later
         model, parts = prepare(plan, device, compute, folder)
+        if plan.training.cached_layers:
+            parts = start_anywhere(plan.training, model, parts, device, compute)
+            meter.give_back()
         run = make_run(plan.training, device, compute, model, parts, folder, Path(scratch))
         sample = filled_sample(plan)
         pool = make_pool(plan, parts)
@@ -68,6 +78,15 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         high_bytes=phase.high_bytes, measured_bytes=measured, error=round(predicted / measured - 1, 5),
         estimated_seconds_per_step=plan.seconds_per_step, measured_seconds_per_step=round(seconds, 4),
     )  # fmt: skip
+
+
+def start_anywhere(training: Training, model: Any, parts: Parts, device: torch.device, compute: torch.dtype) -> Parts:
+    """A model without its lowest layers, whose outputs are zeros for any sample."""
+    boundary = Boundary(parts, training.cached_layers)
+    with autocast(device, compute):
+        one = boundary.reach(torch.zeros(1, 1, dtype=torch.int64, device=device))
+    boundary.drop(model, release_pages)
+    return boundary.above(parts, lambda samples: one.new_zeros(len(samples), max(map(len, samples)), one.shape[-1]))
 
 
 def filled_sample(plan: Plan) -> Sample:
