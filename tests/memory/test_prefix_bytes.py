@@ -38,7 +38,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LoRA on NF4": ("llama", {}, NF4),
     "whole layers on NF4": ("llama", {}, {**FULL, **NF4, "embedding": "off", "norm": "off", "head": "off"}),
     "GPT-2": ("gpt2", {"n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 256}, {}),
-    "Gemma-2": ("gemma2", {}, {}),
     "NeoX": ("gpt_neox", {}, {}),
 }
 

@@ -65,7 +65,10 @@ def curve(result: TrainResult) -> torch.Tensor:
     return torch.tensor([loss for _, loss in result.loss_curve], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = ("LoRA, recomputed", "LISA of adapters", "LISA, parked", "LoRA on NF4")  # each of a kind with another
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_the_loss_curve_is_the_one_without(way: str, job: Callable[..., Path], tmp_path: Path) -> None:
     """Within what another order of sums makes: a row's states were computed beside others than in a step without."""
     kept, plain = (run(job(name, name == "kept", **WAYS[way]), tmp_path / name / "train") for name in ("kept", "plain"))
@@ -131,7 +134,7 @@ run(Path({str(path)!r}), Path({str(tmp_path / "killed" / "train")!r}), progress=
     assert [entry.name for entry in (tmp_path / "cache" / "edgeft" / "prefix").iterdir()] == [caches(tmp_path)[0].name]
 
 
-@pytest.mark.parametrize("way", ["full", "LISA on NF4"])
+@pytest.mark.parametrize("way", ["full", pytest.param("LISA on NF4", marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_checkpoint_and_the_same_states(
     way: str, job: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -216,7 +219,7 @@ def test_layers_that_read_more_than_the_outputs_of_those_below_are_refused(
         run(job("first", True, **TOP), tmp_path / "first" / "train")
 
 
-@pytest.mark.parametrize("rows", ["text", "open", "labels"])
+@pytest.mark.parametrize("rows", ["text", "open", pytest.param("labels", marks=pytest.mark.slow)])
 def test_weights_below_come_back_only_where_an_answer_must_be_found(
     rows: str, job: Callable[..., Path], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
