@@ -35,7 +35,7 @@ COLOURS = {
     "optimizer": "#8a4b08", "optimizer states": "#8a4b08", "one tensor": "#c98f4a", "state file": "#b9793a",
     "activations": "#1b7a4b",
     "forward": "#59a878", "fused QKV": "#59a878",
-    "key-value cache": "#8fcf9f", "rows": "#8fcf9f",
+    "key-value cache": "#8fcf9f", "rows": "#8fcf9f", "layer outputs": "#8fcf9f",
     "height": "#7b5ea7", "quantiser": "#7b5ea7", "pool": "#b0a08c", "head": "#7b5ea7", "embedding": "#7b5ea7",
     "logits": "#c9b8e0", "probabilities": "#c9b8e0",
     "inputs": "#e4e8ed", "rotary tables": "#e4e8ed",

@@ -52,9 +52,9 @@ class Stage(Strict):
     @property
     def title(self) -> str:
         """The name as people say it."""
-        own = {"load": "loading", "evaluate": "scoring", "train": "training", "quantise": "quantising",
-               "resume": "resuming", "merge": "merging", "export: build": "exporting", "export: prove": "proving",
-               "bundle": "running"}  # fmt: skip
+        own = {"load": "loading", "prefix": "keeping outputs", "evaluate": "scoring", "train": "training",
+               "quantise": "quantising", "resume": "resuming", "merge": "merging", "export: build": "exporting",
+               "export: prove": "proving", "bundle": "running"}  # fmt: skip
         title = own.get(self.name, self.name)
         return (title[:1].upper() + title[1:]) + (", host" if self.name == "load" and self.where == "host" else "")
 
@@ -332,6 +332,11 @@ def compared(
     if train.steps:
         each = train.seconds / train.steps
         found.append(Compared(what="training, a step", unit="seconds", predicted=plan.seconds_per_step, measured=each))
+    if train.prefix_seconds:
+        found.append(Compared(
+            what="outputs of frozen layers", unit="seconds", predicted=plan.prefix_seconds,
+            measured=train.prefix_seconds,
+        ))  # fmt: skip
     if merged is not None:
         found.append(Compared(
             what="merge, peak memory", unit="bytes", predicted=merged.predicted_peak_bytes,

@@ -292,6 +292,10 @@ def train_text(result: TrainResult) -> RenderableType:
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
     memory += show_bytes(result.measured_peak_bytes)
     lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
+    if result.prefix_cache:
+        how = f"made in {show_seconds(result.prefix_seconds)}" if result.prefix_seconds else "found"
+        below = result.plan.training.cached_layers - 1
+        lines.append(Text(f"outputs of layers 0 to {below}: {how}, kept in {result.prefix_cache}"))
     if result.plan.labels:
         lines.append(Text(f"exact match: the most probable of {len(result.plan.labels)} labels is the right one"))
     elif result.plan.grammar is not None:

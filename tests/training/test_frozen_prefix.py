@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import qwen3_folder, run, write_plan
 
 from edgeft import processes
@@ -19,6 +21,7 @@ from edgeft.engine.prefix_cache import RECORD, STATES
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.models.checkpoint import TensorFile, load_plain
 from edgeft.planning.plan import Plan
+from edgeft.reporting.terminal import train_text
 from edgeft.training import prefix, prepare, train
 from edgeft.training.prefix import FrozenPrefix
 from edgeft.training.result import TrainResult
@@ -94,6 +97,12 @@ def stages_of(path: Path, out: Path, **options: Any) -> tuple[TrainResult, set[s
     return run(path, out, progress=lambda stage, *_: seen.add(stage), **options), seen
 
 
+def shown_text(result: TrainResult) -> str:
+    console = Console(record=True, width=300, file=io.StringIO())
+    console.print(train_text(result))
+    return console.export_text()
+
+
 def test_one_cache_serves_other_ranks_rates_and_seeds_of_the_same_rows(
     job: Callable[..., Path], model: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +115,10 @@ def test_one_cache_serves_other_ranks_rates_and_seeds_of_the_same_rows(
     second, seen = stages_of(job("second", True, valid=str(rows), **{**TOP, **again}), tmp_path / "second" / "train")
     assert "prefix" not in seen and len(caches(tmp_path)) == 1
     assert second.base_valid == first.base_valid
+    assert first.prefix_cache == second.prefix_cache == str(caches(tmp_path)[0])
+    shown = [shown_text(result) for result in (first, second)]
+    assert "outputs of layers 0 to 1: found, kept in" in shown[1] and "outputs of layers 0 to 1: " in shown[0]
+    assert second.prefix_seconds == 0 and first.prefix_seconds >= 0
     _, seen = stages_of(job("third", True, valid=str(rows), **{**TOP, "trained_layers": "3"}), tmp_path / "3")
     assert "prefix" in seen and len(caches(tmp_path)) == 2
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import ROWS
 from warm import edgeft
 
 
@@ -26,6 +27,19 @@ def test_a_plan_is_measured(pins: tuple[str, ...], checkpoint_folder: Path, tmp_
     assert found["error"] == pytest.approx(found["predicted_bytes"] / found["measured_bytes"] - 1, abs=1e-5)
     assert found["predicted_bytes"] == next(p["expected_bytes"] for p in plan["phases"] if p["name"] == "train")
     assert "training, peak memory" in done.stdout
+
+
+def test_a_plan_that_starts_above_its_frozen_layers_is_measured(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """Random weights give no row's outputs: zeros stand for them, of the same size."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pins = ("layers=sparse", "active_layers=1", "batch_size=2", "prefix_cache=true")
+    settings = [part for pin in pins for part in ("--set", pin)]
+    command = ("plan", "--model", checkpoint_folder, "--data", data, "--profile", "cpu-8gb", "--verify")
+    done = edgeft(*command, "--out", tmp_path / "plan.json", *settings)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text())["training"]["cached_layers"] == 1
+    assert json.loads((tmp_path / "trial.json").read_text())["measured_bytes"] > 50 * 2**20
 
 
 def test_a_device_that_is_not_here_is_not_tried(checkpoint_folder: Path, tmp_path: Path) -> None:
