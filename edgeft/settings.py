@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from edgeft.documents import NameIn, Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
-from edgeft.tuners import TUNERS
+from edgeft.tuners import SCALES, TUNERS, Form
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 # as a target: the smallest artifact that keeps the fine-tune; every one that fits, side by side
@@ -23,6 +23,8 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Layers = Literal["all", "sparse", "lisa"]
 LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progressive"]
 Schedule = Literal["uniform", "cycle", "weighted"]
+LoraScale = Literal["rslora", "plain"]
+Init = Literal["random", "pissa"]
 EndMode = Literal["off", "on", "rotate"]
 Malloc = Literal["fast", "tight"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
@@ -71,9 +73,18 @@ class Job(Strict):
         "Schema), FILE.lark: answers that always parse",
     )
 
-    tuner: Tuner | None = Field(None, description="lora: low-rank adapters; full: every weight")
+    tuner: Tuner | None = Field(
+        None, description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; full: all weights"
+    )
     rank: int | None = Field(None, ge=1, description="LoRA rank")
-    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division by the root of the rank")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division, see lora_scale")
+    lora_scale: LoraScale = Field(
+        "rslora", description="what lora_alpha is divided by: rslora: the root of the rank, plain: the rank"
+    )
+    lora_plus: float = Field(1.0, ge=1, description="learning rate of LoRA's B, in times A's (LoRA+; 16 is usual)")
+    init: Init = Field(
+        "random", description="LoRA's start: nothing yet, or pissa: the largest singular values of each weight"
+    )
     layers: Layers | None = Field(
         None, description="all decoder layers, sparse: a fixed few, lisa: a few at a time, drawn anew"
     )
@@ -187,6 +198,9 @@ class Training(Strict):
     compute_dtype: Literal["fp32", "bf16", "fp16"]
     rank: int = 0
     lora_alpha: float = 0.0
+    lora_scale: LoraScale = "rslora"
+    lora_plus: float = 1.0  # learning rate of the second factors, in times all others'
+    init: Init = "random"
     target_modules: tuple[str, ...] = ()
     layers: Layers = "all"
     trained_layers: tuple[int, ...] = Field(description="what may train; under lisa, what is drawn from")
@@ -226,6 +240,16 @@ class Training(Strict):
         return TUNERS[self.tuner].adapters
 
     @property
+    def scaled_inputs(self) -> tuple[str, ...]:
+        """Of `target_modules` those whose inputs are scaled: none unless a tuner scales elements."""
+        return self.target_modules[-1:]
+
+    @property
+    def form(self) -> Form:
+        """How projections compute that train."""
+        return TUNERS[self.tuner].forms[self.init]
+
+    @property
     def densely(self) -> bool:
         """Whether layers that train are dense fp32 ones in a base of another precision (`engine.fp32_layers`)."""
         return not self.adapts and self.layers != "all" and self.base_precision != "fp32"
@@ -254,6 +278,6 @@ class Training(Strict):
         return max(self.max_length, min(1024, self.micro_batch_size * self.max_length))
 
     @property
-    def lora_scale(self) -> float:
+    def adapter_scale(self) -> float:
         """What an adapter's product is multiplied by."""
-        return float(TUNERS[self.tuner].scale(self.lora_alpha, self.rank)) if self.rank else 0.0
+        return float(SCALES[self.lora_scale](self.lora_alpha, self.rank)) if self.rank else 0.0

@@ -1,51 +1,115 @@
 """What differs between ways of tuning? A tuner is a row of TUNERS: what trains, its sizes, its scale, its words.
 
-Adapters are what PEFT's LoraConfig makes: two low-rank factors beside each projection, under PEFT's names.
+Adapters are what PEFT makes, under PEFT's names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-# Names of what an adapter holds: all of it, its factors' weights; and those of modules in a saved adapter's file.
-ADAPTER, DOWN, UP, SAVED = ".lora_", ".lora_A.", ".lora_B.", "base_model.model."
+# Names of what an adapter holds: all of it, its factors' weights.
+ADAPTER, DOWN, UP = ".lora_", ".lora_A.", ".lora_B."
+LENGTHS = "lora_magnitude_vector"  # of DoRA: what each row is scaled to
+ELEMENTS = "ia3_l"  # of IA3: what each output or input is multiplied by
+# Names in a saved adapter's file.
+SAVED = "base_model.model."
+PART = re.compile(rf"{re.escape(SAVED)}(?P<module>.+)\.(?P<part>lora_A|lora_B|{LENGTHS}|{ELEMENTS})(?:\.weight)?")
+# What an adapter's product is multiplied by, of alpha and rank: rsLoRA's (arXiv 2312.03732), so that the same learning
+# rate serves every rank, and LoRA's as it was published.
+SCALES: dict[str, Callable[[float, int], float]] = {
+    "rslora": lambda alpha, rank: alpha / rank**0.5,
+    "plain": lambda alpha, rank: alpha / rank,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a projection computes that trains so. Sizes are in elements, `made` in elements for each token.
+
+    `made`: see `memory.timing`; tensors of a layer that trains, of hidden, MLP, query and key widths and the rank.
+    """
+
+    operation: str  # of adapters: a row of `engine.forms` and of `memory.adapters`
+    made: tuple[float, ...]
+    beside: Callable[[int, int, int], int] = lambda inputs, outputs, rank: 0  # fp32 numbers that do not train
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """One tuner. Sizes are in elements, `made` in elements for each token: see `memory.timing`."""
+    """One tuner."""
 
     adapters: bool  # what trains lies beside frozen weights, on projections; else the weights themselves train
-    sizes: Callable[[int, int, int], tuple[int, ...]]  # of what trains of a projection: inputs, outputs, rank
-    made: tuple[float, ...]  # tensors of a layer that trains, of hidden, MLP, query and key widths and the rank
+    sizes: Callable[[int, int, int, bool], tuple[int, ...]]  # of what trains: inputs, outputs, rank, last of the MLP
+    forms: Mapping[str, Form]  # by the setting `init`
     rate: Callable[[int], float]  # default learning rate, by the hidden size
     title: str
     short: str  # with {rank}
     method: str  # with {rank} and {layers}
     sentence: str  # with {rank}, {layers} and {ends}, for somebody who does not know the library's names
-    scale: Callable[[float, int], float] = lambda alpha, rank: 0.0  # of an adapter's product
-    peft: Mapping[str, object] = field(default_factory=dict)  # options of LoraConfig beside rank, alpha and modules
+    roles: tuple[str, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")  # of adapted projections
+    asks: bool = True  # whether the projection of queries is adapted, where it is one of its own
+    ranked: bool = False  # whether a rank, and a scale, is chosen
+    rounded: bool = False  # whether training folds its change into weights as a target rounds them
+    switched: bool = False  # whether a device can switch between adapters of the kind
+    faster: str = ""  # in the names of what `lora_plus` lets learn faster (arXiv 2402.12354); empty: it has none
+    peft: Mapping[str, object] = field(default_factory=dict)  # options of LoraConfig beside rank, scale and modules
 
 
 TUNERS: dict[str, Tuning] = {
-    # rsLoRA (arXiv 2312.03732): alpha / sqrt(rank), so that the same learning rate serves every rank
     "lora": Tuning(
         adapters=True,
-        sizes=lambda inputs, outputs, rank: (rank * inputs, rank * outputs),
-        made=(31, 8, 14, 14, 14),
+        sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs),
+        ranked=True,
+        rounded=True,
+        forms={
+            "random": Form("product", made=(31, 8, 14, 14, 14)),
+            # arXiv 2404.02948: the factors begin as the largest singular values of W, which keeps the rest
+            "pissa": Form("less", made=(55, 23, 23, 26, 28), beside=lambda i, o, rank: rank * (i + o)),
+        },
         rate=lambda hidden: 2e-4 * (2000 / hidden) ** 0.775,
-        scale=lambda alpha, rank: alpha / rank**0.5,
-        peft={"use_rslora": True},
+        switched=True,
+        faster=UP,
         title="LoRA",
         short="LoRA r{rank}",
         method="LoRA rank {rank} in {layers}",
         sentence="Small adapter matrices of rank {rank} (LoRA) train in {layers}; the model itself stays as it is",
     ),
+    # arXiv 2402.09353: the lengths of the weight's rows train apart from their directions
+    "dora": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs, outputs),
+        ranked=True,
+        forms={"random": Form("lengths", made=(52, 24, 23, 28, 14), beside=lambda i, outputs, rank: outputs)},
+        rate=lambda hidden: 2e-4 * (2000 / hidden) ** 0.775,
+        faster=UP,
+        peft={"use_dora": True},
+        title="DoRA",
+        short="DoRA r{rank}",
+        method="DoRA rank {rank} in {layers}",
+        sentence="Small adapter matrices of rank {rank} and the lengths of the weights' rows (DoRA) train in {layers}; "
+        "the model itself stays as it is",
+    ),
+    # arXiv 2205.05638
+    "ia3": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (inputs if last else outputs,),
+        forms={"random": Form("scales", made=(33, 11, 14, 20, 0))},
+        rate=lambda hidden: 3e-3,
+        roles=("attention_in", "mlp_out"),
+        asks=False,
+        title="IA3",
+        short="IA3",
+        method="IA3 in {layers}",
+        sentence="A factor for each element of keys, values and the MLP's inside (IA3) trains in {layers}; the model "
+        "itself stays as it is",
+    ),
     "full": Tuning(
         adapters=False,
-        sizes=lambda inputs, outputs, rank: (inputs * outputs,),
-        made=(35, 8, 14, 14, 0),
+        sizes=lambda inputs, outputs, rank, last: (inputs * outputs,),
+        rounded=True,
+        forms={"random": Form("", made=(35, 8, 14, 14, 0))},
         rate=lambda hidden: 0.075 / hidden,
         title="Full fine-tuning",
         short="full",
@@ -62,12 +126,25 @@ def adapts(name: str | None) -> bool | None:
     return None if name is None else TUNERS[name].adapters
 
 
-def module_of(saved: str) -> str | None:
-    """The module that a tensor of a saved adapter is the first factor of; None for any other tensor."""
-    module = saved.removeprefix(SAVED).removesuffix(f"{DOWN}weight")
-    return module if saved.endswith(f"{DOWN}weight") else None
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its name in the model, is an adapter's."""
+    return ADAPTER in name or is_scale(name)
 
 
-def other_factor(saved: str) -> str:
-    """The name of an adapter's second factor by its first one's."""
-    return saved.replace(DOWN, UP)
+def is_scale(name: str) -> bool:
+    """Whether a parameter multiplies, element by element: no decay draws it to zero."""
+    return f".{ELEMENTS}" in name
+
+
+def saved_name(name: str) -> str:
+    """The name in a saved adapter's file of a parameter of one, as PEFT has it."""
+    return SAVED + name.replace(".default", "").replace(f".{LENGTHS}.weight", f".{LENGTHS}")
+
+
+def adapter_parts(saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The names of a saved adapter's tensors by the module that they change and their part in that."""
+    found: dict[str, dict[str, str]] = {}
+    for name in saved:
+        if match := PART.fullmatch(name):
+            found.setdefault(match["module"], {})[match["part"]] = name
+    return found

@@ -30,6 +30,7 @@ from edgeft.planning.candidates import candidates, check_job
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings import make_job
 from edgeft.training.train import train
+from edgeft.tuners import TUNERS
 
 PARTS = 6  # of the sample, each a test
 ROWS = [{"prompt": f"lib{i}:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(20)]
@@ -40,7 +41,8 @@ ENDS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 AXES: dict[str, tuple[Any, ...]] = {
     "profile": ("cpu-8gb", "rtx4090-24gb", "t4"),
-    "tuner": ("lora", "full"),
+    "tuner": tuple(TUNERS),
+    "init": ("random", "pissa"),
     "layers": ("all", "sparse", "lisa"),
     "base_precision": (None, "fp32", "bf16", "fp16", "nf4"),
     "ends": tuple(ENDS),
@@ -50,7 +52,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 PRODUCT = [
     dict(zip(AXES, values, strict=True))
     for values in itertools.product(*AXES.values())
-    if values[2] == "lisa" or values[5] == "drop"
+    if values[3] == "lisa" or values[6] == "drop"
 ]
 
 
@@ -60,7 +62,7 @@ profile_of = functools.cache(load_profile)
 
 def settings_of(combination: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in combination.items() if v is not None and k != "ends"}
-    settings |= ENDS[combination["ends"]] | ({"rank": 4} if combination["tuner"] == "lora" else {})
+    settings |= ENDS[combination["ends"]] | ({"rank": 4} if TUNERS[combination["tuner"]].ranked else {})
     if combination["layers"] != "all":
         settings["active_layers"] = 1
     return settings | ({"lisa_interval": 1} if combination["layers"] == "lisa" else {})
@@ -158,7 +160,7 @@ def test_what_is_refused_is_refused_with_its_reason(checkpoint_folder: Path) -> 
     for one, reason in refused:
         assert reason.where and reason.problem and reason.hint, one
         usual = one["ends"] == "no ends" and one["base_precision"] in (None, "nf4") and one["layers"] != "all"
-        assert not usual or one["tuner"] != "lora", one
+        assert not usual or not TUNERS[one["tuner"]].adapters or one["init"] not in TUNERS[one["tuner"]].forms, one
 
 
 @pytest.fixture(scope="module")

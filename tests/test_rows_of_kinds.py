@@ -40,17 +40,18 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def test_a_tuner_is_a_row(plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA as it was published, alpha / rank: planned, trained, measured and merged by nothing but its row."""
-    with pytest.raises(BadInput, match="tuner: input should be 'lora' or 'full', got 'plain'"):
+    """LoRA whose factors begin as PEFT's option says: planned, trained, measured and merged by nothing but its row."""
+    with pytest.raises(BadInput, match="tuner: input should be 'lora', 'dora', 'ia3' or 'full', got 'plain'"):
         make_job(model="any", tuner="plain")
     plain = replace(
-        TUNERS["lora"], scale=lambda alpha, rank: alpha / rank, rate=lambda hidden: 0.01, peft={}, short="plain r{rank}"
+        TUNERS["lora"], rate=lambda hidden: 0.01, peft={"init_lora_weights": "gaussian"}, short="plain r{rank}"
     )
     monkeypatch.setitem(TUNERS, "plain", plain)
-    plan = Plan.read(plan_file(tuner="plain", base_precision="fp32", layers="all"))
+    plan = Plan.read(plan_file(tuner="plain", base_precision="fp32", layers="all", lora_scale="plain"))
     assert plan.training.learning_rate == 0.01 and method(plan) == "FP32 plain r4, all 2 layers"
     trained = run(tmp_path / "plan.json", tmp_path / "train")
-    assert not json.loads((tmp_path / "train" / "adapter_config.json").read_text()).get("use_rslora")
+    written = json.loads((tmp_path / "train" / "adapter_config.json").read_text())
+    assert not written.get("use_rslora") and written["init_lora_weights"] == "gaussian"
     merge(tmp_path / "train", tmp_path / "merged", wise_alpha=1.0, progress=silent)
     factors = load_file(tmp_path / "train" / "adapter_model.safetensors")
     base, merged = Checkpoint(Path(plan.job.model)), Checkpoint(tmp_path / "merged")
@@ -72,7 +73,7 @@ def test_a_tuner_is_a_row(plan_file: Any, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_tuner_says_how_large_what_it_trains_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third vector for each projection, as DoRA's magnitudes are."""
     spec = read_model_spec(str(ROOT / "examples" / "configs" / "smollm2-135m"))
-    wide = replace(TUNERS["lora"], sizes=lambda inputs, outputs, rank: (rank * inputs, rank * outputs, outputs))
+    wide = replace(TUNERS["lora"], sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs, outputs))
     monkeypatch.setitem(TUNERS, "wide", wide)
     one, other = (plan_of(spec, range(3), tuner=tuner) for tuner in ("lora", "wide"))
     more = 3 * sum(linear.out_features for linear in spec.linears)

@@ -28,6 +28,9 @@ def test_only_the_model_is_required() -> None:
     assert job.model_dump(exclude_none=True) == {
         "model": "m",
         "profile": "cpu",
+        "lora_scale": "rslora",
+        "lora_plus": 1.0,
+        "init": "random",
         "layer_score": "top",
         "lisa_schedule": "cycle",
         "lisa_state": "drop",
@@ -95,7 +98,7 @@ def test_an_assignment_that_cannot_be_read(assignment: str, message: str) -> Non
             {"rank": "8.5"},
             "rank: input should be a valid integer, unable to parse string as an integer, got '8.5'",
         ),
-        ({"tuner": "qlora"}, "tuner: input should be 'lora' or 'full', got 'qlora'"),
+        ({"tuner": "qlora"}, "tuner: input should be 'lora', 'dora', 'ia3' or 'full', got 'qlora'"),
         (
             {"base_precision": "int8"},
             "base_precision: input should be 'fp32', 'bf16', 'fp16' or 'nf4', got 'int8'",
@@ -137,7 +140,9 @@ def test_a_job_survives_json() -> None:
 )
 def test_the_lora_scale_is_rank_stabilised(rank: int, alpha: float, scale: float) -> None:
     training = Training.model_construct(tuner="lora", rank=rank, lora_alpha=alpha)
-    assert training.lora_scale == pytest.approx(scale)
+    assert training.adapter_scale == pytest.approx(scale)
+    plain = Training.model_construct(tuner="lora", rank=rank, lora_alpha=alpha, lora_scale="plain")
+    assert plain.adapter_scale == pytest.approx(scale / math.sqrt(rank) if rank else 0.0)
 
 
 # errors

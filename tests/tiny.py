@@ -68,6 +68,7 @@ def job_data(merged: Path) -> Data:
 
 def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     """How a run trains, without a planner: LoRA in fp32 of the layers `trained`, and what is changed of that."""
+    from edgeft.planning.candidates import target_modules
     from edgeft.settings import Training
 
     values: dict[str, Any] = {
@@ -81,6 +82,8 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     values |= changes
     if values["tuner"] == "full":
         values |= {"rank": 0, "target_modules": ()}
+    if values["tuner"] == "ia3":
+        values |= {"rank": 0, "target_modules": target_modules(spec, "ia3")}
     return Training(**values)
 
 

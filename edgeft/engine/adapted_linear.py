@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeft.engine import low_rank
+from edgeft.models.checkpoint import Checkpoint
+from edgeft.models.parts import Parts
+from edgeft.settings import Training
+
 Gradient = torch.Tensor | None
 
 
@@ -61,13 +66,11 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return weight.T if type(linear).__name__ == "Conv1D" else weight  # type: ignore[no-any-return]
 
 
-def fuse(model: nn.Module) -> None:
-    """Let every plain LoRA of PEFT in `model` compute as one operation, in fp32."""
-    from peft.tuners.lora import LoraLayer
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not module.lora_variant and list(module.lora_A) == ["default"]:
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoint | None = None) -> None:
+    """Factors beside the plan's projections, each pair one operation with its projection where that is fp32."""
+    low_rank.inject(model, parts, training)
+    for module in low_rank.layers(model) if training.compute_dtype == "fp32" else ():
+        module.forward = partial(_forward, module)
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:

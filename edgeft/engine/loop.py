@@ -27,6 +27,7 @@ from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import Parts
 from edgeft.settings import ENDS, Training
+from edgeft.tuners import TUNERS, is_scale
 
 COUNTED = ("step", "tokens", "padded_tokens", "micro_batches", "skipped_steps")
 SKIPPED_IN_A_ROW = 20  # fp16: by then the scale is a millionth of what it was, and no scale will do
@@ -66,9 +67,9 @@ class Run:
             else:
                 self.lisa.start(found.counters["step"], found.counters["lisa"], found.folder / "layers")
             self.chosen = self.lisa.parameters()
-        groups = decay_groups(self.model, self.chosen)
+        groups = optimizer_groups(self.training, self.model, self.chosen)
         if self.lisa is not None:
-            self.lisa.group_of = partial(decay_group, tables_of(self.model))
+            self.lisa.group_of = partial(group_of, self.training, tables_of(self.model))
         self.optimizer = make_optimizer(self.training, self.device, groups)
         self.scaler = make_scaler(self.training, self.device, self.compute)
         if self.training.checkpointing:
@@ -85,8 +86,8 @@ class Run:
         if self.lisa is not None and self.lisa.begin_step(self.step, self.optimizer):
             self.chosen = self.lisa.parameters()
         start_states(self.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, self.step)
+        for group, times in zip(self.optimizer.param_groups, rates_of(self.training), strict=True):
+            group["lr"] = times * learning_rate(self.training, self.step)
         loss, skipped = self._gradients(samples), 0
         while not self._update():
             skipped += 1
@@ -200,23 +201,37 @@ def tables_of(model: torch.nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tables)
 
 
-def decay_group(tables: frozenset[str], name: str, parameter: torch.nn.Parameter) -> int:
-    """Which group of the optimizer a parameter is in: 0 decays (matrices), 1 does not (norms, biases, embeddings)."""
-    return 0 if parameter.ndim > 1 and name not in tables else 1
+def group_of(training: Training, tables: frozenset[str], name: str, parameter: torch.nn.Parameter) -> int:
+    """Which group of the optimizer a parameter is in.
+
+    0 decays (matrices), 1 does not (norms, biases, embeddings), 2 decays and learns faster (`lora_plus`).
+    """
+    if parameter.ndim == 1 or name in tables or is_scale(name):
+        return 1
+    faster = TUNERS[training.tuner].faster
+    return 2 if training.lora_plus != 1 and faster and faster in name else 0
 
 
-def decay_groups(model: torch.nn.Module, chosen: Named) -> list[list[torch.nn.Parameter]]:
-    """What trains in two groups: what weight decay applies to, and the rest."""
+def rates_of(training: Training) -> tuple[float, ...]:
+    """The learning rates of the optimizer's groups, in times that of the first."""
+    return (1.0, 1.0, training.lora_plus) if training.lora_plus != 1 else (1.0, 1.0)
+
+
+def optimizer_groups(training: Training, model: torch.nn.Module, chosen: Named) -> list[list[torch.nn.Parameter]]:
+    """What trains, in the optimizer's groups."""
     tables = tables_of(model)
-    return [[p for name, p in chosen if decay_group(tables, name, p) == group] for group in (0, 1)]
+    return [
+        [p for name, p in chosen if group_of(training, tables, name, p) == group]
+        for group in range(len(rates_of(training)))
+    ]
 
 
 def make_optimizer(
     training: Training, device: torch.device, groups: Sequence[list[torch.nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """AdamW as planned over `decay_groups`. Fused on every device: no temporary copies of what trains."""
-    decays = (training.weight_decay, 0.0)
-    parameters = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)]
+    """AdamW as planned over `optimizer_groups`. Fused on every device: no temporary copies of what trains."""
+    decays = (training.weight_decay, 0.0, training.weight_decay)
+    parameters = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=False)]
     options: dict[str, Any] = {"lr": training.learning_rate, "betas": (0.9, 0.999)}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
@@ -308,7 +323,7 @@ def make_run(
     training: Training, device: torch.device, compute: torch.dtype, model: Any, parts: Parts, base: Path, work: Path
 ) -> Run:
     """What trains put into a loaded model, going on from the newest checkpoint in `work`; `base` holds its weights."""
-    chosen = apply_tuner(model, parts, training)
+    chosen = apply_tuner(model, parts, training, Checkpoint(base) if training.base_precision == "nf4" else None)
     lisa = None
     if training.layers == "lisa" or training.densely:
         found = trained_units(model, parts, training)

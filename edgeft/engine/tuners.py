@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from edgeft.engine.adapted_linear import fuse
+from edgeft.engine.forms import form_of
 from edgeft.engine.lisa import Lisa, Named, Turns
 from edgeft.engine.quantized_layers import train_rounded
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts, units
 from edgeft.settings import ENDS, Training
-from edgeft.tuners import ADAPTER, SAVED, TUNERS, module_of, other_factor
+from edgeft.tuners import adapter_parts, is_adapter
 
 CHANGED = "changed.safetensors"  # what was trained in place, whole tensors in fp32 under the model's names
 
 
-def apply_tuner(model: nn.Module, parts: Parts, training: Training) -> list[tuple[str, nn.Parameter]]:
+def apply_tuner(
+    model: nn.Module, parts: Parts, training: Training, stored: Checkpoint | None = None
+) -> list[tuple[str, nn.Parameter]]:
     """Freeze everything, then give back what trains as (name, parameter), adapters built where the plan wants them.
 
-    Under LISA that is everything which may train; `make_lisa` says what does at a time.
+    `stored` holds the base's weights as they were before they were rounded to 4 bits. Under LISA that is everything
+    which may train; `make_lisa` says what does at a time.
 
     Adapters are fp32 also under half-precision compute: updates of a few 1e-4 relative vanish in bf16. Autocast runs
     their products in the compute dtype, and PEFT's own cast of every input to fp32 is switched off, since it would
@@ -32,7 +33,7 @@ def apply_tuner(model: nn.Module, parts: Parts, training: Training) -> list[tupl
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if training.adapts:
-        _inject_lora(model, parts, training)
+        form_of(training).inject(model, parts, training, stored)
     chosen = [entry for entries in trained_units(model, parts, training).values() for entry in entries]
     for _, parameter in chosen if training.layers != "lisa" else []:
         parameter.requires_grad_(parameter.is_floating_point())  # 4-bit ones train once they are dense
@@ -46,7 +47,7 @@ def trained_units(model: nn.Module, parts: Parts, training: Training) -> dict[st
     ends = [end for end in ENDS if getattr(training, end) != "off"]
     wanted = [*(f"layer {i}" for i in training.trained_layers), *ends]
     found = units(model, parts)
-    return {unit: [entry for entry in found[unit] if not training.adapts or ADAPTER in entry[0]]
+    return {unit: [entry for entry in found[unit] if not training.adapts or is_adapter(entry[0])]
             for unit in wanted if found[unit]}  # fmt: skip
 
 
@@ -65,45 +66,6 @@ def make_lisa(model: nn.Module, parts: Parts, training: Training, turns: Turns |
     )  # fmt: skip
 
 
-def _inject_lora(model: nn.Module, parts: Parts, training: Training) -> None:
-    from peft import inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
-    torch.manual_seed(training.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns about Conv1D's transposed weights, which it handles
-        inject_adapter_in_model(lora_config(model, parts, training), model)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = training.compute_dtype == "fp32"
-    for name, parameter in model.named_parameters():
-        if ADAPTER in name:
-            parameter.data = parameter.data.float()
-    if training.compute_dtype == "fp32" and training.quantize_aware is None:
-        fuse(model)
-
-
-def lora_config(model: nn.Module, parts: Parts, training: Training) -> Any:
-    """PEFT's config of the plan's adapters: exact layers, no dropout."""
-    from peft import LoraConfig
-
-    chosen = [
-        f"{parts.layers_path}.{i}.{name}"
-        for i in training.trained_layers
-        for name, _ in parts.layers[i].named_modules()
-        if f".{name}".endswith(tuple(f".{target}" for target in training.target_modules))  # GPT-2: attn.c_proj
-    ]
-    fan_in_fan_out = any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in chosen)
-    return LoraConfig(
-        r=training.rank,
-        lora_alpha=training.lora_alpha,  # type: ignore[arg-type]
-        target_modules=chosen,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type="CAUSAL_LM",
-        **TUNERS[training.tuner].peft,  # type: ignore[arg-type]
-    )
-
-
 def save_tuned(model: nn.Module, parts: Parts, training: Training, chosen: Named, base: str, out: Path) -> None:
     """Write what trained into `out`: a standard PEFT adapter folder, or the `chosen` tensors under their own names.
 
@@ -112,12 +74,7 @@ def save_tuned(model: nn.Module, parts: Parts, training: Training, chosen: Named
     from safetensors.torch import save_file
 
     if training.adapts:
-        tensors = {
-            SAVED + name.replace(".default.", "."): p.detach().cpu().contiguous()
-            for name, p in model.named_parameters()
-            if ADAPTER in name
-        }
-        config = lora_config(model, parts, training)
+        config, tensors = form_of(training).written(model, parts, training)
         config.base_model_name_or_path = base
         config.save_pretrained(out)
         save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -142,11 +99,12 @@ def unit_changes(tuned: Path, base: Checkpoint, model: nn.Module, parts: Parts, 
             note(owner[name], float(torch.dist(file.read(name), old)) ** 2, float(old.norm()) ** 2)
         return {unit: (moved[unit] / total[unit]) ** 0.5 if total[unit] else moved[unit] ** 0.5 for unit in moved}
     file = TensorFile(tuned / "adapter_model.safetensors")
-    for name in file.entries:
-        if (module := module_of(name)) is not None:
-            a, b, target = file.read(name).float(), file.read(other_factor(name)).float(), f"{module}.weight"
-            # ||B A||^2 = tr((B^T B)(A A^T)): r x r instead of the whole matrix
-            change = float(((b.T @ b) * (a @ a.T)).sum()) * training.lora_scale**2
-            unit = "layer " + target.removeprefix(parts.layers_path + ".").split(".")[0]
-            note(unit, max(0.0, change), float(base.read(base.name_of(target)).float().norm()) ** 2)
+    for module, keys in adapter_parts(file.entries).items():
+        tensors = {part: file.read(key).float() for part, key in keys.items()}
+        weight = base.read(base.name_of(f"{module}.weight")).float()
+        change = form_of(training).squared_change(
+            model.get_submodule(module), weight, tensors, training.adapter_scale
+        )  # fmt: skip
+        unit = "layer " + module.removeprefix(parts.layers_path + ".").split(".")[0]
+        note(unit, change, float(weight.norm()) ** 2)
     return {unit: (moved[unit] / total[unit]) ** 0.5 for unit in moved}

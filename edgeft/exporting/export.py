@@ -45,7 +45,7 @@ from edgeft.settings import Job
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
-from edgeft.tuners import ADAPTERS, module_of, other_factor
+from edgeft.tuners import ADAPTERS, DOWN, TUNERS, UP, adapter_parts
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
@@ -343,16 +343,16 @@ def adapter_source(
         what = "labels" if isinstance(held_to, tuple) else "a grammar"
         hint = "merge it and export a bundle of its own, or train with --set answers=free"
         raise BadInput(folder, f"is held to {what}, which a bundle of adapters cannot switch between", hint)
-    if not result.plan.training.adapts:
+    tuner = TUNERS[result.plan.training.tuner]
+    if not tuner.switched:
         hint = f"plan with --set tuner={ADAPTERS}, or merge it and export a bundle of its own"
-        raise BadInput(folder, "is a full fine-tune, which cannot be switched to", hint)
+        raise BadInput(folder, f"was trained by {tuner.title}, whose change cannot be switched to", hint)
     config, weights = read_adapter_config(folder), Checkpoint(base)
     file, changes = TensorFile(folder / "adapter_model.safetensors"), {}
-    for key in file.entries:
-        if (module := module_of(key)) is not None:
-            down, up = (file.read(part).float().numpy().T for part in (key, other_factor(key)))
-            scale = numpy.float32(lora_scale(config, module, down.shape[1]))
-            changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
+    for module, keys in adapter_parts(file.entries).items():
+        down, up = (file.read(keys[part.strip(".")]).float().numpy().T for part in (DOWN, UP))
+        scale = numpy.float32(lora_scale(config, module, down.shape[1]))
+        changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
     tokenizer = TextTokenizer(local_folder(result.plan.job.model))
     prompts, chat = golden_inputs(result.plan.job, tokenizer)
     data = Data.read(result.plan, train=False)

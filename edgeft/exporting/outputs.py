@@ -14,6 +14,7 @@ import torch
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.data.grammar import Grammar, HeldTo
+from edgeft.engine.forms import adapted, form_of
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.label_scores import label_numbers
@@ -42,7 +43,7 @@ from edgeft.models.parts import Parts, find_parts
 from edgeft.models.streamed import Load, alter
 from edgeft.settings import Training
 from edgeft.training.result import TrainResult
-from edgeft.tuners import SAVED
+from edgeft.tuners import saved_name
 
 WHOLE = Shares()
 CPU = torch.device("cpu")
@@ -244,7 +245,7 @@ def load_as_trained(trained: Path, result: TrainResult, load: Load = load_plain)
         model = load_base(folder, training, CPU, here)
     parts = find_parts(model)
     if training.adapts:
-        put_adapters(model, parts, trained, training, WHOLE)
+        put_adapters(model, parts, trained, training, WHOLE, Checkpoint(folder))
     else:
         apply_tuner(model, parts, training)
         if training.densely and not is_original(training, here) and training.quantize_aware is None:
@@ -317,20 +318,19 @@ def load_changed(
     return model
 
 
-def put_adapters(model: Any, parts: Parts, trained: Path, training: Training, shares: Shares) -> None:
-    """Hang trained adapters on a model, each scaled by its layer's share."""
+def put_adapters(
+    model: Any, parts: Parts, trained: Path, training: Training, shares: Shares, stored: Checkpoint | None = None
+) -> None:
+    """Hang trained adapters on a model, each scaled by its layer's share; `stored` as for `apply_tuner`."""
     meter.import_all()
-    from peft.tuners.lora import LoraLayer
-
-    chosen = apply_tuner(model, parts, training)
+    training = form_of(training).as_written(training)
+    chosen = apply_tuner(model, parts, training, stored if training.base_precision == "nf4" else None)
     weights = TensorFile(trained / "adapter_model.safetensors")
     with torch.no_grad():
         for name, parameter in chosen:
-            parameter.copy_(weights.read(SAVED + name.replace(".default.", ".")))
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for adapter in module.scaling:
-                module.scaling[adapter] *= shares.of(layer_of(name + "."))
+            parameter.copy_(weights.read(saved_name(name)))
+    for name, module in adapted(model):
+        form_of(training).scale(module, shares.of(layer_of(name + ".")))
 
 
 def put_changed(model: Any, trained: Path, shares: Shares) -> None:

@@ -214,7 +214,9 @@ def layers_of_excerpt(training: Training, count: int) -> dict[str, object]:
     """What changes in a plan's training when all layers of an excerpt train, each at every step."""
     every = tuple(range(count))
     layers = "all" if training.layers == "all" else "sparse"
-    return {"layers": layers, "trained_layers": every, "active_layers": 0, "cached_layers": 0, "compute_dtype": "fp32"}
+    # what is written begins at random also where training begins elsewhere
+    return {"init": "random", "layers": layers, "trained_layers": every, "active_layers": 0, "cached_layers": 0,
+            "compute_dtype": "fp32"}  # fmt: skip
 
 
 def peak_bytes(plan: Plan, spec: ModelSpec, training: Training, target: Target) -> int:
@@ -247,7 +249,7 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     from edgeft.engine.tuners import apply_tuner, save_tuned
     from edgeft.models.checkpoint import load_plain
     from edgeft.models.parts import find_parts
-    from edgeft.tuners import ADAPTER, UP
+    from edgeft.tuners import DOWN, UP
 
     model = load_plain(base)
     parts = find_parts(model)
@@ -256,10 +258,10 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     with torch.no_grad():
         for name, parameter in chosen:
             noise = torch.randn(parameter.shape, generator=random)
-            if ADAPTER not in name:
-                parameter.add_(noise, alpha=WEIGHT_SHARE * float(parameter.square().mean().sqrt()))
-            elif UP in name:
+            if UP in name:
                 parameter.copy_(noise * ADAPTER_RMS)
+            elif DOWN not in name:
+                parameter.add_(noise, alpha=WEIGHT_SHARE * float(parameter.square().mean().sqrt()))
     out.mkdir()
     save_tuned(model, parts, training, chosen, str(base), out)
 

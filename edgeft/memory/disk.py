@@ -70,7 +70,8 @@ def prefix_disk(spec: ModelSpec, training: Training) -> Disk:
 
 def train_disk(spec: ModelSpec, training: Training) -> Disk:
     """Checkpoints (the newest is written before the oldest goes), then what was trained, in fp32."""
-    checkpoint, result = checkpoint_bytes(spec, training), 4 * learnt_parameters(spec, training)
+    checkpoint = checkpoint_bytes(spec, training)
+    result = max(4 * learnt_parameters(spec, training), train_step.adapter_bytes(spec, training))
     terms = (
         Term(
             name="checkpoints",
@@ -100,7 +101,9 @@ def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
     if training.layers == "lisa" and training.lisa_state == "drop":
         with_states = max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
     layers = len(training.trained_layers) + len(ENDS)
-    tensors = layers * (len(spec.linears) * len(TUNERS[training.tuner].sizes(1, 1, 1)) + spec.norms_per_layer + 2)
+    tensors = layers * (
+        len(spec.linears) * len(TUNERS[training.tuner].sizes(1, 1, 1, False)) + spec.norms_per_layer + 2
+    )
     return int(learnt * itemsize + with_states * states) + TENSOR_BYTES * tensors
 
 

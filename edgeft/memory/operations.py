@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgeft.memory.adapters import FORMS
 from edgeft.memory.rounded import rounded_product, rounds
 from edgeft.memory.tape import Storage, Tape, Value, parameter
 from edgeft.models.spec import Linear, ModelSpec
@@ -24,6 +25,7 @@ class Way:
     """What of a plan decides a layer's operations. `longest` is set where scores or masks of S x S exist, else 0."""
 
     tuner: str
+    operation: str
     rank: int
     targets: tuple[str, ...]
     itemsize: int
@@ -43,7 +45,8 @@ class Way:
         cuda = training.device == "cuda"
         squares = bool(spec.attn_logit_softcapping) or (spec.sliding_window or longest + 1) <= longest
         return cls(
-            training.tuner, training.rank, training.target_modules, 4 if training.compute_dtype == "fp32" else 2,
+            training.tuner, training.form.operation, training.rank, training.target_modules,
+            4 if training.compute_dtype == "fp32" else 2,
             training.base_precision == "nf4", training.densely, cuda,
             not training.repeats_groups, longest if squares else 0, *rounds(spec, training),
         )  # fmt: skip
@@ -192,52 +195,9 @@ class Operations:
         if self.full:
             weight = self.weight(linear.in_features * linear.out_features, copied=self.way.densely)
             return self.matmul(x, linear, weight, linear.has_bias and self.full_vectors)
-        if linear.name in self.targets and not self.half:
-            return self.adapted(x, linear)
-        result = self.base(x, linear)
         if linear.name not in self.targets:
-            return result
-        if self.way.nf4:
-            result = self.one(result, result.size, None)  # PEFT clones it
-        return self.add(result, self.scaled(self.adapter(x, linear)))
-
-    def adapted(self, x: Value, linear: Linear) -> Value:
-        """A frozen projection and its adapter in one operation (`engine.adapted_linear`), in fp32."""
-        e, rank, inputs, outputs = self.e, self.way.rank, linear.in_features, linear.out_features
-
-        def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
-            low = Storage(tape, e * rank)
-            up, down = Storage(tape, 1j * e * outputs * rank), Storage(tape, 1j * e * inputs * rank)
-            into = Storage(tape, e * inputs) if wanted[0] else None
-            if wanted[0]:
-                matrix = self.dense(tape, linear)
-                del matrix
-            kept.clear()
-            del low
-            return [into, down, up]
-
-        low = Value(Storage(self.tape, e * rank), e * rank)
-        matrix = self.dense(self.tape, linear)
-        weights = [self.weight(rank * inputs), self.weight(rank * outputs)]
-        result = self.tape.run(e * outputs, [x, *weights], [x, low], back, saves_last=True)
-        del matrix
-        return result
-
-    def dense(self, tape: Tape, linear: Linear) -> Storage | None:
-        """A 4-bit weight made dense beside its unpacked scales, which go at once."""
-        if not self.way.nf4:
-            return None
-        elements = linear.in_features * linear.out_features
-        scales = Storage(tape, 4j * -(-elements // 64))
-        matrix = Storage(tape, 1j * self.e * elements)
-        del scales
-        return matrix
-
-    def adapter(self, x: Value, linear: Linear) -> Value:
-        down = linear.model_copy(update={"out_features": self.way.rank})
-        up = linear.model_copy(update={"in_features": self.way.rank})
-        first = self.matmul(x, down, self.weight(self.way.rank * linear.in_features, copied=True))
-        return self.matmul(first, up, self.weight(self.way.rank * linear.out_features, copied=True))
+            return self.base(x, linear)
+        return FORMS[self.way.operation](self, x, linear)
 
     # norms
 

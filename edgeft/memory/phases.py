@@ -19,9 +19,9 @@ from edgeft.memory.train_step import (
     Phase,
     Term,
     Workload,
+    adapter_bytes,
     dense_bytes,
     step_terms,
-    trained_parameters,
     weight_bytes,
     worst_sets,
 )
@@ -256,7 +256,7 @@ def _prefix(spec: ModelSpec, training: Training, fixed: Sequence[Term], pool: in
 
 def _kept(spec: ModelSpec, training: Training, sets: Sequence[Training]) -> list[Term]:
     """What of the model is there while it is scored."""
-    adapter = trained_parameters(spec, training) * 4 if training.adapts else 0
+    adapter = adapter_bytes(spec, training)
     dense = max(dense_bytes(spec, one) for one in sets)
     return [
         _weights(spec, training),

@@ -179,7 +179,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
         Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
     ]
     if training.device == "cpu":
-        adapters = trained * 4 if training.adapts else 0
+        adapters = train_step.adapter_bytes(spec, training)
         weights = train_step.weight_bytes(spec, training)
         terms += [
             Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
@@ -202,12 +202,13 @@ def merge_bytes(elements: int, itemsize: int, *, changed: bool, factor_bytes: in
 def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     """W0 + a (Wft - W0), tensor by tensor: the tensor that needs most, changed or not."""
     itemsize = STORED_BYTES.get(spec.dtype, 4)
-    lora, sizes = training.adapts, TUNERS[training.tuner].sizes
+    lora, sizes, beside = training.adapts, TUNERS[training.tuner].sizes, training.form.beside
     adapted = {linear.name for linear in train_step.targets(spec, training)}
     tensors = []
     for linear in spec.linears:
         # an adapter's two factors, as read and scaled
-        elements = sum(sizes(linear.in_features, linear.out_features, training.rank))
+        shape = linear.in_features, linear.out_features, training.rank
+        elements = sum(sizes(*shape, linear.role == "mlp_out")) + beside(*shape)
         factors = 8 * elements if linear.name in adapted else 0
         count = linear.in_features * linear.out_features
         tensors.append((count, merge_bytes(count, itemsize, changed=not lora or bool(factors), factor_bytes=factors)))

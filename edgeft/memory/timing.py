@@ -15,7 +15,6 @@ from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.models.spec import ModelSpec
 from edgeft.settings import Training
-from edgeft.tuners import TUNERS
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
 # half of the shapes of bench/step_time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
@@ -106,9 +105,9 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 
 # what `count` reads of a plan, but for the layers that keep their activations
 COUNTED = attrgetter(
-    "compute_dtype", "base_precision", "tuner", "rank", "target_modules", "layers", "trained_layers", "active_layers",
-    "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing", "quantize_aware",
-    "cached_layers",
+    "compute_dtype", "base_precision", "tuner", "init", "rank", "target_modules", "layers", "trained_layers",
+    "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing",
+    "quantize_aware", "cached_layers",
 )  # fmt: skip
 
 
@@ -139,7 +138,7 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         return _widths_made(spec, training, shares)
 
     per_token = (layers - crossed + again) * made(MADE["idle"]) + (crossed - trained) * made(MADE["through"])
-    per_token += trained * made(TUNERS[training.tuner].made)
+    per_token += trained * made(training.form.made)
     moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
     splits = micro_batches(training, work)
     if training.base_precision == "nf4":

@@ -152,7 +152,19 @@ def targets(spec: ModelSpec, training: Training) -> list[Linear]:
 def adapter_sizes(spec: ModelSpec, training: Training) -> list[tuple[int, ...]]:
     """Elements of the tensors of each adapter of a layer."""
     sizes = TUNERS[training.tuner].sizes
-    return [sizes(linear.in_features, linear.out_features, training.rank) for linear in targets(spec, training)]
+    return [
+        sizes(linear.in_features, linear.out_features, training.rank, linear.role == "mlp_out")
+        for linear in targets(spec, training)
+    ]
+
+
+def adapter_bytes(spec: ModelSpec, training: Training) -> int:
+    """Bytes of adapters, in fp32: what trains of them and what they hold beside that; nothing where there are none."""
+    if not training.adapts:
+        return 0
+    beside, rank = training.form.beside, training.rank
+    more = sum(beside(linear.in_features, linear.out_features, rank) for linear in targets(spec, training))
+    return 4 * (trained_parameters(spec, training) + more * len(training.trained_layers))
 
 
 def optimizer_bytes(spec: ModelSpec, training: Training) -> int:
@@ -211,7 +223,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
     parameters = trained_parameters(spec, training)
     weights, itemsize = weight_bytes(spec, training) - dropped_bytes(spec, training), trained_itemsize(training)
-    dense, count = dense_bytes(spec, training), spec.num_hidden_layers
+    adapters, dense, count = adapter_bytes(spec, training), dense_bytes(spec, training), spec.num_hidden_layers
     inputs = 8 * tokens + 8 * work.longest + 16 * loss_tokens + mask_bytes(spec, way, tokens)
     inputs += 0 if position_parameters(spec) else 2 * way.itemsize * spec.head_dim * work.longest
     recomputed = f", layers recomputed: {count - training.kept_layers} of {count}" if training.checkpointing else ""
@@ -219,7 +231,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     terms = [
         ("weights", weights, weights_formula(spec, training)),
         ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
-        ("adapters", parameters * itemsize if training.adapts else 0, f"{parameters} x {itemsize} B"),
+        ("adapters", adapters, f"{adapters // 4} x 4 B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
         ("gradients", present, f"{parameters} x {itemsize} B when all are there"),
         ("activations", activations, f"{tokens} tokens{recomputed}"),

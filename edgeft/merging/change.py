@@ -23,7 +23,7 @@ from edgeft.merging.peft_folder import (
 )
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.families import in_conv1d
-from edgeft.models.folding import folded
+from edgeft.models.folding import folded, lengths
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 
 # a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
@@ -308,7 +308,7 @@ def _low_rank(
 
             def by_row(part: slice) -> torch.Tensor:
                 weight = added(part)
-                return weight.mul_((wanted[part] / torch.linalg.vector_norm(weight, dim=1))[:, None])
+                return weight.mul_((wanted[part] / lengths(weight))[:, None])
 
             return by_row
         squares = torch.zeros(right.shape[1], dtype=torch.float64)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,11 +20,12 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.engine.tuners import CHANGED
 from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, TensorFile
+from edgeft.models.families import in_conv1d
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.settings import Training
-from edgeft.tuners import UP, module_of, other_factor
+from edgeft.tuners import ELEMENTS, LENGTHS, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
@@ -35,10 +36,10 @@ SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2
 
 @dataclass
 class Learnt:
-    """What training left, by the names of the base's tensors: an adapter's module, or a whole tensor."""
+    """What training left, by the names of the base's tensors: an adapter's parts, or a whole tensor."""
 
     files: dict[str, TensorFile] = field(default_factory=dict)
-    adapters: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, dict[str, str]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -48,18 +49,31 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
     found = Learnt()
     kept = TensorFile(trained / (CHANGED if (trained / CHANGED).is_file() else ADAPTER))
     found.files = {"kept": kept}
-    for key in kept.entries:
-        if UP in key:
-            continue
-        module = module_of(key)
-        adapter = module is not None
+
+    def place(name: str) -> str | None:
         try:
-            name = base.name_of(f"{module}.weight" if adapter else key)
+            return base.name_of(name)
         except BadInput as problem:
             found.problems.append(problem.problem)
+            return None
+
+    adapters = adapter_parts(kept.entries)
+    for module, keys in adapters.items():
+        name = place(f"{module}.weight")
+        if ELEMENTS in keys:
+            found.adapters |= {name: keys} if name is not None else {}
+            biased = base.find(f"{module}.bias")
+            if biased is not None and kept.shape(keys[ELEMENTS])[0] != 1:  # of outputs
+                found.adapters[biased] = keys
+        elif missing := {"lora_A", "lora_B"} - keys.keys():
+            found.problems.append(f"{module}: {', '.join(sorted(missing))} missing in the adapter")
+        elif name is not None:
+            found.adapters[name] = keys
+    for key in kept.entries.keys() - {key for keys in adapters.values() for key in keys.values()}:
+        if (name := place(key)) is None:
             continue
-        (found.adapters if adapter else found.whole)[name] = key
-        if tied and not adapter and name.endswith((*EMBEDDINGS, *HEADS)):  # one tensor that is stored twice
+        found.whole[name] = key
+        if tied and name.endswith((*EMBEDDINGS, *HEADS)):  # one tensor that is stored twice
             twins = [other for other in base.owner if other.endswith((*EMBEDDINGS, *HEADS))]
             found.whole |= dict.fromkeys(twins, key)
     return found
@@ -122,21 +136,14 @@ def expected_blocks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """(stored, expected, how far it may be; None: not at all) of a tensor, some rows at a time."""
     kept = learnt.files["kept"]
-    factors = None
+    factors: Factors | Scales | None = None
     if name in learnt.adapters and share:
-        key = learnt.adapters[name]
-        right = kept.read(key).double()
-        left = kept.read(other_factor(key)).double()
-        shape = base.shape(name)
-        if (left.shape[0], right.shape[1]) != shape:  # GPT-2's Conv1D holds a matrix as in x out
-            left, right = right.T, left.T
-        if (left.shape[0], right.shape[1]) != shape:
-            left, right = left[:0], right  # no product: every value below is a problem
-        factors = left, right
+        read = _scales if ELEMENTS in learnt.adapters[name] else _factors
+        factors = read(name, base, kept, learnt.adapters[name], training)
     for part in blocks(base.shape(name)):
         stored, old = merged.read(name, part), base.read(name, part)
         if factors is not None:
-            yield stored, *_with_adapter(old, *(factors[0][part], factors[1]), training.lora_scale, share)
+            yield stored, *_with_adapter(old, factors.of(part), share)
         elif name in learnt.whole and share:
             new = kept.read(learnt.whole[name], part)
             wide = old.to(torch.float64 if old.dtype == torch.float64 else torch.float32)
@@ -145,21 +152,95 @@ def expected_blocks(
             yield stored, old, None
 
 
-def _with_adapter(
-    old: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(exact sum in fp64, how far the nearest stored value of an fp32 sum may be from it), elementwise.
+class Factors(NamedTuple):
+    """s L R, to be added to some rows of a stored matrix, in fp64; and what its rows or columns are scaled by then."""
 
-    Half a unit in the last place of what stores it, and the rounding of a dot product over the rank, its scaling and
-    two sums: (rank + 4) half units of fp32 of the sum of absolute terms.
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+    lengths: torch.Tensor | None = None  # that rows are scaled to
+    gains: torch.Tensor | None = None  # of columns, and how far each may be off, relative
+    slack: torch.Tensor | None = None
+
+    def of(self, rows: slice) -> Factors:
+        """Those of some rows."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return self._replace(left=self.left[rows], lengths=lengths)
+
+    def added(self, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(exact sum, how far an fp32 one may be from it): the rounding of a dot product over the rank, and 4 more.
+
+        (rank + 4) half units of fp32 of the sum of absolute terms.
+        """
+        before, fits = old.double(), len(self.left) == len(old)
+        change = self.scale * (self.left @ self.right) if fits else torch.full_like(before, float("nan"))
+        terms = before.abs() + abs(self.scale) * (self.left.abs() @ self.right.abs() if fits else before.abs())
+        return before + change, EPSILON * (self.right.shape[0] + 4) * terms
+
+    def changed(self, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with rows or columns scaled to their lengths, and what the sums' rounding does to those."""
+        tuned, sums = self.added(old)
+        gains, slack = self.gains, self.slack
+        if self.lengths is not None:
+            norms = torch.linalg.vector_norm(tuned, dim=1, keepdim=True)
+            gains, slack = self.lengths[:, None] / norms, torch.linalg.vector_norm(sums, dim=1, keepdim=True) / norms
+        if gains is None or slack is None:
+            return tuned, sums
+        tuned = tuned * gains
+        return tuned, sums * gains.abs() + tuned.abs() * (slack + 4 * EPSILON)
+
+
+class Scales(NamedTuple):
+    """What each element of some rows is multiplied by, or each column where it is one row; in fp64."""
+
+    factors: torch.Tensor
+
+    def of(self, rows: slice) -> Scales:
+        """Those of some rows."""
+        return self if self.factors.shape[0] == 1 else Scales(self.factors[rows])
+
+    def changed(self, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(exact product, how far an fp32 one may be from it)."""
+        exact = old.double() * self.factors
+        return exact, EPSILON * 4 * (exact.abs() + old.double().abs())
+
+
+def _scales(name: str, base: Checkpoint, kept: TensorFile, keys: dict[str, str], training: Training) -> Scales:
+    """What IA3 multiplies a stored tensor by: a bias, or a matrix, inputs x outputs as GPT-2's Conv1D holds it, too."""
+    factors = kept.read(keys[ELEMENTS]).double()
+    if len(base.shape(name)) == 1:
+        return Scales(factors.flatten())
+    return Scales(factors.T if in_conv1d(str(_config(base.folder).get("model_type"))) else factors)
+
+
+def _factors(name: str, base: Checkpoint, kept: TensorFile, keys: dict[str, str], training: Training) -> Factors:
+    """What an adapter adds to a stored matrix, inputs x outputs as GPT-2's Conv1D holds it, too."""
+    left, right = (kept.read(keys[part]).double() for part in ("lora_B", "lora_A"))
+    wanted = kept.read(keys[LENGTHS]).double() if LENGTHS in keys else None
+    transposed = in_conv1d(str(_config(base.folder).get("model_type")))
+    if transposed:
+        left, right = right.T, left.T
+    if (left.shape[0], right.shape[1]) != base.shape(name):
+        left = left[:0]  # no product: every value is a problem
+    found = Factors(left, right, training.adapter_scale)
+    if wanted is None or not transposed:
+        return found._replace(lengths=wanted)
+    squares, errors = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    for part in blocks(base.shape(name)):
+        exact, error = found.of(part).added(base.read(name, part))
+        squares, errors = squares + exact.square().sum(0), errors + error.square().sum(0)
+    return found._replace(gains=wanted / squares.sqrt(), slack=(errors / squares).sqrt())
+
+
+def _with_adapter(old: torch.Tensor, factors: Factors | Scales, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exact value in fp64, how far the nearest stored value of fp32 sums may be from it), elementwise.
+
+    Half a unit in the last place of what stores it, and what rounding the sums may do.
     """
+    tuned, sums = factors.changed(old)
     before = old.double()
-    change = scale * (left @ right) if len(left) == len(before) else torch.full_like(before, float("nan"))
-    exact = before + share * change
-    terms = before.abs() + abs(scale) * (left.abs() @ right.abs() if len(left) == len(before) else before.abs())
-    sums = EPSILON * (right.shape[0] + 4) * terms
-    bits = BITS[old.dtype]
-    unit = torch.exp2(torch.floor(torch.log2((exact.abs() + sums).clamp(min=1e-300))) - bits)
+    exact = before + share * (tuned - before)
+    unit = torch.exp2(torch.floor(torch.log2((exact.abs() + sums).clamp(min=1e-300))) - BITS[old.dtype])
     return exact, (unit + sums).clamp(min=SMALLEST[old.dtype])
 
 

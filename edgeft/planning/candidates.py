@@ -73,6 +73,18 @@ def check_job(job: Job, spec: ModelSpec) -> None:
     ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
     if ends and adapts(job.tuner):
         raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
+    unused = [name for name in ("rank", "lora_alpha") if getattr(job, name) is not None]
+    if unused and job.tuner is not None and adapts(job.tuner) and not TUNERS[job.tuner].ranked:
+        raise BadInput(unused[0], f"{job.tuner} has no factors of a rank", f"use tuner={ADAPTERS}, or leave it out")
+    if missing := _missing_roles(spec, job.tuner):
+        problem = f"{job.tuner} scales what this model has no projection of its own for: {', '.join(missing)}"
+        raise BadInput("tuner", problem, f"use tuner={ADAPTERS}")
+    if job.tuner is not None and job.init not in TUNERS[job.tuner].forms:
+        hint = f"use tuner={ADAPTERS}, or leave init out"
+        raise BadInput("init", f"{job.tuner} has nothing that could begin as {job.init} does", hint)
+    if job.lora_plus != 1 and job.tuner is not None and not TUNERS[job.tuner].faster:
+        problem = f"{job.tuner} has no second factor that could learn faster than the first"
+        raise BadInput("lora_plus", problem, "use tuner=lora, or leave lora_plus out")
     if "rotate" in (job.embedding, job.norm, job.head) and job.layers != "lisa":
         raise BadInput("rotate", "embedding, norm and head rotate only with the layers", "add --set layers=lisa")
     if spec.tie_word_embeddings and job.head is not None and job.embedding is not None and job.head != job.embedding:
@@ -161,7 +173,8 @@ def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
         return [job.tuner]
     if any(getattr(job, end) not in (None, "off") for end in ENDS):
         return [WEIGHTS]
-    pinned_lora = job.rank is not None or job.lora_alpha is not None or job.base_precision in SMALL_PRECISIONS
+    asked = job.rank is not None or job.lora_alpha is not None or job.lora_plus != 1 or job.init != "random"
+    pinned_lora = asked or job.base_precision in SMALL_PRECISIONS
     small = spec.total_parameters <= SMALL_MODEL and not spec.stacked
     return [WEIGHTS, ADAPTERS] if small and not pinned_lora else [ADAPTERS]
 
@@ -259,10 +272,9 @@ def candidates(
         for tuner in _tuners(job, spec)
         for layers in _layer_ways(job, spec, tuner, steps, scores)
         for precision in _precisions(job, profile, spec, tuner, layers)
-        for rank in (ranks if adapts(tuner) else [0])
+        for rank in (ranks if TUNERS[tuner].ranked else [0])
     ]
     rounding = rounding_of(job, spec)
-    modules = tuple(linear.name for linear in spec.linears if linear.role != "other")
     open_still: list[dict[str, Any]] = [
         {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
          "optimizer": optimizer, "malloc": malloc}
@@ -283,7 +295,7 @@ def candidates(
         if (reason := refusal(profile, tuner, precision, compute, layers)) is not None:
             refused = refused or reason
             continue
-        lora = adapts(tuner)
+        lora = TUNERS[tuner].ranked
         first = Training(
             device=profile.device,
             tuner=tuner,
@@ -291,7 +303,10 @@ def candidates(
             compute_dtype=compute,  # type: ignore[arg-type]
             rank=rank,
             lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
-            target_modules=modules if lora else (),
+            lora_scale=job.lora_scale,
+            lora_plus=job.lora_plus if lora else 1.0,
+            init=job.init,
+            target_modules=target_modules(spec, tuner),
             **layers,
             **open_still[0],
             batch_size=job.batch_size,
@@ -317,6 +332,22 @@ def candidates(
         check_prefix(spec, first, rows_tokens)
     if refused is not None and not left:
         raise refused
+
+
+def target_modules(spec: ModelSpec, tuner: Tuner) -> tuple[str, ...]:
+    """The projections of a layer that a tuner adapts; none where weights train themselves."""
+    row = TUNERS[tuner]
+    asking = [linear.name for linear in spec.linears if linear.role == "attention_in"]
+    left_out = asking[:1] if len(asking) == 3 and not row.asks else []
+    found = [linear.name for linear in spec.linears if linear.role in row.roles and linear.name not in left_out]
+    return tuple(found) if row.adapters else ()
+
+
+def _missing_roles(spec: ModelSpec, tuner: Tuner | None) -> list[str]:
+    """Roles that a tuner cannot do without and no projection has."""
+    if tuner is None or TUNERS[tuner].ranked or not TUNERS[tuner].adapters:
+        return []
+    return sorted(set(TUNERS[tuner].roles) - {linear.role for linear in spec.linears})
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:

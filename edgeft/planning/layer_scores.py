@@ -24,17 +24,17 @@ from edgeft.planning.candidates import check_job, needs_importance
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import Progress
 from edgeft.settings import Job
-from edgeft.tuners import ADAPTERS, adapts
+from edgeft.tuners import ADAPTERS, TUNERS
 
 # of a job, what holds for the training that scores its layers as well; the rest is LoRA in all layers, as planned
 KEPT = ("model", "data", "valid", "profile", "base_precision", "micro_batch_size", "batch_size", "max_length",
         "checkpointing", "kept_layers", "loss_chunk_tokens", "optimizer", "weight_decay", "max_grad_norm", "seed",
         "max_memory_bytes")  # fmt: skip
-KEPT_OF_LORA = ("rank", "lora_alpha", "learning_rate")
+KEPT_OF_LORA = ("rank", "lora_alpha", "lora_scale", "lora_plus", "learning_rate")
 # of its plan, what scores follow: how much fits at a time changes none
 MATTERS = ("base_precision", "compute_dtype", "max_length", "seed")
-MATTERS_WHERE_ADAPTERS_TRAIN = ("rank", "lora_alpha", "target_modules", "learning_rate", "batch_size", "optimizer",
-                                "weight_decay", "max_grad_norm")  # fmt: skip
+MATTERS_WHERE_ADAPTERS_TRAIN = ("rank", "lora_alpha", "lora_scale", "lora_plus", "target_modules", "learning_rate",
+                                "batch_size", "optimizer", "weight_decay", "max_grad_norm")  # fmt: skip
 
 
 def scoring_plan(job: Job) -> Plan:
@@ -43,9 +43,8 @@ def scoring_plan(job: Job) -> Plan:
     Hidden states need no backward pass: where LoRA in all layers does not fit, any plan with LoRA does for them.
     Raises DoesNotFit for the other scores.
     """
-    kept = KEPT if adapts(job.tuner) is False else KEPT + KEPT_OF_LORA
-    tuner = job.tuner if adapts(job.tuner) else ADAPTERS
-    every = Job(**{name: getattr(job, name) for name in kept}, tuner=tuner, layers="all", prefix_cache=False)
+    kept = KEPT + KEPT_OF_LORA if job.tuner is None or TUNERS[job.tuner].ranked else KEPT
+    every = Job(**{name: getattr(job, name) for name in kept}, tuner=ADAPTERS, layers="all", prefix_cache=False)
     try:
         return make_plan(every)
     except DoesNotFit as problem:

@@ -11,7 +11,6 @@ from edgeft.targets.target import Target, candidates
 from edgeft.tuners import TUNERS
 
 WHERE = "quantize_aware"
-FOLDED = {"use_rslora"}  # PEFT's options of adapters whose change is their scaled product
 # what holds every value of a dtype that weights are stored in: the merge adds to what is stored
 HOLDS: dict[str, tuple[Precision, ...]] = {
     "float32": ("fp32",), "bfloat16": ("bf16", "fp32"), "float16": ("fp16", "fp32"),
@@ -36,7 +35,10 @@ def rounding_of(job: Job, spec: ModelSpec) -> Rounding | None:
     if target.weight_bits >= 16:
         problem = f"target {target.name} keeps weights in {target.weight_bits} bits: there is nothing to train for"
         raise BadInput(WHERE, problem, "leave quantize_aware off, or name a target of 4 or 8 bits")
-    if job.tuner is not None and TUNERS[job.tuner].peft.keys() - FOLDED:
+    if job.init != "random":
+        problem = f"init={job.init} changes a weight by two products of factors: training folds in one"
+        raise BadInput(WHERE, problem, "leave init out")
+    if job.tuner is not None and not TUNERS[job.tuner].rounded:
         problem = f"{job.tuner} changes a weight by more than a product of two factors: training folds in no more"
         raise BadInput(WHERE, problem, "use tuner=lora or tuner=full")
     if spec.stacked:

@@ -25,6 +25,7 @@ from torch import nn
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, recompute_layers, remaining_steps
+from edgeft.engine.low_rank import layers as layers_of
 from edgeft.engine.tuners import apply_tuner, trained_units
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import meter
@@ -39,6 +40,7 @@ from edgeft.training.gradients import watched
 from edgeft.training.job_data import Data
 from edgeft.training.prepare import carried_out, check_head, choose_device, prepare
 from edgeft.training.train import check_budget
+from edgeft.tuners import is_adapter
 
 CALIBRATION_ROWS = 64  # training rows that gradient and hidden read, drawn by the seed
 SHORT_STEPS = 30  # optimizer steps of a short training: ablation makes one, progressive one per layer it adds
@@ -178,7 +180,7 @@ def short_run(scored: Scored, trained_layers: Sequence[int]) -> list[Sample]:
     training = scored.training.model_copy(update={**changes, "checkpointing": False})
     chosen = [entry for unit in trained_units(scored.model, scored.parts, training).values() for entry in unit]
     for name, parameter in scored.model.named_parameters():
-        if ".lora_" in name:
+        if is_adapter(name):
             parameter.requires_grad_(False)
     for _, parameter in chosen:
         parameter.requires_grad_(True)
@@ -196,22 +198,16 @@ def _with_adapters(scored: Scored) -> None:
         recompute_layers(scored.parts)
 
 
-def _adapted(module: nn.Module) -> list[Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return [part for part in module.modules() if isinstance(part, LoraLayer)]
-
-
 @contextlib.contextmanager
 def without_adapters(layer: nn.Module) -> Iterator[None]:
     """Switches a layer's adapters off, and on again."""
-    kept = [dict(part.scaling) for part in _adapted(layer)]
-    for part in _adapted(layer):
+    kept = [dict(part.scaling) for part in layers_of(layer)]
+    for part in layers_of(layer):
         part.scaling = dict.fromkeys(part.scaling, 0.0)
     try:
         yield
     finally:
-        for part, scaling in zip(_adapted(layer), kept, strict=True):
+        for part, scaling in zip(layers_of(layer), kept, strict=True):
             part.scaling = scaling
 
 
@@ -241,7 +237,7 @@ def by_progress(scored: Scored) -> Found:
     base = before = scored.validation_loss()
     for lowest in reversed(range(count)):
         torch.manual_seed(scored.training.seed)
-        for part in _adapted(scored.model):
+        for part in layers_of(scored.model):
             part.reset_lora_parameters("default", True)
         rows = short_run(scored, range(lowest, count))
         after = scored.validation_loss()

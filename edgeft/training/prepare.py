@@ -135,6 +135,7 @@ def make_pool(plan: Plan, parts: Parts) -> Pool:
     size = pool_size(plan.spec, plan.training, plan.work)
     pool = Pool(size.reserve, least=size.kept)
     pool.watch([layer for stack in parts.stacks for layer in stack.layers], parts.body)
+    hold_to(pool, plan, "evaluate")
     return pool
 
 

@@ -217,7 +217,6 @@ class Session:
             phases["prefix"] = meter.peak_bytes(device)
         if not any(work.glob("step-*")):
             meter.reset_peak(device)
-            hold_to(pool, here, "evaluate")
             score = scorer(model, parts, data, training, device, compute, progress, prefix)
             fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
             fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None

@@ -387,7 +387,9 @@ def test_what_cannot_be_switched_to_is_refused_by_name(
     with pytest.raises(BadInput, match=r"adapters: 'Not a name' is no name"):
         attempt(**{"Not a name": trained["libs"]})
     run(plan_file(tuner="full", epochs=1.0), tmp_path / "full")
-    with pytest.raises(BadInput, match=r"full: is a full fine-tune, which cannot be switched to\n\nhint: plan with"):
+    with pytest.raises(
+        BadInput, match=r"full: was trained by Full fine-tuning, whose change cannot be switched to\n\nhint: plan"
+    ):
         attempt(libs=trained["libs"], full=tmp_path / "full")
     document = trained["docs"] / "train.json"
     result = json.loads(document.read_text())

@@ -158,9 +158,7 @@ def test_a_named_target_that_fails_is_kept_and_the_next_that_passes_is_named(del
     assert isinstance(done.exception, QualityLost) and done.exception.exit_code == 4 and not out.exists()
     failed = tmp_path / "bundle.failed"
     assert "the bundle that failed is kept in bundle.failed, beside bundle" in str(done.exception)
-    command = (
-        rf"hint: edgeft export '?{re.escape(str(delicate))}'? --target ort-int4-calibrated  # \d+ KiB, predicted "
-    )
+    command = rf"hint: edgeft export '?{re.escape(str(delicate))}'? --target ort-int4-calibrated  # \d+ KiB, predicted "
     assert re.search(command + r"[+-]\d+\.\d points \[", str(done.exception))
     made = Bundle.read(failed / "bundle.json")
     assert "at most" in made.failed and made.proof is None and made.target == INT4

@@ -17,6 +17,7 @@ from edgeft.models.spec import read_model_spec
 from edgeft.simulation import simulate
 
 TOKENS = 40
+PISSA = {"init": "pissa"}
 FULL = {"tuner": "full", "embedding": "on", "norm": "on", "head": "on"}
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -24,6 +25,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "NF4, bf16": {**NF4, "compute_dtype": "bf16"},
     "NF4, recomputed": {**NF4, "checkpointing": True},
     "LoRA, bf16, recomputed": {**HALF, "checkpointing": True},
+    "DoRA": {"tuner": "dora"},
+    "DoRA, recomputed": {"tuner": "dora", "checkpointing": True},
+    "DoRA, bf16": {"tuner": "dora", **HALF},
+    "DoRA, NF4, bf16": {"tuner": "dora", **NF4, "compute_dtype": "bf16"},
+    "PiSSA, recomputed": {**PISSA, "checkpointing": True},
+    "PiSSA, bf16": {**PISSA, **HALF},
+    "IA3": {"tuner": "ia3"},
+    "IA3, bf16, recomputed": {"tuner": "ia3", **HALF, "checkpointing": True},
     "full": FULL,
     "full, bf16, recomputed": {**FULL, **HALF, "checkpointing": True},
 }
@@ -70,7 +79,11 @@ def test_layers_keep_and_reach_what_is_traced(kind: str, tmp_path: Path, every_h
 def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, every_height: None) -> None:
     spec = save_model(tmp_path, num_hidden_layers=3)
     config = AutoConfig.from_pretrained(tmp_path)
-    for way in ({}, {**NF4, "compute_dtype": "bf16"}, {"checkpointing": True}, {**FULL, "checkpointing": True}):
+    dora, ia3 = {"tuner": "dora"}, {"tuner": "ia3"}
+    for way in ({}, {**NF4, "compute_dtype": "bf16"}, {"checkpointing": True}, {**FULL, "checkpointing": True},
+                dora, {**dora, **HALF}, {**dora, **NF4}, {**dora, "checkpointing": True},
+                ia3, {**ia3, **HALF}, {**ia3, **NF4}, {**ia3, "checkpointing": True},
+                PISSA, {**PISSA, **HALF}, {**PISSA, **NF4}, {**PISSA, "checkpointing": True}):  # fmt: skip
         training = plan_of(spec, range(3), micro_batch_size=1, batch_size=1, **way)
         trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
         found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False, training.checkpointing)

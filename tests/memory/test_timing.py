@@ -16,7 +16,7 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.tuners import TUNERS
 
 WORK = train_step.Workload(256, 255)
-MADES = MADE | {name: tuner.made for name, tuner in TUNERS.items()}
+MADES = MADE | {f"{name}, {init}": form.made for name, tuner in TUNERS.items() for init, form in tuner.forms.items()}
 
 
 @pytest.fixture
@@ -41,7 +41,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[complex]]:
 
 
 @pytest.mark.parametrize(("kind", "place", "changes"), [
-    ("idle", "idle", {}), ("through", "through", {}), ("lora", "trained", {}), ("full", "trained", FULL),
+    ("idle", "idle", {}), ("through", "through", {}), ("lora, random", "trained", {}),
+    ("lora, pissa", "trained", {"init": "pissa"}),
+    ("dora, random", "trained", {"tuner": "dora"}), ("ia3, random", "trained", {"tuner": "ia3"}),
+    ("full, random", "trained", FULL),
 ])  # fmt: skip
 def test_a_layer_makes_what_is_counted(
     kind: str, place: Any, changes: dict[str, Any], llama: ModelSpec, made: list[complex]

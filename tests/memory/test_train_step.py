@@ -27,6 +27,7 @@ from edgeft.settings import Training
 from edgeft.units import MIB
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IA3 = ("k_proj", "v_proj", "down_proj")
 CPU = torch.device("cpu")
 
 
@@ -89,6 +90,12 @@ CASES: dict[str, tuple[dict[str, Any], range, int, int, dict[str, Any]]] = {
     "LoRA, bf16": ({}, FOUR, 256, 255, HALF),
     "LoRA, checkpointing": ({}, FOUR, 256, 4, {"checkpointing": True}),
     "LoRA, bf16, checkpointing, again": ({}, FOUR, 256, 4, {**HALF, "checkpointing": True, "batch_size": 4}),
+    "DoRA": ({"attention_bias": True}, FOUR, 256, 255, {"tuner": "dora"}),
+    "DoRA, bf16, checkpointing, again": (
+        {}, FOUR, 256, 4, {"tuner": "dora", **HALF, "checkpointing": True, "batch_size": 4},
+    ),
+    "PiSSA, checkpointing": ({}, FOUR, 256, 4, {"init": "pissa", "checkpointing": True}),
+    "IA3": ({"attention_bias": True}, FOUR, 256, 255, {"tuner": "ia3"}),
     "full": ({}, FOUR, 256, 4, {"tuner": "full", **ENDS_ON}),
     "full, tied, again": (
         {"tie_word_embeddings": True}, FOUR, 256, 4, {"tuner": "full", **ENDS_ON, "batch_size": 4},
@@ -104,6 +111,8 @@ def test_closed_form_equals_counted_bytes(name: str, tmp_path: Path) -> None:
     changes, layers, tokens, trained, plan = CASES[name]
     if plan.get("tuner") == "full":
         plan = {**plan, "rank": 0, "target_modules": ()}
+    if plan.get("tuner") == "ia3":
+        plan = {**plan, "rank": 0, "target_modules": IA3}
     config, training = shape(**changes), plan_of(layers, tokens, **plan)
     spec = spec_of(config, tmp_path)
     counted = live_peak(config, training, trained)
@@ -116,6 +125,8 @@ def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
     spec = spec_of(config, tmp_path)
     for plan, layers in (
         ({}, range(1, 4)),
+        ({"tuner": "dora"}, range(1, 4)),
+        ({"tuner": "ia3", "rank": 0, "target_modules": IA3}, range(1, 4)),
         ({"tuner": "full", **ENDS_ON}, FOUR),
         ({"tuner": "full"}, range(3, 4)),
     ):

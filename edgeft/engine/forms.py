@@ -1,0 +1,48 @@
+"""What does each form of adapter do to a model that trains? A row of FORMS, named by the forms of `edgeft.tuners`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeft.engine import adapted_linear, dora, ia3, low_rank, pissa
+from edgeft.models.checkpoint import Checkpoint
+from edgeft.models.parts import Parts
+from edgeft.settings import Training
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form: how it is hung on a frozen model, scaled there, written, and measured."""
+
+    inject: Callable[[nn.Module, Parts, Training, Checkpoint | None], None]
+    # (model, parts, plan): what PEFT reads of it, and its tensors by the names in a saved adapter's file
+    written: Callable[[nn.Module, Parts, Training], tuple[Any, dict[str, torch.Tensor]]]
+    as_written: Callable[[Training], Training]  # the plan of a run that would begin with what was written
+    scale: Callable[[Any, float], None]  # an adapted projection computes with a share of its change from now on
+    # (adapted projection, stored weight, a saved adapter's tensors by part, scale): ||W' - W||^2
+    squared_change: Callable[[Any, torch.Tensor, dict[str, torch.Tensor], float], float]
+
+
+FORMS = {
+    "product": Form(adapted_linear.inject, low_rank.written, low_rank.same, low_rank.scale, low_rank.squared_change),
+    "less": Form(pissa.inject, pissa.written, pissa.as_written, low_rank.scale, low_rank.squared_change),
+    "lengths": Form(dora.inject, low_rank.written, low_rank.same, dora.scale, dora.squared_change),
+    "scales": Form(ia3.inject, ia3.written, low_rank.same, ia3.scale, ia3.squared_change),
+}
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every adapted projection with its name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
+
+
+def form_of(training: Training) -> Form:
+    """The form of a plan's adapters."""
+    return FORMS[training.form.operation]
