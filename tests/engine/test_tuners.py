@@ -28,6 +28,7 @@ from edgeft.models.checkpoint import DTYPES, Checkpoint, load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares
 from edgeft.models.parts import find_parts
+from edgeft.models.streamed import load_streamed
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
 from edgeft.targets.target import load_target
@@ -264,7 +265,10 @@ def test_how_far_a_layer_moved_is_what_the_merge_says(trained: Path, checkpoint_
     assert recorded["layer 1"] == pytest.approx(math.sqrt(moved / whole), rel=1e-4)
 
 
-@pytest.mark.parametrize(("tuner", "init"), STARTS)
+# what LoRA of either start leaves is the same in kind, and many tests take it to a device
+@pytest.mark.parametrize(
+    ("tuner", "init"), [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] == "lora")) for each in STARTS]
+)
 def test_the_device_says_what_the_trained_model_says(tuner: str, init: str, tmp_path: Path) -> None:
     """Merged, exported, and asked there: the tokens of the live adapter."""
     trained = tmp_path / "train"
@@ -362,3 +366,5 @@ def test_transposed_matrices_and_biases_merge_as_they_compute(
     live = logits(load_changed(tmp_path / "base", tmp_path / "tuned", training, shares))
     assert (live - logits(load_plain(tmp_path / "base"))).abs().max() > 1e-4
     torch.testing.assert_close(logits(load_plain(tmp_path / "merged")), live, rtol=1e-4, atol=2e-5)
+    streamed = load_changed(tmp_path / "base", tmp_path / "tuned", training, shares, load_streamed)
+    assert torch.equal(logits(streamed), live)  # layer by layer from the files, as a proof of a large model has it
