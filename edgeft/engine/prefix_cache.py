@@ -7,12 +7,13 @@ too. Rows are read by their place in the file, not mapped: mapped pages would co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -98,6 +99,19 @@ class PrefixCache:
         return found
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes these states: runs that begin at once, as of a sweep, make them once."""
+    with saving(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)  # it goes with the process, however that ends
+            yield
+
+
 def make(
     folder: Path, key: Key, rows: Sequence[Sample], outputs: Callable[[Sequence[Sample]], torch.Tensor],
     group_tokens: int, progress: Callable[[int, int], None],
@@ -135,6 +149,7 @@ def forget_unused(folder: Path) -> None:
     for record in folder.glob(f"*/{RECORD}"):
         if time.time() - record.stat().st_mtime > UNUSED_DAYS * 86_400:
             shutil.rmtree(record.parent, ignore_errors=True)
+            folder.joinpath(f".{record.parent.name}.lock").unlink(missing_ok=True)
 
 
 def reserve(file: int, size: int) -> None:

@@ -67,14 +67,8 @@ class FrozenPrefix:
         width, dtype = sound[0].shape[-1], sound[0].dtype
         key = prefix_cache.key_of(folder, training, rows, device, dtype)
         place = prefix_cache.place_of(key)
-        if place.exists():
-            prefix_cache.check(place, key, rows)
-            seconds = 0.0
-        else:
-            disk.require(disk.prefix_disk(plan.spec, training), place)
-            seconds = prefix_cache.make(
-                place, key, rows, outputs, training.group_tokens, lambda done, n: progress("prefix", done, n, {})
-            )
+        with prefix_cache.alone(place):
+            seconds = find_or_make(place, key, rows, outputs, plan, progress)
         cache = PrefixCache(place, rows, width, dtype)
         for group, states in zip(groups, sound, strict=True):
             check_states(cache, group, states, device, training)
@@ -94,6 +88,19 @@ class FrozenPrefix:
         if self.boundary.dropped:
             read_back(self.boundary.dropped, self.folder, self.training, self.device)
             self.boundary.dropped.clear()
+
+
+def find_or_make(
+    place: Path, key: prefix_cache.Key, rows: Sequence[Sample], outputs: Callable[[Sequence[Sample]], torch.Tensor],
+    plan: Plan, progress: Progress,
+) -> float:  # fmt: skip
+    """Seconds that making the states took; 0 where they were there, and are sound."""
+    if place.exists():
+        prefix_cache.check(place, key, rows)
+        return 0.0
+    disk.require(disk.prefix_disk(plan.spec, plan.training), place)
+    tokens = plan.training.group_tokens
+    return prefix_cache.make(place, key, rows, outputs, tokens, lambda done, n: progress("prefix", done, n, {}))
 
 
 def rows_of(data: Data, training: Training) -> list[Sample]:

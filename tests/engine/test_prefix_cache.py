@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from edgeft.data.batches import make_batch
 from edgeft.data.samples import Sample
 from edgeft.engine import prefix_cache
 from edgeft.engine.nf4_base import load_base, read_back
-from edgeft.engine.prefix_cache import RECORD, STATES, PrefixCache, check, key_of, make, place_of
+from edgeft.engine.prefix_cache import RECORD, STATES, PrefixCache, alone, check, key_of, make, place_of
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.boundary import Boundary, release_pages
 from edgeft.models.evaluate import token_losses
@@ -196,6 +197,25 @@ def test_states_that_no_run_has_used_for_two_weeks_make_room_for_new_ones(kept: 
     check(used, kept.key, ROWS)
     make(tmp_path / "prefix" / "new", kept.key, ROWS, kept.states_of, 16, lambda done, total: None)
     assert sorted(path.name for path in (tmp_path / "prefix").iterdir()) == ["foreign", "new", "used"]
+
+
+def test_another_run_waits_for_the_states_that_one_makes(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        started.set()
+        with alone(tmp_path / "states"):
+            order.append("second")
+
+    started = threading.Event()
+    other = threading.Thread(target=second)
+    with alone(tmp_path / "states"):
+        other.start()
+        started.wait()
+        other.join(0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
 
 
 def test_a_full_disk_says_so_before_it_is_full(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
