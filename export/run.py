@@ -19,8 +19,9 @@ What is loaded is compared with its hash first, each time (--no-check leaves tha
 not show who made a bundle: whoever can replace a file can replace its hash and this script too. Against that, a copy
 of this script and a --public-key from elsewhere than the bundle, for answers as for --verify.
 
-A prompt, a conversation and each JSON file may have 16 MiB. Nothing is written, and nothing is sent: the runtime's
-own telemetry is switched off, unless the user's ORT_DISABLE_TELEMETRY=0 says otherwise.
+A prompt, a conversation, a line of a batch and each JSON file may have 16 MiB. Nothing is written but the answers of
+--batch, and nothing is sent: the runtime's own telemetry is switched off, unless the user's ORT_DISABLE_TELEMETRY=0
+says otherwise.
 
 Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 the runtime is missing.
 """

@@ -149,9 +149,10 @@ def adapters_digest(train_sha256: Mapping[str, str]) -> str:
     return sha256_json(dict(train_sha256))
 
 
-SILENT = """run.py writes no file and opens no connection. onnxruntime since 1.29 and onnxruntime-genai since 0.18 carry
-telemetry that is on by default; run.py switches it off. A program of your own that loads this model has to do that
-before it loads the runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment. `ORT_DISABLE_TELEMETRY=0` lets it on."""
+SILENT = """run.py writes no file, but a batch's answers, and opens no connection. onnxruntime since 1.29 and
+onnxruntime-genai since 0.18 carry telemetry that is on by default; run.py switches it off. A program of your own that
+loads this model has to do that before it loads the runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment.
+`ORT_DISABLE_TELEMETRY=0` lets it on."""
 
 
 HELD = """It answers with one of {count} labels, the most probable one. `--json` adds its probability and the next best
