@@ -33,6 +33,7 @@ class Form:
 
     operation: str  # of adapters: a row of `engine.forms` and of `memory.adapters`
     made: tuple[float, ...]
+    joined: tuple[float, ...] = ()  # `made` where the projection and what is beside it are one operation: in fp32
     beside: Callable[[int, int, int], int] = lambda inputs, outputs, rank: 0  # fp32 numbers that do not train
 
 
@@ -64,7 +65,7 @@ TUNERS: dict[str, Tuning] = {
         ranked=True,
         rounded=True,
         forms={
-            "random": Form("product", made=(31, 8, 14, 14, 14)),
+            "random": Form("product", made=(46, 18, 20, 22, 14), joined=(31, 8, 14, 14, 14)),
             # arXiv 2404.02948: the factors begin as the largest singular values of W, which keeps the rest
             "pissa": Form("less", made=(55, 23, 23, 26, 28), beside=lambda i, o, rank: rank * (i + o)),
         },

@@ -138,7 +138,8 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         return _widths_made(spec, training, shares)
 
     per_token = (layers - crossed + again) * made(MADE["idle"]) + (crossed - trained) * made(MADE["through"])
-    per_token += trained * made(training.form.made)
+    joined = training.form.joined if training.compute_dtype == "fp32" else ()
+    per_token += trained * made(joined or training.form.made)
     moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
     splits = micro_batches(training, work)
     if training.base_precision == "nf4":

@@ -16,7 +16,8 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.tuners import TUNERS
 
 WORK = train_step.Workload(256, 255)
-MADES = MADE | {f"{name}, {init}": form.made for name, tuner in TUNERS.items() for init, form in tuner.forms.items()}
+FORMS = {f"{name}, {init}": form for name, tuner in TUNERS.items() for init, form in tuner.forms.items()}
+MADES = MADE | {name: form.joined or form.made for name, form in FORMS.items()}
 
 
 @pytest.fixture
