@@ -23,7 +23,7 @@ from unittest import mock
 from run import CONFIGS, record
 
 from edgeft.machines.profile import HEAD_BUFFERS
-from edgeft.memory import dataflow, phases, train_step
+from edgeft.memory import adapters, dataflow, phases, train_step
 from edgeft.memory.operations import Gradients, Kept
 from edgeft.memory.tape import Storage, Tape, Value
 from edgeft.models.spec import Linear, ModelSpec, read_model_spec
@@ -80,7 +80,7 @@ class _TheirLayer(dataflow._Layer):
     def adapter(self, x: Value, linear: Linear) -> Value:
         if self.theirs.dropout:
             x = self.tape.run(x.size, [x], [], self._through_dropout(x.size), beside=linear.in_features)
-        return super().adapter(x, linear)
+        return adapters.factors(self, x, linear)
 
     def _through_dropout(self, size: complex) -> Any:
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
@@ -89,11 +89,13 @@ class _TheirLayer(dataflow._Layer):
         return back
 
     def project(self, x: Value, linear: Linear) -> Value:
-        if self.theirs.adapters == "autocast" or not self.half or self.full or linear.name not in self.targets:
+        if self.full or linear.name not in self.targets:
             return super().project(x, linear)
         result = self.base(x, linear)
         if self.way.nf4:
             result = self.one(result, result.size, None)  # PEFT clones it
+        if self.theirs.adapters == "autocast" or not self.half:
+            return self.add(result, self.scaled(self.adapter(x, linear)))
         e, self.half = self.e, False
         if self.theirs.adapters == "fp32":
             self.e = 4
@@ -194,9 +196,9 @@ def predict(spec: ModelSpec, training: Training, longest: int, theirs: Theirs) -
         terms = train_step.step_terms(spec, training, work)
         size = train_step.trained_itemsize(training)
         every, tensors = train_step.trained_parameters(spec, training), train_step.trained_tensors(spec, training)
-        adapters = every * size if training.tuner == "lora" else 0
+        factors = every * size if training.tuner == "lora" else 0
         beside = {"fused": 0, "loop": 2 * max(tensors) * size, "foreach": every * size}[theirs.optimizer]
-        standing = train_step.weight_bytes(spec, training) + adapters + train_step.optimizer_bytes(spec, training)
+        standing = train_step.weight_bytes(spec, training) + factors + train_step.optimizer_bytes(spec, training)
     live = sum(term.bytes for term in terms)
     stepping = standing + every * size + beside + next(term.bytes for term in terms if term.name == "inputs")
     moment = next((term.name for term in terms if term.name.startswith("height")), "").removeprefix("height: ")

@@ -18,7 +18,7 @@ def product(operations: Operations, x: Value, linear: Linear) -> Value:
     result = operations.base(x, linear)
     if operations.way.nf4:
         result = operations.one(result, result.size, None)  # PEFT clones it
-    return operations.add(result, operations.scaled(_factors(operations, x, linear)))
+    return operations.add(result, operations.scaled(factors(operations, x, linear)))
 
 
 def _added_in_place(operations: Operations, x: Value, linear: Linear) -> Value:
@@ -54,7 +54,8 @@ def _dense(operations: Operations, tape: Tape, linear: Linear) -> Storage | None
     return matrix
 
 
-def _factors(operations: Operations, x: Value, linear: Linear) -> Value:
+def factors(operations: Operations, x: Value, linear: Linear) -> Value:
+    """B A x, each product an operation of PyTorch's."""
     rank = operations.way.rank
     down = linear.model_copy(update={"out_features": rank})
     up = linear.model_copy(update={"in_features": rank})
@@ -66,7 +67,7 @@ def with_lengths(operations: Operations, x: Value, linear: Linear) -> Value:
     """g (W x + s B A x) with a gain for each output, as `edgeft.engine.dora` computes it."""
     gain = _gain(operations, linear)
     result = operations.base(x, linear)
-    added = operations.scaled(_factors(operations, x, linear))
+    added = operations.scaled(factors(operations, x, linear))
     tuned = _times(operations, operations.add(result, added), gain, linear.out_features)
     del added
     if linear.has_bias:
@@ -146,7 +147,7 @@ def less_start(operations: Operations, x: Value, linear: Linear) -> Value:
 
 
 def _difference(operations: Operations, x: Value, linear: Linear) -> Value:
-    product, rank = _factors(operations, x, linear), operations.way.rank
+    product, rank = factors(operations, x, linear), operations.way.rank
     down, up = (linear.model_copy(update={width: rank}) for width in ("out_features", "in_features"))
     return operations.add(product, _frozen(operations, _frozen(operations, x, down), up))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
-
-import numpy
 
 from edgeft.data.grammar import FREE, Grammar
 from edgeft.data.labels import AskedAnswers
@@ -42,7 +41,7 @@ class Words:
 
     def checked(self, grammar: Grammar) -> Grammar:
         """The grammar, if answers that are written by chance do not get stuck. Raises BadInput if they do."""
-        matcher, draw, made = self.matcher(grammar), numpy.random.default_rng(0), list[int]()
+        matcher, draw, made = self.matcher(grammar), random.Random(0), list[int]()
         for _ in range(WALK_TOKENS):
             if matcher.stopped():
                 matcher.restart()
@@ -54,7 +53,7 @@ class Words:
             if not len(allowed):
                 said = f"the tokenizer has no token for what must follow {self.tokenizer.spell(made)[-60:]!r}"
                 raise BadInput("answers", f"{grammar.source}: {said}", FREE)
-            made.append(int(allowed[draw.integers(len(allowed))]))
+            made.append(int(allowed[draw.randrange(len(allowed))]))
             matcher.take(made[-1])
         return grammar
 

@@ -85,7 +85,8 @@ def test_the_loss_curve_is_the_one_without(way: str, job: Callable[..., Path], t
     assert [(unit.unit, unit.steps) for unit in kept.units] == [(unit.unit, unit.steps) for unit in plain.units]
     for one, other in zip(kept.units, plain.units, strict=True):
         assert one.relative_change == pytest.approx(other.relative_change, rel=1e-2)
-    assert not kept.deviations
+    # the peak is of this process, in which other tests have run
+    assert not [each for each in kept.deviations if each.what != "peak memory"]
     [place] = caches(tmp_path)
     [planned] = [disk for disk in kept.plan.stages.disk if disk.stage == "prefix"]
     assert (place / STATES).stat().st_size == planned.peak_bytes == planned.kept_bytes > 0
