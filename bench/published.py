@@ -180,9 +180,13 @@ def as_theirs(theirs: Theirs) -> Iterator[None]:
     def trained_itemsize(training: Training) -> int:
         return 2 if training.tuner == "lora" and theirs.adapters == "half" else itemsize(training)
 
+    def adapter_bytes(spec: ModelSpec, training: Training) -> int:
+        return train_step.trained_parameters(spec, training) * trained_itemsize(training) if training.adapts else 0
+
     clear()
     with mock.patch.object(dataflow, "_Layer", layer), mock.patch.object(dataflow, "_Ends", ends), \
-            mock.patch.object(train_step, "trained_itemsize", trained_itemsize):  # fmt: skip
+            mock.patch.object(train_step, "trained_itemsize", trained_itemsize), \
+            mock.patch.object(train_step, "adapter_bytes", adapter_bytes):  # fmt: skip
         yield
     clear()
 

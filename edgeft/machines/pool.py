@@ -13,7 +13,7 @@ import torch
 from edgeft.machines.meter import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, MAPPED_BYTES, glibc, rss_bytes, taken_bytes
 
 NEVER, LARGEST_THRESHOLD = -1, 32 * 2**20
-PIECE = 2**20
+PIECE, WORTH = 2**20, 8 * 2**20
 HEAD = 2**30  # behind every layer
 ROOM = 3  # what is free in so many times what a layer takes serves it: not every tensor finds a hole of its size
 
@@ -38,6 +38,8 @@ class Pool:
         self.times_given_back = 0
         self._grows: dict[int, float] = {}  # bytes for each element of a place's input, to the next place, at most
         self._last: tuple[int, int, int] | None = None  # place, size of its input, bytes held
+        self.worth = max(WORTH, least // 8)  # bytes taken since pages were last given back: fewer would hardly give any
+        self._ground = 0  # what the process held then
         self._other = 0  # what the process holds that glibc has not given out
         self.give_back()
 
@@ -73,9 +75,10 @@ class Pool:
             old, tokens, before = self._last
             self._grows[old] = max(self._grows.get(old, 0.0), (held - before) / tokens)
         more = self._grows.get(place, 0.0 if place < 0 else math.inf) * size
-        if held > self.limit or (held + more > self.limit and self._free(held) < ROOM * more):
+        over = held > self.limit or (held + more > self.limit and self._free(held) < ROOM * more)
+        if over and held - self._ground >= self.worth:
             self.give_back()
-            held = rss_bytes()
+            held = self._ground
         self._last = place, size, held
 
     def give_back(self) -> None:
@@ -83,7 +86,8 @@ class Pool:
         if self.reserve:
             glibc().malloc_trim(0)
             self._grow()
-            self._other = rss_bytes() - taken_bytes()
+            self._ground = rss_bytes()
+            self._other = self._ground - taken_bytes()
             self.times_given_back += 1
 
     def _free(self, held: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+SLOW = ("pissa, nf4", "ia3, nf4", "dora, sparse", "lora, lisa", "ia3, sparse")  # each of kinds that others show
+
+
+def sampled(names: Iterable[str]) -> list[Any]:
+    """Every name, those of SLOW marked so."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
+
+
 RANK = {name: {} if tuner.ranked else {"rank": None} for name, tuner in TUNERS.items()}
 STARTS = [(name, init) for name, tuner in TUNERS.items() if tuner.adapters for init in tuner.forms]
 
@@ -75,7 +84,7 @@ def started(plan_file: Any, checkpoint_folder: Path, tmp_path: Path) -> Any:
     return start
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", sampled(WAYS))
 def test_stopped_and_resumed_ends_bit_for_bit_the_same(name: str, plan_file: Any, tmp_path: Path) -> None:
     path = plan_file(**KEPT, **WAYS[name])
     whole = run(path, tmp_path / "whole")
@@ -146,7 +155,7 @@ FOLDED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FOLDED)
+@pytest.fixture(scope="module", params=sampled(FOLDED))
 def trained(request: Any, checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. Not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
@@ -267,7 +276,7 @@ def test_how_far_a_layer_moved_is_what_the_merge_says(trained: Path, checkpoint_
 
 # what LoRA of either start leaves is the same in kind, and many tests take it to a device
 @pytest.mark.parametrize(
-    ("tuner", "init"), [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] == "lora")) for each in STARTS]
+    ("tuner", "init"), [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] != "dora")) for each in STARTS]
 )
 def test_the_device_says_what_the_trained_model_says(tuner: str, init: str, tmp_path: Path) -> None:
     """Merged, exported, and asked there: the tokens of the live adapter."""

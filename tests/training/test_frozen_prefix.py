@@ -68,7 +68,14 @@ def curve(result: TrainResult) -> torch.Tensor:
     return torch.tensor([loss for _, loss in result.loss_curve], dtype=torch.float64)
 
 
-SLOW = ("LoRA, recomputed", "LISA of adapters", "LISA, parked", "LoRA on NF4")  # each of a kind with another
+SLOW = (
+    "LoRA, recomputed",
+    "LISA of adapters",
+    "LISA, parked",
+    "LoRA on NF4",
+    "LISA on NF4",
+    "full",
+)  # each of a kind with another
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
@@ -233,7 +240,9 @@ def test_layers_that_read_more_than_the_outputs_of_those_below_are_refused(
         run(job("first", True, **TOP), tmp_path / "first" / "train")
 
 
-@pytest.mark.parametrize("rows", ["text", "open", pytest.param("labels", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rows", ["text", pytest.param("open", marks=pytest.mark.slow), pytest.param("labels", marks=pytest.mark.slow)]
+)
 def test_weights_below_come_back_only_where_an_answer_must_be_found(
     rows: str, job: Callable[..., Path], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
