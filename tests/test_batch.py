@@ -24,6 +24,11 @@ run = runner_module()
 SYSTEM = "Name the section of the package. Answer with its name alone, as in these: " + ROWS[0]
 
 
+def ctrl_c_as_usual() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, and so do the tests that it runs there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def rows(count: int) -> list[dict[str, Any]]:
     """Conversations of two systems in turn, some with an earlier answer in common, two alike, one of plain length."""
     made: list[dict[str, Any]] = []
@@ -181,7 +186,7 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, ending: signal.Signals) ->
     entries, arguments = rows(60), ["--chat", "--max-tokens", "60"]
     file, out, part = write(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     command = [sys.executable, str(bundle("ort-int4") / "run.py"), "--batch", str(file), "--out", str(out), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=ctrl_c_as_usual)
     while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < 3):
         time.sleep(0.002)
     process.send_signal(ending)

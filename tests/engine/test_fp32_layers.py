@@ -98,7 +98,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 
 # To go on in each of these is shown by its neighbours: recomputed or not, parked or dropped, adapters in turn.
-LONG = {"lisa, recomputed", "lisa on nf4", "sparse adapters"}
+LONG = {"lisa, recomputed", "lisa on nf4", "sparse adapters", "sparse on nf4"}
 
 
 @pytest.mark.parametrize(
