@@ -130,3 +130,18 @@ def give_unpacked_weights(quantised: Any, dense: Any) -> None:
         if type(module).__name__ == "Linear4bit":
             exact = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
             dense.get_submodule(name).weight.data = exact.float()
+
+
+def second_step_peak(run: Any, samples: list[Any]) -> int:
+    """Peak live bytes of a run's second optimizer step, weights and optimizer states included."""
+    import gc
+
+    from edgeft.machines.meter import LiveBytes
+
+    run.train_step(samples)
+    gc.collect()
+    live = LiveBytes()
+    live.count([list(run.model.parameters()), list(run.model.buffers()), list(run.optimizer.state.values())])
+    with live:
+        run.train_step(samples)
+    return live.peak_bytes

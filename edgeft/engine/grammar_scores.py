@@ -14,7 +14,7 @@ import torch
 from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
-from edgeft.engine.label_scores import LabelRows, positions
+from edgeft.engine.label_scores import LabelRows, positions, row_by_row
 from edgeft.models.evaluate import answer_tokens, autocast, by_answer, greedy, is_exact, judge
 from edgeft.models.parts import Parts
 from edgeft.targets.words import Words
@@ -35,13 +35,7 @@ class GrammarRows:
 
     def look(self, group: Sequence[Sample]) -> Callable[[int, torch.Tensor], None]:
         """What `score_group` shows its logits to: they belong to the trained tokens of `group`, row after row."""
-        places = [(sample, at) for sample in group for at in range(sample.trained_tokens)]
-
-        def seen(start: int, logits: torch.Tensor) -> None:
-            for (sample, at), row in zip(places[start:], logits, strict=False):
-                self.along(sample, at, row[None])
-
-        return seen
+        return row_by_row(group, self.along)
 
     def along(self, sample: Sample, at: int, logits: torch.Tensor) -> None:
         """Logits (n, V) of a row's own tokens from its trained one number `at` on, in order."""

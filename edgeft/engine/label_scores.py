@@ -25,6 +25,19 @@ Read = Callable[[Sequence[Begun], Seen], None]
 MOST_BEGINNINGS = 64  # of a row that are read at once
 
 
+def row_by_row(
+    group: Sequence[Sample], along: Callable[[Sample, int, torch.Tensor], None]
+) -> Callable[[int, torch.Tensor], None]:
+    """What `score_group` shows its logits to, handed on as (sample, number of its trained token, logits (1, V))."""
+    places = [(sample, at) for sample in group for at in range(sample.trained_tokens)]
+
+    def seen(start: int, logits: torch.Tensor) -> None:
+        for (sample, at), row in zip(places[start:], logits, strict=False):
+            along(sample, at, row[None])
+
+    return seen
+
+
 class LabelRows:
     """A best-first search for each of some rows."""
 
@@ -40,13 +53,7 @@ class LabelRows:
 
     def look(self, group: Sequence[Sample]) -> Callable[[int, torch.Tensor], None]:
         """What `score_group` shows its logits to: they belong to the trained tokens of `group`, row after row."""
-        places = [(sample, at) for sample in group for at in range(sample.trained_tokens)]
-
-        def seen(start: int, logits: torch.Tensor) -> None:
-            for (sample, at), row in zip(places[start:], logits, strict=False):
-                self.along(sample, at, row[None])
-
-        return seen
+        return row_by_row(group, self.along)
 
     def along(self, sample: Sample, at: int, logits: torch.Tensor) -> None:
         """Logits (n, V) of a row's own tokens from its trained one number `at` on, in order."""

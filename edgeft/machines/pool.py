@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edgeft.machines.meter import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, MAPPED_BYTES, glibc, rss_bytes, taken_bytes
+from edgeft.machines.meter import (
+    M_MMAP_THRESHOLD,
+    M_TRIM_THRESHOLD,
+    MAPPED_BYTES,
+    control_malloc,
+    give_back,
+    glibc,
+    rss_bytes,
+    taken_bytes,
+)
 
 NEVER, LARGEST_THRESHOLD = -1, 32 * 2**20
 PIECE, WORTH = 2**20, 8 * 2**20
@@ -105,6 +114,16 @@ class Pool:
         for piece in reversed(pieces):  # the last one first: each joins the free end of the heap
             library.free(piece)
         library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+@contextlib.contextmanager
+def pool_ends() -> Iterator[None]:
+    """Give back at the end what was kept for the next step, however it came."""
+    try:
+        yield
+    finally:
+        control_malloc()
+        give_back()
 
 
 def _may_reserve() -> bool:

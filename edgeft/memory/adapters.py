@@ -29,29 +29,18 @@ def _added_in_place(operations: Operations, x: Value, linear: Linear) -> Value:
         up, down = Storage(tape, 1j * e * outputs * rank), Storage(tape, 1j * e * inputs * rank)
         into = Storage(tape, e * inputs) if wanted[0] else None
         if wanted[0]:
-            matrix = _dense(operations, tape, linear)
+            matrix = operations.dense(tape, linear, e)
             del matrix
         kept.clear()
         del low
         return [into, down, up]
 
     low = Value(Storage(operations.tape, e * rank), e * rank)
-    matrix = _dense(operations, operations.tape, linear)
+    matrix = operations.dense(operations.tape, linear, e)
     weights = [operations.weight(rank * inputs), operations.weight(rank * outputs)]
     result = operations.tape.run(e * outputs, [x, *weights], [x, low], back, saves_last=True)
     del matrix
     return result
-
-
-def _dense(operations: Operations, tape: Tape, linear: Linear) -> Storage | None:
-    """A 4-bit weight made dense beside its unpacked scales, which go at once."""
-    if not operations.way.nf4:
-        return None
-    elements = linear.in_features * linear.out_features
-    scales = Storage(tape, 4j * -(-elements // 64))
-    matrix = Storage(tape, 1j * operations.e * elements)
-    del scales
-    return matrix
 
 
 def factors(operations: Operations, x: Value, linear: Linear) -> Value:

@@ -178,15 +178,23 @@ class Operations:
             x = self.narrowed(x)
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
-            unpacked = Storage(tape, scales)
-            matrix = Storage(tape, dense)
-            del unpacked
+            matrix = self.dense(tape, linear, e)
             into = Storage(tape, e * linear.in_features)
             del matrix
             return [into]
 
         result = self.tape.run(e * linear.out_features, [x], [], back, hidden=dense + scales)
         return self.widened(result) if wide else result  # bitsandbytes gives back the dtype that it was given
+
+    def dense(self, tape: Tape, linear: Linear, itemsize: int) -> Storage | None:
+        """A 4-bit weight made dense beside its unpacked scales, which go at once; nothing for a dense one."""
+        if not self.way.nf4:
+            return None
+        elements = linear.in_features * linear.out_features
+        scales = Storage(tape, 4j * -(-elements // 64))
+        matrix = Storage(tape, 1j * itemsize * elements)
+        del scales
+        return matrix
 
     def project(self, x: Value, linear: Linear) -> Value:
         """A projection as it trains: wholly, beside an adapter, or not at all."""

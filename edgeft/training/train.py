@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +27,7 @@ from edgeft.engine.quantized_layers import settle
 from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter
-from edgeft.machines.pool import Pool
+from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
 from edgeft.models.checkpoint import Checkpoint, join_files, local_folder
 from edgeft.models.evaluate import evaluate
@@ -116,7 +115,7 @@ def train(
         phase[0] = stage
         progress(stage, done, total, numbers)
 
-    with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device), at_end():
+    with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device), pool_ends():
         session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
         if not session.scores:  # every checkpoint there was had become unreadable
             shutil.rmtree(session.work)
@@ -127,16 +126,6 @@ def train(
         del session
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
-
-
-@contextlib.contextmanager
-def at_end() -> Iterator[None]:
-    """Give back at the end what was kept for the next step, however it came."""
-    try:
-        yield
-    finally:
-        meter.control_malloc()
-        meter.give_back()
 
 
 def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:

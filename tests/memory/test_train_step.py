@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import subprocess
@@ -13,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BENCH, CONFIGS, EXAMPLES
+from tiny import BENCH, CONFIGS, EXAMPLES, second_step_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.loop import Run
 from edgeft.engine.tuners import apply_tuner
-from edgeft.machines import meter
 from edgeft.memory import phases, train_step
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
@@ -54,13 +52,7 @@ def live_peak(config: LlamaConfig, training: Training, trained_tokens: int) -> i
     length = training.max_length
     labels = [IGNORED] * (length - trained_tokens) + [5] * trained_tokens
     samples = [Sample(torch.randint(0, 200, (length,)).tolist(), labels, 1)] * training.batch_size
-    run.train_step(samples)
-    gc.collect()
-    live = meter.LiveBytes()
-    live.count([list(model.parameters()), list(model.buffers()), list(run.optimizer.state.values())])
-    with live:
-        run.train_step(samples)
-    return live.peak_bytes
+    return second_step_peak(run, samples)
 
 
 def spec_of(config: LlamaConfig, folder: Path) -> train_step.ModelSpec:
