@@ -18,7 +18,7 @@ from run import ROOT, record
 
 from edgeft.memory import train_step
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.simulation.simulate import simulate
 
 CONFIGS = ROOT / "examples" / "configs"

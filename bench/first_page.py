@@ -22,12 +22,12 @@ def output() -> str:
 
 def picture() -> str:
     """The memory of every phase of that plan, as SVG."""
-    from edgeft import api
+    import edgeft
     from edgeft.reporting.charts import memory_bars
     from edgeft.reporting.read_run import Run
     from edgeft.reporting.summary import summarise
 
-    made = api.plan(model=str(ROOT / MODEL), profile=PROFILE, device=DEVICE)
+    made = edgeft.plan(model=str(ROOT / MODEL), profile=PROFILE, device=DEVICE)
     drawn = memory_bars(summarise(Run(made)).stages)
     return drawn.replace(
         "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ', 1

@@ -28,7 +28,7 @@ from run import CONFIGS, record
 from edgeft.engine.loop import make_run
 from edgeft.machines import meter
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.training.train import prepare
 from edgeft.training.try_plan import filled_sample, random_checkpoint
 

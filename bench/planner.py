@@ -38,7 +38,7 @@ from edgeft.errors import BadInput
 from edgeft.machines.limits import resident_bytes
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wide, tied": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 4096,

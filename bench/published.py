@@ -27,7 +27,7 @@ from edgeft.memory import adapters, dataflow, phases, train_step
 from edgeft.memory.operations import Gradients, Kept
 from edgeft.memory.tape import Storage, Tape, Value
 from edgeft.models.spec import Linear, ModelSpec, read_model_spec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.units import GIB
 
 SIMULATED = "notes on training memory, 8B plans, live bytes simulated with transformers 5.23 and peft 0.21"

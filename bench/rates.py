@@ -23,7 +23,7 @@ from typing import Any
 
 from run import Kept, record, train  # after the line above: torch reads it at import
 
-from edgeft.settings import Tuner
+from edgeft.settings.job import Tuner
 
 FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 START: dict[Tuner, float] = {"full": 5.9e-4, "lora": 9.8e-4}  # factor 1

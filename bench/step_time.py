@@ -22,7 +22,7 @@ from planner import FITTED_ON, SHAPES
 from run import Kept, pins, random_model, record, verb
 
 from edgeft.planning.plan import make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"tuner": "lora", "rank": 16, "base_precision": "fp32"},

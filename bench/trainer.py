@@ -159,7 +159,7 @@ def prepare(folder: Path, settings: dict[str, Any], steps: int, files: dict[str,
     from edgeft.engine.tuners import apply_tuner
     from edgeft.models.checkpoint import local_folder
     from edgeft.planning.plan import make_plan
-    from edgeft.settings import make_job
+    from edgeft.settings.job import make_job
     from edgeft.training.job_data import Data
     from edgeft.training.train import prepare
 

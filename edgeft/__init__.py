@@ -7,7 +7,7 @@
     with edgeft.wise(model, 0.5):  # a live model, half way between base and fine-tuned
         model.generate(...)
 
-`edgeft.api` says what each function takes, gives and raises.
+Each function of `edgeft.api` says what it takes, gives and raises.
 """
 
 from __future__ import annotations
@@ -21,23 +21,35 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
-    from edgeft.api import SweepOptions, export, merge, plan, report, run, train, verify
+    from edgeft.api.deploying import export, run, verify
+    from edgeft.api.merging import SweepOptions, merge
+    from edgeft.api.plan_and_train import plan, train
+    from edgeft.api.reports import report
+    from edgeft.api.results import Bundle, Merged, MergedForeign, Plan, TrainResult
     from edgeft.merging.wise import wise
     from edgeft.planning.plan import make_plan
-    from edgeft.results import Bundle, Merged, MergedForeign, Plan, TrainResult
-    from edgeft.settings import Job, make_job
+    from edgeft.settings.job import Job, make_job
 
 __version__ = "0.2.0"
 __all__ = ["Bundle", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult", "export", "make_job",
            "make_plan", "merge", "plan", "report", "run", "train", "verify", "wise"]  # fmt: skip
-HOMES = {"Job": "settings", "make_job": "settings", "make_plan": "planning.plan", "wise": "merging.wise"}
-HOMES |= dict.fromkeys(("Bundle", "Merged", "MergedForeign", "Plan", "TrainResult"), "results")
+HOMES = {
+    "api.deploying": ("export", "run", "verify"),
+    "api.merging": ("SweepOptions", "merge"),
+    "api.plan_and_train": ("plan", "train"),
+    "api.reports": ("report",),
+    "api.results": ("Bundle", "Merged", "MergedForeign", "Plan", "TrainResult"),
+    "merging.wise": ("wise",),
+    "planning.plan": ("make_plan",),
+    "settings.job": ("Job", "make_job"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is named on first use only: importing edgeft costs nothing."""
     import importlib
 
-    if name in __all__:
-        return getattr(importlib.import_module(f"edgeft.{HOMES.get(name, 'api')}"), name)
+    for home, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"edgeft.{home}"), name)
     raise AttributeError(f"module 'edgeft' has no attribute {name!r}")

@@ -70,7 +70,7 @@ def test_errors_are_those_of_the_command_line(job: dict[str, Any], tmp_path: Pat
     with pytest.raises(BadInput, match=r"bundle\.json: no such file"):
         edgeft.run(tmp_path, "hello")
     (tmp_path / "bundle.json").write_text("{}")
-    with pytest.raises((ParityFailed, edgeft.api.EdgeftError)):
+    with pytest.raises((ParityFailed, edgeft.errors.EdgeftError)):
         edgeft.verify(tmp_path)
 
 

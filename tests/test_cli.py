@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgeft.cli import MOVED, app
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 
 
 def edgeft(*arguments: str) -> subprocess.CompletedProcess[str]:

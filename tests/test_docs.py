@@ -12,7 +12,7 @@ import pytest
 from tiny import BENCH, ROOT
 
 from edgeft.machines.profile import list_profiles
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 from edgeft.targets.target import list_targets
 
 FIRST = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
-from edgeft.settings import Training, make_job
+from edgeft.settings.job import Training, make_job
 from edgeft.training.out_of_memory import capped
 from edgeft.training.result import TrainResult
 from edgeft.training.train import prepare, tf32, train

@@ -37,7 +37,7 @@ from edgeft.models.identity import model_inputs, written_files
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 from edgeft.training.train import train

@@ -135,7 +135,7 @@ def test_only_a_system_message_that_every_row_has_is_the_bundles(checkpoint_fold
     from edgeft.data.dataset import TextTokenizer
     from edgeft.exporting.bundle import GoldenInput
     from edgeft.exporting.export import shared_system
-    from edgeft.settings import make_job
+    from edgeft.settings.job import make_job
 
     tokenizer, path = TextTokenizer(checkpoint_folder), tmp_path / "rows.jsonl"
 

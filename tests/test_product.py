@@ -28,9 +28,9 @@ from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.candidates import candidates, check_job
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
+from edgeft.settings.tuners import TUNERS
 from edgeft.training.train import train
-from edgeft.tuners import TUNERS
 
 PARTS = 6  # of the sample, each a test
 ROWS = [{"prompt": f"lib{i}:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(20)]

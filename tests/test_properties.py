@@ -20,7 +20,7 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.candidates import candidates
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import best_that_fits, make_plan
-from edgeft.settings import Training, make_job
+from edgeft.settings.job import Training, make_job
 from edgeft.units import GIB, MIB
 
 SPECS = [read_model_spec(str(folder.parent)) for folder in sorted(CONFIGS.glob("*/config.json"))]
@@ -131,7 +131,7 @@ def test_planning_in_a_fresh_process_is_small() -> None:
     """Highest resident bytes below 150 MB, as no torch is imported; the interpreter itself takes about 10."""
     code = (
         "import sys; from edgeft.machines.limits import resident_bytes; from edgeft.planning.plan import make_plan; "
-        "from edgeft.settings import make_job; "
+        "from edgeft.settings.job import make_job; "
         f"make_plan(make_job(model={str(CONFIGS / 'llama-3.1-8b')!r}, profile='t4', rank=16)); "
         "print(resident_bytes(highest=True), *sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )

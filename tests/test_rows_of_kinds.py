@@ -29,12 +29,12 @@ from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.reporting.matrix import method
-from edgeft.settings import Job, make_job
+from edgeft.settings.job import Job, make_job
+from edgeft.settings.tuners import TUNERS
 from edgeft.simulation.simulate import simulate
 from edgeft.targets import gguf_file
 from edgeft.targets.runtimes import RUNTIMES
 from edgeft.targets.target import load_target
-from edgeft.tuners import TUNERS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from edgeft.planning.plan import make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 
 PYTHIA = str(Path(__file__).parent.parent / "examples" / "configs" / "pythia-160m")
 JOB = {"model": PYTHIA, "profile": "laptop-16gb", "tuner": "full", "layers": "lisa", "embedding": "rotate",
        "max_length": 256}  # fmt: skip
 CODE = f"""
 from edgeft.planning.plan import make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 print(make_plan(make_job(**{JOB})).stages.phases)
 """
 

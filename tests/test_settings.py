@@ -8,7 +8,7 @@ import pydantic
 import pytest
 
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed, did_you_mean
-from edgeft.settings import Job, Training, make_job, parse_settings
+from edgeft.settings.job import Job, Training, make_job, parse_settings
 from edgeft.units import GIB, KIB, MIB, parse_bytes, show_bytes, show_count, show_seconds
 
 # settings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeft.models.spec import ModelSpec
-    from edgeft.settings import Training
+    from edgeft.settings.job import Training
     from edgeft.training.job_data import Data
     from edgeft.training.result import TrainResult
 
@@ -37,7 +37,7 @@ WriteRows = Callable[[str, Iterable[Any]], Path]
 def write_plan(folder: Path, model: Path, **settings: Any) -> Path:
     """The plan, in `folder`, of a job on ROWS."""
     from edgeft.planning.plan import make_plan
-    from edgeft.settings import make_job
+    from edgeft.settings.job import make_job
 
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -69,7 +69,7 @@ def job_data(merged: Path) -> Data:
 def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     """How a run trains, without a planner: LoRA in fp32 of the layers `trained`, and what is changed of that."""
     from edgeft.planning.candidates import target_modules
-    from edgeft.settings import Training
+    from edgeft.settings.job import Training
 
     values: dict[str, Any] = {
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,

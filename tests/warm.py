@@ -2,7 +2,8 @@
 
 A child that builds a bundle of two layers works for a fifth of a second, after five of imports. Its code, arguments,
 variables, folder and streams are its own here too; only the start is shared. Real starts are what tests marked `cold`
-see, and those that start `python -m edgeft` themselves: tests/test_pipeline.py and tests/test_processes.py hold them.
+see, and those that start `python -m edgeft` themselves, as tests/test_pipeline.py and tests/machines/test_processes.py
+do.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from edgeft import processes
+from edgeft.machines import processes
 
 FIRST = (
     "onnxruntime_genai.models.builder", "transformers.models.llama.modeling_llama", "bitsandbytes", "edgeft.cli",
     "edgeft.targets.ort", "edgeft.exporting.export", "edgeft.exporting.rehearsal", "edgeft.training.try_plan",
 )  # fmt: skip
-STARTING = ("edgeft.processes", "edgeft.targets.ort", "edgeft.api")  # whose children wait for nothing but their end
+# whose children wait for nothing but their end
+STARTING = ("edgeft.machines.processes", "edgeft.targets.ort", "edgeft.api.plan_and_train")
 PYTHON = sys.executable
 KNOWN = {"capture_output", "check", "cwd", "env", "errors", "stderr", "stdin", "stdout", "text"}
 _server: tuple[subprocess.Popen[bytes], str] | None = None

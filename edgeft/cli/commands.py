@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 
-from edgeft import api, current
+from edgeft.api import current, deploying, merging, plan_and_train
 from edgeft.cli.screen import JsonOption, OutOption, need, say, show, stderr, stopping
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
 from edgeft.progress import Reporter
-from edgeft.settings import ALL_THAT_FIT, parse_settings
+from edgeft.settings.job import ALL_THAT_FIT, parse_settings
 from edgeft.units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ def plan(
     if verify_here and written is None:
         raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
     with stopping("no plan was made"), Reporter(stderr) as progress:
-        made = api.plan(out=written, simulate=simulate, progress=progress, say=say, **values)
+        made = plan_and_train.plan(out=written, simulate=simulate, progress=progress, say=say, **values)
     _say_shortages(made, path)
     from edgeft.reporting.terminal import explain_text
 
     show(as_json, made, Group(made.text(), explain_text(made)) if explain else made.text())
     if written is not None and verify_here:
-        trial = api.try_plan(written, say)
+        trial = plan_and_train.try_plan(written, say)
         from edgeft.reporting.terminal import trial_text
 
         show(as_json, trial, trial_text(trial))
@@ -113,7 +113,7 @@ def train(
     settle_allocator(made.training.device)  # before anything imports torch
     with stopping("the last step is kept: run the same command again to go on"), Reporter(stderr) as progress:
         progress.budget_bytes = made.budget_bytes
-        result = api.train(
+        result = plan_and_train.train(
             plan_file, out, device=device, rehearsal=rehearsal, target=target, progress=progress, say=say
         )
     show(as_json, result, result.text())
@@ -154,8 +154,8 @@ def merge(
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     with Reporter(stderr) as progress:
-        made = api.merge(
-            trained, out, wise_alpha=wise_alpha, base=base, sweep=api.SweepOptions(**given) if sweep else None,
+        made = merging.merge(
+            trained, out, wise_alpha=wise_alpha, base=base, sweep=merging.SweepOptions(**given) if sweep else None,
             progress=progress, say=say, swept=lambda found: _show_sweep(found, plot),
         )  # fmt: skip
     show(as_json, made, made.text())
@@ -248,11 +248,11 @@ def export(
         if repair == "auto" or size_budget is not None or calibration is not None:
             hint = "name one target, or leave --repair, --size-budget and --calibration out"
             raise BadInput(f"--target {ALL_THAT_FIT}", "builds every target as it is", hint)
-        device = device or api.planned_job(merged).get("device")
+        device = device or deploying.planned_job(merged).get("device")
         _export_all(merged, out or merged.parent / "bundles", device, trained, as_json)
         return
     with Reporter(stderr) as progress:
-        bundle = api.export(
+        bundle = deploying.export(
             merged, out, target=target, device=device, promote=[name for name in (promote or "").split(",") if name],
             repair=repair, size_budget=size_budget, calibration=calibration, train=trained, progress=progress, say=say,
         )  # fmt: skip

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from edgeft import api
+from edgeft.api import reports
 from edgeft.cli.screen import JsonOption, stderr, stdout
 from edgeft.errors import BadInput
 from edgeft.progress import Reporter
-from edgeft.settings import parse_settings
+from edgeft.settings.job import parse_settings
 
 
 def report(
@@ -56,7 +56,7 @@ def report(
         if plan_file is None:
             raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
         source = plan_file / "plan.json" if plan_file.is_dir() else plan_file
-        made = api.summary(source)
+        made = reports.summary(source)
         path = out or source.parent / "report.html"
     written = write_report(made, path)
     if as_json:
@@ -157,7 +157,7 @@ def _show_layers(model: str, as_json: bool) -> None:
 
 
 def _show_settings(as_json: bool) -> None:
-    from edgeft.settings import Job
+    from edgeft.settings.job import Job
 
     if as_json:
         sys.stdout.write(json.dumps(Job.model_json_schema()["properties"]) + "\n")

@@ -15,7 +15,7 @@ from torch import nn
 from edgeft.engine import low_rank
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 Gradient = torch.Tensor | None
 

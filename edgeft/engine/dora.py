@@ -17,7 +17,7 @@ from edgeft.engine import low_rank
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.folding import folded, lengths
 from edgeft.models.parts import Parts
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 
 class Lengths(nn.Module):

@@ -1,4 +1,4 @@
-"""What does each form of adapter do to a model that trains? A row of FORMS, named by the forms of `edgeft.tuners`."""
+"""What does each form of adapter do to a model that trains? A row of FORMS, under the names of `settings.tuners`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from edgeft.engine import adapted_linear, dora, ia3, low_rank, pissa
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import nn
 from edgeft.engine import low_rank
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
-from edgeft.settings import Training
-from edgeft.tuners import ELEMENTS, is_adapter, saved_name
+from edgeft.settings.job import Training
+from edgeft.settings.tuners import ELEMENTS, is_adapter, saved_name
 
 
 def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoint | None = None) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from edgeft.documents import saving
 from edgeft.errors import BadInput, EdgeftError
-from edgeft.settings import Schedule
+from edgeft.settings.job import Schedule
 
 Named = list[tuple[str, nn.Parameter]]
 

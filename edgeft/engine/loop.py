@@ -26,8 +26,8 @@ from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import Parts
-from edgeft.settings import ENDS, Training
-from edgeft.tuners import TUNERS, is_scale
+from edgeft.settings.job import ENDS, Training
+from edgeft.settings.tuners import TUNERS, is_scale
 
 COUNTED = ("step", "tokens", "padded_tokens", "micro_batches", "skipped_steps")
 SKIPPED_IN_A_ROW = 20  # fp16: by then the scale is a millionth of what it was, and no scale will do

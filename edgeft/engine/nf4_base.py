@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from edgeft import processes
 from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.errors import BadInput
+from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT
 from edgeft.memory import disk
 from edgeft.models.boundary import Weight
 from edgeft.models.checkpoint import DTYPES, Checkpoint, load_plain, load_whole, quiet_transformers
 from edgeft.models.identity import weights_sha256
 from edgeft.models.spec import read_model_spec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 FORM = 2  # of what `quantise` writes: another number where the same weights would give other codes
 

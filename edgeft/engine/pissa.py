@@ -16,8 +16,8 @@ from torch import nn
 from edgeft.engine import low_rank
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
-from edgeft.settings import Training
-from edgeft.tuners import SAVED, SCALES
+from edgeft.settings.job import Training
+from edgeft.settings.tuners import SAVED, SCALES
 
 ITERATIONS = 16  # of a random projection towards the largest singular values: PEFT's own advice for speed
 

@@ -23,7 +23,7 @@ from edgeft.documents import Artifact, cache_folder, saving, sha256_file, sha256
 from edgeft.errors import BadInput
 from edgeft.models.evaluate import by_length
 from edgeft.models.identity import SHOWN, WEIGHTS, sha256_of, weights_sha256
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 FORM = 1  # of the file: another number where the same inputs would be kept otherwise
 UNUSED_DAYS = 14

@@ -26,7 +26,7 @@ from edgeft.models.folding import folded
 from edgeft.models.headers import blocks
 from edgeft.models.parts import Parts
 from edgeft.models.streamed import alter
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.targets.grid import Encoded, Grid
 from edgeft.targets.rounding import grids_of_shapes
 

@@ -12,8 +12,8 @@ from edgeft.engine.lisa import Lisa, Named, Turns
 from edgeft.engine.quantized_layers import train_rounded
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts, units
-from edgeft.settings import ENDS, Training
-from edgeft.tuners import adapter_parts, is_adapter
+from edgeft.settings.job import ENDS, Training
+from edgeft.settings.tuners import adapter_parts, is_adapter
 
 CHANGED = "changed.safetensors"  # what was trained in place, whole tensors in fp32 under the model's names
 

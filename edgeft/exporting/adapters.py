@@ -19,7 +19,7 @@ from edgeft.errors import BadInput
 from edgeft.exporting.bundle import GoldenInput, PromptFormat
 from edgeft.models.metrics import Proof
 from edgeft.models.spec import ModelSpec
-from edgeft.tuners import DOWN, UP
+from edgeft.settings.tuners import DOWN, UP
 
 FOLDER = "adapters"
 Matrix = numpy.ndarray[Any, numpy.dtype[numpy.float32]]

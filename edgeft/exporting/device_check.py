@@ -22,7 +22,6 @@ from typing import Any
 import pydantic
 from pydantic import Field
 
-from edgeft import processes
 from edgeft.data.dataset import read_samples
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
@@ -31,6 +30,7 @@ from edgeft.errors import BadInput, EdgeftError, ParityFailed, of_exit_code
 from edgeft.exporting import emulation
 from edgeft.exporting.bundle import MANIFEST
 from edgeft.exporting.emulation import Machine
+from edgeft.machines import processes
 from edgeft.machines.environment import environment
 from edgeft.machines.profile import Emulation, Profile
 from edgeft.models.identity import DATA

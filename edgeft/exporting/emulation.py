@@ -22,9 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeft import processes
 from edgeft.documents import Artifact, cache_folder, sha256_json, staging
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
+from edgeft.machines import processes
 from edgeft.machines.profile import Emulation, Profile, list_profiles, load_profile
 from edgeft.progress import Say
 from edgeft.targets.runtimes import RUNTIMES

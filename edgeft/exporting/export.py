@@ -41,11 +41,11 @@ from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
-from edgeft.settings import Job
+from edgeft.settings.job import Job
+from edgeft.settings.tuners import ADAPTERS, DOWN, TUNERS, UP, adapter_parts
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
-from edgeft.tuners import ADAPTERS, DOWN, TUNERS, UP, adapter_parts
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes

@@ -41,9 +41,9 @@ from edgeft.models.loss import head_transform
 from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
 from edgeft.models.streamed import Load, alter
-from edgeft.settings import Training
+from edgeft.settings.job import Training
+from edgeft.settings.tuners import saved_name
 from edgeft.training.result import TrainResult
-from edgeft.tuners import saved_name
 
 WHOLE = Shares()
 CPU = torch.device("cpu")

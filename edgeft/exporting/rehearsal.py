@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeft import processes
 from edgeft.documents import saving, sha256_json
 from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed, of_exit_code
+from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.memory import disk, stages
 from edgeft.models.metrics import Rung
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edgeft.exporting.artifact import ArtifactModel
     from edgeft.models.metrics import Proof
     from edgeft.models.spec import ModelSpec
-    from edgeft.settings import Training
+    from edgeft.settings.job import Training
 
 FILE = "rehearsal.json"
 PROMPTS = 4  # rows that are compared
@@ -249,7 +249,7 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     from edgeft.engine.tuners import apply_tuner, save_tuned
     from edgeft.models.checkpoint import load_plain
     from edgeft.models.parts import find_parts
-    from edgeft.tuners import DOWN, UP
+    from edgeft.settings.tuners import DOWN, UP
 
     model = load_plain(base)
     parts = find_parts(model)

@@ -8,9 +8,9 @@ import platform
 from pathlib import Path
 from typing import Literal
 
-from edgeft import processes
 from edgeft.documents import Artifact, sha256_file, sha256_json, versions
 from edgeft.errors import BadInput, EdgeftError
+from edgeft.machines import processes
 from edgeft.machines.environment import cpuinfo
 from edgeft.machines.limits import usable_cores
 

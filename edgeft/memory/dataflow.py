@@ -15,7 +15,7 @@ from edgeft.memory.rounded import rounded_table
 from edgeft.memory.tape import Frame, Storage, Tape, Value, boundary
 from edgeft.models.families import Role
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.tuners import adapts
+from edgeft.settings.tuners import adapts
 
 # no gradient is wanted; gradients pass, nothing trains; it trains; what trained (or will) runs without autograd
 Kind = Literal["idle", "through", "trained", "scored"]

@@ -12,12 +12,12 @@ from edgeft.errors import DoesNotFit
 from edgeft.memory import train_step
 from edgeft.memory.train_step import Term
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import ENDS, Training
+from edgeft.settings.job import ENDS, Training
+from edgeft.settings.tuners import TUNERS
 from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
-from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes
 
 CHECKPOINTS_KEPT = 2

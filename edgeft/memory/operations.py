@@ -12,9 +12,9 @@ from edgeft.memory.adapters import FORMS
 from edgeft.memory.rounded import rounded_product, rounds
 from edgeft.memory.tape import Storage, Tape, Value, parameter
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
+from edgeft.settings.tuners import adapts
 from edgeft.targets.kinds import Kind
-from edgeft.tuners import adapts
 
 Kept = list[Storage]
 Gradients = list[Storage | None]

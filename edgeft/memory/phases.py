@@ -26,7 +26,7 @@ from edgeft.memory.train_step import (
     worst_sets,
 )
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.units import MIB
 
 # cuBLAS's workspaces inside PyTorch's allocator, one for the caller's thread and one for autograd's: 32 MiB each on

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgeft.memory.tape import Storage, Tape, Value
 from edgeft.models.headers import blocks
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.settings import Rounding, Training
+from edgeft.settings.job import Rounding, Training
 from edgeft.targets.kinds import Kind, Method, kind_of
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from edgeft.memory.disk import learnt_parameters
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import STORED_BYTES, ModelSpec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
+from edgeft.settings.tuners import TUNERS
 from edgeft.targets.build_bytes import Build
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
-from edgeft.tuners import TUNERS
 from edgeft.units import MIB, show_bytes
 
 # Resident bytes of processes that hold no model yet: Python 3.11, torch 2.13 (CPU build), transformers 5.23,

@@ -14,7 +14,7 @@ from edgeft.data.scoring_groups import Scoring
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
 # half of the shapes of bench/step_time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.

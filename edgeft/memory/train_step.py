@@ -17,8 +17,8 @@ from edgeft.memory.dataflow import Kind, LayerBytes, ends_bytes, is_masked, laye
 from edgeft.memory.operations import Way
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.settings import ENDS, Training
-from edgeft.tuners import TUNERS
+from edgeft.settings.job import ENDS, Training
+from edgeft.settings.tuners import TUNERS
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, 8-bit scales per 64 weights, fp32 scales of 256 scales

@@ -24,8 +24,8 @@ from edgeft.models.families import in_conv1d
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
-from edgeft.settings import Training
-from edgeft.tuners import ELEMENTS, LENGTHS, adapter_parts
+from edgeft.settings.job import Training
+from edgeft.settings.tuners import ELEMENTS, LENGTHS, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative

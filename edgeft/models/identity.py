@@ -15,7 +15,7 @@ from pathlib import Path
 from edgeft.documents import cache_folder, sha256_file, sha256_json
 from edgeft.errors import BadInput
 from edgeft.models.headers import local_folder, weight_files
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 
 Inputs = dict[str, str]
 

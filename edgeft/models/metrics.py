@@ -11,7 +11,7 @@ from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
 from edgeft.documents import Strict
 from edgeft.models.intervals import Interval, paired_losses, paired_rates
 from edgeft.models.layer_shares import Group, Shares
-from edgeft.settings import LayerScore
+from edgeft.settings.job import LayerScore
 
 Select = Literal["best", "bounded", "fixed"]
 

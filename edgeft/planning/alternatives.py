@@ -8,7 +8,7 @@ from edgeft.documents import Strict
 from edgeft.errors import DoesNotFit
 from edgeft.memory import train_step
 from edgeft.planning.costs import Candidate, Question
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.units import show_bytes, show_seconds
 
 

@@ -12,7 +12,7 @@ from edgeft.data.labels import HINT, AskedAnswers, Label, make_labels, unknown_a
 from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 from edgeft.targets.words import Words
 
 

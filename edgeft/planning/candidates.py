@@ -14,8 +14,8 @@ from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
-from edgeft.settings import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
-from edgeft.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
+from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
+from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
 
 # Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
 # memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the

@@ -29,7 +29,7 @@ from edgeft.memory.timing import (
     seconds_per_step,
 )
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
+from edgeft.settings.job import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
 
 # expected quality points given up, by the evidence above; only their order decides
 NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pydantic
 
-from edgeft import errors, processes
+from edgeft import errors
 from edgeft.documents import cache_folder, saving, sha256_json, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.machines import processes
 from edgeft.models.headers import local_folder
 from edgeft.models.identity import data_inputs, model_inputs
 from edgeft.models.metrics import Importance
@@ -23,8 +24,8 @@ from edgeft.models.spec import read_model_spec
 from edgeft.planning.candidates import check_job, needs_importance
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import Progress
-from edgeft.settings import Job
-from edgeft.tuners import ADAPTERS, TUNERS
+from edgeft.settings.job import Job
+from edgeft.settings.tuners import ADAPTERS, TUNERS
 
 # of a job, what holds for the training that scores its layers as well; the rest is LoRA in all layers, as planned
 KEPT = ("model", "data", "valid", "profile", "base_precision", "micro_batch_size", "batch_size", "max_length",

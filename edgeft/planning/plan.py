@@ -54,8 +54,8 @@ from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
-from edgeft.settings import Job, Training
-from edgeft.tuners import ADAPTERS, TUNERS, adapts
+from edgeft.settings.job import Job, Training
+from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer

@@ -16,7 +16,7 @@ from edgeft.memory import train_step
 from edgeft.memory.disk import free_bytes, prefix_disk
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
-from edgeft.settings import Job, Training
+from edgeft.settings.job import Job, Training
 from edgeft.units import show_bytes, show_seconds
 
 

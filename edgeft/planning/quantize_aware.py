@@ -5,10 +5,10 @@ from __future__ import annotations
 from edgeft.errors import BadInput
 from edgeft.models.families import in_conv1d
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import AUTO, Job, Precision, Rounding
+from edgeft.settings.job import AUTO, Job, Precision, Rounding
+from edgeft.settings.tuners import TUNERS
 from edgeft.targets.kinds import unknown_rounding
 from edgeft.targets.target import Target, candidates
-from edgeft.tuners import TUNERS
 
 WHERE = "quantize_aware"
 # what holds every value of a dtype that weights are stored in: the merge adds to what is stored

@@ -29,7 +29,7 @@ from edgeft.memory.train_step import Phase, Term
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
 from edgeft.planning.expected import expected
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.targets.footprint import (
     LimitedBy,
     bundle_weights,

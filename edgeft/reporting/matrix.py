@@ -19,10 +19,10 @@ from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
 from edgeft.progress import Progress, silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
+from edgeft.settings.tuners import TUNERS
 from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_context, predict
 from edgeft.targets.target import Target, candidates
-from edgeft.tuners import TUNERS
 
 # What a plan keeps of the best there is: "full" every layer over a 16- or 32-bit base, "4-bit" every layer over a 4-bit
 # base, "reduced" fewer layers or a lower rank than the best candidate's, "none" that it does not fit.

@@ -24,7 +24,7 @@ from edgeft.reporting.words import (
     show_rate,
     signed,
 )
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from edgeft.planning.costs import Candidate
 from edgeft.planning.plan import Plan
 from edgeft.reporting.matrix import DeviceCell, device_cell, method
 from edgeft.reporting.read_run import Run
-from edgeft.settings import ENDS
+from edgeft.settings.job import ENDS
+from edgeft.settings.tuners import TUNERS
 from edgeft.training.result import TrainResult
-from edgeft.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
 CURVE_POINTS = 200  # of a loss curve: what a plot of a page's width can show

@@ -19,7 +19,7 @@ from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
 from edgeft.reporting.words import difference_text, percent
-from edgeft.tuners import TUNERS
+from edgeft.settings.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from edgeft.memory.train_step import PAGED_ELEMENTS
 from edgeft.models import evaluate
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import Parts, find_parts, repeat_groups
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 CUDA_OPTIMIZER = loop.make_optimizer  # the true one, also while it is replaced
 

@@ -28,7 +28,7 @@ from edgeft.models.boundary import Boundary
 from edgeft.models.checkpoint import DTYPES, quiet_transformers
 from edgeft.models.parts import Parts
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.simulation.fake import as_planned, build_meta, make_fake, quantisation_states
 from edgeft.simulation.trace import Trace
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from edgeft.documents import Strict
 from edgeft.errors import DoesNotFit
 from edgeft.models.spec import ModelSpec
-from edgeft.settings import Bits
+from edgeft.settings.job import Bits
 from edgeft.targets.matrices import Weights, linear_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of

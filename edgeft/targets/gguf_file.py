@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 
-from edgeft import processes
 from edgeft.documents import saving
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
+from edgeft.machines import processes
 from edgeft.machines.limits import resident_bytes
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
 from edgeft.models.families import Gguf

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from edgeft.errors import BadInput
 from edgeft.models.headers import EMBEDDINGS, HEADS
-from edgeft.settings import Rounding
+from edgeft.settings.job import Rounding
 from edgeft.targets.matrices import GGUF_TYPES
 from edgeft.targets.runtimes import runtime_of
 

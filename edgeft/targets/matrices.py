@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.settings import Bits
+from edgeft.settings.job import Bits
 from edgeft.units import MIB
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from edgeft import processes
 from edgeft.data.tokenizer import find_template, write_template
 from edgeft.documents import saving
 from edgeft.errors import BadInput, EdgeftError, MissingExtra
+from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.models.headers import blocks
 from edgeft.models.layer_shares import layer_of

@@ -11,7 +11,7 @@ import torch
 
 from edgeft.models.headers import blocks
 from edgeft.models.streamed import alter
-from edgeft.settings import Rounding
+from edgeft.settings.job import Rounding
 from edgeft.targets.grid import Grid
 from edgeft.targets.kinds import kind_of, ort_kind
 from edgeft.targets.target import Target, eight_bit_modules

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.settings import Bits, Rounding
+from edgeft.settings.job import Bits, Rounding
 from edgeft.targets.build_bytes import (
     Build,
     Part,

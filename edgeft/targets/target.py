@@ -10,7 +10,7 @@ from pydantic import Field
 
 from edgeft.documents import NameIn, Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
-from edgeft.settings import AUTO, Rounding
+from edgeft.settings.job import AUTO, Rounding
 from edgeft.targets.runtimes import RUNTIMES, runtime_of
 
 RuntimeName = Annotated[str, NameIn(RUNTIMES)]

@@ -35,12 +35,12 @@ from edgeft.models.metrics import Importance
 from edgeft.models.parts import Parts, is_linear
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress
-from edgeft.settings import LayerScore, Training
+from edgeft.settings.job import LayerScore, Training
+from edgeft.settings.tuners import is_adapter
 from edgeft.training.gradients import watched
 from edgeft.training.job_data import Data
 from edgeft.training.prepare import carried_out, check_head, choose_device, prepare
 from edgeft.training.train import check_budget
-from edgeft.tuners import is_adapter
 
 CALIBRATION_ROWS = 64  # training rows that gradient and hidden read, drawn by the seed
 SHORT_STEPS = 30  # optimizer steps of a short training: ablation makes one, progressive one per layer it adds

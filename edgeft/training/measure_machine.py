@@ -68,8 +68,8 @@ def _rss_after_tiny_step() -> int:
     from edgeft.machines import meter
     from edgeft.models.evaluate import greedy
     from edgeft.models.parts import find_parts
-    from edgeft.settings import Training
-    from edgeft.tuners import ADAPTERS
+    from edgeft.settings.job import Training
+    from edgeft.settings.tuners import ADAPTERS
 
     meter.import_all()
     meter.control_malloc()

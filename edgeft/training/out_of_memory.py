@@ -12,7 +12,7 @@ import torch
 from edgeft.errors import DoesNotFit, EdgeftError
 from edgeft.machines import meter
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 from edgeft.units import MIB, show_bytes
 
 # What PyTorch and bitsandbytes say when the system, or CUDA outside PyTorch's allocator, gives nothing more.

@@ -24,7 +24,7 @@ from edgeft.models.evaluate import autocast
 from edgeft.models.parts import Parts
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.training.job_data import Data
 
 # How far a token's states may be from those that were kept: other rows beside it change the order of sums. Those of

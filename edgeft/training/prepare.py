@@ -21,7 +21,7 @@ from edgeft.models.evaluate import autocast, token_losses
 from edgeft.models.parts import Parts, find_parts, repeat_groups
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.training.result import Deviation, deviating
 
 

@@ -10,7 +10,7 @@ from edgeft.documents import Artifact, Strict
 from edgeft.models.identity import WEIGHTS, Inputs
 from edgeft.models.metrics import Metrics, Rung, UnitRecord
 from edgeft.planning.plan import Plan
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 
 class Failure(Strict):

@@ -43,7 +43,7 @@ from edgeft.models.metrics import Metrics, UnitRecord
 from edgeft.models.parts import Parts, units
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.training.job_data import Data
 from edgeft.training.out_of_memory import capped, explained
 from edgeft.training.prefix import FrozenPrefix

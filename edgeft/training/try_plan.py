@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 
-from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.documents import sha256_file, versions
 from edgeft.engine.loop import make_run
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
-from edgeft.machines import meter
+from edgeft.machines import meter, processes
 from edgeft.models.boundary import Boundary, release_pages
 from edgeft.models.checkpoint import local_folder
 from edgeft.models.evaluate import autocast
 from edgeft.models.parts import Parts
 from edgeft.planning.plan import Plan
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.training.out_of_memory import capped, explained
 from edgeft.training.prepare import choose_device, hold_to, make_pool, prepare, tf32
 from edgeft.training.result import Trial

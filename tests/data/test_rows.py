@@ -392,7 +392,7 @@ def test_a_plan_says_what_of_its_data_trains_and_what_is_not_used(
 
     from edgeft.planning.plan import make_plan
     from edgeft.reporting.terminal import plan_text
-    from edgeft.settings import make_job
+    from edgeft.settings.job import make_job
 
     path = write_rows("data.jsonl", [PLAIN | {"id": i} for i in range(40)])
     made = make_plan(make_job(model=str(checkpoint_folder), data=str(path), profile="cpu-8gb"))

@@ -20,7 +20,7 @@ from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import load_plain
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.training.result import TrainResult
 from edgeft.training.train import train, work_folder
 

@@ -18,7 +18,7 @@ from edgeft.errors import EdgeftError
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 CPU = torch.device("cpu")
 SAMPLES = [Sample(ids := list(range(5 + i, 21 + i)), ids, 1) for i in range(4)]

@@ -27,7 +27,7 @@ from edgeft.models.folding import folded
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets import gguf_file
 from edgeft.targets.grid import Grid
 from edgeft.targets.ort import build_model

@@ -32,10 +32,10 @@ from edgeft.models.parts import find_parts
 from edgeft.models.streamed import load_streamed
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
+from edgeft.settings.tuners import TUNERS
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
-from edgeft.tuners import TUNERS
 
 CPU = torch.device("cpu")
 SAMPLES = [Sample(ids := list(range(5 + i, 21 + i)), ids, 1) for i in range(4)]

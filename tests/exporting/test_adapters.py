@@ -31,7 +31,7 @@ from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
 from edgeft.reporting.bundle_tables import adapters_text
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.ort import read_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target

@@ -29,7 +29,7 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.costs import Question
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.codes import Codes
 from edgeft.targets.gguf_file import build_model as build_gguf
 from edgeft.targets.grid import GGML, Grid, joined

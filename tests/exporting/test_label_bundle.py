@@ -28,7 +28,7 @@ from edgeft.exporting.export import export_adapters
 from edgeft.exporting.label_rung import label_rung, rows_for
 from edgeft.exporting.parity import ALIKE
 from edgeft.progress import silent
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 from edgeft.targets.target import load_target
 
 ANSWERS = (" lib", " libdevel", " doc")

@@ -31,7 +31,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Metrics
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult

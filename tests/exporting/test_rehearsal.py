@@ -22,7 +22,7 @@ from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.runtimes import RUNTIMES
 from edgeft.targets.target import load_target
 from edgeft.training.result import Rehearsal

@@ -30,7 +30,7 @@ from edgeft.planning.expected import MEASURED, expected
 from edgeft.planning.plan import make_plan
 from edgeft.planning.stage_checks import plan_stages
 from edgeft.progress import silent
-from edgeft.settings import Job, make_job
+from edgeft.settings.job import Job, make_job
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, calibrated, candidates, climb, list_targets, load_target
 from edgeft.training.job_data import Data

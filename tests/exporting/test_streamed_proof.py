@@ -22,7 +22,7 @@ from edgeft.models.streamed import load_streamed
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.target import Target, load_target
 from edgeft.units import GIB
 

@@ -15,7 +15,7 @@ from tiny import CONFIGS, ROOT
 from edgeft.machines import limits
 from edgeft.machines.limits import memory_limit, reset_resident_peak, resident_bytes, settle_allocator, visible_gpu
 from edgeft.planning.plan import make_plan
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.units import GIB, MIB
 
 LLAMA = CONFIGS / "llama-3.1-8b"

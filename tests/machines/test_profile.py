@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeft import processes
 from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput
-from edgeft.machines import limits
+from edgeft.machines import limits, processes
 from edgeft.machines import probe as machine
 from edgeft.machines import profile as module
 from edgeft.machines.limits import Limit, usable_cores, usable_memory

@@ -18,7 +18,7 @@ from edgeft.memory.train_step import Term
 from edgeft.merging.merge import merge
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.units import GIB, MIB
 
 Usage = namedtuple("Usage", "total used free")

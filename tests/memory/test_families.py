@@ -20,7 +20,7 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.terminal import NOT_TENSORS
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.simulation.simulate import simulate
 from edgeft.training.result import Deviation
 from edgeft.training.train import carried_out

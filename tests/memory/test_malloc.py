@@ -14,7 +14,7 @@ from edgeft.memory import phases, timing
 from edgeft.memory.train_step import Workload
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings import Training, make_job
+from edgeft.settings.job import Training, make_job
 
 SMOL = str(CONFIGS / "smollm2-135m")
 

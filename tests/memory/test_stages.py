@@ -26,7 +26,7 @@ from edgeft.planning import stage_checks
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.reporting.terminal import plan_text
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.units import GIB, MIB
 
 SMALL, LLAMA = str(CONFIGS / "smollm2-135m"), str(CONFIGS / "llama-3.1-8b")

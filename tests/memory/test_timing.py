@@ -13,7 +13,7 @@ from edgeft.memory import dataflow, tape, train_step
 from edgeft.memory.operations import Way
 from edgeft.memory.timing import MADE, count, seconds_per_step
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.tuners import TUNERS
+from edgeft.settings.tuners import TUNERS
 
 WORK = train_step.Workload(256, 255)
 FORMS = {f"{name}, {init}": form for name, tuner in TUNERS.items() for init, form in tuner.forms.items()}

@@ -21,7 +21,7 @@ from edgeft.engine.tuners import apply_tuner
 from edgeft.memory import phases, train_step
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.units import MIB
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, checkpoint_folder: Path) -
     """A trained adapter of the tiny model, its rows beside it."""
 
     from edgeft.planning.plan import make_plan
-    from edgeft.settings import make_job
+    from edgeft.settings.job import make_job
 
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -31,7 +31,7 @@ from edgeft.models.checkpoint import (
 )
 from edgeft.models.headers import local_folder, weight_files
 from edgeft.models.identity import weights_sha256
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 SHARDED_INDEX = "model.safetensors.index.json"
 

@@ -17,7 +17,7 @@ from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.headers import is_buffer
 from edgeft.models.spec import read_model_spec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 
 UP = "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, torch.Tensor]
@@ -234,7 +234,7 @@ def test_stacked_experts_are_known_before_training(family: str, tmp_path: Path) 
     from edgeft.machines.profile import load_profile
     from edgeft.memory.train_step import Workload
     from edgeft.planning.candidates import candidates, check_job
-    from edgeft.settings import Job
+    from edgeft.settings.job import Job
 
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if family == "Qwen3Moe" else {"num_local_experts": 4}
     config = getattr(transformers, f"{family}Config")(
@@ -262,7 +262,7 @@ def test_a_head_that_memory_and_files_name_apart_trains_and_merges(
     from edgeft.merging.merge import merge
     from edgeft.planning.plan import make_plan
     from edgeft.progress import silent
-    from edgeft.settings import make_job
+    from edgeft.settings.job import make_job
 
     config = GPTNeoXConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

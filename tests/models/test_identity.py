@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import edgeft.models.identity
-from edgeft import current
+from edgeft.api import current
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
 from edgeft.exporting.export import export, export_adapters, made_from
@@ -26,7 +26,7 @@ from edgeft.models.identity import DATA, SMALL_FILES, WEIGHTS, cached_folder, sh
 from edgeft.planning.layer_scores import _digest
 from edgeft.planning.plan import Plan, make_plan, request_digest
 from edgeft.progress import silent
-from edgeft.settings import Job, make_job
+from edgeft.settings.job import Job, make_job
 from edgeft.targets.target import load_target
 from edgeft.training.result import TrainResult
 from edgeft.training.train import train, work_folder

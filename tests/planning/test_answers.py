@@ -15,7 +15,7 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.data.grammar import read_grammar
 from edgeft.data.grammar_ends import endless_lark, endless_regex, endless_schema
 from edgeft.errors import BadInput, MissingExtra
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.words import Words
 
 

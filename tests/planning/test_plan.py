@@ -18,7 +18,7 @@ from edgeft.planning.alternatives import does_not_fit
 from edgeft.planning.candidates import candidates
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan, make_plan, request_digest
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.units import GIB
 
 PINNED = ("tuner", "rank", "base_precision", "micro_batch_size", "loss_chunk_tokens", "optimizer")
@@ -278,7 +278,7 @@ def test_digest_follows_settings_and_data(checkpoint_folder: Path, write_rows) -
 
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from edgeft.planning.plan import make_plan; from edgeft.settings import make_job; "
+        "import sys; from edgeft.planning.plan import make_plan; from edgeft.settings.job import make_job; "
         f"make_plan(make_job(model={LLAMA!r}, profile='t4')); "
         "assert not {'torch', 'transformers', 'peft', 'onnxruntime'} & set(sys.modules), 'imported'"
     )

@@ -19,7 +19,7 @@ from edgeft.memory import train_step
 from edgeft.memory.timing import count
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.terminal import _disk
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.training.job_data import Data
 from edgeft.training.prefix import rows_of
 from edgeft.units import show_bytes

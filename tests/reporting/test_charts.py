@@ -17,7 +17,7 @@ from edgeft.reporting import charts
 from edgeft.reporting.matrix import find_profiles, make_matrix
 from edgeft.reporting.read_run import Run
 from edgeft.reporting.summary import Option, Stage, Summary, summarise
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.units import GIB
 
 

@@ -27,7 +27,7 @@ from edgeft.reporting.matrix import (
     training_cell,
 )
 from edgeft.reporting.words import cell_text, of_gib, show_pace, show_rate
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.footprint import SMALLEST_CONTEXT, bundle_weights, predict
 from edgeft.targets.target import load_target
 from edgeft.units import GIB

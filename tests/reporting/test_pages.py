@@ -22,7 +22,7 @@ from edgeft.reporting.pages import largest_run, largest_trained, smallest_machin
 from edgeft.reporting.read_run import Run
 from edgeft.reporting.summary import Compared, Scored, Summary, summarise
 from edgeft.reporting.words import amount, cell_text, grouped, signed, symbol
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.units import GIB, show_bytes
 
 VOID = {"meta", "br", "link", "img", "path", "use", "rect"}

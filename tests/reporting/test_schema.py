@@ -17,7 +17,7 @@ from edgeft.reporting.matrix import make_matrix
 from edgeft.reporting.read_run import Run
 from edgeft.reporting.schema import DOCUMENTS, schema_text, shipped_schema
 from edgeft.reporting.summary import summarise
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 
 MODEL = str(CONFIGS / "smollm2-135m")
 

@@ -20,7 +20,7 @@ from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.read_run import Run, read_run
 from edgeft.reporting.summary import CURVE_POINTS, Summary, summarise
 from edgeft.reporting.words import difference_text
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.target import load_target
 

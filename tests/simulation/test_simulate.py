@@ -27,7 +27,7 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts, repeat_groups
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.settings import Training
+from edgeft.settings.job import Training
 from edgeft.simulation.fake import quantisation_states
 from edgeft.simulation.simulate import simulate
 from edgeft.targets.target import load_target

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from tiny import qwen3_folder, run, write_plan
 
-from edgeft import processes
 from edgeft.documents import sha256_file
 from edgeft.engine.prefix_cache import RECORD, STATES
 from edgeft.errors import BadInput, DoesNotFit
+from edgeft.machines import processes
 from edgeft.models.checkpoint import TensorFile, load_plain
 from edgeft.planning.plan import Plan
 from edgeft.reporting.terminal import train_text

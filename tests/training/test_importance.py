@@ -19,21 +19,20 @@ import torch
 from tiny import CONFIGS
 from warm import edgeft
 
-from edgeft import processes
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.lisa import draw
 from edgeft.engine.loop import Run, learning_rate, remaining_steps
 from edgeft.engine.nf4_base import make_nf4
 from edgeft.engine.tuners import apply_tuner
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
-from edgeft.machines import meter
+from edgeft.machines import meter, processes
 from edgeft.models.metrics import Importance
 from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning import layer_scores
 from edgeft.planning.candidates import draw_weights
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.terminal import plan_text
-from edgeft.settings import Job, Training, make_job
+from edgeft.settings.job import Job, Training, make_job
 from edgeft.training import gradients, importance
 from edgeft.training.importance import METHODS, Scored
 

@@ -20,7 +20,7 @@ from edgeft.machines.limits import Limit
 from edgeft.machines.profile import load_profile
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
-from edgeft.settings import make_job
+from edgeft.settings.job import make_job
 from edgeft.training.out_of_memory import capped, command, explained, is_out_of_memory
 from edgeft.training.train import above, carried_out, check_budget, choose_device, promise, train
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import give_unpacked_weights, run
 
-from edgeft import processes
 from edgeft.engine.loop import learning_rate
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.machines import processes
 from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
@@ -306,7 +306,7 @@ def test_nf4_base_trains_on_a_cpu_and_is_quantised_once(
     assert first.valid.loss < first.base_valid.loss
     kept = list((tmp_path / "cache" / "edgeft" / "nf4").glob("*/model.safetensors"))
     assert len(kept) == 1
-    monkeypatch.setattr("edgeft.processes.run", lambda *_, **__: pytest.fail("quantised twice"))
+    monkeypatch.setattr("edgeft.machines.processes.run", lambda *_, **__: pytest.fail("quantised twice"))
     assert run(path, tmp_path / "second").loss_curve == first.loss_curve
 
 

@@ -11,7 +11,7 @@ from edgeft.errors import BadInput
 from edgeft.models.headers import local_folder
 from edgeft.models.identity import changed_files, changed_inputs, differences, model_inputs, sha256_of
 from edgeft.progress import Say
-from edgeft.settings import Job
+from edgeft.settings.job import Job
 
 
 def held(path: Path, input_sha256: str) -> dict[str, Any]:

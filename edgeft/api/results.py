@@ -103,3 +103,13 @@ class Bundle(OnDisk, bundles.Bundle):
         from edgeft.reporting.bundle_tables import bundle_text
 
         return bundle_text(self, self._merged, bundles.measurement_of(self.folder))
+
+
+def place(result: OnDisk | str | Path, document: str) -> Path:
+    """The folder of a stage, of its result or of its name. Raises BadInput where the stage has not run."""
+    folder = result.folder if isinstance(result, OnDisk) else Path(result)
+    if folder.name == document:
+        folder = folder.parent
+    if not (folder / document).is_file():
+        raise BadInput(folder / document, "no such file", "run the stage before this one first")
+    return folder

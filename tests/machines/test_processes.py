@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from edgeft import processes
+from edgeft.machines import processes
 
 pytestmark = pytest.mark.cold
 PACKAGE = ROOT / "edgeft"

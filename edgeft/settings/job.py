@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from edgeft.documents import NameIn, Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
-from edgeft.tuners import SCALES, TUNERS, Form
+from edgeft.settings.tuners import SCALES, TUNERS, Form
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 # as a target: the smallest artifact that keeps the fine-tune; every one that fits, side by side

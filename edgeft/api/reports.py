@@ -1,0 +1,30 @@
+"""How is a page on a run made from Python?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeft.api.results import OnDisk
+
+if TYPE_CHECKING:
+    from edgeft.reporting.summary import Summary
+
+
+def report(run: OnDisk | str | Path, out: str | Path | None = None) -> list[Path]:
+    """One page on a plan and the stages after it: the paths of HTML, Markdown and JSON that were written."""
+    from edgeft.reporting.pages import write_report
+
+    source = run.path if isinstance(run, OnDisk) else Path(run)
+    source = source / "plan.json" if source.is_dir() else source
+    return write_report(summary(source), Path(out) if out is not None else source.parent / "report.html")
+
+
+def summary(plan_file: Path) -> Summary:
+    """What a report on a plan and the stages after it says, beside every device that edgeft ships a profile of."""
+    from edgeft.reporting.matrix import find_profiles
+    from edgeft.reporting.read_run import read_run
+    from edgeft.reporting.summary import summarise
+
+    devices = [profile for profile in find_profiles("all") if "deploy" in profile.roles]
+    return summarise(read_run(plan_file), sorted(devices, key=lambda profile: profile.budget_bytes))
