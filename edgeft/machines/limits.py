@@ -96,18 +96,42 @@ def kib_lines(path: Path) -> dict[str, int]:
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3 and line[2] == "kB"}
 
 
+# The highest resident bytes of this process that the system has forgotten: since the last reset, since the last lap.
+_earlier = {"reset": 0, "lap": 0}
+
+
 def resident_bytes(*, highest: bool = False, status: Path | None = None) -> int:
     """Resident bytes now, or the highest since `reset_resident_peak`, of this process or of a copy of its status file.
 
     0 where the system does not tell.
     """
-    return kib_lines(status or PROC / "self/status").get("VmHWM" if highest else "VmRSS", 0)
+    found = kib_lines(status or PROC / "self/status").get("VmHWM" if highest else "VmRSS", 0)
+    return max(found, _earlier["reset"]) if highest and status is None else found
+
+
+def resident_lap() -> int:
+    """The highest resident bytes of this process since the last lap; those of now where the system cannot tell."""
+    if not _forget_peak():
+        return resident_bytes()
+    highest, _earlier["lap"] = _earlier["lap"], 0
+    return highest
 
 
 def reset_resident_peak() -> None:
     """Let the highest resident bytes fall to what is resident now."""
-    with contextlib.suppress(OSError):
+    _forget_peak()
+    _earlier["reset"] = 0
+
+
+def _forget_peak() -> bool:
+    """Let the system's own count fall, and keep what it was."""
+    highest = kib_lines(PROC / "self/status").get("VmHWM", 0)
+    try:
         (PROC / "self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    _earlier.update({name: max(bytes_, highest) for name, bytes_ in _earlier.items()})
+    return True
 
 
 def _integer(path: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import mmap
@@ -16,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from edgeft.machines.limits import reset_resident_peak, resident_bytes
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 MAPPED_BYTES = 65536
@@ -59,6 +62,7 @@ def taken_bytes() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
+@functools.cache
 def glibc() -> Any:
     """glibc, None where the system has another C library (musl has neither the file nor the threshold)."""
     with contextlib.suppress(OSError, AttributeError):
@@ -91,16 +95,6 @@ def give_back() -> None:
         library.malloc_trim(0)
 
 
-def _status(field: str) -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
 def rss_bytes() -> int:
     """Resident bytes of this process now (0 where the system does not tell)."""
     try:
@@ -111,7 +105,7 @@ def rss_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """Highest resident bytes since the start or the last `reset_peak`."""
-    if peak := _status("VmHWM"):
+    if peak := resident_bytes(highest=True):
         return peak
     import resource
 
@@ -123,8 +117,7 @@ def reset_peak(device: torch.device) -> None:
     """Start a new phase: the high-water mark falls to what is used now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # not on macOS; there a phase's peak includes earlier ones
-        Path("/proc/self/clear_refs").write_text("5")
+    reset_resident_peak()  # not on macOS; there a phase's peak includes earlier ones
 
 
 def peak_bytes(device: torch.device) -> int:

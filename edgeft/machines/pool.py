@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edgeft.machines.limits import resident_lap
 from edgeft.machines.meter import (
     M_MMAP_THRESHOLD,
     M_TRIM_THRESHOLD,
@@ -24,6 +26,7 @@ from edgeft.machines.meter import (
 NEVER, LARGEST_THRESHOLD = -1, 32 * 2**20
 PIECE, WORTH = 2**20, 8 * 2**20
 HEAD = 2**30  # behind every layer
+NEW = 1.25  # an input so many times as large as any before is a new one
 ROOM = 3  # what is free in so many times what a layer takes serves it: not every tensor finds a hole of its size
 
 
@@ -33,8 +36,9 @@ class Pool:
     For `meter.control_malloc`'s processes. A page that is mapped anew is cleared by the system: in a training step
     that takes up to a third of the time. glibc looks for a place in its heap before it maps a block, so a heap that is
     grown once by `reserve` bytes, none of them touched, serves every tensor that finds room there. What lies free
-    between tensors would grow without a bound: before each layer runs, forward and backward, the process looks at what
-    it holds, and where the layer would take it above the limit, the free pages are given back first.
+    between tensors would grow without a bound: before each part of a layer runs, forward and backward, the process
+    looks at what it holds, and where that part would take it above `limit`, the free pages are given back first. Where
+    enough is free for it, it may go on up to `most`.
 
     Where address space is limited the heap grows by `least` bytes instead. Without glibc nothing is kept.
     `meter.control_malloc` ends it.
@@ -43,52 +47,68 @@ class Pool:
     def __init__(self, reserve: int, least: int) -> None:
         size = reserve if _may_reserve() else least
         self.reserve = size if size >= PIECE and glibc() is not None else 0
-        self.limit = math.inf
+        self.limit = self.most = math.inf
         self.times_given_back = 0
-        self._grows: dict[int, float] = {}  # bytes for each element of a place's input, to the next place, at most
-        self._last: tuple[int, int, int] | None = None  # place, size of its input, bytes held
+        self._grows: dict[int, tuple[int, int]] = {}  # of a place: its largest input, most bytes taken until the next
+        self._last: tuple[int, int, int, bool] | None = None  # place, size of its input, bytes held, whether it is new
         self.worth = max(WORTH, least // 8)  # bytes taken since pages were last given back: fewer would hardly give any
         self._ground = 0  # what the process held then
         self._other = 0  # what the process holds that glibc has not given out
         self.give_back()
 
     def watch(self, layers: Sequence[torch.nn.Module], body: torch.nn.Module) -> None:
-        """Look before each of `layers` runs, once `body` has run, and when gradients have passed a layer."""
+        """Look before each of `layers` and its halves run, where gradients enter or leave them, and at the head."""
         if not self.reserve:
             return
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
-        body.register_forward_hook(lambda *_: self.look(HEAD, 1))
+        parts = [
+            part for layer in layers for part in (layer, *layer.children()) if part is layer or any(part.children())
+        ]
+        for number, part in enumerate(parts):
+            part.register_forward_pre_hook(functools.partial(self._begins, number), with_kwargs=True)
+            part.register_forward_hook(functools.partial(self._ends, len(parts) + number))
+        body.register_forward_hook(lambda _, __, out: self.look(HEAD, elements(first_tensor(out))))
 
-    def _before(self, number: int) -> Any:
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-            size = 1 if hidden is None else hidden.numel()
-            self.look(number, size)
-            if hidden is not None and hidden.requires_grad:
-                hidden.register_hook(lambda _: self.look(-1 - number, size))  # type: ignore[no-untyped-call]
+    def _begins(self, number: int, _: Any, args: Any, kwargs: Any) -> None:
+        hidden = first_tensor((*args, *kwargs.values()))
+        self.look(number, elements(hidden))
+        self._look_at_gradient(number, hidden)
 
-        return hook
+    def _ends(self, number: int, _: Any, __: Any, out: Any) -> None:
+        self._look_at_gradient(number, first_tensor(out))
+
+    def _look_at_gradient(self, number: int, hidden: torch.Tensor | None) -> None:
+        if hidden is not None and hidden.requires_grad:
+            size = hidden.numel()
+            hidden.register_hook(lambda _: self.look(-1 - number, size))  # type: ignore[no-untyped-call]
 
     def look(self, place: int, size: int) -> None:
         """Give free pages back where what comes after this place would take the process above the limit.
 
-        Places are layers, forward 0, 1, ... and backward -1, -2, ..., and the head. What comes after a place is what
-        was seen there, in proportion to the `size` of its input; before it was seen, as much as there is.
+        Places are where a part of a layer begins, 0, 1, ..., where a gradient leaves or enters one, -1, -2, ..., and
+        the head. What comes after a place is the most that was seen there, for a somewhat larger input (`size`, in
+        elements) with its square, as attention grows; a new place, or a new size of input, starts without free pages.
         """
         if not self.reserve:
             return
         held = rss_bytes()
         if self._last is not None and (place < 0 or self._last[0] >= 0):
             # from the last gradient to the next forward pass the optimizer's states appear, once
-            old, tokens, before = self._last
-            self._grows[old] = max(self._grows.get(old, 0.0), (held - before) / tokens)
-        more = self._grows.get(place, 0.0 if place < 0 else math.inf) * size
-        over = held > self.limit or (held + more > self.limit and self._free(held) < ROOM * more)
+            old, elements, before, new = self._last
+            largest, most = self._grows.get(old, (0, 0))
+            highest = resident_lap() if new else held
+            self._grows[old] = max(largest, elements), max(most, highest - before)
+        largest, more = self._grows.get(place, (0, 0))
+        new = size > NEW * largest
+        if size > largest and not new:
+            more = int(more * (size / largest) ** 2)
+        over = new or held > self.limit or held + more > self.most
+        over = over or (held + more > self.limit and self._free(held) < ROOM * more)
         if over and held - self._ground >= self.worth:
             self.give_back()
             held = self._ground
-        self._last = place, size, held
+        if new:
+            resident_lap()
+        self._last = place, size, held, new
 
     def give_back(self) -> None:
         """Return every free page to the system; the heap keeps its size."""
@@ -114,6 +134,18 @@ class Pool:
         for piece in reversed(pieces):  # the last one first: each joins the free end of the heap
             library.free(piece)
         library.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+def first_tensor(values: Any) -> torch.Tensor | None:
+    """The first tensor among a layer's inputs, or in what a model gives, however it is wrapped."""
+    if isinstance(values, torch.Tensor):
+        return values
+    every = values.values() if isinstance(values, Mapping) else values if isinstance(values, Sequence) else ()
+    return next((value for value in every if isinstance(value, torch.Tensor)), None)
+
+
+def elements(tensor: torch.Tensor | None) -> int:
+    return 1 if tensor is None else tensor.numel()
 
 
 @contextlib.contextmanager

@@ -140,6 +140,10 @@ def make_pool(plan: Plan, parts: Parts) -> Pool:
 
 
 def hold_to(pool: Pool, plan: Plan, name: str) -> None:
-    """Let the pool keep what the plan's phase expects, or its high estimate where that has answers in it."""
+    """Let the pool keep what the plan's phase expects; of one with answers in it, what its high estimate has room for.
+
+    `most` stays half way below the high estimate: what a layer takes is what was seen of it.
+    """
     phase = next(phase for phase in plan.phases if phase.name == name)
     pool.limit = max(phase.expected_bytes, phase.high_bytes - CPU_HEAP) if name == "evaluate" else phase.expected_bytes
+    pool.most = (pool.limit + phase.high_bytes) / 2

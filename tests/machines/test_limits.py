@@ -13,7 +13,14 @@ import pytest
 from tiny import CONFIGS, ROOT
 
 from edgeft.machines import limits
-from edgeft.machines.limits import memory_limit, reset_resident_peak, resident_bytes, settle_allocator, visible_gpu
+from edgeft.machines.limits import (
+    memory_limit,
+    reset_resident_peak,
+    resident_bytes,
+    resident_lap,
+    settle_allocator,
+    visible_gpu,
+)
 from edgeft.planning.plan import make_plan
 from edgeft.settings.job import make_job
 from edgeft.units import GIB, MIB
@@ -86,6 +93,20 @@ def test_what_is_resident_and_its_peak() -> None:
     assert resident_bytes(highest=True) > before + 50 * MIB
     reset_resident_peak()
     assert resident_bytes(highest=True) < before + 50 * MIB
+
+
+def test_a_lap_has_a_peak_of_its_own_and_lowers_no_other() -> None:
+    reset_resident_peak()
+    resident_lap()
+    before = resident_bytes()
+    block = bytearray(os.urandom(64 * MIB))
+    del block
+    reset_resident_peak()  # a new phase begins within the lap
+    assert resident_lap() > before + 50 * MIB > resident_lap()
+    block = bytearray(os.urandom(64 * MIB))
+    del block
+    assert resident_lap() > before + 50 * MIB
+    assert resident_bytes(highest=True) > before + 50 * MIB
 
 
 # GPUs

@@ -93,6 +93,47 @@ def test_a_process_that_is_above_its_limit_does_not_give_back_in_vain() -> None:
     assert 0 < times < 60  # of 161 looks: only where it took some MiB since
 
 
+# One layer leaves 40 MiB free, the next takes 60 MiB at once and gives them back before anything looks again.
+AT_ONCE = """if True:
+    import torch
+    from edgeft.machines import meter
+    from edgeft.machines.pool import Pool
+    torch.set_num_threads(1)
+    assert meter.control_malloc()
+    start = meter.rss_bytes()
+    pool = Pool(48 * 2**20, 0)
+    pool.limit = pool.most = start + 80 * 2**20
+
+    class Leaves(torch.nn.Module):
+        def forward(self, x):
+            kept = [torch.ones(2**18) for _ in range(40)]
+            return x
+
+    class TakesAtOnce(torch.nn.Module):
+        def forward(self, x):
+            torch.ones(60 * 2**18 * x.numel() // 4)
+            return x
+
+    stack = [Leaves(), TakesAtOnce()]
+    pool.watch(stack, torch.nn.Module())
+    peaks = []
+    for elements in (4, 4, 4, 5):
+        meter.reset_peak(torch.device("cpu"))
+        x = torch.ones(elements)
+        for layer in stack:
+            x = layer(x)
+        peaks.append((meter.peak_rss_bytes() - start) // 2**20)
+    print(*peaks)
+"""
+
+
+@glibc_only
+def test_what_a_layer_takes_and_gives_back_before_the_next_look_counts() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, check=True)
+    *all_equal, larger = map(int, done.stdout.split())
+    assert all(55 < peak < 70 for peak in all_equal) and 70 < larger < 80  # never 40 beside 60
+
+
 @glibc_only
 def test_less_is_reserved_where_address_space_is_limited() -> None:
     limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, resource.RLIM_INFINITY))\n"
