@@ -33,6 +33,8 @@ FIRST = (
 )  # fmt: skip
 # whose children wait for nothing but their end
 STARTING = ("edgeft.machines.processes", "edgeft.targets.ort", "edgeft.api.plan_and_train")
+# measures what a process holds after its imports, for the cache that plans are made from, the user's own
+COLD = "edgeft.training.measure_machine"
 PYTHON = sys.executable
 KNOWN = {"capture_output", "check", "cwd", "env", "errors", "stderr", "stdin", "stdout", "text"}
 _server: tuple[subprocess.Popen[bytes], str] | None = None
@@ -166,7 +168,7 @@ def _ask(todo: dict[str, Any], fds: list[int]) -> int:
 
 def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[Any]:
     """As subprocess.run does: what `processes.command` gives runs in a fork of the server, all else as it is."""
-    if list(command[:3]) != [PYTHON, "-P", "-c"] or not how.keys() <= KNOWN:
+    if list(command[:3]) != [PYTHON, "-P", "-c"] or not how.keys() <= KNOWN or COLD in command[3]:
         return subprocess.run(command, **how)
     with contextlib.ExitStack() as files:
         nothing = files.enter_context(open(os.devnull, "rb"))

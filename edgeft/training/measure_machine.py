@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,12 @@ _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def measure() -> str:
-    """This CPU's Probe as JSON, measured in this process, which must be fresh: imports stay resident."""
+    """This CPU's Probe as JSON, measured in this process, which must be fresh: imports stay resident.
+
+    Raises RuntimeError where torch was imported before: its memory and its number of threads would not be a run's.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("what a process holds is measured in one that has not imported torch yet")
     start = time.perf_counter()
     torch_rss_bytes = _rss_after_torch()
     import_rss_bytes = _rss_after_tiny_step()

@@ -19,6 +19,7 @@ from edgeft.machines import profile as module
 from edgeft.machines.limits import Limit, usable_cores, usable_memory
 from edgeft.machines.probe import Probe, probe_cpu
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile, present, why_absent
+from edgeft.training.measure_machine import measure
 from edgeft.units import GIB
 
 SHIPPED = sorted(shipped_folder("profiles").glob("*.toml"))
@@ -441,6 +442,12 @@ def test_the_real_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(probe.head_buffers) == [128, 256, 512, 1024]
     assert 0 < probe.head_buffers[1024] < 4 * 448  # less than the head itself: it is packed by blocks
     assert probe.versions["torch"]
+
+
+def test_only_a_fresh_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", object())
+    with pytest.raises(RuntimeError, match="not imported torch yet"):
+        measure()
 
 
 # Which device is here
