@@ -91,11 +91,12 @@ class Pool:
         if not self.reserve:
             return
         held = rss_bytes()
-        if self._last is not None and (place < 0 or self._last[0] >= 0):
-            # from the last gradient to the next forward pass the optimizer's states appear, once
+        if self._last is not None:
             old, elements, before, new = self._last
             largest, most = self._grows.get(old, (0, 0))
             highest = resident_lap() if new else held
+            if old < 0 <= place:  # what the optimizer and a change of layers take comes before the next forward pass
+                highest = before
             self._grows[old] = max(largest, elements), max(most, highest - before)
         largest, more = self._grows.get(place, (0, 0))
         new = size > NEW * largest

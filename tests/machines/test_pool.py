@@ -134,6 +134,31 @@ def test_what_a_layer_takes_and_gives_back_before_the_next_look_counts() -> None
     assert all(55 < peak < 70 for peak in all_equal) and 70 < larger < 80  # never 40 beside 60
 
 
+BACKWARD = """if True:
+    import torch
+    from edgeft.machines import meter
+    from edgeft.machines.pool import Pool
+    torch.set_num_threads(1)
+    assert meter.control_malloc()
+    pool = Pool(256 * 2**20, 0)
+    pool.limit = pool.most = meter.rss_bytes() + 400 * 2**20
+    stack = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(4)))
+    pool.watch(list(stack), stack)
+    times = []
+    for _ in range(6):
+        stack(torch.ones(8192, 256, requires_grad=True)).sum().backward()
+        times.append(pool.times_given_back)
+    print(*times)
+"""
+
+
+@glibc_only
+def test_a_place_is_new_once() -> None:
+    done = subprocess.run([sys.executable, "-c", BACKWARD], capture_output=True, text=True, check=True)
+    first, second, *later = map(int, done.stdout.split())
+    assert first > 2 and set(later) == {second}  # forward, backward and between two steps
+
+
 @glibc_only
 def test_less_is_reserved_where_address_space_is_limited() -> None:
     limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, resource.RLIM_INFINITY))\n"
