@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from edgeft.errors import BadInput
 from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
+from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
-from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Training, Tuner
+from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Rounding, Training, Tuner
 from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
 
 # Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
@@ -25,8 +25,7 @@ RANKS = (64, 32, 16, 8)
 CHUNKS = (1024, 256, 64)
 LORA_ALPHA = 16.0
 SMALL_PRECISIONS = ("nf4", "bf16", "fp16")  # of weights that do not train: updates of a few 1e-4 would be rounded away
-DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/importance.py measures them
-LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
+DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/training/importance.py measures them
 
 
 def needs_importance(job: Job) -> bool:
@@ -51,17 +50,21 @@ def _pages_pile_up() -> BadInput:
 def check_job(job: Job, spec: ModelSpec) -> None:
     """Raise BadInput for settings that contradict one another or the model."""
     rounding_of(job, spec)
-    count = spec.num_hidden_layers
     if adapts(job.tuner) is False and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
         raise untrainable(job.base_precision)
     if job.optimizer == "paged_adamw8bit" and job.layers == "lisa":
         raise _pages_pile_up()
+    _check_layers(job, spec)
+    _check_tuner(job, spec)
+    _check_ends(job, spec)
+    _check_scores(job)
+
+
+def _check_layers(job: Job, spec: ModelSpec) -> None:
+    count = spec.num_hidden_layers
     for name, most in (("active_layers", job.active_layers), ("trained_layers", max(job.trained_layers or (0,)) + 1)):
         if getattr(job, name) is not None and most is not None and most > count:
             raise BadInput(name, f"{most} is more than the model's {count} layers", f"at most {count}")
-    if spec.stacked and adapts(job.tuner) is False:
-        problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
-        raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
     if job.trained_layers == ():
         raise BadInput("trained_layers", "names no layer", f"name some of 0 to {count - 1}, as in 0,5,12-15")
     for name in ("active_layers", "trained_layers"):
@@ -70,9 +73,12 @@ def check_job(job: Job, spec: ModelSpec) -> None:
     if job.layers == "sparse" and job.trained_layers and job.active_layers not in (None, len(job.trained_layers)):
         raise BadInput("active_layers", f"{job.active_layers}, but trained_layers names {len(job.trained_layers)}",
                        "leave one of them out")  # fmt: skip
-    ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
-    if ends and adapts(job.tuner):
-        raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
+
+
+def _check_tuner(job: Job, spec: ModelSpec) -> None:
+    if spec.stacked and adapts(job.tuner) is False:
+        problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
+        raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
     unused = [name for name in ("rank", "lora_alpha") if getattr(job, name) is not None]
     if unused and job.tuner is not None and adapts(job.tuner) and not TUNERS[job.tuner].ranked:
         raise BadInput(unused[0], f"{job.tuner} has no factors of a rank", f"use tuner={ADAPTERS}, or leave it out")
@@ -85,11 +91,20 @@ def check_job(job: Job, spec: ModelSpec) -> None:
     if job.lora_plus != 1 and job.tuner is not None and not TUNERS[job.tuner].faster:
         problem = f"{job.tuner} has no second factor that could learn faster than the first"
         raise BadInput("lora_plus", problem, "use tuner=lora, or leave lora_plus out")
+
+
+def _check_ends(job: Job, spec: ModelSpec) -> None:
+    ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
+    if ends and adapts(job.tuner):
+        raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
     if "rotate" in (job.embedding, job.norm, job.head) and job.layers != "lisa":
         raise BadInput("rotate", "embedding, norm and head rotate only with the layers", "add --set layers=lisa")
     if spec.tie_word_embeddings and job.head is not None and job.embedding is not None and job.head != job.embedding:
         problem = f"{job.head}, the embedding {job.embedding}: they are one tied tensor in this model"
         raise BadInput("head", problem, "leave head out: it follows the embedding")
+
+
+def _check_scores(job: Job) -> None:
     if job.lisa_schedule == "weighted" and job.layer_score in ("top", "random"):
         raise BadInput("lisa_schedule", "weighted draws need scores", "add --set layer_score=gradient (or another)")
     if job.layer_score in DATA_SCORES and job.layers != "sparse" and not needs_importance(job):
@@ -98,73 +113,6 @@ def check_job(job: Job, spec: ModelSpec) -> None:
     if needs_importance(job) and job.data is None:
         hint = "plan with --data FILE (make: data=FILE), or use layer_score=top"
         raise BadInput("layer_score", f"{job.layer_score} is measured on training data, and none was given", hint)
-
-
-def _layer_ways(
-    job: Job, spec: ModelSpec, tuner: Tuner, steps: int, scores: Sequence[float] | None
-) -> list[dict[str, Any]]:
-    """The fields of Training that say which layers and ends train, best first."""
-    count = spec.num_hidden_layers
-    every = tuple(range(count))
-    given = {end: getattr(job, end) or "off" for end in ENDS}
-    if spec.tie_word_embeddings:
-        given["head"] = given["embedding"] = job.embedding or job.head or "off"
-    full_ends = {} if adapts(tuner) else dict.fromkeys(ENDS, "on")
-    whole = {
-        "layers": "all",
-        "trained_layers": every,
-        **full_ends,
-        **{e: m for e, m in given.items() if getattr(job, e)},
-    }
-    ways = []
-    if job.layers in (None, "all"):
-        ways.append(whole)
-    if job.layers == "sparse" or (job.layers is None and adapts(tuner)):
-        counts = [job.active_layers] if job.active_layers else sorted({max(1, count * k // 4) for k in (1, 2, 3)})[::-1]
-        if job.layer_score == "progressive" and scores and not job.active_layers:
-            counts = [max(1, sum(score > 0 for score in scores))]  # the search says itself how far down it pays
-        sets = [job.trained_layers] if job.trained_layers else [_best(job, count, n, scores) for n in counts]
-        ways += [{"layers": "sparse", "trained_layers": chosen, **given} for chosen in sets]
-    if job.layers == "lisa" or (job.layers is None and not adapts(tuner)):
-        pool = job.trained_layers or every
-        size = len(pool) + sum(mode == "rotate" for mode in given.values())
-        for active in [job.active_layers] if job.active_layers else sorted({min(n, len(pool)) for n in (4, 2)})[::-1]:
-            interval = job.lisa_interval or max(1, min(LISA_INTERVAL, steps // (2 * -(-size // active))))
-            ways.append({
-                "layers": "lisa", "trained_layers": pool, "active_layers": active, "lisa_interval": interval,
-                "lisa_schedule": job.lisa_schedule, "lisa_state": job.lisa_state, **given,
-                "layer_weights": draw_weights([scores[i] for i in pool]) if scores else (),
-            })  # fmt: skip
-    return ways
-
-
-def _best(job: Job, layers: int, count: int, scores: Sequence[float] | None) -> tuple[int, ...]:
-    """The `count` layers that sparse training takes: the topmost, random ones, or those of the highest scores."""
-    if job.layer_score == "random":
-        return random_layers(job.seed, layers, count)
-    if scores:  # of equal ones the upper: what lies below the lowest that trains costs no memory
-        return tuple(sorted(sorted(range(layers), key=lambda i: (-scores[i], -i))[:count]))
-    return top_layers(layers, count)
-
-
-def top_layers(layers: int, count: int) -> tuple[int, ...]:
-    """The `count` layers nearest to the head."""
-    return tuple(range(layers - count, layers))
-
-
-def random_layers(seed: int, layers: int, count: int) -> tuple[int, ...]:
-    """`count` layers drawn by the seed alone."""
-    return tuple(sorted(random.Random(f"layers {seed}").sample(range(layers), count)))
-
-
-def draw_weights(scores: Sequence[float]) -> tuple[float, ...]:
-    """Weights of LISA's draws: the scores, no less than a tenth of their mean, so that every layer has its turn.
-
-    Scores that are not positive say that a layer brings nothing; if all say so, the draws are uniform.
-    """
-    positive = [max(0.0, score) for score in scores]
-    mean = sum(positive) / len(positive)
-    return tuple(max(score, mean / 10) for score in positive) if mean > 0 else (1.0,) * len(positive)
 
 
 def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
@@ -244,6 +192,16 @@ def training_notes(spec: ModelSpec, training: Training) -> list[str]:
     return lines
 
 
+class _Method(NamedTuple):
+    """What trains, and beside which base: what a candidate's expected quality depends on."""
+
+    tuner: Tuner
+    layers: dict[str, Any]  # the fields of Training that say which layers and ends train
+    precision: Precision
+    rank: int
+    compute: str
+
+
 def candidates(
     job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, scores: Sequence[float] | None = None,
     rows_tokens: int = 0,
@@ -254,84 +212,108 @@ def candidates(
 
     Raises BadInput, with its reason, for a combination that was set and does not run on the profile.
     """
+    optimizers = _optimizers(job, profile)
+    methods = list(_methods(job, profile, spec, steps, scores))
+    rounding = rounding_of(job, spec)
+    executions = _executions(job, profile, spec, optimizers)
+    refused: BadInput | None = None
+    left = False
+    for method in methods:
+        if (reason := refusal(profile, method.tuner, method.precision, method.compute, method.layers)) is not None:
+            refused = refused or reason
+            continue
+        first = _training(job, profile, spec, work, steps, method, rounding, executions[0])
+        cuts = prefixes(job, spec, first, rows_tokens)
+        pages = method.layers["layers"] != "lisa"  # see _pages_pile_up
+        yield from (first.model_copy(update={**execution, **cut}) for cut in cuts for execution in executions
+                    if pages or execution["optimizer"] != "paged_adamw8bit")  # fmt: skip
+        left = left or bool(cuts)
+    if job.prefix_cache and not left:
+        check_prefix(spec, first, rows_tokens)
+    if refused is not None and not left:
+        raise refused
+
+
+def _optimizers(job: Job, profile: Profile) -> list[Optimizer]:
+    """Optimizers that the machine runs. Raises BadInput where what was set, or the precision, is beyond it."""
     if job.base_precision not in (None, "nf4") and not profile.supports(str(job.base_precision)):
         hint = "use one of " + ", ".join([*profile.dtypes, "nf4"])
         raise BadInput("base_precision", f"{profile.name} does not compute {job.base_precision} at full rate", hint)
-    ranks = [job.rank] if job.rank else RANKS
-    smallest = min(RANKS[-1], spec.hidden_size)
+    found: list[Optimizer] = ["adamw"] if profile.device != "cuda" else ["adamw", "adamw8bit", "paged_adamw8bit"]
+    if job.optimizer and job.optimizer not in found:
+        problem = f"{job.optimizer} needs CUDA, {profile.name} is a {profile.device} profile"
+        raise BadInput("optimizer", problem, "use adamw")
+    return [job.optimizer] if job.optimizer else found
+
+
+def _methods(
+    job: Job, profile: Profile, spec: ModelSpec, steps: int, scores: Sequence[float] | None
+) -> Iterator[_Method]:
+    """What could train, whether or not it runs here."""
+    for tuner in _tuners(job, spec):
+        for layers in layer_choices(job, spec, tuner, steps, scores):
+            for precision in _precisions(job, profile, spec, tuner, layers):
+                compute = precision if precision != "nf4" else _compute_of_nf4(profile, spec)
+                yield from (_Method(tuner, layers, precision, rank, compute) for rank in _ranks(job, spec, tuner))
+
+
+def _ranks(job: Job, spec: ModelSpec, tuner: Tuner) -> list[int]:
+    """Ranks of the adapters, best first; 0 of a tuner that has none. More than half the hidden size is no low rank."""
+    if not TUNERS[tuner].ranked:
+        return [0]
+    most = max(min(RANKS[-1], spec.hidden_size), spec.hidden_size // 2)
+    return [job.rank] if job.rank else [rank for rank in RANKS if rank <= most]
+
+
+def _executions(job: Job, profile: Profile, spec: ModelSpec, optimizers: list[Optimizer]) -> list[dict[str, Any]]:
+    """The fields of Training that say how a step is computed: they change memory and time, and nothing else."""
     batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
-    optimizers: list[Optimizer] = ["adamw"] if profile.device != "cuda" else ["adamw", "adamw8bit", "paged_adamw8bit"]
-    if job.optimizer and job.optimizer not in optimizers:
-        raise BadInput(
-            "optimizer",
-            f"{job.optimizer} needs CUDA, {profile.name} is a {profile.device} profile",
-            "use adamw",
-        )
-    ways = [
-        (tuner, precision, rank, layers)
-        for tuner in _tuners(job, spec)
-        for layers in _layer_ways(job, spec, tuner, steps, scores)
-        for precision in _precisions(job, profile, spec, tuner, layers)
-        for rank in (ranks if TUNERS[tuner].ranked else [0])
-    ]
-    rounding = rounding_of(job, spec)
-    open_still: list[dict[str, Any]] = [
+    return [
         {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
          "optimizer": optimizer, "malloc": malloc}
         for batch, (checkpointing, kept), chunk, optimizer, malloc in itertools.product(
             [job.micro_batch_size] if job.micro_batch_size else batches,
             _recomputing(job, spec),
             [job.loss_chunk_tokens] if job.loss_chunk_tokens else CHUNKS,
-            [job.optimizer] if job.optimizer else optimizers,
+            optimizers,
             _mallocs(job, profile),
         )
     ]  # fmt: skip
-    refused: BadInput | None = None
-    left = False
-    for tuner, precision, rank, layers in ways:
-        if rank and rank > max(smallest, spec.hidden_size // 2) and job.rank is None:
-            continue  # more than half the hidden size is no low rank
-        compute = precision if precision != "nf4" else _compute_of_nf4(profile, spec)
-        if (reason := refusal(profile, tuner, precision, compute, layers)) is not None:
-            refused = refused or reason
-            continue
-        lora = TUNERS[tuner].ranked
-        first = Training(
-            device=profile.device,
-            tuner=tuner,
-            base_precision=precision,
-            compute_dtype=compute,  # type: ignore[arg-type]
-            rank=rank,
-            lora_alpha=(job.lora_alpha or LORA_ALPHA) if lora else 0.0,
-            lora_scale=job.lora_scale,
-            lora_plus=job.lora_plus if lora else 1.0,
-            init=job.init,
-            target_modules=target_modules(spec, tuner),
-            **layers,
-            **open_still[0],
-            batch_size=job.batch_size,
-            max_length=work.longest,
-            max_trained=work.longest_trained,
-            learning_rate=job.learning_rate or default_learning_rate(spec, tuner),
-            steps=steps,
-            warmup_steps=max(1, round(job.warmup_fraction * steps)),
-            weight_decay=job.weight_decay,
-            max_grad_norm=job.max_grad_norm,
-            seed=job.seed,
-            checkpoint_steps=job.checkpoint_steps,
-            eval_rows=job.eval_rows,
-            quantize_aware=rounding,
-            stored_dtype=spec.dtype if rounding else "",
-        )
-        cuts = prefixes(job, spec, first, rows_tokens)
-        pages = layers["layers"] != "lisa"  # see _pages_pile_up
-        yield from (first.model_copy(update={**choices, **cut}) for cut in cuts for choices in open_still
-                    if pages or choices["optimizer"] != "paged_adamw8bit")  # fmt: skip
-        left = left or bool(cuts)
-    if job.prefix_cache and not left:
-        check_prefix(spec, first, rows_tokens)
-    if refused is not None and not left:
-        raise refused
+
+
+def _training(
+    job: Job, profile: Profile, spec: ModelSpec, work: Workload, steps: int, method: _Method,
+    rounding: Rounding | None, execution: dict[str, Any],
+) -> Training:  # fmt: skip
+    """One candidate: a method, executed so, and all that the job itself says."""
+    ranked = TUNERS[method.tuner].ranked
+    return Training(
+        device=profile.device,
+        tuner=method.tuner,
+        base_precision=method.precision,
+        compute_dtype=method.compute,  # type: ignore[arg-type]
+        rank=method.rank,
+        lora_alpha=(job.lora_alpha or LORA_ALPHA) if ranked else 0.0,
+        lora_scale=job.lora_scale,
+        lora_plus=job.lora_plus if ranked else 1.0,
+        init=job.init,
+        target_modules=target_modules(spec, method.tuner),
+        **method.layers,
+        **execution,
+        batch_size=job.batch_size,
+        max_length=work.longest,
+        max_trained=work.longest_trained,
+        learning_rate=job.learning_rate or default_learning_rate(spec, method.tuner),
+        steps=steps,
+        warmup_steps=max(1, round(job.warmup_fraction * steps)),
+        weight_decay=job.weight_decay,
+        max_grad_norm=job.max_grad_norm,
+        seed=job.seed,
+        checkpoint_steps=job.checkpoint_steps,
+        eval_rows=job.eval_rows,
+        quantize_aware=rounding,
+        stored_dtype=spec.dtype if rounding else "",
+    )
 
 
 def target_modules(spec: ModelSpec, tuner: Tuner) -> tuple[str, ...]:

@@ -42,15 +42,9 @@ from edgeft.planning.alternatives import (
     unused_budget,
 )  # fmt: skip
 from edgeft.planning.answers import read_held
-from edgeft.planning.candidates import (
-    candidates,
-    check_job,
-    needs_importance,
-    random_layers,
-    top_layers,
-    training_notes,
-)
+from edgeft.planning.candidates import candidates, check_job, needs_importance, training_notes
 from edgeft.planning.costs import Candidate, Question
+from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages

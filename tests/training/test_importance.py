@@ -29,7 +29,7 @@ from edgeft.machines import meter, processes
 from edgeft.models.metrics import Importance
 from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning import layer_scores
-from edgeft.planning.candidates import draw_weights
+from edgeft.planning.layer_choice import draw_weights
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.terminal import plan_text
 from edgeft.settings.job import Job, Training, make_job
