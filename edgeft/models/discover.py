@@ -14,9 +14,9 @@ from torch import nn
 
 from edgeft.documents import Strict
 from edgeft.errors import BadInput
+from edgeft.models.config_file import config_path
 from edgeft.models.families import ENCODERS
 from edgeft.models.parts import Units, find_parts, units
-from edgeft.models.spec import config_path
 from edgeft.models.stacks import Stack
 
 Outside = Literal["embedding", "norm", "head", "other"]

@@ -14,7 +14,7 @@ Role = Literal["attention_in", "attention_out", "mlp_in", "mlp_out", "other"]
 
 # Llama's, one whose weight is stored less one, LayerNorm with a bias
 Norm = Literal["rms", "rms_from_one", "layer"]
-# name, in, out, has_bias, role: widths as named in _from_family; has_bias is a config key or the answer.
+# name, in, out, has_bias, role: widths as named in spec._from_family; has_bias is a config key or the answer.
 Row = tuple[str, str, str, str | bool, Role]
 
 

@@ -1,0 +1,101 @@
+"""Where does a model's config.json lie, and is it that of a model that edgeft trains?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edgeft.errors import BadInput
+from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS
+
+
+def config_path(model: str) -> Path:
+    """Where the config.json of a checkpoint folder or a hub id lies. Raises BadInput."""
+    folder, hint = Path(model).expanduser(), "give the folder of a Hugging Face checkpoint (with config.json)"
+    if folder.is_file():
+        raise BadInput(model, "is a file, not a folder", f"give the folder that holds it: {folder.parent}")
+    if not folder.is_dir():
+        # A hub id is `name` or `owner/name`; `owner` being a folder here means that a path was meant.
+        is_path = folder.parent.name and folder.parent.is_dir()
+        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) and not is_path:
+            return _download(model)
+        raise BadInput(model, "no such folder", hint)
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base"
+        hint = "give the base as the model, or merge the adapter into it first"
+        raise BadInput(model, f"is an adapter of {base}, not a model", hint)
+    raise BadInput(model, "has no config.json", hint)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    problem, hint = (
+        "the hub cannot be reached",
+        "go online, or give the folder of a model that is on this machine",
+    )
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except errors.GatedRepoError:
+        problem, hint = "the hub model is gated", "accept its licence there and log in (hf auth login)"
+    except errors.RepositoryNotFoundError:
+        problem, hint = (
+            "no such model on the hub",
+            "check the spelling, or log in if it is private (hf auth login)",
+        )
+    except errors.EntryNotFoundError as missing:
+        if not isinstance(missing, errors.LocalEntryNotFoundError):  # that one: offline, and not in the cache
+            problem, hint = (
+                "the hub model has no config.json",
+                "for an adapter or a GGUF file, give its base model",
+            )
+    except (OSError, ValueError):
+        pass
+    raise BadInput(model, f"no such folder, and {problem}", hint)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise BadInput(path, f"is not JSON: {problem}", COPY_AGAIN) from None
+    if not isinstance(value, dict):
+        raise BadInput(path, f"expected a JSON object, got {type(value).__name__}", COPY_AGAIN)
+    return value
+
+
+def check_kind(path: Path, config: dict[str, Any]) -> None:
+    """Raise BadInput for what is no causal language model in its original precision."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise BadInput(path, "missing model_type", 'add the family, as in "model_type": "llama"')
+    architecture, reason = next(iter(config.get("architectures") or ()), ""), ""
+    if config.get("is_encoder_decoder"):
+        reason = f"{kind} is an encoder-decoder"
+    elif kind in ENCODERS:
+        reason = f"{kind} is an encoder"
+    elif kind not in COMPOSITE and not re.search(r"(ForCausalLM|LMHeadModel|^)$", architecture):
+        reason = f"{architecture} is not a ...ForCausalLM"
+    if reason:
+        hint = "edgeft trains decoder-only models that predict the next token; give one of those"
+        raise BadInput(path, f"{reason}, so not a causal language model", hint)
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "method not named")
+        hint = "give the checkpoint it was quantised from; edgeft quantises in memory, and again on export"
+        raise BadInput(path, f"is quantised ({method}); a merge needs the original-precision weights", hint)
+
+
+def text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's own part of a config, where it holds others too. Raises BadInput for one of another form."""
+    if config["model_type"] not in COMPOSITE:
+        return config
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise BadInput(path, f"text_config: expected a JSON object, got {type(text).__name__}", COPY_AGAIN)
+    return COMPOSITE[config["model_type"]] | text
