@@ -103,8 +103,9 @@ def train(
     from edgeft.reporting.terminal import rehearsal_line
     from edgeft.targets.target import candidates
     from edgeft.training.prepare import choose_device
-    from edgeft.training.train import MORE_MEMORY, work_folder
+    from edgeft.training.promise import MORE_MEMORY
     from edgeft.training.train import train as carry_out
+    from edgeft.training.train import work_folder
 
     _, _, deviations = choose_device(made, device)
     _announce(made, deviations, say)

@@ -40,7 +40,7 @@ from edgeft.settings.tuners import is_adapter
 from edgeft.training.gradients import watched
 from edgeft.training.job_data import Data
 from edgeft.training.prepare import carried_out, check_head, choose_device, prepare
-from edgeft.training.train import check_budget
+from edgeft.training.promise import check_budget
 
 CALIBRATION_ROWS = 64  # training rows that gradient and hidden read, drawn by the seed
 SHORT_STEPS = 30  # optimizer steps of a short training: ablation makes one, progressive one per layer it adds

@@ -25,7 +25,7 @@ from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.quantized_layers import settle
 from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
-from edgeft.errors import BadInput, DoesNotFit, EdgeftError
+from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
@@ -56,11 +56,10 @@ from edgeft.training.prepare import (
     prepare,
     tf32,
 )
+from edgeft.training.promise import above, check_budget, highest, promise
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
-from edgeft.units import show_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-MORE_MEMORY = "peak memory"  # the deviation of a run that took more than its plan's high estimate
 
 
 class Stop:
@@ -270,72 +269,93 @@ class Session:
 
     def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""
-        run, training, device, data = self.run, self.training, self.device, self.data
-        meter.reset_peak(device)
+        meter.reset_peak(self.device)
         with staging(out) as temporary:
-            if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
-                for unit in (*run.lisa.always, *run.lisa.active):
-                    run.lisa.turns.keep(unit)
-                join_files(map(run.lisa.turns.file, run.lisa.visited()), temporary / CHANGED)
-            else:
-                kept = run.chosen if run.lisa is None else run.lisa.in_memory()
-                save_tuned(run.model, run.parts, training, kept, self.plan.job.model, temporary)
-            self.phases["save"] = meter.peak_bytes(device)
-            meter.reset_peak(device)
-            settle(run.model)  # what is scored is what will be shipped
-            score = scorer(run.model, run.parts, data, training, device, self.compute, self.progress, self.prefix)
-            valid = score("valid", data.valid[: training.eval_rows])
-            test = score("test", data.test) if data.test else None
-            self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(device))
-            base = Checkpoint(local_folder(self.plan.job.model))
-            steps = (
-                run.lisa.steps if run.lisa else dict.fromkeys(trained_units(run.model, run.parts, training), run.step)
-            )
-            changes = unit_changes(temporary, base, run.model, run.parts, training)
+            self.save(temporary)
+            self.phases["save"] = meter.peak_bytes(self.device)
+            meter.reset_peak(self.device)
+            settle(self.run.model)  # what is scored is what will be shipped
+            valid, test = self.score()
+            self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(self.device))
             result = TrainResult(
-                input_sha256=plan_sha256,
-                versions=versions(),
-                plan=self.plan,
-                inputs=self.inputs,
-                files=written_files(temporary, "train.json"),
-                deviations=(*self.deviations, *above(self.here, self.phases, going_on=bool(self.resumed))),
-                steps=run.step,
-                trained_parameters=sum(p.numel() for _, p in run.chosen),
-                trained_tokens=run.tokens,
-                micro_batches=run.micro_batches,
-                padding=round(1 - run.tokens / run.padded_tokens, 4),
-                seconds=round(self.seconds, 2),
-                tokens_per_second=round(run.tokens / self.seconds, 1),
-                predicted_peak_bytes=promise(self.here, going_on=bool(self.resumed)),
-                predicted_expected_bytes=max(phase.expected_bytes for phase in self.here.phases),
-                measured_peak_bytes=max(self.phases.values()),
-                phase_peak_bytes=self.phases,
-                loss_curve=tuple(run.curve),
-                cut_rows=sum(sample.cut_tokens > 0 for sample in data.train),
-                base_valid=Metrics.model_validate(self.scores["base_valid"]),
-                valid=valid,
-                base_test=Metrics.model_validate(self.scores["base_test"]) if self.scores["base_test"] else None,
-                test=test,
-                scored_as=training.quantize_aware.name if training.quantize_aware else "",
-                units=tuple(
-                    UnitRecord(
-                        unit=unit,
-                        steps=steps.get(unit, 0),
-                        relative_change=changes.get(unit, 0.0),
-                    )
-                    for unit in units(run.model, run.parts)
-                ),
-                interval_peak_bytes=tuple(self.interval_peaks),
-                interval_optimizer_bytes=() if run.lisa is None else tuple(run.lisa.optimizer_bytes),
-                prefix_cache=str(self.prefix.cache.path.parent) if self.prefix else "",
-                prefix_seconds=self.prefix.seconds if self.prefix else 0.0,
-                skipped_steps=run.skipped_steps,
-                resumed_at=tuple(self.resumed),
-                rehearsal=rehearsal,
-            )
+                input_sha256=plan_sha256, versions=versions(), plan=self.plan, inputs=self.inputs,
+                files=written_files(temporary, "train.json"), valid=valid, test=test, rehearsal=rehearsal,
+                units=self.unit_records(temporary), **self.base_facts(), **self.step_facts(), **self.memory_facts(),
+            )  # fmt: skip
             result.write(temporary / "train.json")
         shutil.rmtree(self.work, ignore_errors=True)
         return result
+
+    def save(self, folder: Path) -> None:
+        """What was trained, as PEFT or transformers read it; of layers that took turns on disk, their files joined."""
+        run = self.run
+        if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
+            for unit in (*run.lisa.always, *run.lisa.active):
+                run.lisa.turns.keep(unit)
+            join_files(map(run.lisa.turns.file, run.lisa.visited()), folder / CHANGED)
+            return
+        kept = run.chosen if run.lisa is None else run.lisa.in_memory()
+        save_tuned(run.model, run.parts, self.training, kept, self.plan.job.model, folder)
+
+    def score(self) -> tuple[Metrics, Metrics | None]:
+        """Of the trained model, on validation data and, where there is any, on test data."""
+        run, data = self.run, self.data
+        score = scorer(run.model, run.parts, data, self.training, self.device, self.compute, self.progress, self.prefix)
+        valid = score("valid", data.valid[: self.training.eval_rows])
+        return valid, score("test", data.test) if data.test else None
+
+    def unit_records(self, folder: Path) -> tuple[UnitRecord, ...]:
+        """How often each part of the model trained, and how far what lies in `folder` moved it."""
+        run, base = self.run, Checkpoint(local_folder(self.plan.job.model))
+        steps = (
+            run.lisa.steps if run.lisa else dict.fromkeys(trained_units(run.model, run.parts, self.training), run.step)
+        )
+        changes = unit_changes(folder, base, run.model, run.parts, self.training)
+        return tuple(
+            UnitRecord(unit=unit, steps=steps.get(unit, 0), relative_change=changes.get(unit, 0.0))
+            for unit in units(run.model, run.parts)
+        )
+
+    def base_facts(self) -> dict[str, Any]:
+        """The fields of the result that say what the base did, and as what both were scored."""
+        test, rounding = self.scores["base_test"], self.training.quantize_aware
+        return {
+            "base_valid": Metrics.model_validate(self.scores["base_valid"]),
+            "base_test": Metrics.model_validate(test) if test else None,
+            "scored_as": rounding.name if rounding else "",
+        }
+
+    def step_facts(self) -> dict[str, Any]:
+        """The fields of the result that say how the steps went."""
+        run = self.run
+        return {
+            "steps": run.step,
+            "trained_parameters": sum(p.numel() for _, p in run.chosen),
+            "trained_tokens": run.tokens,
+            "micro_batches": run.micro_batches,
+            "padding": round(1 - run.tokens / run.padded_tokens, 4),
+            "seconds": round(self.seconds, 2),
+            "tokens_per_second": round(run.tokens / self.seconds, 1),
+            "loss_curve": tuple(run.curve),
+            "cut_rows": sum(sample.cut_tokens > 0 for sample in self.data.train),
+            "prefix_cache": str(self.prefix.cache.path.parent) if self.prefix else "",
+            "prefix_seconds": self.prefix.seconds if self.prefix else 0.0,
+            "skipped_steps": run.skipped_steps,
+            "resumed_at": tuple(self.resumed),
+        }
+
+    def memory_facts(self) -> dict[str, Any]:
+        """The fields of the result that say what the plan promised and what was taken."""
+        again, lisa = bool(self.resumed), self.run.lisa
+        return {
+            "deviations": (*self.deviations, *above(self.here, self.phases, going_on=again)),
+            "predicted_peak_bytes": promise(self.here, going_on=again),
+            "predicted_expected_bytes": max(phase.expected_bytes for phase in self.here.phases),
+            "measured_peak_bytes": max(self.phases.values()),
+            "phase_peak_bytes": self.phases,
+            "interval_peak_bytes": tuple(self.interval_peaks),
+            "interval_optimizer_bytes": () if lisa is None else tuple(lisa.optimizer_bytes),
+        }
 
 
 def scorer(
@@ -358,40 +378,3 @@ def scorer(
         return found
 
     return score
-
-
-def highest(*measured: dict[str, int]) -> dict[str, int]:
-    """Of each phase the highest bytes."""
-    return {name: max(some.get(name, 0) for some in measured) for name in dict.fromkeys(n for m in measured for n in m)}
-
-
-def promise(plan: Plan, *, going_on: bool) -> int:
-    """The most that a plan says of a run; `going_on`: from a checkpoint, whose reading main memory must hold."""
-    resuming = [phase.high_bytes for phase in plan.stages.phases if phase.name == "resume" and going_on]
-    return max([plan.peak_bytes, *(resuming if plan.training.device != "cuda" else [])])
-
-
-def above(plan: Plan, measured: dict[str, int], *, going_on: bool = False) -> list[Deviation]:
-    """A deviation where more memory was taken than the plan promised."""
-    phase, peak = max(measured.items(), key=lambda entry: entry[1])
-    most = promise(plan, going_on=going_on)
-    if peak <= most:
-        return []
-    planned, done = f"at most {show_bytes(most)}", f"{show_bytes(peak)} in phase {phase}"
-    return [Deviation(what=MORE_MEMORY, planned=planned, done=done)]
-
-
-def check_budget(plan: Plan, device: torch.device, *, going_on: bool = False) -> None:
-    """Raise DoesNotFit when this process can really have less than the plan's high estimate.
-
-    `going_on`: from a checkpoint, whose reading on a CPU is held to the same limit.
-    """
-    from edgeft.machines.limits import Limit, memory_limit
-
-    on_gpu = device.type == "cuda"  # of a MIG slice, mem_get_info gives the slice's
-    have = Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if on_gpu else memory_limit()
-    need = promise(plan, going_on=going_on)
-    if need > have.bytes:
-        hint = f"plan for what is there: edgeft plan --max-memory {have.bytes // 2**20}MiB ..."
-        problem = f"needs {show_bytes(need)}, this process can have {show_bytes(have.bytes)} ({have.reason})"
-        raise DoesNotFit("plan", problem, hint)

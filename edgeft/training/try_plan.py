@@ -25,8 +25,8 @@ from edgeft.planning.plan import Plan
 from edgeft.settings.job import Training
 from edgeft.training.out_of_memory import capped, explained
 from edgeft.training.prepare import choose_device, hold_to, make_pool, prepare, tf32
+from edgeft.training.promise import check_budget
 from edgeft.training.result import Trial
-from edgeft.training.train import check_budget
 from edgeft.units import show_bytes
 
 STEPS = 3  # the first has no optimizer states yet, the second is the highest, the third is timed

@@ -22,7 +22,9 @@ from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.settings.job import make_job
 from edgeft.training.out_of_memory import capped, command, explained, is_out_of_memory
-from edgeft.training.train import above, carried_out, check_budget, choose_device, promise, train
+from edgeft.training.prepare import carried_out, choose_device
+from edgeft.training.promise import above, check_budget, promise
+from edgeft.training.train import train
 
 CPU = torch.device("cpu")
 
