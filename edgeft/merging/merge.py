@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from edgeft.models.headers import blocks
 from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
 from edgeft.models.layer_shares import Shares, check_shares, layer_of
 from edgeft.models.metrics import Sweep
-from edgeft.models.spec import read_model_spec
+from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import Progress
 from edgeft.training.result import TrainResult
 
@@ -53,6 +54,70 @@ def blend(stored: torch.Tensor, tuned: Rows, wise_alpha: float) -> tuple[float, 
     return moved, total
 
 
+@dataclass
+class Blend:
+    """Every tensor of the base as it is between base and fine-tuned, and how far all of them moved together."""
+
+    change: Change
+    shares: dict[str, float]  # of the tensors that the fine-tune changed
+    untied: bool  # whether a tied head becomes a tensor of its own, since the fine-tune moved it alone
+    moved: float = 0.0  # sum of squares
+    total: float = 0.0
+
+    @classmethod
+    def open(cls, tuned: Path, base: Checkpoint, shares: Shares, *, tied: bool) -> Blend:
+        """Of a fine-tune and its base, to which an untied head is added."""
+        change = Change(tuned, base, tied=tied)
+        untied = change.untied is not None and bool(shares.rest)
+        if untied:
+            add_head(base, str(change.untied), str(change.embedding))
+        return cls(change, {n: shares.of(layer_of(n)) for n in change.steps.keys() & base.owner.keys()}, untied)
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self.shares.get(name):
+            moved, total = blend(tensor, self.change.open(name, tensor), self.shares[name])
+            self.moved, self.total = self.moved + moved, self.total + total
+        return tensor
+
+    @property
+    def relative_change(self) -> float:
+        """The length of all moves against that of the tensors that moved."""
+        return (self.moved / self.total) ** 0.5 if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What is merged: a folder of `edgeft train` with its result, or anybody's adapter or checkpoint."""
+
+    folder: Path
+    model: str  # the base's name
+    result: TrainResult | None
+    spec: ModelSpec
+
+    @classmethod
+    def read(cls, folder: Path, base: str | None) -> FineTune:
+        """Raises BadInput where a training result is no longer what it was, or nothing names the base."""
+        ours = (folder / "train.json").is_file() and base is None
+        result = TrainResult.read(folder / "train.json") if ours else None
+        if result is None:
+            model = base or base_of(folder)
+            return cls(folder, model, None, read_model_spec(str(local_folder(model))))
+        check_trained(folder, result)
+        return cls(folder, result.plan.job.model, result, result.plan.spec)
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self.result else foreign_notes(self.folder, self.model)
+
+    def merged(self, facts: dict[str, Any], out: Path, sweep: Sweep | None) -> Merged:
+        """What merged.json says: where the training result lies, or what somebody's folder was merged into."""
+        if self.result is None:
+            return MergedForeign(**facts, base=self.model, tuned=str(self.folder))
+        whole = self.folder.resolve()
+        place = Trained(relative=os.path.relpath(whole, out.resolve()), absolute=str(whole))
+        return MergedCheckpoint(**facts, train=self.result, trained=place, sweep=sweep)
+
+
 def merge(
     trained: Path,
     out: Path,
@@ -73,66 +138,43 @@ def merge(
     shares = wise_alpha if isinstance(wise_alpha, Shares) else Shares(rest=wise_alpha)
     started = time.monotonic()
     meter.control_malloc()
-    result = TrainResult.read(trained / "train.json") if (trained / "train.json").is_file() and base is None else None
-    model = result.plan.job.model if result else base or base_of(trained)
-    folder = local_folder(model)
-    if result is not None:
-        check_trained(trained, result)
+    tuned = FineTune.read(trained, base)
+    folder, spec = local_folder(tuned.model), tuned.spec
     source = Checkpoint(folder)
-    spec = result.plan.spec if result else read_model_spec(str(folder))
     check_shares(shares, spec.num_hidden_layers)
     disk.require(disk.merge_disk(spec, sum(file.path.stat().st_size for file in source.files)), out)
     meter.reset_peak(torch.device("cpu"))
-    change = Change(trained, source, tied=spec.tie_word_embeddings)
-    untied = change.untied if shares.rest else None
-    if untied is not None:
-        add_head(source, untied, str(change.embedding))
-    changes = {name: shares.of(layer_of(name)) for name in change.steps.keys() & source.owner.keys()}
-    predicted = meter.rss_bytes() + peak_above_baseline(source, change)
+    changed = Blend.open(trained, source, shares, tied=spec.tie_word_embeddings)
+    predicted = meter.rss_bytes() + peak_above_baseline(source, changed.change)
     stages.check_host("merge", predicted)
-    moved = total = 0.0
-
-    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal moved, total
-        if changes.get(name):
-            more = blend(tensor, change.open(name, tensor), changes[name])
-            moved, total = moved + more[0], total + more[1]
-        return tensor
-
-    notes = [] if result else foreign_notes(trained, model)
     with staging(out) as temporary:
         copy_side_files(folder, temporary)
-        notes += bring_text_files(trained, temporary)
-        if untied is not None:
+        notes = tuned.notes + bring_text_files(trained, temporary)
+        if changed.untied:
             untie_config(temporary)
         for _, done, count in write_checkpoint(source, temporary, changed):
             progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
-        facts: dict[str, Any] = {
-            "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if result else ""),
+        if not changed.moved and not shares.nothing:
+            notes.append("nothing was changed: the fine-tune is the base, bit for bit")
+        facts = {
+            "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if tuned.result else ""),
             "versions": versions(),
             "wise_alpha": shares.rest,
             "groups": shares.groups,
-            "kind": change.kind,
+            "kind": changed.change.kind,
             "dtype": spec.dtype,
-            "changed_tensors": len(change.steps.keys() & source.owner.keys()),
+            "changed_tensors": len(changed.shares),
             "tensors": len(source.owner),
-            "untied_head": untied is not None,
-            "relative_change": (moved / total) ** 0.5 if total else 0.0,
+            "untied_head": changed.untied,
+            "relative_change": changed.relative_change,
             "predicted_peak_bytes": predicted,
             "measured_peak_bytes": meter.peak_rss_bytes(),
             "seconds": round(time.monotonic() - started, 2),
             "inputs": model_inputs(folder, weights=True),
             "files": written_files(temporary, "merged.json"),
+            "notes": tuple(notes),
         }
-        if not moved and not shares.nothing:
-            notes.append("nothing was changed: the fine-tune is the base, bit for bit")
-        facts["notes"] = tuple(notes)
-        merged: Merged
-        if result is not None:
-            place = Trained(relative=os.path.relpath(trained.resolve(), out.resolve()), absolute=str(trained.resolve()))
-            merged = MergedCheckpoint(**facts, train=result, trained=place, sweep=sweep)
-        else:
-            merged = MergedForeign(**facts, base=model, tuned=str(trained))
+        merged = tuned.merged(facts, out, sweep)
         merged.write(temporary / "merged.json")
     return merged
 

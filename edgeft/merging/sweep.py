@@ -7,7 +7,7 @@ no merge and no export. What rounding does is `rounding.round_model`, which give
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,61 +69,20 @@ def sweep(
     started = time.monotonic()
     result = TrainResult.read(trained / "train.json")
     layers = result.plan.spec.num_hidden_layers
-    check_shares(Shares(rest=wise_alpha), layers)
-    if not 1 <= groups <= layers:
-        raise BadInput("--groups", f"must be from 1 to the model's {layers} layers, got {groups}")
-    if groups > 1 and select == "fixed":
-        raise BadInput("--groups", "is a search, under --select fixed nothing is searched", "give --wise-alpha 0-3=0.5")
+    _check_shares(select, groups, wise_alpha, layers)
     check_trained(trained, result)
     data = Data.read(result.plan)
-    rows = data.valid[:ROWS]
-    texts = general_samples(general, data.tokenizer, ROWS) if general else []
-    folder = local_folder(result.plan.job.model)
-    line = Line(trained, folder, tied=result.plan.spec.tie_word_embeddings)
-    points: dict[str, SweepPoint] = {}
-    total = GOLDEN_STEPS + 3 if golden else len({*GRID, wise_alpha})
-    total += GROUP_ROUNDS * groups * (groups + 1) if groups > 1 else 0
-
-    def measure(shares: Shares) -> SweepPoint:
-        share = str(shares)
-        if share not in points:
-            progress("sweep", min(len(points), total), total, {})
-            line.move_to(shares)
-            scores = [_score(line.model, rows, data.tokenizer, data.held_to), _score(line.model, texts, data.tokenizer)]
-            rounded: list[Metrics | None] = [None, None]
-            if round_model(line.model, target):
-                rounded = [
-                    _score(line.model, rows, data.tokenizer, data.held_to), _score(line.model, texts, data.tokenizer)
-                ]  # fmt: skip
-            assert scores[0] is not None  # a job without validation rows holds some out
-            points[share] = SweepPoint(
-                wise_alpha=shares.rest, groups=shares.groups, task=scores[0], general=scores[1],
-                rounded_task=rounded[0], rounded_general=rounded[1],
-            )  # fmt: skip
-        return points[share]
-
-    base = measure(Shares(rest=0.0))
-    whole = measure(Shares(rest=1.0))
-    measure(Shares(rest=wise_alpha))
-    bound = max_general_increase_nats
-    if bound is None:
-        bound = max(0.0, GENERAL_SHARE * general_increase(whole, base))
-    if golden:
-
-        def loss(share: float) -> float:
-            point = measure(Shares(rest=share))
-            allowed = select != "bounded" or general_increase(point, base) <= bound
-            return point.shipped[0].loss if allowed else float("inf")
-
-        golden_section(loss, GOLDEN_STEPS)
-    else:
-        for share in GRID:
-            measure(Shares(rest=share))
+    curve = Curve(trained, result, target, data, general, progress)
+    alone = GOLDEN_STEPS + 3 if golden else len({*GRID, wise_alpha})
+    curve.total = alone + (GROUP_ROUNDS * groups * (groups + 1) if groups > 1 else 0)
+    bound = search_one_share(curve, select, wise_alpha, max_general_increase_nats, golden=golden)
     if groups > 1:
-        search_groups(layers, groups, line, points, measure, select, bound)
-    progress("sweep", total, total, {})
-    curve = tuple(sorted(points.values(), key=lambda point: (len(point.groups), point.wise_alpha, str(point.shares))))
-    chosen, why = choose_point(curve, select, bound) if select != "fixed" else (points[f"{wise_alpha:g}"], "as given")
+        search_groups(layers, groups, curve, select, bound)
+    progress("sweep", curve.total, curve.total, {})
+    points = curve.sorted()
+    chosen, why = (
+        choose_point(points, select, bound) if select != "fixed" else (curve.points[f"{wise_alpha:g}"], "as given")
+    )
     return Sweep(
         request_sha256=request_sha256,
         select=select,
@@ -131,13 +90,60 @@ def sweep(
         groups=chosen.groups,
         why=why,
         target=target.name,
-        task_rows=f"{len(rows)} validation rows",
-        general_rows=f"{len(texts)} rows of {general}" if general else None,
+        task_rows=f"{len(curve.rows)} validation rows",
+        general_rows=f"{len(curve.texts)} rows of {general}" if general else None,
         max_general_increase_nats=bound,
-        points=tuple(point.bare for point in curve),
-        pareto=pareto([point for point in curve if not point.groups]),
+        points=tuple(point.bare for point in points),
+        pareto=pareto([point for point in points if not point.groups]),
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def _check_shares(select: Select, groups: int, wise_alpha: float, layers: int) -> None:
+    """Raise BadInput for shares that the model's layers do not allow."""
+    check_shares(Shares(rest=wise_alpha), layers)
+    if not 1 <= groups <= layers:
+        raise BadInput("--groups", f"must be from 1 to the model's {layers} layers, got {groups}")
+    if groups > 1 and select == "fixed":
+        raise BadInput("--groups", "is a search, under --select fixed nothing is searched", "give --wise-alpha 0-3=0.5")
+
+
+class Curve:
+    """The points that were measured so far, each once, and what measures one more."""
+
+    def __init__(
+        self, trained: Path, result: TrainResult, target: Target, data: Data, general: str | None, progress: Progress
+    ) -> None:
+        self.target, self.data, self.progress = target, data, progress
+        self.rows = data.valid[:ROWS]
+        self.texts = general_samples(general, data.tokenizer, ROWS) if general else []
+        folder = local_folder(result.plan.job.model)
+        self.line = Line(trained, folder, tied=result.plan.spec.tie_word_embeddings)
+        self.points: dict[str, SweepPoint] = {}
+        self.total = 0  # points that the sweep may come to
+
+    def at(self, shares: Shares) -> SweepPoint:
+        """The scores at these shares, in fp32 and as the target rounds."""
+        name = str(shares)
+        if name not in self.points:
+            self.progress("sweep", min(len(self.points), self.total), self.total, {})
+            self.line.move_to(shares)
+            task, general = self._scores()
+            rounded = self._scores() if round_model(self.line.model, self.target) else (None, None)
+            assert task is not None  # a job without validation rows holds some out
+            self.points[name] = SweepPoint(
+                wise_alpha=shares.rest, groups=shares.groups, task=task, general=general,
+                rounded_task=rounded[0], rounded_general=rounded[1],
+            )  # fmt: skip
+        return self.points[name]
+
+    def _scores(self) -> tuple[Metrics | None, Metrics | None]:
+        tokenizer, model = self.data.tokenizer, self.line.model
+        return _score(model, self.rows, tokenizer, self.data.held_to), _score(model, self.texts, tokenizer)
+
+    def sorted(self) -> tuple[SweepPoint, ...]:
+        """One share for all layers before groups of them, each from base to fine-tune."""
+        return tuple(sorted(self.points.values(), key=lambda p: (len(p.groups), p.wise_alpha, str(p.shares))))
 
 
 class Line:
@@ -241,25 +247,44 @@ def as_exact_as_the_best(scored: Sequence[SweepPoint], base: SweepPoint) -> list
     ]
 
 
-def search_groups(
-    layers: int, count: int, line: Line, points: Mapping[str, SweepPoint], measure: Callable[[Shares], SweepPoint],
-    select: Select, max_general_increase_nats: float,
-) -> None:  # fmt: skip
+def search_one_share(
+    curve: Curve, select: Select, wise_alpha: float, max_general_increase_nats: float | None, *, golden: bool
+) -> float:
+    """Measure base, fine-tune, `wise_alpha` and what lies between; the nats that `bounded` allows general text."""
+    base, whole = (curve.at(Shares(rest=share)) for share in (0.0, 1.0))
+    curve.at(Shares(rest=wise_alpha))
+    half = max(0.0, GENERAL_SHARE * general_increase(whole, base))
+    bound = half if max_general_increase_nats is None else max_general_increase_nats
+
+    def loss(share: float) -> float:
+        point = curve.at(Shares(rest=share))
+        allowed = select != "bounded" or general_increase(point, base) <= bound
+        return task_loss(point) if allowed else float("inf")
+
+    if golden:
+        golden_section(loss, GOLDEN_STEPS)
+    else:
+        for share in GRID:
+            curve.at(Shares(rest=share))
+    return bound
+
+
+def search_groups(layers: int, count: int, curve: Curve, select: Select, max_general_increase_nats: float) -> None:
     """Measure shares for `count` groups of layers, from the best share for all, as long as a round finds better ones.
 
     A round tries each group higher and lower, and each pair with one higher and the other lower: under a bound the best
     share for all lies at its edge, where no group alone can rise. What is outside of the layers (embedding, head) is a
     group too where the fine-tune changed it.
     """
-    best = choose_point(list(points.values()), select, max_general_increase_nats)[0]
-    outside = any(layer_of(name) is None for name in line.change.steps)
+    best = choose_point(list(curve.points.values()), select, max_general_increase_nats)[0]
+    outside = any(layer_of(name) is None for name in curve.line.change.steps)
     for _ in range(GROUP_ROUNDS):
         given = [group.wise_alpha for group in best.groups] or [best.wise_alpha] * count
         shares = [*given, best.wise_alpha]
         places = range(count + outside)
         for move in group_moves(shares, places):
-            measure(equal_groups(layers, count, move[:-1], move[-1]))
-        following = choose_point(list(points.values()), select, max_general_increase_nats)[0]
+            curve.at(equal_groups(layers, count, move[:-1], move[-1]))
+        following = choose_point(list(curve.points.values()), select, max_general_increase_nats)[0]
         if following == best:
             break
         best = following
