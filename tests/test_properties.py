@@ -18,8 +18,9 @@ from edgeft.memory.timing import count, mean_work, seconds_per_step
 from edgeft.memory.train_step import Workload
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.candidates import candidates
+from edgeft.planning.choice import best_that_fits
 from edgeft.planning.costs import Question
-from edgeft.planning.plan import best_that_fits, make_plan
+from edgeft.planning.plan import make_plan
 from edgeft.settings.job import Training, make_job
 from edgeft.units import GIB, MIB
 

@@ -127,11 +127,12 @@ def make(
     with saving(folder), staging(folder) as temporary:
         with open(temporary / STATES, "wb") as file:
             for group in by_length(rows, group_tokens):
-                for sample, state in zip(group, outputs(group).cpu(), strict=True):
+                states = outputs(group).cpu()
+                if not size:
+                    size = tokens * states.shape[-1] * states.element_size()
+                    reserve(file.fileno(), size)
+                for sample, state in zip(group, states, strict=True):
                     data = state[: len(sample)].contiguous().view(torch.uint8).view(-1).numpy()
-                    if not size:
-                        size = tokens * state.shape[-1] * state.element_size()
-                        reserve(file.fileno(), size)
                     os.pwrite(file.fileno(), data, starts[id(sample)] * (size // tokens))
                 done += len(group)
                 progress(done, len(rows))

@@ -7,7 +7,7 @@ in the deep model than in the shallow.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,6 +116,79 @@ def _blocks(
     return blocks
 
 
+Terms = list[tuple[int, int, int]]  # as in Sum
+
+
+@dataclass(frozen=True)
+class _Traces:
+    """The blocks of every shallow model: the first is the base, each further one has one unit more of one region."""
+
+    regions: Sequence[Region]
+    units: Sequence[int]  # of each region in the base
+    stretched: Sequence[int]  # the region that each further model has one unit more of
+    blocks: Sequence[dict[_Key, range]]
+
+    @property
+    def base(self) -> dict[_Key, range]:
+        return self.blocks[0]
+
+    def alike(self) -> bool:
+        """Whether all models have the same operations, layer for layer."""
+        for own, blocks in enumerate(self.blocks):
+            more = {key for key in blocks if own and key.spot and key.spot[:2] == (self.stretched[own - 1], KEPT)}
+            twin = {key: key._replace(spot=(key.spot[0], KEPT - 1, key.spot[2])) for key in more if key.spot}
+            if blocks.keys() - more != self.base.keys() or not self.base.keys() >= set(twin.values()):
+                return False
+            if any(len(events) != len(self.base[twin.get(key, key)]) for key, events in blocks.items()):
+                return False
+        return True
+
+    def across(self, key: _Key, own: int | None) -> Terms:
+        """The sum for a block; how deep region `own` is, is left to the caller."""
+        terms = [(0, self.base[key].start, 1)]
+        for trace, region in enumerate(self.stretched, 1):
+            if region != own:
+                more = self.regions[region].units - self.units[region]
+                terms += [(trace, self.blocks[trace][key].start, more), (0, self.base[key].start, -more)]
+        return terms
+
+    def of_unit(self, key: _Key, unit: int) -> Terms:
+        """The sum for a block of one unit of a stretched region; `key` is the block's in the base."""
+        assert key.spot is not None
+        region, near, offset = key.spot
+        own, more = self.stretched.index(region) + 1, self.regions[region].units - KEPT
+        last = near == KEPT - 1
+        deeper = self.blocks[own][key._replace(spot=(region, KEPT if last else near, offset))].start
+        terms = [*self.across(key, region), (0, self.base[key].start, -more), (own, deeper, more)]
+        if near == 1:  # a middle unit: unit - 1 further along than the first of them
+            beside = self.blocks[own][key._replace(spot=(region, 2, offset))].start
+            terms += [(own, beside, unit - 1), (own, deeper, 1 - unit)]
+        return terms
+
+    def once(self, key: _Key) -> Stretch:
+        """A block that the deep model has once, as the base has it."""
+        layer = None
+        if key.spot is not None:
+            region = self.regions[key.spot[0]]
+            layer = region.first + key.spot[1] * region.period + key.spot[2]
+        return self._stretch(key, layer, self.across(key, None))
+
+    def repeated(self, first: _Key) -> Iterator[tuple[_Key, Stretch]]:
+        """All blocks of a stretched region in the deep model's order, each with the base's that it is like."""
+        assert first.spot is not None
+        region = self.regions[first.spot[0]]
+        step = -1 if first.spot[1] > 0 else 1  # the backward pass meets the last layer first
+        for unit in range(region.units)[::step]:
+            near = 0 if unit == 0 else KEPT - 1 if unit == region.units - 1 else 1
+            for offset in range(region.period)[::step]:
+                key = first._replace(spot=(first.spot[0], near, offset))
+                layer = region.first + unit * region.period + offset
+                yield key, self._stretch(key, layer, self.of_unit(key, unit))
+
+    def _stretch(self, key: _Key, layer: int | None, terms: Terms) -> Stretch:
+        return Stretch(layer, self.base[key].start, len(self.base[key]), tuple(terms))
+
+
 def deepen(
     regions: Sequence[Region], models: Sequence[Sequence[int]], traces: Sequence[Sequence[Place]],
     live: Sequence[Sequence[int]],
@@ -124,62 +197,22 @@ def deepen(
 
     None where the traces do not have the same operations, layer for layer: then only the deep model itself tells.
     """
-    base = models[0]
-    stretched = [next(r for r, count in enumerate(units) if count > base[r]) for units in models[1:]]
-    found = [_blocks(regions, *args) for args in zip(models, traces, live, strict=True)]
-    for own, blocks in enumerate(found):
-        more = {key for key in blocks if own and key.spot and key.spot[:2] == (stretched[own - 1], KEPT)}
-        twin = {key: key._replace(spot=(key.spot[0], KEPT - 1, key.spot[2])) for key in more if key.spot}
-        if blocks.keys() - more != found[0].keys() or not found[0].keys() >= set(twin.values()):
-            return None
-        if any(len(events) != len(found[0][twin.get(key, key)]) for key, events in blocks.items()):
-            return None
-
-    def across(key: _Key, own: int | None) -> list[tuple[int, int, int]]:
-        """The sum for a block; how deep region `own` is, is left to the caller."""
-        terms = [(0, found[0][key].start, 1)]
-        for trace, region in enumerate(stretched, 1):
-            if region != own:
-                more = regions[region].units - base[region]
-                terms += [(trace, found[trace][key].start, more), (0, found[0][key].start, -more)]
-        return terms
-
-    def of_unit(key: _Key, unit: int) -> list[tuple[int, int, int]]:
-        """The sum for a block of one unit of a stretched region; `key` is the block's in the base."""
-        assert key.spot is not None
-        region, near, offset = key.spot
-        own, more = stretched.index(region) + 1, regions[region].units - KEPT
-        last = near == KEPT - 1
-        deeper = found[own][key._replace(spot=(region, KEPT if last else near, offset))].start
-        terms = [*across(key, region), (0, found[0][key].start, -more), (own, deeper, more)]
-        if near == 1:  # a middle unit: unit - 1 further along than the first of them
-            beside = found[own][key._replace(spot=(region, 2, offset))].start
-            terms += [(own, beside, unit - 1), (own, deeper, 1 - unit)]
-        return terms
-
-    def stretch(key: _Key, layer: int | None, terms: list[tuple[int, int, int]]) -> Stretch:
-        return Stretch(layer, found[0][key].start, len(found[0][key]), tuple(terms))
-
+    stretched = [next(r for r, count in enumerate(units) if count > models[0][r]) for units in models[1:]]
+    blocks = [_blocks(regions, *args) for args in zip(models, traces, live, strict=True)]
+    found = _Traces(regions, models[0], stretched, blocks)
+    if not found.alike():
+        return None
     result: list[Stretch] = []
     done: set[_Key] = set()
-    for key in found[0]:
+    for key in found.base:
         if key in done:
             continue
         if key.spot is None or key.spot[0] not in stretched:
-            layer = None
-            if key.spot is not None:
-                region = regions[key.spot[0]]
-                layer = region.first + key.spot[1] * region.period + key.spot[2]
-            result.append(stretch(key, layer, across(key, None)))
+            result.append(found.once(key))
             continue
-        region = regions[key.spot[0]]
-        step = -1 if key.spot[1] > 0 else 1  # the backward pass meets the last layer first
-        for unit in range(region.units)[::step]:
-            near = 0 if unit == 0 else KEPT - 1 if unit == region.units - 1 else 1
-            for offset in range(region.period)[::step]:
-                here = key._replace(spot=(key.spot[0], near, offset))
-                done.add(here)
-                result.append(stretch(here, region.first + unit * region.period + offset, of_unit(here, unit)))
+        for like, stretch in found.repeated(key):
+            done.add(like)
+            result.append(stretch)
     return result
 
 

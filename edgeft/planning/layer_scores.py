@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pydantic
@@ -94,21 +95,12 @@ def _digest(plan: Plan, job: Job) -> str:
 def _measure(plan: Plan, job: Job, progress: Progress) -> Importance:
     """Score in a process of its own, which ends when this one is interrupted. Raises what was raised there."""
     code = "import sys; from edgeft.training.importance import main; main(*sys.argv[1:])"
-    found: Importance | None = None
     with tempfile.TemporaryDirectory(prefix="edgeft-") as folder, open(Path(folder) / "log", "w+") as log:
         plan.write(Path(folder) / "plan.json")
         command = processes.command(code, f"{folder}/plan.json", job.layer_score)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             try:
-                for line in child.stdout or ():
-                    kind, value = json.loads(line)
-                    if kind == "progress":
-                        progress(*value)
-                    elif kind == "error":
-                        name, *parts = value
-                        raise getattr(errors, name)(*parts)
-                    else:
-                        found = Importance.model_validate(value)
+                found = _listen(child.stdout or (), progress)
             except BaseException:
                 child.terminate()
                 raise
@@ -116,4 +108,19 @@ def _measure(plan: Plan, job: Job, progress: Progress) -> Importance:
             log.seek(0)
             reason = processes.reason(child.returncode, log.read())
             raise EdgeftError("layer_score", f"scoring by {job.layer_score} stopped: {reason}", "try another score")
+    return found
+
+
+def _listen(lines: Iterable[str], progress: Progress) -> Importance | None:
+    """What a scoring process says, line by line, until it ends; None when it ended without a result."""
+    found: Importance | None = None
+    for line in lines:
+        kind, value = json.loads(line)
+        if kind == "progress":
+            progress(*value)
+        elif kind == "error":
+            name, *parts = value
+            raise getattr(errors, name)(*parts)
+        else:
+            found = Importance.model_validate(value)
     return found

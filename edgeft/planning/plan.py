@@ -1,7 +1,7 @@
-"""Which way of training fits the budget and loses least? The only place that chooses; no torch is imported here.
+"""How will a job run, what does that take, and what else was considered? No torch is imported here.
 
 Candidates are compared by expected quality, then by time (`costs.py` has the evidence for the order), and the first one
-inside the budget and the time limit is taken.
+inside the budget and the time limit is taken (`choice.py`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from edgeft.planning.alternatives import (
     savings,
     unused_budget,
 )  # fmt: skip
-from edgeft.planning.answers import read_held
+from edgeft.planning.answers import Held, read_held
 from edgeft.planning.candidates import candidates, check_job, needs_importance, training_notes
+from edgeft.planning.choice import best_that_fits, choose
 from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
@@ -56,7 +57,6 @@ DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
 # back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
 DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
-SIMULATIONS = 8  # of a family that is planned by simulation, at most
 Scored = tuple[tuple[Size, ...], ...]
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
         "loss_chunk_tokens", "optimizer", "malloc", "prefix_cache")  # fmt: skip
@@ -135,6 +135,18 @@ def samples_bytes(files: Sequence[Lengths], vocabulary: int) -> int:
     return DATA_BYTES + BYTES_PER_ENTRY * vocabulary + rows
 
 
+class _Asked(NamedTuple):
+    """What is planned: all that a job names has been read, and every candidate is there, best first."""
+
+    question: Question
+    looked_at: list[Training]
+    steps: int
+    rows_tokens: int  # of all rows that are trained on or scored
+    held: Held
+    importance: Importance | None
+    notes: list[str]
+
+
 @_without_collections()
 def make_plan(
     job: Job, importance: Importance | None = None, *, spec: ModelSpec | None = None, profile: Profile | None = None
@@ -144,18 +156,60 @@ def make_plan(
     Where the choice of layers reads data, `importance` is what `edgeft.planning.layer_scores.score_layers(job)` gives.
     `spec` and `profile` are what the job's names stand for, where the caller has read them already.
     """
+    asked = _ask(job, importance, spec, profile)
+    question, looked_at, spec = asked.question, asked.looked_at, asked.question.spec
+    training, said = choose(question, looked_at)
+    if training is None:
+        raise does_not_fit(question, looked_at, _unpinned(asked))
+    best, key = looked_at[0], question.key(training)
+    better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
+    notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
+    notes += prefix_notes(question, training, asked.rows_tokens)
+    notes += length_hints(question, training) + unused_budget(question, best, training, better)
+    stages, stage_notes = plan_stages(question, training)
+    return Plan(
+        request_sha256=request_digest(job, cached_folder(job.model)),
+        inputs=plan_inputs(job, cached_folder(job.model)),
+        versions=versions(),
+        job=job,
+        profile=question.profile,
+        spec=spec,
+        lengths=question.lengths,
+        labels=asked.held.labels,
+        grammar=asked.held.grammar,
+        training=training,
+        budget_bytes=question.budget_bytes,
+        peak_bytes=question.high_bytes(training),
+        phases=question.phases(training),
+        stages=stages,
+        seconds_per_step=round(question.seconds(training), 4),
+        seconds=round(question.all_seconds(training), 1),
+        prefix_seconds=round(question.prefix_seconds(training), 1),
+        scoring=question.scoring(training),
+        scoring_seconds=round(question.scoring_seconds(training), 1),
+        notes=(*notes, *stage_notes),
+        gave_up=tuple(gave_up(question, best, training)) if better else (),
+        looked_at=len(looked_at),
+        frontier=frontier(question, training, looked_at),
+        alternatives=alternatives(question, training, looked_at),
+        savings=savings(question, training),
+        work=question.work,
+        importance=_with_choice(asked.importance, training, spec) if asked.importance else None,
+    )
+
+
+def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profile: Profile | None) -> _Asked:
+    """Read what a job names, check it, and list every candidate. Raises BadInput."""
     profile = profile or detect(load_profile(job.profile))
     if "train" not in profile.roles:
         hint = "plan on a training machine; the device is named at export: --device " + profile.name
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
-    folder = Path(job.model) if Path(job.model).is_dir() else None
-    read = _read_data(job, folder)
+    read = _read_data(job, Path(job.model) if Path(job.model).is_dir() else None)
+    files = read.files if read else {}
     lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)
-    held = read_held(job, read.files if read else {}, read.tokenizer if read else None)
-    notes += held.notes
+    held = read_held(job, files, read.tokenizer if read else None)
     length, length_note = _max_length(job, spec, lengths)
-    notes += length_note
     budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
     steps = _steps(job, lengths)
     work = train_step.Workload(length, min(length, lengths.longest_trained if lengths else length))
@@ -163,99 +217,12 @@ def make_plan(
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
     question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, held.labels)
-    rows_tokens = tokens_kept(job, read.files if read else {}, length)
+    rows_tokens = tokens_kept(job, files, length)
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores, rows_tokens), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
-    training, said = (
-        (best_that_fits(question, looked_at), []) if train_step.known(spec) else settle(question, looked_at)
-    )
-    notes += said
-    if training is None:
-        raise does_not_fit(question, looked_at, _unpinned(question, steps, scores, rows_tokens))
-    key = question.key(training)
-    better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
-    per_step = question.seconds(training)
-    notes += training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
-    notes += prefix_notes(question, training, rows_tokens)
-    notes += length_hints(question, training) + unused_budget(question, looked_at[0], training, better)
-    stages, stage_notes = plan_stages(question, training)
-    return Plan(
-        request_sha256=request_digest(job, cached_folder(job.model)),
-        inputs=plan_inputs(job, cached_folder(job.model)),
-        versions=versions(),
-        job=job,
-        profile=profile,
-        spec=spec,
-        lengths=lengths,
-        labels=held.labels,
-        grammar=held.grammar,
-        training=training,
-        budget_bytes=budget,
-        peak_bytes=question.high_bytes(training),
-        phases=question.phases(training),
-        stages=stages,
-        seconds_per_step=round(per_step, 4),
-        seconds=round(question.all_seconds(training), 1),
-        prefix_seconds=round(question.prefix_seconds(training), 1),
-        scoring=question.scoring(training),
-        scoring_seconds=round(question.scoring_seconds(training), 1),
-        notes=(*notes, *stage_notes),
-        gave_up=tuple(gave_up(question, looked_at[0], training)) if better else (),
-        looked_at=len(looked_at),
-        frontier=frontier(question, training, looked_at),
-        alternatives=alternatives(question, training, looked_at),
-        savings=savings(question, training),
-        work=work,
-        importance=_with_choice(importance, training, spec) if importance else None,
-    )
-
-
-def settle(question: Question, looked_at: Sequence[Training]) -> tuple[Training | None, list[str]]:
-    """The best way that fits by simulation, which corrects the closed form of the ways like it; and notes.
-
-    Raises BadInput for a job with data where the model cannot be simulated: its memory would be a guess.
-    """
-    try:
-        for _ in range(SIMULATIONS):
-            training = best_that_fits(question, looked_at)
-            if training is None or training in question.simulated:
-                return training, [f"{question.spec.model_type}: planned by simulation"]
-            question.simulate(training)
-    except BadInput as problem:
-        if question.job.data is not None:
-            raise
-        note = (
-            f"{question.spec.model_type}: not simulated, memory is that of a Llama of these widths: {problem.problem}"
-        )
-        return best_that_fits(question, looked_at), [note]
-    fitting = [one for one in question.simulated if question.high_bytes(one) <= question.budget_bytes]
-    return min(fitting, key=question.key, default=None), [f"{question.spec.model_type}: planned by simulation"]
-
-
-def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Training | None:
-    """The best way inside the budget and the time limit; where activations are recomputed, in as few layers as fit.
-
-    Which of `looked_at` that is follows only once their layers are counted: each is taken up in the order of what it
-    would be at its best, until none can be better than what was found.
-    """
-    found, best = None, (float("inf"), float("inf"))
-    for hope, training in sorted(((question.hope(t), t) for t in looked_at), key=lambda pair: pair[0]):
-        if hope >= best:
-            break
-        if question.high_bytes(training) > question.budget_bytes:
-            continue
-        most = question.most_kept(training)
-        while most > training.kept_layers:  # memory grows with the number of layers kept
-            middle = (training.kept_layers + most + 1) // 2
-            way = training.model_copy(update={"kept_layers": middle})
-            if question.high_bytes(way) <= question.budget_bytes:
-                training = way
-            else:
-                most = middle - 1
-        if not question.too_slow(training) and question.key(training) < best:
-            found, best = training, question.key(training)
-    return found
+    notes = [*notes, *held.notes, *length_note]
+    return _Asked(question, looked_at, steps, rows_tokens, held, importance, notes)
 
 
 def _importance_of(job: Job, spec: ModelSpec, given: Importance | None) -> Importance | None:
@@ -360,14 +327,16 @@ def _steps(job: Job, lengths: Lengths | None) -> int:
     return min(steps, job.max_steps or steps)
 
 
-def _unpinned(question: Question, steps: int, scores: Sequence[float] | None, rows_tokens: int) -> str | None:
+def _unpinned(asked: _Asked) -> str | None:
     """The setting that, given back to the planner, makes the job fit; None when none does."""
+    question, scores = asked.question, asked.importance.scores if asked.importance else None
 
     def fits(**changes: object) -> bool:
         other = replace(question, job=question.job.model_copy(update=changes), keys={}, heights={}, counts={})
         try:
             check_job(other.job, other.spec)
-            found = candidates(other.job, other.profile, other.spec, other.work, steps, scores, rows_tokens)
+            found = candidates(other.job, other.profile, other.spec, other.work, asked.steps, scores,
+                               asked.rows_tokens)  # fmt: skip
             return best_that_fits(other, list(found)) is not None
         except BadInput:
             return False

@@ -181,15 +181,20 @@ def _untie(model: Any) -> str:
     looked_up = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
     for node in list(model.graph.node):
         if node.op_type == "Transpose" and node.input[0] in tables and node.input[0] in looked_up:
-            for reader in model.graph.node:
-                for place, name in enumerate(reader.input):
-                    if name == node.output[0]:
-                        reader.input[place] = HEAD
+            _read_instead(model, node.output[0], HEAD)
             head = numpy_helper.to_array(tables[node.input[0]]).T
             model.graph.initializer.append(numpy_helper.from_array(numpy.ascontiguousarray(head), HEAD))
             model.graph.node.remove(node)
             return str(node.input[0])
     return ""
+
+
+def _read_instead(model: Any, old: str, new: str) -> None:
+    """Let every operation that reads one tensor read another one."""
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == old:
+                node.input[place] = new
 
 
 def _look_up_in_head(model: Any, table: str) -> None:
