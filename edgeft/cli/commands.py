@@ -238,8 +238,7 @@ def export(
         from edgeft.exporting.encoder import is_encoder
 
         if is_encoder(merged):
-            folder = out or merged.resolve().with_name(f"{merged.resolve().name}-bundle")
-            _export_encoder(merged, target or "onnx-portable-fp32", folder, texts, device, as_json)
+            _export_encoder(merged, target or "onnx-portable-fp32", out, texts, device, as_json)
             return
     need(merged / "merged.json", "edgeft merge TRAIN")
     if auto_promote:
@@ -248,8 +247,7 @@ def export(
         if repair == "auto" or size_budget is not None or calibration is not None:
             hint = "name one target, or leave --repair, --size-budget and --calibration out"
             raise BadInput(f"--target {ALL_THAT_FIT}", "builds every target as it is", hint)
-        device = device or deploying.planned_job(merged).get("device")
-        _export_all(merged, out or merged.parent / "bundles", device, trained, as_json)
+        _export_all(merged, out, device, trained, as_json)
         return
     with Reporter(stderr) as progress:
         bundle = deploying.export(
@@ -260,13 +258,14 @@ def export(
 
 
 def _export_encoder(
-    folder: Path, target: str, out: Path, texts: Path | None, device: str | None, as_json: bool
+    folder: Path, target: str, out: Path | None, texts: Path | None, device: str | None, as_json: bool
 ) -> None:
     from edgeft.exporting.encoder import export_encoder, read_texts
     from edgeft.targets.target import load_target
 
     if texts is None:
         raise BadInput("--texts", "is missing: an encoder is proven on real texts", "--texts FILE, a text on each line")
+    out = out or folder.resolve().with_name(f"{folder.resolve().name}-bundle")
     current.replaceable(out, "bundle.json")
     made = export_encoder(folder, load_target(target), out, texts=read_texts(texts), device=device)
     proof = made.encoder_proof
@@ -314,13 +313,14 @@ def adapters(
     show(as_json, bundle, adapters_text(bundle, measurement_of(folder)))
 
 
-def _export_all(merged: Path, out: Path, device: str | None, trained: Path | None, as_json: bool) -> None:
+def _export_all(merged: Path, out: Path | None, device: str | None, trained: Path | None, as_json: bool) -> None:
     from edgeft.exporting.choose_target import COMPARISON, compare_targets
     from edgeft.exporting.export import export as run
     from edgeft.merging.merge import verify_merged
     from edgeft.planning.stage_checks import target_device
     from edgeft.reporting.bundle_tables import comparison_text
 
+    out, device = out or merged.parent / "bundles", device or deploying.planned_job(merged).get("device")
     target_device(device)  # what is wrong for every target is said once
     verify_merged(merged, trained)
     current.replaceable(out, COMPARISON)

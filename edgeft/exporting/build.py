@@ -42,7 +42,7 @@ from edgeft.machines import meter
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.targets.footprint import LimitedBy, choose_context, predict
+from edgeft.targets.footprint import LimitedBy, Predicted, choose_context, predict
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import RUNNER
 from edgeft.targets.runtimes import runtime_of
@@ -103,8 +103,7 @@ def build_bundle(
     start = time.perf_counter()
     _check_target(target, adapted=bool(adapters), coded=codes is not None)
     spec, tokenizer = read_model_spec(str(merged)), TextTokenizer(merged)
-    if prompt_format == "chat" and tokenizer.template_text is None:
-        raise BadInput(merged, "there is no chat template", "export with prompt_format 'plain'")
+    _check_template(merged, tokenizer, prompt_format)
     device = device_memory_bytes, device_bandwidth_bytes_per_second
     failed = failed_path(out.resolve()) if keep_failed else None
     with staging(out) as folder:
@@ -123,8 +122,7 @@ def build_bundle(
             context_limited_by=filled.limited_by, golden_logit_tolerance=target.golden_logit_tolerance,
             environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
-            answers=answers,
-            provenance=provenance or {}, promotion=promotion, repair=repair,
+            answers=answers, provenance=provenance or {}, promotion=promotion, repair=repair,
             predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
@@ -136,12 +134,20 @@ def build_bundle(
     _forget(measurement_path(out.resolve()), failed)
     if measured is not None:
         here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens)
-        Measurement(
-            input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=dict(rows or {}),
-            predicted_here_bytes=here.memory_bytes, predicted_peak_bytes=predicted_peak_bytes, measured_peak_bytes=peak,
-            seconds=time.perf_counter() - start,
-        ).write(measurement_path(out.resolve()))  # fmt: skip
+        _write_measurement(out, measured, here, rows or {}, predicted_peak_bytes, peak, time.perf_counter() - start)
     return Bundle.read(out / MANIFEST)
+
+
+def _write_measurement(
+    out: Path, measured: Measured, here: Predicted, rows: Mapping[str, Metrics], predicted_peak_bytes: int | None,
+    measured_peak_bytes: int | None, seconds: float,
+) -> None:  # fmt: skip
+    """Beside a bundle: what running it took here, what that was to take, and what its export took."""
+    Measurement(
+        input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=dict(rows),
+        predicted_here_bytes=here.memory_bytes, predicted_peak_bytes=predicted_peak_bytes,
+        measured_peak_bytes=measured_peak_bytes, seconds=seconds,
+    ).write(measurement_path(out.resolve()))  # fmt: skip
 
 
 def _hold(folder: Path, held_to: HeldTo) -> Answers | HeldToGrammar | None:
@@ -166,6 +172,12 @@ def _check_target(target: Target, *, adapted: bool, coded: bool) -> None:
             f"target {target.name}", problem, "export a merged checkpoint, whose training data it is made with"
         )
     need_runtime(target)
+
+
+def _check_template(merged: Path, tokenizer: TextTokenizer, prompt_format: PromptFormat) -> None:
+    """Raise BadInput for chats without a template."""
+    if prompt_format == "chat" and tokenizer.template_text is None:
+        raise BadInput(merged, "there is no chat template", "export with prompt_format 'plain'")
 
 
 def _fill(

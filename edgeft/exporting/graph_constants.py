@@ -74,7 +74,7 @@ class Reference:
             return -1
         return int(size) if size < self.config.max_position_embeddings else -1
 
-    def turns(self, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rotations(self, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(cosines, sines) of the first positions; None where they depend on more than the position."""
         kind = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
         rotary = getattr(getattr(self.model, "model", None), "rotary_emb", None)
@@ -102,7 +102,7 @@ def _number(place: str, what: str, given: float, wanted: float) -> str:
 
 
 def _attentions(file: GraphFile, reference: Reference) -> Iterator[str]:
-    turned_inside = not any(node.op_type == "RotaryEmbedding" for node in file.nodes)
+    rotated_inside = not any(node.op_type == "RotaryEmbedding" for node in file.nodes)
     for node in file.nodes:
         match = NODE.match(node.name)
         if node.op_type != ATTENTION or match is None or int(match[1]) >= len(reference.attentions):
@@ -123,7 +123,7 @@ def _attentions(file: GraphFile, reference: Reference) -> Iterator[str]:
                 reference.window(layer),
             ),
         }
-        if turned_inside and reference.turns(1) is not None:
+        if rotated_inside and reference.rotations(1) is not None:
             wanted["do_rotary"] = (given.get("do_rotary", 0), 1)
         for what, (one, other) in wanted.items():
             yield _number(node.name, what, one, other)
@@ -142,10 +142,10 @@ def _epsilons(file: GraphFile, reference: Reference) -> Iterator[str]:
 def _rotary(file: GraphFile, reference: Reference) -> Iterator[str]:
     names = [name for name in ("cos_cache", "sin_cache") if name in file.tensors]
     tables = [torch.from_numpy(file.read(name).copy()) for name in names]
-    turns = reference.turns(len(tables[0])) if len(tables) == 2 else None
-    if turns is None or len(reference.attentions) == 0:
+    rotations = reference.rotations(len(tables[0])) if len(tables) == 2 else None
+    if rotations is None or len(reference.attentions) == 0:
         return
-    for name, table, wanted in zip(names, tables, turns, strict=True):
+    for name, table, wanted in zip(names, tables, rotations, strict=True):
         if table.shape != wanted.shape:
             yield f"{name}: shape {tuple(table.shape)}, the model's {tuple(wanted.shape)}"
             continue

@@ -46,74 +46,18 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
 
 def _summary(report: Summary) -> list[str]:
     name = escape(Path(report.model).name or report.model)
-    stages = (*report.stages, *report.later_stages)
     blocks = [f"# {name} on {escape(report.profile.name)}", *map(escape, report.headline)]
-    if report.compared:
-        head = ("what", "predicted", "measured", "difference")
-        blocks += ["## Predicted and measured", _table(head, _compared(report), (1, 2, 3))]
-    blocks += ["## Memory in each phase", _table(
-        ("phase", "expected", "high", "limit", "measured"),
-        [(
-            stage.title,
-            show_bytes(stage.expected_bytes),
-            show_bytes(stage.high_bytes),
-            show_bytes(stage.limit_bytes) if stage.limit_bytes is not None else "-",
-            show_bytes(stage.measured_bytes) if stage.measured_bytes is not None else "-",
-        ) for stage in stages],
-        (1, 2, 3, 4),
-    )]  # fmt: skip
-    disk = [(d.stage, d.where, show_bytes(d.peak_bytes), show_bytes(d.kept_bytes)) for d in report.disk]
-    blocks += ["## Disk", _table(("stage", "where", "at most", "stays"), disk, (2, 3))]
-    blocks += ["## How it trains", _table(("", ""), [(setting.name, setting.text) for setting in report.settings])]
-    lost = "\n".join(f"- {escape(line)}" for line in report.gave_up)
-    blocks += ["## Given up to fit", lost or "Nothing: the best way that is known fits."]
-    if report.savings:
-        saved = [(saving.choice, saving.instead_of, show_bytes(saving.bytes)) for saving in report.savings]
-        blocks.append(_table(("choice", "instead of", "saves"), saved, (2,)))
-    blocks += [f"## The best of {report.looked_at:,} ways for each amount of memory", _table(
-        ("way", "points given up", "memory", "a step", "fits"),
-        [(
-            ("chosen: " if option.chosen else "") + option.text,
-            f"{option.quality_cost:.1f}",
-            show_bytes(option.high_bytes),
-            show_seconds(option.seconds_per_step),
-            "yes" if option.fits else "no",
-        ) for option in report.options if option.frontier],
-        (1, 2, 3),
-    )]  # fmt: skip
-    if report.scores:
-        head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", "loss", "perplexity", "exact match")
-        blocks += ["## How good it is", _table(head, _scores(report), (1, 2, 3))]
-    if report.pairs:
-        changes = [
-            (each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
-            for each in report.pairs
-        ]
-        head = ("from", "to", "loss, 95% interval", "exact match, points, 95% interval")
-        blocks.append(_table(head, changes, (2, 3)))
-    if report.answers:
-        blocks += [
-            "## What its answers are worth",
-            "\n".join(f"- {escape(line)}" for line in answers_lines(report.answers)),
-        ]
-        if made := calibration_of(report.answers):
-            blocks += [_table(CERTAIN_HEAD, certain_rows(made), (1, 2)), _table(BIN_HEAD, bin_rows(made), (1, 2, 3))]
-    if report.repair:
-        columns = ("artifact", "bundle", "loss, 95% interval", "exact match, points, 95% interval", "")
-        rows = [attempt_cells(each) for each in report.repair.attempts]
-        blocks += ["## What was considered for the device", f"Against the merged model on {report.repair.compared}."]
-        blocks.append(_table(columns, rows, (1, 2, 3)))
-    if report.devices:
-        cells = [(cell.machine, f"{symbol(cell)} {cell_text(cell)}") for cell in report.devices]
-        blocks += ["## Where the result can run", _table(("device", f"as a bundle of {report.target}"), cells)]
-    if report.notes:
-        blocks += ["## Notes", "\n".join(f"- {escape(note)}" for note in report.notes)]
-    terms = [(s.title, t.name, show_bytes(t.bytes), grouped(t.formula)) for s in stages for t in s.terms]
-    return [*blocks, "## Every term", _table(("phase", "term", "memory", "how it is counted"), terms, (2,))]
+    for section in (_compared, _memory, _way, _options, _quality, _answers, _repair, _devices, _notes, _terms):
+        blocks += section(report)
+    return blocks
 
 
-def _compared(report: Summary) -> list[tuple[str, ...]]:
-    return [
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)
+
+
+def _compared(report: Summary) -> list[str]:
+    rows = [
         (
             row.what,
             ("at most " if row.bound else "") + amount(row.predicted, row.unit),
@@ -122,18 +66,108 @@ def _compared(report: Summary) -> list[tuple[str, ...]]:
         )
         for row in report.compared
     ]
+    head = ("what", "predicted", "measured", "difference")
+    return ["## Predicted and measured", _table(head, rows, (1, 2, 3))] if rows else []
 
 
-def _scores(report: Summary) -> list[tuple[str, ...]]:
-    return [
+def _memory(report: Summary) -> list[str]:
+    rows = [
         (
-            row.name,
-            f"{row.metrics.loss:.4f}",
-            f"{row.metrics.perplexity:.2f}",
-            percent(row.metrics.exact_match),
+            stage.title,
+            show_bytes(stage.expected_bytes),
+            show_bytes(stage.high_bytes),
+            show_bytes(stage.limit_bytes) if stage.limit_bytes is not None else "-",
+            show_bytes(stage.measured_bytes) if stage.measured_bytes is not None else "-",
         )
-        for row in report.scores
+        for stage in (*report.stages, *report.later_stages)
     ]
+    disk = [(d.stage, d.where, show_bytes(d.peak_bytes), show_bytes(d.kept_bytes)) for d in report.disk]
+    return [
+        "## Memory in each phase",
+        _table(("phase", "expected", "high", "limit", "measured"), rows, (1, 2, 3, 4)),
+        "## Disk",
+        _table(("stage", "where", "at most", "stays"), disk, (2, 3)),
+    ]
+
+
+def _way(report: Summary) -> list[str]:
+    """How it trains, what that gave up, and what each choice saves."""
+    blocks = ["## How it trains", _table(("", ""), [(setting.name, setting.text) for setting in report.settings])]
+    blocks += ["## Given up to fit", _list(report.gave_up) or "Nothing: the best way that is known fits."]
+    if report.savings:
+        saved = [(saving.choice, saving.instead_of, show_bytes(saving.bytes)) for saving in report.savings]
+        blocks.append(_table(("choice", "instead of", "saves"), saved, (2,)))
+    return blocks
+
+
+def _options(report: Summary) -> list[str]:
+    rows = [
+        (
+            ("chosen: " if option.chosen else "") + option.text,
+            f"{option.quality_cost:.1f}",
+            show_bytes(option.high_bytes),
+            show_seconds(option.seconds_per_step),
+            "yes" if option.fits else "no",
+        )
+        for option in report.options
+        if option.frontier
+    ]
+    title = f"## The best of {report.looked_at:,} ways for each amount of memory"
+    return [title, _table(("way", "points given up", "memory", "a step", "fits"), rows, (1, 2, 3))]
+
+
+def _quality(report: Summary) -> list[str]:
+    blocks = []
+    if report.scores:
+        rows = [
+            (each.name, f"{each.metrics.loss:.4f}", f"{each.metrics.perplexity:.2f}", percent(each.metrics.exact_match))
+            for each in report.scores
+        ]
+        head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", "loss", "perplexity", "exact match")
+        blocks += ["## How good it is", _table(head, rows, (1, 2, 3))]
+    if report.pairs:
+        changes = [
+            (each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
+            for each in report.pairs
+        ]
+        head = ("from", "to", "loss, 95% interval", "exact match, points, 95% interval")
+        blocks.append(_table(head, changes, (2, 3)))
+    return blocks
+
+
+def _answers(report: Summary) -> list[str]:
+    if not report.answers:
+        return []
+    blocks = ["## What its answers are worth", _list(answers_lines(report.answers))]
+    if made := calibration_of(report.answers):
+        blocks += [_table(CERTAIN_HEAD, certain_rows(made), (1, 2)), _table(BIN_HEAD, bin_rows(made), (1, 2, 3))]
+    return blocks
+
+
+def _repair(report: Summary) -> list[str]:
+    if not report.repair:
+        return []
+    head = ("artifact", "bundle", "loss, 95% interval", "exact match, points, 95% interval", "")
+    rows = [attempt_cells(each) for each in report.repair.attempts]
+    said = f"Against the merged model on {report.repair.compared}."
+    return ["## What was considered for the device", said, _table(head, rows, (1, 2, 3))]
+
+
+def _devices(report: Summary) -> list[str]:
+    cells = [(cell.machine, f"{symbol(cell)} {cell_text(cell)}") for cell in report.devices]
+    return (
+        ["## Where the result can run", _table(("device", f"as a bundle of {report.target}"), cells)] if cells else []
+    )
+
+
+def _notes(report: Summary) -> list[str]:
+    return ["## Notes", _list(report.notes)] if report.notes else []
+
+
+def _terms(report: Summary) -> list[str]:
+    stages = (*report.stages, *report.later_stages)
+    terms = [(s.title, t.name, show_bytes(t.bytes), grouped(t.formula)) for s in stages for t in s.terms]
+    return ["## Every term", _table(("phase", "term", "memory", "how it is counted"), terms, (2,))]
 
 
 def _matrix(report: Matrix) -> list[str]:

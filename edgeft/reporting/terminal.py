@@ -41,46 +41,71 @@ def new_table(*columns: str, title: str = "") -> Table:
 
 def plan_text(plan: Plan) -> RenderableType:
     """A plan: what runs, the memory of each phase against the budget, what was given up."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _facts(plan):
+        facts.add_row(Text(name, style="bold"), Text(value))
+    lines = [Text(simulation_line(plan, plan.simulation))] if plan.simulation is not None else []
+    lines += [Text(f"note: {note}") for note in plan.notes]
+    if plan.savings:
+        lines.append(Text("what makes it fit, each by itself:", style="bold"))
+        lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
+    if plan.gave_up:
+        lines.append(Text("given up to fit the budget:", style="bold"))
+        lines += [Text(f"  - {line}") for line in plan.gave_up]
+    return Group(facts, _phases(plan), *lines)
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    """What runs on what, a line each: (name, text)."""
     training, spec = plan.training, plan.spec
-    layers = f"{len(training.trained_layers)} of {spec.num_hidden_layers} layers"
+    rows = [
+        ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
+        ("profile", f"{plan.profile.name}: {plan.profile.description}"),
+    ]
+    if plan.lengths is not None:
+        rows.append(("data", plan.lengths.line))
+    if plan.labels:
+        rows.append(("answers", labels_line(plan.labels)))
+    elif plan.grammar is not None:
+        rows.append(("answers", plan.grammar.line))
+    rows.append(("method", _method(plan)))
+    if plan.importance is not None:
+        rows.append(("importance", importance_text(plan.importance)))
+    seconds = f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)"
+    return [
+        *rows,
+        ("batch", _batch(plan)),
+        ("schedule", f"{training.steps} steps, learning rate {training.learning_rate:g}, {training.optimizer}"),
+        ("time", seconds),
+        ("scoring", scoring_text(plan)),
+        ("budget", _budget(plan)),
+        ("bundle", _bundle(plan.stages)),
+        ("disk", _disk(plan.stages)),
+    ]
+
+
+def _method(plan: Plan) -> str:
+    training = plan.training
+    layers = f"{len(training.trained_layers)} of {plan.spec.num_hidden_layers} layers"
     if training.layers == "lisa":
         layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
         layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
     how = TUNERS[training.tuner].method.format(rank=training.rank, layers=layers)
     rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
-    rows = [
-        ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
-        ("profile", f"{plan.profile.name}: {plan.profile.description}"),
-        ("method", f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}" + rounded),
-        (
-            "batch",
-            f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}, up to "
-            f"{training.max_length} tokens"
-            + (", activations recomputed" if training.checkpointing else "")
-            + (f" in the lower {spec.num_hidden_layers - training.kept_layers} layers" if training.kept_layers else ""),
-        ),
-        (
-            "schedule",
-            f"{training.steps} steps, learning rate {training.learning_rate:g}, {training.optimizer}",
-        ),
-        (
-            "time",
-            f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)",
-        ),
-        ("scoring", scoring_text(plan)),
-    ]
-    if plan.lengths is not None:
-        rows.insert(2, ("data", plan.lengths.line))
-    if plan.labels:
-        rows.insert(3, ("answers", labels_line(plan.labels)))
-    elif plan.grammar is not None:
-        rows.insert(3, ("answers", plan.grammar.line))
-    rows += [("budget", _budget(plan)), ("bundle", _bundle(plan.stages)), ("disk", _disk(plan.stages))]
-    if plan.importance is not None:
-        rows.insert(4 if plan.lengths else 3, ("importance", importance_text(plan.importance)))
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in rows:
-        facts.add_row(Text(name, style="bold"), Text(value))
+    return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
+
+
+def _batch(plan: Plan) -> str:
+    training = plan.training
+    text = f"{training.batch_size} samples a step in micro-batches of {training.micro_batch_size}"
+    text += f", up to {training.max_length} tokens"
+    text += ", activations recomputed" if training.checkpointing else ""
+    lower = plan.spec.num_hidden_layers - training.kept_layers
+    return text + (f" in the lower {lower} layers" if training.kept_layers else "")
+
+
+def _phases(plan: Plan) -> Table:
+    """The memory of each phase, of training and after it."""
     table = new_table("phase", "where", "expected", "high", "limit", "largest parts")
     for phase in (*plan.phases, *plan.stages.phases):
         parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
@@ -93,16 +118,7 @@ def plan_text(plan: Plan) -> RenderableType:
             show_bytes(limit) if limit is not None else "-",
             Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
         )
-    lines = [Text(f"note: {note}") for note in plan.notes]
-    if plan.simulation is not None:
-        lines.insert(0, Text(simulation_line(plan, plan.simulation)))
-    if plan.savings:
-        lines.append(Text("what makes it fit, each by itself:", style="bold"))
-        lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
-    if plan.gave_up:
-        lines.append(Text("given up to fit the budget:", style="bold"))
-        lines += [Text(f"  - {line}") for line in plan.gave_up]
-    return Group(facts, table, *lines)
+    return table
 
 
 def scoring_text(plan: Plan) -> str:
