@@ -42,7 +42,7 @@ from edgeft.machines import meter
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.targets.footprint import LimitedBy, Predicted, choose_context, predict
+from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import RUNNER
 from edgeft.targets.runtimes import runtime_of
@@ -122,7 +122,8 @@ def build_bundle(
             context_limited_by=filled.limited_by, golden_logit_tolerance=target.golden_logit_tolerance,
             environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
-            answers=answers, provenance=provenance or {}, promotion=promotion, repair=repair,
+            answers=answers,
+            provenance=provenance or {}, promotion=promotion, repair=repair,
             predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
@@ -133,20 +134,20 @@ def build_bundle(
         measured = _measure(folder) if measure else None
     _forget(measurement_path(out.resolve()), failed)
     if measured is not None:
-        here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens)
-        _write_measurement(out, measured, here, rows or {}, predicted_peak_bytes, peak, time.perf_counter() - start)
+        _write_measurement(out, measured, spec, target, filled, rows or {}, predicted_peak_bytes, peak, start)
     return Bundle.read(out / MANIFEST)
 
 
 def _write_measurement(
-    out: Path, measured: Measured, here: Predicted, rows: Mapping[str, Metrics], predicted_peak_bytes: int | None,
-    measured_peak_bytes: int | None, seconds: float,
+    out: Path, measured: Measured, spec: ModelSpec, target: Target, filled: Filled, rows: Mapping[str, Metrics],
+    predicted_peak_bytes: int | None, measured_peak_bytes: int | None, started: float,
 ) -> None:  # fmt: skip
     """Beside a bundle: what running it took here, what that was to take, and what its export took."""
+    here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens)
     Measurement(
         input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=dict(rows),
         predicted_here_bytes=here.memory_bytes, predicted_peak_bytes=predicted_peak_bytes,
-        measured_peak_bytes=measured_peak_bytes, seconds=seconds,
+        measured_peak_bytes=measured_peak_bytes, seconds=time.perf_counter() - started,
     ).write(measurement_path(out.resolve()))  # fmt: skip
 
 
