@@ -40,6 +40,13 @@ def test_the_plan_of_the_readme_runs() -> None:
     assert "given up to fit the budget:" in done.stdout
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("edgeft plan") and "..." not in c])
+def test_what_a_page_plans_fits(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "edgeft", *shlex.split(command)[1:], "--out", "-"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_verbs_of_the_readme_are_the_verbs_there_are() -> None:
     from edgeft.cli import app
 

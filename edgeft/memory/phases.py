@@ -108,6 +108,8 @@ def _forward_bytes(spec: ModelSpec, training: Training, way: Way, tokens: int, m
     """Highest bytes of a forward pass through the layers without autograd, autocast's copies of weights included."""
     folded = training.quantize_aware is not None and training.adapts  # what is scored has no adapters left
     trained = set() if folded else set(training.trained_layers)
+    if training.layers == "lisa" and training.densely:  # those that do not train now are as the base holds them
+        trained = set(training.trained_layers[: training.active_layers])
     places = Counter((n in trained, masked or is_masked(spec, n, way.longest)) for n in range(spec.num_hidden_layers))
     parts = {
         place: layer_bytes(spec, way, "scored" if place[0] else "idle", False, place[1], False) for place in places

@@ -148,6 +148,23 @@ def test_every_term_is_named_and_adds_up(tmp_path: Path) -> None:
         assert json.loads(phase.model_dump_json())["terms"][0]["name"] == "process"
 
 
+@pytest.mark.parametrize("precision", ["nf4", "fp16"])
+def test_scoring_between_layers_in_turn_holds_those_that_train_now(precision: str, tmp_path: Path) -> None:
+    """The others are as the base holds them: autocast makes no half copy of what is not fp32."""
+    spec = spec_of(shape(), tmp_path)
+    whole = plan_of(FOUR, 64, device="cuda", tuner="full", target_modules=(), rank=0, base_precision=precision,
+                    compute_dtype="fp16")  # fmt: skip
+    sparse = whole.model_copy(update={"layers": "sparse"})
+    lisa = whole.model_copy(update={"layers": "lisa", "active_layers": 2, "lisa_interval": 1})
+
+    def evaluate(training: Training) -> dict[str, int]:
+        found = phases.phases(spec, training, train_step.Workload(64, 64), baseline_bytes=0)
+        return {term.name: term.bytes for phase in found if phase.name == "evaluate" for term in phase.terms}
+
+    assert evaluate(lisa) == evaluate(sparse.model_copy(update={"trained_layers": (0, 1)}))
+    assert evaluate(lisa)["forward"] < evaluate(sparse)["forward"]
+
+
 def test_what_is_no_tensor_grows_with_what_was_fitted_and_measured(tmp_path: Path) -> None:
     """The head's buffer is that of the next number of rows that the machine was measured at, or of the largest."""
     spec = spec_of(shape(), tmp_path)
