@@ -43,7 +43,7 @@ def plan(
         bool, typer.Option("--verify", help="measure the plan's own steps here, with random weights")
     ] = False,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="run the chosen way's step without memory, and count its bytes")
+        bool, typer.Option("--simulate", help="run the chosen step on tensors without memory, and count their bytes")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
     out: Annotated[

@@ -170,9 +170,9 @@ def _disk(stages: Stages) -> str:
 
 
 def explain_text(plan: Plan) -> RenderableType:
-    """What else was looked at: the chosen way with one choice changed, and the smallest way of each quality."""
+    """What else was looked at: the chosen candidate with one choice changed, and the smallest of each quality."""
     changed = new_table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
-                     title=f"{plan.looked_at} candidates; the chosen way with one choice changed")  # fmt: skip
+                     title=f"{plan.looked_at} candidates; the chosen one with one choice changed")  # fmt: skip
     last = ""
     for other in plan.alternatives:
         time = 100 * other.more_seconds_per_step / plan.seconds_per_step if plan.seconds_per_step else 0.0
@@ -186,7 +186,7 @@ def explain_text(plan: Plan) -> RenderableType:
             "yes" if other.fits else "no",
         )
         last = other.setting
-    best = new_table("quality given up", "peak", "time a step", "fits", "way", title="the smallest way of each quality")
+    best = new_table("quality given up", "peak", "time a step", "fits", "way", title="the smallest of each quality")
     for row in plan.frontier:
         rank = f" rank {row.rank}" if row.rank else ""
         way = f"{row.tuner}{rank}, {row.base_precision}, {row.layers} {row.trained} layers, {row.optimizer}"
