@@ -234,12 +234,9 @@ def export(
 
     MERGED may be the folder of an encoder (classifier or embedding model), which a portable target takes as it is.
     """
-    if not (merged / "merged.json").is_file():
-        from edgeft.exporting.encoder import is_encoder
-
-        if is_encoder(merged):
-            _export_encoder(merged, target or "onnx-portable-fp32", out, texts, device, as_json)
-            return
+    if _is_encoder(merged):
+        _export_encoder(merged, target or "onnx-portable-fp32", out, texts, device, as_json)
+        return
     need(merged / "merged.json", "edgeft merge TRAIN")
     if auto_promote:
         raise BadInput("--auto-promote", "is a part of repair now", "leave it out, or name a target with --repair auto")
@@ -255,6 +252,14 @@ def export(
             repair=repair, size_budget=size_budget, calibration=calibration, train=trained, progress=progress, say=say,
         )  # fmt: skip
     show(as_json, bundle, bundle.text())
+
+
+def _is_encoder(folder: Path) -> bool:
+    if (folder / "merged.json").is_file():
+        return False
+    from edgeft.exporting.encoder import is_encoder
+
+    return is_encoder(folder)
 
 
 def _export_encoder(
