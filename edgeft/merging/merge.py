@@ -119,15 +119,9 @@ class FineTune:
 
 
 def merge(
-    trained: Path,
-    out: Path,
-    *,
-    wise_alpha: float | Shares,
-    progress: Progress,
-    base: str | None = None,
-    input_sha256: str = "",
-    sweep: Sweep | None = None,
-) -> Merged:
+    trained: Path, out: Path, *, wise_alpha: float | Shares, progress: Progress, base: str | None = None,
+    input_sha256: str = "", sweep: Sweep | None = None,
+) -> Merged:  # fmt: skip
     """Write the merged checkpoint, a standard folder, to `out`.
 
     `trained` is what `edgeft train` wrote, or with `base` any PEFT adapter or fine-tuned checkpoint of that model.
