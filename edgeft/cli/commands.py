@@ -10,10 +10,9 @@ import typer
 from rich.console import Group
 
 from edgeft.api import current, deploying, merging, plan_and_train
-from edgeft.cli.screen import JsonOption, OutOption, need, say, show, stderr, stopping
+from edgeft.cli.screen import JsonOption, OutOption, Reporter, need, say, show, stderr, stopping
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
-from edgeft.progress import Reporter
 from edgeft.settings.job import ALL_THAT_FIT, parse_settings
 from edgeft.units import parse_bytes, show_bytes
 

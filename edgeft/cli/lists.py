@@ -11,9 +11,8 @@ from typing import Annotated
 import typer
 
 from edgeft.api import reports
-from edgeft.cli.screen import JsonOption, stderr, stdout
+from edgeft.cli.screen import JsonOption, Reporter, stderr, stdout
 from edgeft.errors import BadInput
-from edgeft.progress import Reporter
 from edgeft.settings.job import parse_settings
 
 
