@@ -70,6 +70,7 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     """How a run trains, without a planner: LoRA in fp32 of the layers `trained`, and what is changed of that."""
     from edgeft.planning.candidates import target_modules
     from edgeft.settings.job import Training
+    from edgeft.settings.tuners import TUNERS
 
     values: dict[str, Any] = {
         "device": "cpu", "tuner": "lora", "base_precision": "fp32", "compute_dtype": "fp32", "rank": 4,
@@ -84,6 +85,9 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
         values |= {"rank": 0, "target_modules": ()}
     if values["tuner"] == "ia3":
         values |= {"rank": 0, "target_modules": target_modules(spec, "ia3")}
+    if values["tuner"] == "adapter":
+        form = TUNERS["adapter"].forms[values.get("adapter_at", "both")]
+        values |= {"target_modules": target_modules(spec, "adapter", form)}
     return Training(**values)
 
 
@@ -137,11 +141,13 @@ def second_step_peak(run: Any, samples: list[Any]) -> int:
     import gc
 
     from edgeft.machines.meter import LiveBytes
+    from edgeft.simulation.fake import quantisation_states
 
     run.train_step(samples)
     gc.collect()
     live = LiveBytes()
     live.count([list(run.model.parameters()), list(run.model.buffers()), list(run.optimizer.state.values())])
+    live.count(quantisation_states(run.model))
     with live:
         run.train_step(samples)
     return live.peak_bytes

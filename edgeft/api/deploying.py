@@ -14,6 +14,7 @@ from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput, ParityFailed, of_exit_code
 from edgeft.exporting import bundle as bundles
 from edgeft.merging import result as merges
+from edgeft.models.headers import BOTTLENECKS
 from edgeft.progress import Progress, Say, quiet, silent
 from edgeft.settings.job import AUTO
 from edgeft.targets.runner import runner_module
@@ -41,7 +42,8 @@ def export(
     record = source / "merged.json"
     job = planned_job(source)
     asked, device = target or job.get("target", AUTO), device or job.get("device")
-    found, climbs, same_size = _wanted(asked, promote, repair)
+    beside = (source / BOTTLENECKS).is_file()
+    found, climbs, same_size = _wanted(asked, promote, repair, beside=beside)
     limit = parse_bytes(size_budget) if isinstance(size_budget, str) else size_budget
     folder = Path(out) if out is not None else source.parent / "bundle"
     read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
@@ -72,13 +74,15 @@ def planned_job(merged: Path) -> dict[str, Any]:
     return dict(train["plan"]["job"]) if train else {}
 
 
-def _wanted(asked: str, promote: Sequence[str], repair: str | None) -> tuple[tuple[Target, ...], bool, bool]:
+def _wanted(
+    asked: str, promote: Sequence[str], repair: str | None, *, beside: bool
+) -> tuple[tuple[Target, ...], bool, bool]:
     """(what an export may end in, whether it climbs, whether all must be of about the size of the first)."""
     from edgeft.targets.target import calibrated, candidates, promoted
 
     if repair not in (None, "none", "auto"):
         raise BadInput("--repair", f"must be none or auto, got {repair!r}")
-    found = candidates(asked)
+    found = candidates(asked, beside=beside)
     if len(found) > 1:
         if promote or repair == "none":
             hint = "name a target: --target ort-int4"

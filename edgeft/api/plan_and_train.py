@@ -112,7 +112,8 @@ def train(
     rehearsed = trainings.NOT_REHEARSED
     if rehearsal:
         named = made.job.target if target in (None, ALL_THAT_FIT) else target
-        rehearsed = rehearse(made, candidates(str(named))[0], work_folder(folder), digest)
+        first = candidates(str(named), beside=not made.training.folds)[0]
+        rehearsed = rehearse(made, first, work_folder(folder), digest)
         say(rehearsal_line(rehearsed))
     result = carry_out(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
     for deviation in result.deviations:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeft.engine import adapted_linear, dora, ia3, low_rank, pissa
+from edgeft.engine import adapted_linear, bottlenecks, dora, ia3, low_rank, pissa
+from edgeft.models import bottleneck
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
@@ -23,9 +24,9 @@ class Form:
     # (model, parts, plan): what PEFT reads of it, and its tensors by the names in a saved adapter's file
     written: Callable[[nn.Module, Parts, Training], tuple[Any, dict[str, torch.Tensor]]]
     as_written: Callable[[Training], Training]  # the plan of a run that would begin with what was written
-    scale: Callable[[Any, float], None]  # an adapted projection computes with a share of its change from now on
-    # (adapted projection, stored weight, a saved adapter's tensors by part, scale): ||W' - W||^2
-    squared_change: Callable[[Any, torch.Tensor, dict[str, torch.Tensor], float], float]
+    scale: Callable[[Any, float], None]  # an adapted module computes with a share of its change from now on
+    # (adapted projection, stored weight, a saved adapter's tensors by part, scale): ||W' - W||^2; none: no weight holds
+    squared_change: Callable[[Any, torch.Tensor, dict[str, torch.Tensor], float], float] | None = None
 
 
 FORMS = {
@@ -33,14 +34,17 @@ FORMS = {
     "less": Form(pissa.inject, pissa.written, pissa.as_written, low_rank.scale, low_rank.squared_change),
     "lengths": Form(dora.inject, low_rank.written, low_rank.same, dora.scale, dora.squared_change),
     "scales": Form(ia3.inject, ia3.written, low_rank.same, ia3.scale, ia3.squared_change),
+    "after": Form(bottlenecks.after, bottlenecks.written, low_rank.same, bottleneck.scale),
+    "beside": Form(bottlenecks.beside, bottlenecks.written, low_rank.same, bottleneck.scale),
 }
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every adapted projection with its name."""
+    """Every adapted module with its name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
+    named = model.named_modules()
+    return ((name, each) for name, each in named if isinstance(each, BaseTunerLayer) or bottleneck.hangs_on(each))
 
 
 def form_of(training: Training) -> Form:

@@ -84,7 +84,10 @@ def save_tuned(model: nn.Module, parts: Parts, training: Training, chosen: Named
 
 
 def unit_changes(tuned: Path, base: Checkpoint, model: nn.Module, parts: Parts, training: Training) -> dict[str, float]:
-    """||W - W0|| / ||W0|| of each unit that `tuned` holds something of, over those tensors, one at a time."""
+    """||W - W0|| / ||W0|| of each unit that `tuned` holds something of, over those tensors, one at a time.
+
+    Nothing where what trained lies beside the weights.
+    """
     moved: dict[str, float] = {}
     total: dict[str, float] = {}
 
@@ -98,13 +101,14 @@ def unit_changes(tuned: Path, base: Checkpoint, model: nn.Module, parts: Parts, 
             old = base.read(base.name_of(name)).float()
             note(owner[name], float(torch.dist(file.read(name), old)) ** 2, float(old.norm()) ** 2)
         return {unit: (moved[unit] / total[unit]) ** 0.5 if total[unit] else moved[unit] ** 0.5 for unit in moved}
+    squared_change = form_of(training).squared_change
+    if squared_change is None:
+        return {}
     file = TensorFile(tuned / "adapter_model.safetensors")
     for module, keys in adapter_parts(file.entries).items():
         tensors = {part: file.read(key).float() for part, key in keys.items()}
         weight = base.read(base.name_of(f"{module}.weight")).float()
-        change = form_of(training).squared_change(
-            model.get_submodule(module), weight, tensors, training.adapter_scale
-        )  # fmt: skip
+        change = squared_change(model.get_submodule(module), weight, tensors, training.adapter_scale)
         unit = "layer " + module.removeprefix(parts.layers_path + ".").split(".")[0]
         note(unit, change, float(weight.norm()) ** 2)
     return {unit: (moved[unit] / total[unit]) ** 0.5 for unit in moved}

@@ -40,13 +40,14 @@ from edgeft.exporting.golden import environment, record
 from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
+from edgeft.models.headers import BOTTLENECKS
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import RUNNER
 from edgeft.targets.runtimes import runtime_of
-from edgeft.targets.target import Target
+from edgeft.targets.target import Target, check_beside
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def build_bundle(
     """
     start = time.perf_counter()
     _check_target(target, adapted=bool(adapters), coded=codes is not None)
+    check_beside([target], beside=(merged / BOTTLENECKS).is_file())
     spec, tokenizer = read_model_spec(str(merged)), TextTokenizer(merged)
     _check_template(merged, tokenizer, prompt_format)
     device = device_memory_bytes, device_bandwidth_bytes_per_second

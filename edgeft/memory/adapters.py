@@ -168,4 +168,37 @@ def _scaled(operations: Operations, x: Value, width: int) -> Value:
     return operations.narrowed(scaled) if x.size == scaled.size / 2 else scaled
 
 
-FORMS = {"product": product, "less": less_start, "lengths": with_lengths, "scales": with_scales}
+def after(operations: Operations, x: Value, linear: Linear) -> Value:
+    """y + W_up GELU(W_down y) of y = W x, as `edgeft.models.bottleneck` computes it."""
+    result = operations.base(x, linear)
+    return operations.add(result, bottleneck(operations, result, linear))
+
+
+def bottleneck(operations: Operations, x: Value, linear: Linear) -> Value:
+    """W_up GELU(W_down x), as wide as a projection's output."""
+    rank, width = operations.way.rank, linear.out_features
+    down = linear.model_copy(update={"in_features": width, "out_features": rank})
+    up = linear.model_copy(update={"in_features": rank, "out_features": width})
+    low = operations.e * rank
+    # one expression, as there: a name would hold on to what it stands for
+    return operations.matmul(
+        operations.one(
+            operations.matmul(x, down, operations.weight(rank * width, copied=True)), low, low, saved=True
+        ), up, operations.weight(rank * width, copied=True)
+    )  # fmt: skip
+
+
+def beside(operations: Operations, x: Value, linear: Linear) -> Value:
+    """The projection that ends an MLP: what lies beside that is added to its result."""
+    return operations.base(x, linear)
+
+
+AROUND = {"beside": bottleneck}  # what is added to an MLP's output, of its input
+FORMS = {
+    "after": after,
+    "beside": beside,
+    "product": product,
+    "less": less_start,
+    "lengths": with_lengths,
+    "scales": with_scales,
+}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from edgeft.memory.adapters import AROUND
 from edgeft.memory.operations import Gradients, Kept, Operations, Way
 from edgeft.memory.rounded import rounded_table
 from edgeft.memory.tape import Frame, Storage, Tape, Value, boundary
@@ -148,6 +149,13 @@ class _Layer(Operations):
         return self.tape.run(x.size, [self.rotary(turning, share * x.size), rest], [], back)
 
     def mlp(self, x: Value) -> Value:
+        """The MLP with what lies beside it."""
+        last = self.roles["mlp_out"][0]
+        around = AROUND.get(self.way.operation) if last.name in self.targets else None
+        result = self.inner_mlp(x)
+        return self.add(result, around(self, x, last)) if around else result
+
+    def inner_mlp(self, x: Value) -> Value:
         *gate_proj, up_proj = self.roles["mlp_in"]
         down_proj = self.roles["mlp_out"][0]
         if gate_proj:  # in one expression, as there: a name would hold on to the activation

@@ -209,7 +209,7 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
         # an adapter's two factors, as read and scaled
         shape = linear.in_features, linear.out_features, training.rank
         elements = sum(sizes(*shape, linear.role == "mlp_out")) + beside(*shape)
-        factors = 8 * elements if linear.name in adapted else 0
+        factors = 8 * elements if linear.name in adapted and training.folds else 0
         count = linear.in_features * linear.out_features
         tensors.append((count, merge_bytes(count, itemsize, changed=not lora or bool(factors), factor_bytes=factors)))
     table = spec.vocab_size * spec.hidden_size

@@ -105,9 +105,9 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 
 # what `count` reads of a plan, but for the layers that keep their activations
 COUNTED = attrgetter(
-    "compute_dtype", "base_precision", "tuner", "init", "rank", "target_modules", "layers", "trained_layers",
-    "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length", "checkpointing",
-    "quantize_aware", "cached_layers",
+    "compute_dtype", "base_precision", "tuner", "init", "adapter_at", "rank", "target_modules", "layers",
+    "trained_layers", "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length",
+    "checkpointing", "quantize_aware", "cached_layers",
 )  # fmt: skip
 
 

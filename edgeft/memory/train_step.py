@@ -149,6 +149,18 @@ def targets(spec: ModelSpec, training: Training) -> list[Linear]:
     return [linear for linear in spec.linears if linear.name in training.target_modules]
 
 
+def beside(spec: ModelSpec, training: Training) -> list[Linear]:
+    """The projections that a bundle has beside the model's own: adapters that no weight can hold."""
+    if training.folds:
+        return []
+    each = [
+        linear.model_copy(update={"in_features": inner, "out_features": outer, "has_bias": False})
+        for linear in targets(spec, training)
+        for inner, outer in ((linear.out_features, training.rank), (training.rank, linear.out_features))
+    ]
+    return each * len(training.trained_layers)
+
+
 def adapter_sizes(spec: ModelSpec, training: Training) -> list[tuple[int, ...]]:
     """Elements of the tensors of each adapter of a layer."""
     sizes = TUNERS[training.tuner].sizes

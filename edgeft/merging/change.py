@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from edgeft.errors import BadInput
+from edgeft.merging.beside import beside_problems
 from edgeft.merging.peft_folder import (
+    BESIDE,
     BY_PEFT,
     PART,
     AdapterFile,
@@ -51,6 +53,7 @@ class Change:
         self.steps: dict[str, list[Step]] = {}
         self.factor_bytes: dict[str, int] = {}  # fp32 bytes of adapter tensors that a change needs as a whole
         self.untied: str | None = None
+        self.beside: AdapterFile | None = None  # what no weight can hold
         self._whole: dict[str, tuple[Source, str]] = {}  # what replaces a tensor
         self._follows: set[str] = set()  # trained tokens: PEFT lets a tied head follow them
         self._problems: list[str] = []
@@ -149,6 +152,10 @@ class Change:
                 self._problems.append(f"{self.embedding}: {self.kind} on an embedding that is also the head")
             return True
         source = adapter_file(self.folder)
+        if self.kind in BESIDE:
+            self.beside = source
+            self._problems += beside_problems(source, self.base)
+            return True
         modules: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
         for key in source.entries:

@@ -1,6 +1,7 @@
 """What is the model between base and fine-tuned? W0 + a (Wft - W0), tensor by tensor, in the base's own precision.
 
-Wise-FT (arXiv 2109.01903): one code path for every adapter that a weight can hold and for weights that trained.
+Wise-FT (arXiv 2109.01903): one code path for every adapter that a weight can hold and for weights that trained. What no
+weight can hold lies beside them (`beside`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from edgeft.documents import sha256_file, staging, versions
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.memory import disk, stages
+from edgeft.merging.beside import write_beside
 from edgeft.merging.change import Change, Rows
 from edgeft.merging.peft_folder import read_adapter_config
 from edgeft.merging.result import Merged, MergedCheckpoint, MergedForeign, Trained
 from edgeft.models.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
-from edgeft.models.headers import blocks
+from edgeft.models.headers import BOTTLENECKS, blocks, refuse_bottlenecks
 from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
 from edgeft.models.layer_shares import Shares, check_shares, layer_of
 from edgeft.models.metrics import Sweep
@@ -84,6 +86,13 @@ class Blend:
         """The length of all moves against that of the tensors that moved."""
         return (self.moved / self.total) ** 0.5 if self.total else 0.0
 
+    def notes(self, beside: int, shares: Shares) -> list[str]:
+        """What to say of a merge with so many adapters beside its weights, and of one that changed nothing."""
+        if beside:
+            return [f"other tools than edgeft read the base alone here: the adapters are in {BOTTLENECKS}"]
+        still = not self.moved and not shares.nothing
+        return ["nothing was changed: the fine-tune is the base, bit for bit"] if still else []
+
 
 @dataclass(frozen=True)
 class FineTune:
@@ -96,14 +105,15 @@ class FineTune:
 
     @classmethod
     def read(cls, folder: Path, base: str | None) -> FineTune:
-        """Raises BadInput where a training result is no longer what it was, or nothing names the base."""
+        """Raises BadInput where a training result is no longer what it was, nothing names the base, or it has more."""
         ours = (folder / "train.json").is_file() and base is None
         result = TrainResult.read(folder / "train.json") if ours else None
+        named = result.plan.job.model if result else base or base_of(folder)
+        refuse_bottlenecks(local_folder(named), "a merge")
         if result is None:
-            model = base or base_of(folder)
-            return cls(folder, model, None, read_model_spec(str(local_folder(model))))
+            return cls(folder, named, None, read_model_spec(str(local_folder(named))))
         check_trained(folder, result)
-        return cls(folder, result.plan.job.model, result, result.plan.spec)
+        return cls(folder, named, result, result.plan.spec)
 
     @property
     def notes(self) -> list[str]:
@@ -148,8 +158,8 @@ def merge(
             untie_config(temporary)
         for _, done, count in write_checkpoint(source, temporary, changed):
             progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
-        if not changed.moved and not shares.nothing:
-            notes.append("nothing was changed: the fine-tune is the base, bit for bit")
+        beside = write_beside(changed.change.beside, temporary, shares)
+        notes += changed.notes(beside, shares)
         facts = {
             "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if tuned.result else ""),
             "versions": versions(),
@@ -159,6 +169,7 @@ def merge(
             "dtype": spec.dtype,
             "changed_tensors": len(changed.shares),
             "tensors": len(source.owner),
+            "beside": beside,
             "untied_head": changed.untied,
             "relative_change": changed.relative_change,
             "predicted_peak_bytes": predicted,

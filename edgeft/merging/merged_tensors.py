@@ -21,11 +21,11 @@ from edgeft.engine.tuners import CHANGED
 from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.families import in_conv1d
-from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
+from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, blocks
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import ELEMENTS, LENGTHS, adapter_parts
+from edgeft.settings.tuners import ELEMENTS, HANGING, LENGTHS, NARROW, SAVED, WIDE, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
@@ -41,6 +41,7 @@ class Learnt:
     files: dict[str, TensorFile] = field(default_factory=dict)
     adapters: dict[str, dict[str, str]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)  # what no weight holds, by the names of the model
     problems: list[str] = field(default_factory=list)
 
 
@@ -57,6 +58,7 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
             found.problems.append(problem.problem)
             return None
 
+    found.beside = {name.removeprefix(SAVED): name for name in kept.entries if HANGING.fullmatch(name)}
     adapters = adapter_parts(kept.entries)
     for module, keys in adapters.items():
         name = place(f"{module}.weight")
@@ -69,7 +71,8 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
             found.problems.append(f"{module}: {', '.join(sorted(missing))} missing in the adapter")
         elif name is not None:
             found.adapters[name] = keys
-    for key in kept.entries.keys() - {key for keys in adapters.values() for key in keys.values()}:
+    placed = {key for keys in adapters.values() for key in keys.values()}.union(found.beside.values())
+    for key in kept.entries.keys() - placed:
         if (name := place(key)) is None:
             continue
         found.whole[name] = key
@@ -91,20 +94,41 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
     for name in shared:
         problem = tensor_problem(name, base, merged, learnt, training, shares.of(layer_of(name)))
         problems += [f"{name}: {problem}"] if problem else []
+    problems += beside_problems(learnt, merged_folder, shares)
     wrong = len(problems)
     problems = problems[:SHOWN] + ([f"and {wrong - SHOWN} more"] if wrong > SHOWN else [])
     problems += side_problems(base_folder, merged_folder)
     changed = len({*learnt.adapters, *learnt.whole} & set(shared))
     exact = "bit for bit" if not learnt.adapters else "the others bit for bit"
     sums = f"{len(learnt.adapters)} with an adapter to the error of fp32 sums, " if learnt.adapters else ""
+    beside = f", {len(learnt.beside)} of adapters beside them" if learnt.beside else ""
     return Rung(
         name="merged",
         against="W0 + a (Wft - W0)",
-        compared=f"{len(shared)} tensors, {changed} of them changed",
+        compared=f"{len(shared)} tensors, {changed} of them changed{beside}",
         tolerance=f"{sums}{exact}; config, tokenizer and template as the base's",
         tensors=len(shared),
         problems=tuple(problems),
     )
+
+
+def beside_problems(learnt: Learnt, merged: Path, shares: Shares) -> list[str]:
+    """What lies beside a merge's weights otherwise than what trained, its last matrix times its share."""
+    path, kept = merged / BOTTLENECKS, learnt.files["kept"]
+    held = TensorFile(path) if path.is_file() else None
+    problems = [f"{name}: beside the weights, and not trained" for name in (held.entries if held else {})
+                if name not in learnt.beside]  # fmt: skip
+    for name, key in learnt.beside.items():
+        share = shares.of(layer_of(name))
+        exact = kept.read(key).double() * (share if name.endswith(WIDE) else 1.0)
+        if held is None or name not in held.entries:
+            adds = kept.read(key.replace(NARROW, WIDE)).any()
+            problems += [f"{name}: missing beside the weights"] if share and adds else []
+            continue
+        stored = held.read(name).double()
+        if stored.shape != exact.shape or not bool(((stored - exact).abs() <= 2 * EPSILON * exact.abs()).all()):
+            problems.append(f"{name}: beside the weights with other values than were trained, times {share:g}")
+    return problems
 
 
 def tensor_problem(

@@ -21,6 +21,7 @@ BY_PEFT = (
     "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING", "MISS", "C3A", "WAVEFT", "SHIRA", "DELORA",
     "RANDLORA", "VBLORA", "ROAD",
 )  # fmt: skip
+BESIDE = ("EDGEFT_BOTTLENECK",)  # our own, which lie beside the weights of a merge
 CANNOT_FOLD = {
     "PREFIX_TUNING": "prefix tuning puts keys and values before the sequence, which no weight holds",
     "PROMPT_TUNING": "prompt tuning puts virtual tokens before the input, which no weight holds",
@@ -80,7 +81,7 @@ def adapter_file(folder: Path) -> AdapterFile:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json with its peft_type. Raises BadInput with the reason when no weight can hold the adapter."""
+    """adapter_config.json with its peft_type. Raises BadInput with the reason when it can be no part of a merge."""
     path = folder / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -88,7 +89,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         kind = str(config.get("peft_type") or ("BOTTLENECK" if "non_linearity" in str(config) else "an unknown kind"))
     except (OSError, ValueError, AttributeError) as problem:
         raise BadInput(path, f"is no adapter's configuration: {problem}") from None
-    reasons = [] if kind in (*MAY_FOLD, *BY_PEFT) else [CANNOT_FOLD.get(kind, f"{kind} is not known here")]
+    reasons = [] if kind in (*MAY_FOLD, *BY_PEFT, *BESIDE) else [CANNOT_FOLD.get(kind, f"{kind} is not known here")]
     reasons += [reason for key, reason in LORA_CANNOT_FOLD.items() if config.get(key)]
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(CHANGES_BASE):

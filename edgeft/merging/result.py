@@ -29,6 +29,7 @@ class Merged(Artifact):
     dtype: str
     changed_tensors: int
     tensors: int
+    beside: int = 0  # adapters beside the weights, which no weight can hold
     untied_head: bool
     relative_change: float
     predicted_peak_bytes: int

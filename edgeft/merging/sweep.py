@@ -19,14 +19,16 @@ from edgeft.engine.grammar_scores import held_rows
 from edgeft.errors import BadInput
 from edgeft.merging.change import Change, find_tensor
 from edgeft.merging.merge import blend, check_trained
+from edgeft.models.bottleneck import hang_kept
 from edgeft.models.checkpoint import Checkpoint, load_plain, local_folder
 from edgeft.models.evaluate import evaluate
 from edgeft.models.layer_shares import Shares, check_shares, equal_groups, layer_of
 from edgeft.models.metrics import Metrics, Select, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
 from edgeft.progress import Progress, silent
+from edgeft.settings.tuners import SAVED, WIDE, is_adapter
 from edgeft.targets.rounding import round_model
-from edgeft.targets.target import Target
+from edgeft.targets.target import Target, check_beside
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
 
@@ -71,6 +73,7 @@ def sweep(
     layers = result.plan.spec.num_hidden_layers
     _check_shares(select, groups, wise_alpha, layers)
     check_trained(trained, result)
+    check_beside([target], beside=not result.training.folds)
     data = Data.read(result.plan)
     curve = Curve(trained, result, target, data, general, progress)
     alone = GOLDEN_STEPS + 3 if golden else len({*GRID, wise_alpha})
@@ -129,7 +132,8 @@ class Curve:
             self.progress("sweep", min(len(self.points), self.total), self.total, {})
             self.line.move_to(shares)
             task, general = self._scores()
-            rounded = self._scores() if round_model(self.line.model, self.target) else (None, None)
+            rounds = self.target.weight_bits < 16 and round_model(self.line.model, self.target)
+            rounded = self._scores() if rounds else (None, None)
             assert task is not None  # a job without validation rows holds some out
             self.points[name] = SweepPoint(
                 wise_alpha=shares.rest, groups=shares.groups, task=task, general=general,
@@ -165,6 +169,12 @@ class Line:
                 hint = "merge with --wise-alpha instead: a merge reads the files as they are"
                 raise BadInput(base, f"{name} is not in the files under this name: a sweep cannot move it", hint)
             self.tensors.append((parameter, own or str(self.change.untied), stored))
+        self.beside: list[tuple[Any, torch.Tensor, int | None]] = []  # a last matrix, what trained, its layer
+        if (kept := self.change.beside) is not None:
+            hang_kept(self.model, {name.removeprefix(SAVED): kept.read(name).float() for name in kept.entries}, tuned)
+            self.beside = [(parameter, parameter.detach().clone(), layer_of(name))
+                           for name, parameter in self.model.named_parameters()
+                           if is_adapter(name) and name.endswith(WIDE)]  # fmt: skip
 
     @torch.no_grad()
     def move_to(self, shares: Shares) -> None:
@@ -174,6 +184,8 @@ class Line:
             if wise_alpha and name in self.change:
                 blend(stored, self.change.open(name, stored), wise_alpha)
             parameter.copy_(stored)
+        for parameter, whole, layer in self.beside:
+            parameter.copy_(whole * shares.of(layer))
 
 
 def general_samples(source: str, tokenizer: TextTokenizer, rows: int) -> list[Sample]:

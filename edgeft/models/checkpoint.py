@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 import torch
 
 from edgeft.errors import BadInput
+from edgeft.models.bottleneck import hang_kept
 from edgeft.models.headers import (
+    BOTTLENECKS,
     BUFFER,
     HEADS,
     LAYER,
@@ -227,9 +229,15 @@ def check_loaded(folder: Path, report: dict[str, Any]) -> None:
 
 
 def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal LM of a folder, on the CPU, in eval mode. Raises BadInput for what `load_whole` refuses."""
+    """A causal LM of a folder, on the CPU, in eval mode, with the adapters that lie beside its weights, in fp32.
+
+    Raises BadInput for what `load_whole` refuses, and for adapters of another model.
+    """
     headers = read_headers(folder, Header)
     model = load_whole(folder, dtype=dtype)
+    if (folder / BOTTLENECKS).is_file():
+        kept = TensorFile(folder / BOTTLENECKS)
+        hang_kept(model, {name: kept.read(name) for name in kept.entries}, kept.path)
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         check_tied(folder, headers)
     return model

@@ -29,6 +29,7 @@ DTYPE_BYTES = {
 FLOATING = ("F64", "F32", "F16", "BF16")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+BOTTLENECKS = "bottlenecks.safetensors"  # beside a merged folder's weights: adapters that no weight can hold
 # Buffers that models compute for themselves and older versions of transformers stored beside the weights. A mask that
 # is called attn.bias has four dimensions, or none; a bias has one.
 BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn(ention)?\.(masked_)?bias)$")
@@ -83,6 +84,13 @@ class Header:
 
 
 Kind = TypeVar("Kind", bound=Header)
+
+
+def refuse_bottlenecks(folder: Path, what: str) -> None:
+    """Nothing. Raises BadInput for a folder with adapters beside its weights, which `what` would leave out."""
+    if (folder / BOTTLENECKS).is_file():
+        problem = f"holds adapters beside its weights ({BOTTLENECKS}), which {what} would leave out"
+        raise BadInput(folder, problem, "use the base that they were trained on")
 
 
 def weight_files(folder: Path) -> list[Path]:

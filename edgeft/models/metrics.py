@@ -193,12 +193,12 @@ class UnitRecord(Strict):
     """What training did to one unit of a model (a decoder layer, embedding, norm or head).
 
     `steps` is in how many optimizer steps it trained; `relative_change` is ||W - W0|| / ||W0|| over its tensors that
-    may train, 0.0 exactly where nothing changed.
+    may train, 0.0 exactly where nothing changed; None where what trained lies beside the weights.
     """
 
     unit: str
     steps: int
-    relative_change: float
+    relative_change: float | None
 
 
 class Importance(Strict):

@@ -15,7 +15,7 @@ from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
 from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Rounding, Training, Tuner
-from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
+from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, Form, Tuning, adapts
 
 # Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
 # memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
@@ -56,6 +56,7 @@ def check_job(job: Job, spec: ModelSpec) -> None:
         raise _pages_pile_up()
     _check_layers(job, spec)
     _check_tuner(job, spec)
+    _check_form(job, spec)
     _check_ends(job, spec)
     _check_scores(job)
 
@@ -79,18 +80,37 @@ def _check_tuner(job: Job, spec: ModelSpec) -> None:
     if spec.stacked and adapts(job.tuner) is False:
         problem = f"{spec.stacked[0]} and its like are put together from several tensors of the checkpoint's files"
         raise BadInput("tuner", f"{problem}: what they learn cannot be saved under a name there", "use tuner=lora")
-    unused = [name for name in ("rank", "lora_alpha") if getattr(job, name) is not None]
-    if unused and job.tuner is not None and adapts(job.tuner) and not TUNERS[job.tuner].ranked:
-        raise BadInput(unused[0], f"{job.tuner} has no factors of a rank", f"use tuner={ADAPTERS}, or leave it out")
-    if missing := _missing_roles(spec, job.tuner):
-        problem = f"{job.tuner} scales what this model has no projection of its own for: {', '.join(missing)}"
-        raise BadInput("tuner", problem, f"use tuner={ADAPTERS}")
-    if job.tuner is not None and job.init not in TUNERS[job.tuner].forms:
-        hint = f"use tuner={ADAPTERS}, or leave init out"
-        raise BadInput("init", f"{job.tuner} has nothing that could begin as {job.init} does", hint)
     if job.lora_plus != 1 and job.tuner is not None and not TUNERS[job.tuner].faster:
         problem = f"{job.tuner} has no second factor that could learn faster than the first"
         raise BadInput("lora_plus", problem, "use tuner=lora, or leave lora_plus out")
+
+
+def _check_form(job: Job, spec: ModelSpec) -> None:
+    """Raise BadInput for settings of another tuner than the job's, and for a model that has no place for its own."""
+    row, out = TUNERS[job.tuner or ADAPTERS], f"use tuner={ADAPTERS}, or leave it out"
+    if job.rank is not None and row.adapters and not row.ranked:
+        raise BadInput("rank", f"{job.tuner} has no factors of a rank", out)
+    if job.lora_alpha is not None and row.adapters and not row.scaled:
+        raise BadInput("lora_alpha", f"{job.tuner} has no product that it would scale", out)
+    if job.adapter_at not in ("both", *(row.forms if row.chosen_by == "adapter_at" else ())):
+        problem = f"says where adapters lie that no weight can hold, and {job.tuner or 'what is planned'} has none"
+        raise BadInput("adapter_at", problem, "use tuner=adapter, or leave it out")
+    if job.init not in ("random", *(row.forms if row.chosen_by == "init" else ())):
+        hint = f"use tuner={ADAPTERS}, or leave init out"
+        raise BadInput("init", f"{job.tuner} has nothing that could begin as {job.init} does", hint)
+    form = form_of(job, row)
+    missing = sorted(set(form.roles) - {linear.role for linear in spec.linears})
+    if missing and row.needs_roles:
+        problem = f"{job.tuner} changes what this model has no projection of its own for: {', '.join(missing)}"
+        raise BadInput("tuner", problem, f"use tuner={ADAPTERS}")
+    if form.around and spec.family.inline_mlp:
+        problem = "this model's MLP is in its layers' own code, no module that an adapter could lie beside"
+        raise BadInput("adapter_at", problem, "use adapter_at=both or adapter_at=mlp")
+
+
+def form_of(job: Job, row: Tuning) -> Form:
+    """How a tuner trains what a job asks for."""
+    return row.forms[getattr(job, row.chosen_by)]
 
 
 def _check_ends(job: Job, spec: ModelSpec) -> None:
@@ -286,18 +306,19 @@ def _training(
     rounding: Rounding | None, execution: dict[str, Any],
 ) -> Training:  # fmt: skip
     """One candidate: a method, executed so, and all that the job itself says."""
-    ranked = TUNERS[method.tuner].ranked
+    row = TUNERS[method.tuner]
     return Training(
         device=profile.device,
         tuner=method.tuner,
         base_precision=method.precision,
         compute_dtype=method.compute,  # type: ignore[arg-type]
         rank=method.rank,
-        lora_alpha=(job.lora_alpha or LORA_ALPHA) if ranked else 0.0,
+        lora_alpha=(job.lora_alpha or LORA_ALPHA) if row.scaled else 0.0,
         lora_scale=job.lora_scale,
-        lora_plus=job.lora_plus if ranked else 1.0,
+        lora_plus=job.lora_plus if row.faster else 1.0,
         init=job.init,
-        target_modules=target_modules(spec, method.tuner),
+        adapter_at=job.adapter_at,
+        target_modules=target_modules(spec, method.tuner, form_of(job, row)),
         **method.layers,
         **execution,
         batch_size=job.batch_size,
@@ -316,20 +337,14 @@ def _training(
     )
 
 
-def target_modules(spec: ModelSpec, tuner: Tuner) -> tuple[str, ...]:
+def target_modules(spec: ModelSpec, tuner: Tuner, form: Form | None = None) -> tuple[str, ...]:
     """The projections of a layer that a tuner adapts; none where weights train themselves."""
     row = TUNERS[tuner]
+    roles = (form or next(iter(row.forms.values()))).roles
     asking = [linear.name for linear in spec.linears if linear.role == "attention_in"]
     left_out = asking[:1] if len(asking) == 3 and not row.asks else []
-    found = [linear.name for linear in spec.linears if linear.role in row.roles and linear.name not in left_out]
+    found = [linear.name for linear in spec.linears if linear.role in roles and linear.name not in left_out]
     return tuple(found) if row.adapters else ()
-
-
-def _missing_roles(spec: ModelSpec, tuner: Tuner | None) -> list[str]:
-    """Roles that a tuner cannot do without and no projection has."""
-    if tuner is None or TUNERS[tuner].ranked or not TUNERS[tuner].adapters:
-        return []
-    return sorted(set(TUNERS[tuner].roles) - {linear.role for linear in spec.linears})
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:

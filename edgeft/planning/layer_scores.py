@@ -45,7 +45,7 @@ def scoring_plan(job: Job) -> Plan:
     Hidden states need no backward pass: where LoRA in all layers does not fit, any plan with LoRA does for them.
     Raises DoesNotFit for the other scores.
     """
-    kept = KEPT + KEPT_OF_LORA if job.tuner is None or TUNERS[job.tuner].ranked else KEPT
+    kept = KEPT + KEPT_OF_LORA if job.tuner is None or TUNERS[job.tuner].scaled else KEPT
     every = Job(**{name: getattr(job, name) for name in kept}, tuner=ADAPTERS, layers="all", prefix_cache=False)
     try:
         return make_plan(every)

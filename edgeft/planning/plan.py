@@ -26,7 +26,7 @@ from edgeft.errors import BadInput
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
-from edgeft.models.headers import has_weights, local_folder
+from edgeft.models.headers import has_weights, local_folder, refuse_bottlenecks
 from edgeft.models.identity import Inputs, cached_folder, data_inputs, model_inputs
 from edgeft.models.metrics import Importance
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -205,6 +205,7 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
         hint = "plan on a training machine; the device is named at export: --device " + profile.name
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
+    refuse_bottlenecks(Path(job.model), "training")
     read = _read_data(job, Path(job.model) if Path(job.model).is_dir() else None)
     files = read.files if read else {}
     lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)

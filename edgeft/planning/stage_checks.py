@@ -25,7 +25,7 @@ from edgeft.memory.stages import (
     stage,
     streams,
 )
-from edgeft.memory.train_step import Phase, Term
+from edgeft.memory.train_step import Phase, Term, beside
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
 from edgeft.planning.expected import expected
@@ -81,13 +81,13 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     Raises DoesNotFit when the bundle would not fit the device that the job names, BadInput for an unknown one.
     """
     job, profile, spec, data_bytes = question.job, question.profile, question.spec, question.data_bytes
-    found, device = candidates(job.target), target_device(job.device)
+    found, device = candidates(job.target, beside=not training.folds), target_device(job.device)
     # 16 and 32 bits are for the rare case that 8 lose too much: the export looks for their room when it comes to that
     likely = [each for each in found if each.weight_bits <= max(8, found[0].weight_bits)]
     target, why = expected(spec, likely)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
-    weights = bundle_weights(spec, target)
+    weights = bundle_weights(spec, target, beside(spec, training))
     device_bytes = device.budget_bytes if device else None
     context, limited_by = choose_context(spec, target, weights, device_bytes)
     phases = [quantise(spec, has, data_bytes)] if training.base_precision == "nf4" else []

@@ -347,6 +347,8 @@ def merge_text(merged: Merged) -> RenderableType:
     """A merge in two lines, a third when the head is no longer tied."""
     percent = f"{100 * merged.relative_change:.2f}% of their norm"
     share = f"{merged.changed_tensors} of {merged.tensors} tensors changed by {percent}"
+    if merged.beside:
+        share = f"{merged.beside} adapters beside {merged.tensors} tensors of the base"
     memory = f"peak memory: predicted {show_bytes(merged.predicted_peak_bytes)}, "
     memory += f"measured {show_bytes(merged.measured_peak_bytes)}"
     lines = [Text(f"wise_alpha {merged.shares}: {share}, stored in {merged.dtype}"), Text(memory)]

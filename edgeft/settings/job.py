@@ -25,6 +25,7 @@ LayerScore = Literal["top", "random", "gradient", "hidden", "ablation", "progres
 Schedule = Literal["uniform", "cycle", "weighted"]
 LoraScale = Literal["rslora", "plain"]
 Init = Literal["random", "pissa"]
+AdapterAt = Literal["both", "mlp", "parallel"]
 EndMode = Literal["off", "on", "rotate"]
 Malloc = Literal["fast", "tight"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
@@ -74,9 +75,11 @@ class Job(Strict):
     )
 
     tuner: Tuner | None = Field(
-        None, description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; full: all weights"
+        None,
+        description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; adapter: small networks between "
+        "the parts; full: all weights",
     )
-    rank: int | None = Field(None, ge=1, description="LoRA rank")
+    rank: int | None = Field(None, ge=1, description="LoRA rank; an adapter's inner width")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division, see lora_scale")
     lora_scale: LoraScale = Field(
         "rslora", description="what lora_alpha is divided by: rslora: the root of the rank, plain: the rank"
@@ -84,6 +87,9 @@ class Job(Strict):
     lora_plus: float = Field(1.0, ge=1, description="learning rate of LoRA's B, in times A's (LoRA+; 16 is usual)")
     init: Init = Field(
         "random", description="LoRA's start: nothing yet, or pissa: the largest singular values of each weight"
+    )
+    adapter_at: AdapterAt = Field(
+        "both", description="where adapters lie: both: after attention and MLP, mlp: after the MLP, parallel: beside it"
     )
     layers: Layers | None = Field(
         None, description="all decoder layers, sparse: a fixed few, lisa: a few at a time, drawn anew"
@@ -201,6 +207,7 @@ class Training(Strict):
     lora_scale: LoraScale = "rslora"
     lora_plus: float = 1.0  # learning rate of the second factors, in times all others'
     init: Init = "random"
+    adapter_at: AdapterAt = "both"
     target_modules: tuple[str, ...] = ()
     layers: Layers = "all"
     trained_layers: tuple[int, ...] = Field(description="what may train; under lisa, what is drawn from")
@@ -247,7 +254,13 @@ class Training(Strict):
     @property
     def form(self) -> Form:
         """How projections compute that train."""
-        return TUNERS[self.tuner].forms[self.init]
+        tuner = TUNERS[self.tuner]
+        return tuner.forms[getattr(self, tuner.chosen_by)]
+
+    @property
+    def folds(self) -> bool:
+        """Whether a weight can hold what is learnt; else it lies beside the weights, on the device too."""
+        return TUNERS[self.tuner].folds
 
     @property
     def densely(self) -> bool:

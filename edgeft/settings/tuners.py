@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 ADAPTER, DOWN, UP = ".lora_", ".lora_A.", ".lora_B."
 LENGTHS = "lora_magnitude_vector"  # of DoRA: what each row is scaled to
 ELEMENTS = "ia3_l"  # of IA3: what each output or input is multiplied by
+# of bottlenecks (`models.bottleneck`): on a module's output, or beside it from its input, by the name they hang under
+BOTTLENECKS = AFTER, BESIDE = "adapter", "parallel_adapter"
+NARROW, WIDE = "down.weight", "up.weight"
 # Names in a saved adapter's file.
 SAVED = "base_model.model."
 PART = re.compile(rf"{re.escape(SAVED)}(?P<module>.+)\.(?P<part>lora_A|lora_B|{LENGTHS}|{ELEMENTS})(?:\.weight)?")
+HANGING = re.compile(rf"(?P<module>.+)\.(?P<where>{AFTER}|{BESIDE})\.(?P<part>{NARROW}|{WIDE})")
 # What an adapter's product is multiplied by, of alpha and rank: rsLoRA's (arXiv 2312.03732), so that the same learning
 # rate serves every rank, and LoRA's as it was published.
 SCALES: dict[str, Callable[[float, int], float]] = {
@@ -35,6 +39,8 @@ class Form:
     made: tuple[float, ...]
     joined: tuple[float, ...] = ()  # `made` where the projection and what is beside it are one operation: in fp32
     beside: Callable[[int, int, int], int] = lambda inputs, outputs, rank: 0  # fp32 numbers that do not train
+    roles: tuple[str, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")  # of adapted projections
+    around: bool = False  # it takes the input of the whole MLP, which must be a module of its own
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,18 @@ class Tuning:
 
     adapters: bool  # what trains lies beside frozen weights, on projections; else the weights themselves train
     sizes: Callable[[int, int, int, bool], tuple[int, ...]]  # of what trains: inputs, outputs, rank, last of the MLP
-    forms: Mapping[str, Form]  # by the setting `init`
+    forms: Mapping[str, Form]  # by the setting that `chosen_by` names
     rate: Callable[[int], float]  # default learning rate, by the hidden size
     title: str
     short: str  # with {rank}
     method: str  # with {rank} and {layers}
     sentence: str  # with {rank}, {layers} and {ends}, for somebody who does not know the library's names
-    roles: tuple[str, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")  # of adapted projections
+    chosen_by: str = "init"
     asks: bool = True  # whether the projection of queries is adapted, where it is one of its own
-    ranked: bool = False  # whether a rank, and a scale, is chosen
+    needs_roles: bool = False  # whether it cannot do without a projection of each role
+    ranked: bool = False  # whether a rank is chosen
+    scaled: bool = False  # whether a scale is
+    folds: bool = True  # whether a weight can hold what it learnt; else it lies beside the weights, on the device too
     rounded: bool = False  # whether training folds its change into weights as a target rounds them
     switched: bool = False  # whether a device can switch between adapters of the kind
     faster: str = ""  # in the names of what `lora_plus` lets learn faster (arXiv 2402.12354); empty: it has none
@@ -63,6 +72,7 @@ TUNERS: dict[str, Tuning] = {
         adapters=True,
         sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs),
         ranked=True,
+        scaled=True,
         rounded=True,
         forms={
             "random": Form("product", made=(46, 18, 20, 22, 14), joined=(31, 8, 14, 14, 14)),
@@ -82,6 +92,7 @@ TUNERS: dict[str, Tuning] = {
         adapters=True,
         sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs, outputs),
         ranked=True,
+        scaled=True,
         forms={"random": Form("lengths", made=(52, 24, 23, 28, 14), beside=lambda i, outputs, rank: outputs)},
         rate=lambda hidden: 2e-4 * (2000 / hidden) ** 0.775,
         faster=UP,
@@ -96,15 +107,35 @@ TUNERS: dict[str, Tuning] = {
     "ia3": Tuning(
         adapters=True,
         sizes=lambda inputs, outputs, rank, last: (inputs if last else outputs,),
-        forms={"random": Form("scales", made=(33, 11, 14, 20, 0))},
+        forms={"random": Form("scales", made=(33, 11, 14, 20, 0), roles=("attention_in", "mlp_out"))},
         rate=lambda hidden: 3e-2,  # ten times the paper's, which moved the example too little: docs/methods.md
-        roles=("attention_in", "mlp_out"),
         asks=False,
+        needs_roles=True,
         title="IA3",
         short="IA3",
         method="IA3 in {layers}",
         sentence="A factor for each element of keys, values and the MLP's inside (IA3) trains in {layers}; the model "
         "itself stays as it is",
+    ),
+    # arXiv 1902.00751; beside the MLP: 2110.04366
+    "adapter": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (rank * outputs, rank * outputs),
+        ranked=True,
+        needs_roles=True,
+        folds=False,
+        chosen_by="adapter_at",
+        forms={
+            "both": Form("after", made=(41, 8, 14, 14, 8), roles=("attention_out", "mlp_out")),
+            "mlp": Form("after", made=(37, 8, 14, 14, 4), roles=("mlp_out",)),
+            "parallel": Form("beside", made=(36, 8, 14, 14, 4), roles=("mlp_out",), around=True),
+        },
+        rate=lambda hidden: 8e-4 * (2000 / hidden) ** 0.775,  # four times LoRA's: docs/methods.md
+        title="Adapters",
+        short="adapter r{rank}",
+        method="bottleneck adapters of {rank} in {layers}",
+        sentence="Small networks of {rank} inner values between the model's parts (adapters) train in {layers}; the "
+        "model itself stays as it is",
     ),
     "full": Tuning(
         adapters=False,
@@ -129,7 +160,7 @@ def adapts(name: str | None) -> bool | None:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its name in the model, is an adapter's."""
-    return ADAPTER in name or is_scale(name)
+    return ADAPTER in name or is_scale(name) or HANGING.fullmatch(name) is not None
 
 
 def is_scale(name: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from edgeft.documents import Strict
 from edgeft.errors import DoesNotFit
-from edgeft.models.spec import ModelSpec
+from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings.job import Bits
 from edgeft.targets.matrices import Weights, linear_weights
 from edgeft.targets.runner import runner_module
@@ -105,11 +106,16 @@ def choose_context(
     return limits[limited_by], limited_by
 
 
-def bundle_weights(spec: ModelSpec, target: Target) -> Weights:
-    """What the export's runtime will hold, from the config alone: blocks of codes, scales, zero points, and vectors."""
+def bundle_weights(spec: ModelSpec, target: Target, beside: Sequence[Linear] = ()) -> Weights:
+    """What the export's runtime will hold, from the config alone: blocks of codes, scales, zero points, and vectors.
+
+    `beside`: projections of adapters that lie beside the model's own.
+    """
     dense = 4 * (spec.total_parameters - linear_weights(spec) - spec.embedding_parameters - spec.head_parameters)
-    head, embedding, positions = runtime_of(target).tables(spec, target)
-    read = layers_bytes(spec, target) + head + dense
+    runtime, count = runtime_of(target), spec.num_hidden_layers
+    head, embedding, positions = runtime.tables(spec, target)
+    more = sum(runtime.matrix_bytes(linear, target.weight_bits, target, 0, count) for linear in beside)
+    read = layers_bytes(spec, target) + more + head + dense
     return Weights(read + embedding + positions, head, read)
 
 

@@ -19,6 +19,9 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
     os.environ.setdefault(_name, "1")  # as edgeft itself does
 
 
+BOTTLENECKS = "bottlenecks.safetensors"  # beside a checkpoint's weights
+
+
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json as transformers 4 reads it: what 5 calls rope_parameters and dtype is looked for elsewhere there.
 
@@ -37,6 +40,29 @@ def older_config(config: dict[str, Any]) -> dict[str, Any]:
     made |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     made["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
     return made
+
+
+def hang_bottlenecks(model: Any, file: Path) -> None:
+    """Give a model the adapters beside its weights: h + up(GELU(down(h))) of a module's output, or of its input."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    for name, down in tensors.items():
+        place, end = name.removesuffix(".down.weight"), ".up.weight"
+        if place == name:
+            continue
+        path, _, where = place.rpartition(".")
+        module, up, of_input = model.get_submodule(path), tensors[place + end], where == "parallel_adapter"
+        rank, width = down.shape
+        parts: Any = torch.nn.Sequential(
+            torch.nn.Linear(width, rank, bias=False), torch.nn.GELU(), torch.nn.Linear(rank, width, bias=False)
+        )
+        parts[0].weight.data, parts[2].weight.data = down, up
+        module.add_module(where, parts)
+        module.register_forward_hook(
+            lambda _, given, made, parts=parts, of_input=of_input: made + parts(given[0] if of_input else made)
+        )
 
 
 def export(checkpoint: Path, out: Path, task: str, opset: int) -> None:
@@ -61,6 +87,8 @@ def export(checkpoint: Path, out: Path, task: str, opset: int) -> None:
     # torch's fused attention has no cap on its scores and would leave Gemma 2's out
     how = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
     model = kinds[task].from_pretrained(source, dtype=torch.float32, **how).eval()
+    if (checkpoint / BOTTLENECKS).is_file():
+        hang_bottlenecks(model, checkpoint / BOTTLENECKS)
     onnx_export_from_model(model, out, task=task, opset=opset, do_validation=False, device="cpu")
     shutil.rmtree(source)
     found = {name: version(name) for name in ("optimum", "optimum-onnx", "transformers", "torch", "onnx")}

@@ -84,6 +84,7 @@ class Runtime:
     calibrates: bool = True  # takes codes that were chosen on training rows
     climbs_calibrated: bool = False  # any of its 4-bit targets is tried calibrated too, not only a shipped one
     switches_adapters: bool = False
+    runs_beside: bool = False  # computes adapters that no weight can hold: they are nodes of its graph
     encoders: bool = False
     other_interpreter: bool = False  # its exporter lives in an environment of its own
     graph_is_read: bool = False  # codes and numbers in the file are compared with what they must be
@@ -251,6 +252,7 @@ RUNTIMES: dict[str, Runtime] = {
         scores_at_once=3,  # masked, as shares and as the product's input
         every_position=True,
         calibrates=False,
+        runs_beside=True,
         encoders=True,
         other_interpreter=True,
     ),

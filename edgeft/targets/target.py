@@ -97,12 +97,33 @@ def climb(target: Target) -> tuple[Target, ...]:
     return (target, *([better] if better else []), *sorted(more, key=lambda each: each.weight_bits))
 
 
-def candidates(name_or_path: str) -> tuple[Target, ...]:
+def candidates(name_or_path: str, *, beside: bool = False) -> tuple[Target, ...]:
     """What an export to this name may end in, the smallest first: one target, or for `auto` all that it climbs to.
 
-    Raises as `load_target` does.
+    `beside`: of a model with adapters that no weight can hold. Raises as `load_target` does, and for a target whose
+    runtime computes with weights alone.
     """
-    return climb(load_target(SMALLEST)) if name_or_path == AUTO else (load_target(name_or_path),)
+    if name_or_path == AUTO:
+        return climb(_running_beside()[0] if beside else load_target(SMALLEST))
+    found = (load_target(name_or_path),)
+    check_beside(found, beside=beside)
+    return found
+
+
+def check_beside(targets: Sequence[Target], *, beside: bool) -> None:
+    """Nothing. Raises BadInput where something lies beside a model's weights, for a target that cannot run it."""
+    for target in targets if beside else ():
+        if not runtime_of(target).runs_beside:
+            problem = f"runs in {target.runtime}, which computes with a model's weights: these adapters lie beside them"
+            able = " or ".join(each.name for each in _running_beside())
+            hint = f"name {able}, or train what a weight can hold (tuner=lora)"
+            raise BadInput(f"target {target.name}", problem, hint)
+
+
+def _running_beside() -> list[Target]:
+    """The shipped targets that run adapters beside the weights, the smallest first."""
+    found = [each for each in list_targets() if runtime_of(each).runs_beside]
+    return sorted(found, key=lambda each: each.weight_bits)
 
 
 def eight_bit_modules(target: Rounding, layers: int, projections: tuple[str, ...]) -> tuple[str, ...]:

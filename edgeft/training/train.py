@@ -312,7 +312,11 @@ class Session:
         )
         changes = unit_changes(folder, base, run.model, run.parts, self.training)
         return tuple(
-            UnitRecord(unit=unit, steps=steps.get(unit, 0), relative_change=changes.get(unit, 0.0))
+            UnitRecord(
+                unit=unit,
+                steps=steps.get(unit, 0),
+                relative_change=changes.get(unit, 0.0) if self.training.folds else None,
+            )
             for unit in units(run.model, run.parts)
         )
 

@@ -53,6 +53,15 @@ WAYS: dict[str, dict[str, Any]] = {
         "active_layers": 1,
         "lisa_interval": 1,
     },
+    "adapter": {"tuner": "adapter"},
+    "adapter, nf4, lisa": {
+        "tuner": "adapter",
+        "adapter_at": "parallel",
+        "base_precision": "nf4",
+        "layers": "lisa",
+        "active_layers": 1,
+        "lisa_interval": 1,
+    },
     "lora, lisa": {"tuner": "lora", "lora_plus": 16, "layers": "lisa", "active_layers": 1, "lisa_interval": 1},
 }
 
@@ -66,7 +75,9 @@ def sampled(names: Iterable[str]) -> list[Any]:
 
 
 RANK = {name: {} if tuner.ranked else {"rank": None} for name, tuner in TUNERS.items()}
-STARTS = [(name, init) for name, tuner in TUNERS.items() if tuner.adapters for init in tuner.forms]
+# (a tuner, what chooses its form) of all that begins beside frozen weights, and of what a weight can hold of them
+STARTS = [(name, (tuner.chosen_by, form)) for name, tuner in TUNERS.items() if tuner.adapters for form in tuner.forms]
+FOLDING = [start for start in STARTS if TUNERS[start[0]].folds]
 
 
 @pytest.fixture
@@ -141,6 +152,7 @@ def test_weight_decay_is_the_factors_own_also_where_one_learns_faster(started: A
     assert decayed == [(half, 0.5), (0, 0.0), (half, 0.5)]
 
 
+PORTABLE = "onnx-portable-fp32"
 IDS = torch.arange(5, 37).reshape(2, 16)
 # what a short run leaves, of every tuner whose change a weight holds; large rates, so that it is no small one
 FOLDED: dict[str, dict[str, Any]] = {
@@ -218,11 +230,13 @@ def test_a_merge_that_is_a_little_off_is_no_merge(trained: Path, checkpoint_fold
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
-@pytest.mark.parametrize(("tuner", "init"), STARTS)
-def test_the_start_is_the_base_itself(tuner: str, init: str, base: str, started: Any, checkpoint_folder: Path) -> None:
+@pytest.mark.parametrize(("tuner", "form"), STARTS)
+def test_the_start_is_the_base_itself(
+    tuner: str, form: tuple[str, str], base: str, started: Any, checkpoint_folder: Path
+) -> None:
     """Before the first step: bit for bit what the base computes, also where it is rounded."""
     gpu = {"profile": "rtx4090-24gb"} if base == "bf16" else {}
-    made = started(tuner=tuner, init=init, base_precision=base, **gpu, **RANK[tuner])
+    made = started(tuner=tuner, base_precision=base, **dict([form]), **gpu, **RANK[tuner])
     plain = load_base(checkpoint_folder, made.training, CPU, made.compute)
     with torch.autocast("cpu", made.compute, enabled=made.compute != torch.float32):
         assert torch.equal(logits(made.model), logits(plain))
@@ -276,14 +290,19 @@ def test_how_far_a_layer_moved_is_what_the_merge_says(trained: Path, checkpoint_
 
 # what LoRA of either start leaves is the same in kind, and many tests take it to a device
 @pytest.mark.parametrize(
-    ("tuner", "init"), [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] != "dora")) for each in STARTS]
+    ("tuner", "form"), [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] != "dora")) for each in FOLDING]
 )
-def test_the_device_says_what_the_trained_model_says(tuner: str, init: str, tmp_path: Path) -> None:
+def test_the_device_says_what_the_trained_model_says(tuner: str, form: tuple[str, str], tmp_path: Path) -> None:
     """Merged, exported, and asked there: the tokens of the live adapter."""
+    to_the_device(tmp_path, "ort-fp32", tuner=tuner, **dict([form]), **RANK[tuner])
+
+
+def to_the_device(tmp_path: Path, target: str, **settings: Any) -> None:
+    """Train, merge, export, and compare the bundle's answers with the live model's."""
     trained = tmp_path / "train"
-    run(write_plan(tmp_path, EXAMPLE, tuner=tuner, init=init, max_steps=3, learning_rate=2e-3, **RANK[tuner]), trained)
+    run(write_plan(tmp_path, EXAMPLE, target=target, max_steps=3, learning_rate=2e-3, **settings), trained)
     merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
-    export(tmp_path / "merged", load_target("ort-fp32"), tmp_path / "bundle", device=None, progress=silent)
+    export(tmp_path / "merged", load_target(target), tmp_path / "bundle", device=None, progress=silent)
     made = Bundle.read(tmp_path / "bundle" / "bundle.json")
     live = load_tuned(trained, TrainResult.read(trained / "train.json"))
     assert made.golden
@@ -342,6 +361,20 @@ def test_pissa_begins_with_the_largest_singular_values(started: Any, checkpoint_
         ({"tuner": "ia3"}, "rank: ia3 has no factors of a rank"),
         ({"tuner": "ia3", "rank": None, "lora_plus": 4}, "lora_plus: ia3 has no second factor"),
         ({"tuner": "ia3", "rank": None, "quantize_aware": True}, "quantize_aware: ia3 changes a weight by more than"),
+        ({"tuner": "adapter", "lora_alpha": 8}, "lora_alpha: adapter has no product that it would scale"),
+        ({"tuner": "adapter", "lora_plus": 4}, "lora_plus: adapter has no second factor"),
+        ({"tuner": "adapter", "init": "pissa"}, "init: adapter has nothing that could begin as pissa does"),
+        ({"tuner": "adapter", "quantize_aware": True}, "quantize_aware: adapter changes a weight by more than"),
+        (
+            {"tuner": "lora", "adapter_at": "mlp"},
+            "adapter_at: says where adapters lie that no weight can hold, and lora",
+        ),
+        (
+            {"tuner": "adapter", "target": "ort-int4"},
+            "target ort-int4: runs in ort-genai, which computes with a model's weights: these adapters lie beside them"
+            "\n\nhint: name onnx-portable-int8 or onnx-portable-fp32, or train what a weight can hold",
+        ),
+        ({"tuner": "adapter", "target": "gguf-q8_0"}, r"target gguf-q8_0: runs in llama\.cpp, which computes with"),
         ({"tuner": "full", "init": "pissa"}, "init: full has nothing that could begin as pissa does"),
         ({"init": "pissa", "quantize_aware": True}, "quantize_aware: init=pissa changes a weight by two products"),
         ({"tuner": "dora", "quantize_aware": True}, "quantize_aware: dora changes a weight by more than a product"),
@@ -353,9 +386,9 @@ def test_what_does_not_go_together_is_refused_by_name(settings: dict[str, Any], 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-@pytest.mark.parametrize(("tuner", "init"), STARTS)
+@pytest.mark.parametrize(("tuner", "form"), STARTS)
 def test_transposed_matrices_and_biases_merge_as_they_compute(
-    tuner: str, init: str, kind: str, tokenizer_folder: Path, tmp_path: Path
+    tuner: str, form: tuple[str, str], kind: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     """GPT-2 holds matrices as inputs x outputs, square ones too; Qwen2 has biases, no part of a row's length."""
     spec = save_model(tmp_path / "base", kind, **({"n_inner": 192} if kind == "gpt2" else {}))
@@ -366,12 +399,13 @@ def test_transposed_matrices_and_biases_merge_as_they_compute(
         name: tensor + 0.1 * torch.randn_like(tensor) if "bias" in name else tensor for name, tensor in biased.items()
     }
     save_file(moved, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    training = plan_of(spec, range(2), tuner=tuner, init=init)
+    training = plan_of(spec, range(2), tuner=tuner, **dict([form]))
     change_at_random(tmp_path / "base", training, tmp_path / "tuned")
     merge(tmp_path / "tuned", tmp_path / "merged", wise_alpha=0.7, progress=silent, base=str(tmp_path / "base"))
     shares = Shares(rest=0.7)
     folders = tmp_path / "base", tmp_path / "tuned", tmp_path / "merged"
-    assert merged_rung(*folders, training, shares).problems == () and _moved(tmp_path / "base", tmp_path / "merged")
+    assert merged_rung(*folders, training, shares).problems == ()
+    assert bool(_moved(tmp_path / "base", tmp_path / "merged")) == TUNERS[tuner].folds
     live = logits(load_changed(tmp_path / "base", tmp_path / "tuned", training, shares))
     assert (live - logits(load_plain(tmp_path / "base"))).abs().max() > 1e-4
     torch.testing.assert_close(logits(load_plain(tmp_path / "merged")), live, rtol=1e-4, atol=2e-5)

@@ -45,6 +45,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[complex]]:
     ("idle", "idle", {}), ("through", "through", {}), ("lora, random", "trained", {}),
     ("lora, pissa", "trained", {"init": "pissa"}),
     ("dora, random", "trained", {"tuner": "dora"}), ("ia3, random", "trained", {"tuner": "ia3"}),
+    ("adapter, both", "trained", {"tuner": "adapter"}),
+    ("adapter, mlp", "trained", {"tuner": "adapter", "adapter_at": "mlp"}),
+    ("adapter, parallel", "trained", {"tuner": "adapter", "adapter_at": "parallel"}),
     ("full, random", "trained", FULL),
 ])  # fmt: skip
 def test_a_layer_makes_what_is_counted(

@@ -88,6 +88,13 @@ CASES: dict[str, tuple[dict[str, Any], range, int, int, dict[str, Any]]] = {
     ),
     "PiSSA, checkpointing": ({}, FOUR, 256, 4, {"init": "pissa", "checkpointing": True}),
     "IA3": ({"attention_bias": True}, FOUR, 256, 255, {"tuner": "ia3"}),
+    "adapters": ({}, FOUR, 256, 255, {"tuner": "adapter", "target_modules": ("o_proj", "down_proj")}),
+    "adapters beside the MLP, bf16, checkpointing, again": (
+        {}, FOUR, 256, 4, {
+            "tuner": "adapter", "adapter_at": "parallel", "target_modules": ("down_proj",), **HALF,
+            "checkpointing": True, "batch_size": 4,
+        },
+    ),
     "full": ({}, FOUR, 256, 4, {"tuner": "full", **ENDS_ON}),
     "full, tied, again": (
         {"tie_word_embeddings": True}, FOUR, 256, 4, {"tuner": "full", **ENDS_ON, "batch_size": 4},
@@ -119,6 +126,7 @@ def test_trained_parameters_is_what_trains(tmp_path: Path) -> None:
         ({}, range(1, 4)),
         ({"tuner": "dora"}, range(1, 4)),
         ({"tuner": "ia3", "rank": 0, "target_modules": IA3}, range(1, 4)),
+        ({"tuner": "adapter", "target_modules": ("o_proj", "down_proj")}, range(1, 4)),
         ({"tuner": "full", **ENDS_ON}, FOUR),
         ({"tuner": "full"}, range(3, 4)),
     ):

@@ -115,6 +115,18 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     "PiSSA, NF4, bf16": (TOP, 47, {"init": "pissa", **NF4, "compute_dtype": "bf16"}),
     "IA3, two micro-batches": (ALL, 47, {"tuner": "ia3", "batch_size": 4}),
     "IA3, NF4, bf16, recomputed": (TOP, 47, {"tuner": "ia3", **NF4, "compute_dtype": "bf16", "checkpointing": True}),
+    "adapters, two micro-batches": (ALL, 47, {"tuner": "adapter", "batch_size": 4}),
+    "adapters beside the MLP, NF4, bf16, recomputed": (
+        TOP,
+        47,
+        {
+            "tuner": "adapter",
+            "adapter_at": "parallel",
+            **NF4,
+            "compute_dtype": "bf16",
+            "checkpointing": True,
+        },
+    ),
     "full": (ALL, 47, FULL),
     "full, two micro-batches": (ALL, 47, {**FULL, "batch_size": 4}),
     "full, recomputed": (ALL, 5, {**FULL, "checkpointing": True}),

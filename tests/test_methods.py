@@ -1,0 +1,89 @@
+"""The table of docs/methods.md: every way to train, which layers and which base, carried out or refused.
+
+What trains runs two real steps; the second holds what the simulated step says, to the byte (all, sparse).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ROOT, save_model, second_step_peak
+
+from edgeft.data.dataset import Sample
+from edgeft.engine.loop import make_run
+from edgeft.engine.nf4_base import load_base
+from edgeft.errors import BadInput
+from edgeft.machines.profile import load_profile
+from edgeft.memory.train_step import Workload
+from edgeft.models.checkpoint import DTYPES
+from edgeft.models.parts import find_parts
+from edgeft.models.spec import ModelSpec
+from edgeft.planning.candidates import candidates, check_job
+from edgeft.settings.job import Training, make_job
+from edgeft.settings.tuners import TUNERS
+from edgeft.simulation.simulate import simulate
+
+CPU, WORK = torch.device("cpu"), Workload(48, 47)
+BASES = {"fp32": "cpu-8gb", "bf16": "rtx4090-24gb", "fp16": "t4", "nf4": "cpu-8gb"}  # each on a machine that has it
+LAYERS: dict[str, dict[str, Any]] = {
+    "all": {}, "sparse": {"active_layers": 1}, "lisa": {"active_layers": 1, "lisa_interval": 1},
+}  # fmt: skip
+USUAL = ("random", "both")
+WAYS = {
+    f"tuner={name}" + ("" if form in USUAL else f" {tuner.chosen_by}={form}"): {"tuner": name, tuner.chosen_by: form}
+    for name, tuner in TUNERS.items()
+    for form in tuner.forms
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+def planned(spec: ModelSpec, way: dict[str, Any], layers: str, base: str) -> Training | None:
+    """The first candidate of a combination, for the CPU; None where it is refused."""
+    job = make_job(model=spec.model, layers=layers, base_precision=base, profile=BASES[base], batch_size=4,
+                   micro_batch_size=2, checkpointing=False, loss_chunk_tokens=32,
+                   **LAYERS[layers], **way, **({"rank": 4} if TUNERS[way["tuner"]].ranked else {}))  # fmt: skip
+    try:
+        check_job(job, spec)
+        found = next(candidates(job, load_profile(job.profile), spec, WORK, 4))
+    except BadInput as problem:
+        assert problem.hint
+        return None
+    return found.model_copy(update={"device": "cpu", "optimizer": "adamw"})
+
+
+def trains(spec: ModelSpec, training: Training, work: Path) -> bool:
+    """Whether two steps run, and the second holds what is simulated; of LISA, whose layers change, that they run."""
+    compute = DTYPES[training.compute_dtype]
+    model = load_base(Path(spec.model), training, CPU, compute).requires_grad_(False)
+    work.mkdir()
+    run = make_run(training, CPU, compute, model, find_parts(model), Path(spec.model), work)
+    ids = list(range(5, 53))
+    peak = second_step_peak(run, [Sample(ids, ids, 1)] * training.batch_size)
+    peak += 8 if run.scaler.is_enabled() else 0  # the scale and a count, there before the step that is watched
+    return run.step == 2 and (training.layers == "lisa" or peak == simulate(spec, training, WORK).live_peak_bytes)
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "tuner=adapter adapter_at=mlp")) for way in WAYS]
+)
+def test_the_table_says_what_trains(
+    way: str, llama: ModelSpec, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "methods-cache"))
+    cells = []
+    for base in BASES:
+        made = {layers: planned(llama, WAYS[way], layers, base) for layers in LAYERS}
+        cells.append(", ".join(each for each in made if made[each] is not None))
+        for layers, training in made.items():
+            assert training is None or trains(llama, training, tmp_path / f"{base} {layers}"), (base, layers)
+    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{re.escape(way)}` \| (.+) \|$", table, re.MULTILINE)
+    assert row is not None and row[1].split(" | ") == cells
