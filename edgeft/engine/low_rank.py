@@ -52,7 +52,7 @@ def chosen_modules(parts: Parts, training: Training) -> list[str]:
     """The names of the modules that get an adapter."""
     return [
         f"{parts.layers_path}.{i}.{name}"
-        for i in training.trained_layers
+        for i in training.adapted_layers
         for name, _ in parts.layers[i].named_modules()
         if f".{name}".endswith(tuple(f".{target}" for target in training.target_modules))  # GPT-2: attn.c_proj
     ]

@@ -30,10 +30,10 @@ def apply_tuner(
     their products in the compute dtype, and PEFT's own cast of every input to fp32 is switched off, since it would
     keep an fp32 copy of each linear's input alive.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     if training.adapts:
         form_of(training).inject(model, parts, training, stored)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     chosen = [entry for entries in trained_units(model, parts, training).values() for entry in entries]
     for _, parameter in chosen if training.layers != "lisa" else []:
         parameter.requires_grad_(parameter.is_floating_point())  # 4-bit ones train once they are dense

@@ -26,7 +26,8 @@ def _added_in_place(operations: Operations, x: Value, linear: Linear) -> Value:
 
     def back(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
         low = Storage(tape, e * rank)
-        up, down = Storage(tape, 1j * e * outputs * rank), Storage(tape, 1j * e * inputs * rank)
+        up = Storage(tape, 1j * e * outputs * rank) if wanted[2] else None
+        down = Storage(tape, 1j * e * inputs * rank) if wanted[1] else None
         into = Storage(tape, e * inputs) if wanted[0] else None
         if wanted[0]:
             matrix = operations.dense(tape, linear, e)
@@ -105,16 +106,17 @@ def _times(operations: Operations, x: Value, gain: Value, outputs: int) -> Value
     first, vector, wide = x.size, 4j * outputs, 4 * outputs
 
     def back(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
-        summed = Storage(tape, wide)
+        summed = Storage(tape, wide) if wanted[1] else None
         into = Storage(tape, wide) if wanted[0] else None
         kept.clear()
         if into is not None and first != wide:
             into = Storage(tape, first)
-        total = Storage(tape, vector)
+        total = Storage(tape, vector) if wanted[1] else None
         del summed
         return [into, total]
 
-    return operations.tape.run(wide, [x, gain], [x, gain] if x.node else [x], back)
+    saved = [x] if gain.node or not x.node else []
+    return operations.tape.run(wide, [x, gain], [*saved, gain] if x.node else saved, back)
 
 
 def _shifted(operations: Operations, x: Value, gain: Value) -> Value:
@@ -123,7 +125,7 @@ def _shifted(operations: Operations, x: Value, gain: Value) -> Value:
     shift = operations.one(operations.one(gain, vector, vector), vector, vector, saves_constant=True)
 
     def back(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
-        total = Storage(tape, vector)
+        total = Storage(tape, vector) if wanted[1] else None
         return [own.pop(), total]
 
     return operations.tape.run(size, [x, shift], [], back)

@@ -18,8 +18,9 @@ from edgeft.models.families import Role
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings.tuners import adapts
 
-# no gradient is wanted; gradients pass, nothing trains; it trains; what trained (or will) runs without autograd
-Kind = Literal["idle", "through", "trained", "scored"]
+# no gradient is wanted; gradients pass, nothing trains; adapters compute and do not train now; it trains; what trained
+# (or will) runs without autograd
+Kind = Literal["idle", "through", "resting", "trained", "scored"]
 
 
 @dataclass(frozen=True)
@@ -303,9 +304,10 @@ def layer_bytes(spec: ModelSpec, way: Way, kind: Kind, wants: bool, masked: bool
     size = stream_bytes(spec, way)
 
     def run(tape: Tape, x: list[Value]) -> Value:
-        layer = _Layer(tape, spec, way, kind in ("trained", "scored"), masked and not spec.attn_logit_softcapping)
-        layer.frozen = kind == "scored"
-        if recomputed and kind in ("through", "trained"):
+        adapted = kind in ("trained", "resting", "scored")
+        layer = _Layer(tape, spec, way, adapted, masked and not spec.attn_logit_softcapping)
+        layer.frozen, layer.rests = kind in ("scored", "resting"), kind == "resting"
+        if recomputed and (wants or kind == "trained"):
             tape.frame = Frame(lambda value=x[0]: layer(value))  # type: ignore[misc]
         result = layer(x[0])
         tape.frame = None

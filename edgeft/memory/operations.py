@@ -62,7 +62,8 @@ class Operations:
         # CUDA's autocast computes some functions in fp32 that a CPU's leaves alone
         self.widens = self.half and way.cuda
         self.full = trained and not adapts(way.tuner)
-        self.frozen = False  # what trains is there, and autograd is off
+        self.frozen = False  # what trains is there, and takes no gradient now
+        self.rests = False  # while others do
         # a dense layer of another precision's base trains its matrices alone under half-precision compute
         self.full_vectors = self.full and not (way.densely and self.half)
         self.targets = set(way.targets) if trained and adapts(way.tuner) else set()
@@ -138,12 +139,13 @@ class Operations:
     # projections
 
     def weight(self, elements: int, *, copied: bool = False) -> Value:
-        """A trained weight; under autocast an fp32 one is copied to half precision, and the copy kept until it ends."""
+        """A trained weight; autocast keeps a half copy until it ends, or, of one that rests, while it is needed."""
         own = Value(Storage(self.tape, 0, silently=True), 0, None if self.frozen else parameter())
         if not copied or not self.half:
             return own
         copy = self.one(own, 2j * elements, 4j * elements)
-        self.tape.casts.append(copy.storage)
+        if not self.rests:
+            self.tape.casts.append(copy.storage)
         return copy
 
     def matmul(self, x: Value, linear: Linear, weight: Value | None, bias: bool = False) -> Value:
@@ -158,14 +160,15 @@ class Operations:
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             into = Storage(tape, e * inputs, viewed=viewed) if wanted[0] and bias else None
-            matrix = Storage(tape, 1j * e * inputs * outputs)
+            matrix = Storage(tape, 1j * e * inputs * outputs) if wanted[1] else None
             if wanted[0] and not bias:
                 into = Storage(tape, e * inputs, viewed=viewed)
             kept.clear()
             return [into, matrix, *([Storage(tape, 1j * e * outputs)] if bias else [])]
 
         vectors = [self.weight(outputs)] if bias else []
-        return self.tape.run(e * outputs, [x, weight, *vectors], [x, weight] if x.node else [x], back)
+        saved = [x] if weight.node or not x.node else []
+        return self.tape.run(e * outputs, [x, weight, *vectors], [*saved, weight] if x.node else saved, back)
 
     def base(self, x: Value, linear: Linear) -> Value:
         """A frozen projection, dense or in 4 bits: those are dense again while they multiply."""

@@ -140,7 +140,9 @@ def worst_sets(spec: ModelSpec, training: Training) -> list[Training]:
             continue
         modes = {end: "on" if end in ends or getattr(training, end) == "on" else "off" for end in ENDS}
         for chosen in {pool[:layers], pool[:1] + pool[len(pool) - layers + 1 :] if layers else ()}:
-            found.append(training.model_copy(update={**modes, "layers": "sparse", "trained_layers": chosen}))
+            rest = tuple(n for n in pool if n not in chosen) if training.adapts and not training.quantize_aware else ()
+            one = {"layers": "sparse", "trained_layers": chosen, "resting_layers": rest}
+            found.append(training.model_copy(update={**modes, **one}))
     return found
 
 
@@ -176,7 +178,8 @@ def adapter_bytes(spec: ModelSpec, training: Training) -> int:
         return 0
     beside, rank = training.form.beside, training.rank
     more = sum(beside(linear.in_features, linear.out_features, rank) for linear in targets(spec, training))
-    return 4 * (trained_parameters(spec, training) + more * len(training.trained_layers))
+    each = sum(sum(sizes) for sizes in adapter_sizes(spec, training)) + more
+    return 4 * each * len(training.adapted_layers)
 
 
 def optimizer_bytes(spec: ModelSpec, training: Training) -> int:
@@ -313,9 +316,10 @@ def _parts(
         spec, way, lowest < count, training.norm == "on", head == "on", spec.tie_word_embeddings, loss_tokens,
         training.loss_chunk_tokens,
     )  # fmt: skip
+    resting = set(training.resting_layers)
     places: list[tuple[Kind, bool, bool, bool]] = [
         (
-            "trained" if n in trained else "through" if n > lowest else "idle",
+            "trained" if n in trained else "resting" if n in resting else "through" if n > lowest else "idle",
             n > lowest,
             is_masked(spec, n, work.longest),
             training.recomputes(n, count),

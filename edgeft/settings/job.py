@@ -211,6 +211,8 @@ class Training(Strict):
     target_modules: tuple[str, ...] = ()
     layers: Layers = "all"
     trained_layers: tuple[int, ...] = Field(description="what may train; under lisa, what is drawn from")
+    # of one set of layers out of those that lisa draws from: the others, whose adapters compute and do not train
+    resting_layers: tuple[int, ...] = ()
     active_layers: int = 0  # lisa: units (layers, rotating ends) that train at a time
     embedding: EndMode = "off"
     norm: EndMode = "off"
@@ -245,6 +247,11 @@ class Training(Strict):
     def adapts(self) -> bool:
         """Whether adapters train, beside weights that stay as they are."""
         return TUNERS[self.tuner].adapters
+
+    @property
+    def adapted_layers(self) -> tuple[int, ...]:
+        """The layers that have adapters."""
+        return tuple(sorted({*self.trained_layers, *self.resting_layers}))
 
     @property
     def scaled_inputs(self) -> tuple[str, ...]:

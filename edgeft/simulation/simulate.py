@@ -29,6 +29,7 @@ from edgeft.models.checkpoint import DTYPES, quiet_transformers
 from edgeft.models.parts import Parts
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
+from edgeft.settings.tuners import is_adapter
 from edgeft.simulation.fake import as_planned, build_meta, make_fake, quantisation_states
 from edgeft.simulation.trace import Trace
 
@@ -66,7 +67,7 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
         make_fake(model)
     parameters = dict(model.named_parameters())
     chosen = [(name, parameters[name]) for name in names]
-    adapters = {id(p) for name, p in chosen} if training.adapts else set()
+    adapters = {id(p) for name, p in parameters.items() if is_adapter(name)}
     with as_planned(training, fake, trace.begin):
         if training.cached_layers:
             parts = _start_above(model, parts, training.cached_layers)
@@ -118,10 +119,11 @@ def _kinds(config: Any, spec: ModelSpec, training: Training, work: Workload) -> 
     if (getattr(text, "sliding_window", None) or 0) > work.longest:
         lists.pop("layer_types", None)  # no window is ever full: its layers keep what the others keep
     lowest = min(training.trained_layers, default=spec.num_hidden_layers)
-    trained = set(training.trained_layers)
+    trained, resting = set(training.trained_layers), set(training.resting_layers)
     return [
         (
             layer in trained,
+            layer in resting,
             layer >= lowest,
             layer < training.cached_layers,
             training.recomputes(layer, spec.num_hidden_layers),
@@ -147,9 +149,12 @@ def _with_layers(config: Any, training: Training, layers: list[int]) -> tuple[An
     text.num_hidden_layers = len(layers)
     for key, values in lists.items():
         setattr(text, key, [values[layer] for layer in layers])
-    trained = tuple(n for n, layer in enumerate(layers) if layer in set(training.trained_layers))
+    trained, resting = (
+        tuple(n for n, layer in enumerate(layers) if layer in set(those))
+        for those in (training.trained_layers, training.resting_layers)
+    )
     cached = sum(layer < training.cached_layers for layer in layers)
-    changes = {"trained_layers": trained, "kept_layers": kept, "cached_layers": cached}
+    changes = {"trained_layers": trained, "resting_layers": resting, "kept_layers": kept, "cached_layers": cached}
     return config, training.model_copy(update=changes)
 
 

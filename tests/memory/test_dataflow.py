@@ -105,6 +105,27 @@ def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, ever
             assert [a - live[0] for a in live] == [b - sizes[0] for b in sizes], (way, phase)
 
 
+@pytest.mark.parametrize("adapter", [{}, PISSA, *({"tuner": name} for name in ("dora", "ia3", "adapter"))])
+def test_adapters_that_rest_compute_and_keep_less(adapter: dict[str, Any], tmp_path: Path, every_height: None) -> None:
+    """LISA's other layers, operation by operation: above the lowest that trains gradients pass, below none does."""
+    spec = save_model(tmp_path, num_hidden_layers=4)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for trained, wants in (((0, 1, 3), True), ((3,), False)):
+        for more in ({}, HALF, {"checkpointing": True}) if wants else ({}, {**NF4, "compute_dtype": "bf16"}):
+            training = plan_of(spec, range(4), micro_batch_size=1, batch_size=1, **adapter, **more)
+            rest = tuple({*range(4)} - {*trained})
+            training = training.model_copy(update={"trained_layers": trained, "resting_layers": rest})
+            trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
+            found = layer_bytes(spec, Way.of(spec, training, TOKENS), "resting", wants, False, training.checkpointing)
+            assert bool(found.backward) == wants and not found.gradients
+            made = {start for start, _, _ in trace.tensors}
+            for phase, heights in (("forward", found.forward), ("backward", found.backward)):
+                live = [trace.live[n] for n, p in enumerate(trace.places)
+                        if (p.phase, p.layer) == (phase, 2) and n in made]  # fmt: skip
+                sizes = [height.real * TOKENS + height.imag for height in heights]
+                assert [a - live[0] for a in live] == [b - sizes[0] for b in sizes], (more, phase)
+
+
 def test_experts_are_taken_for_a_llamas_mlp() -> None:
     spec = read_model_spec(str(CONFIGS / "mixtral-8x7b"))
     found = projections(spec)
