@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from edgeft.documents import NameIn, Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
-from edgeft.settings.tuners import SCALES, TUNERS, Form
+from edgeft.settings.tuners import ABSENT, SCALES, TUNERS, Form
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 # as a target: the smallest artifact that keeps the fine-tune; every one that fits, side by side
@@ -165,6 +165,9 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
 
 def make_job(**values: object) -> Job:
     """A Job from raw values, strings included. Raises BadInput listing every value that does not fit."""
+    asked = values.get("tuner")
+    if isinstance(asked, str) and asked in ABSENT:
+        raise BadInput("tuner", f"{asked} is not there yet: {ABSENT[asked]}", "use one of " + ", ".join(TUNERS))
     try:
         return Job.model_validate(values)
     except pydantic.ValidationError as problem:

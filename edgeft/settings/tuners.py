@@ -149,6 +149,13 @@ TUNERS: dict[str, Tuning] = {
         sentence="The model's own weights train: {layers}{ends}",
     ),
 }
+# Tuners of the field that are not there, and why: what to say to somebody who asks for one by its name.
+ABSENT = {
+    "prefix": "its virtual keys and values lie before every text, and no bundle here begins with a past",
+    "prompt": "its virtual embeddings lie before every text, and no bundle here begins with a past",
+    "adalora": "its ranks move from matrix to matrix while it trains, and no plan counts that",
+    "h-adapter": "it adds a vector after attention, and no weight of most models can hold one there",
+}
 # What is planned where none is named: adapters; the weights where ends train, or the model is small.
 ADAPTERS, WEIGHTS = "lora", "full"
 
