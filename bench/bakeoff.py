@@ -26,10 +26,10 @@ from edgeft.data.samples import to_samples
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import EdgeftError
 from edgeft.exporting.calibrate import calibrate, put_codes
-from edgeft.exporting.parity import round_as_target
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning.plan import Plan
+from edgeft.targets.rounding import round_as_target
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 

@@ -729,6 +729,8 @@ class LlamaCpp:
             self.eos_ids = [int(token) for token in manifest["stop_ids"]]
         except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise RunError(bundle / MANIFEST, f"cannot be used: {problem!r}", "run --verify") from None
+        target = manifest.get("target")
+        self.kv_bits = target.get("kv_bits") if isinstance(target, dict) else None
         path = bundle / "model.gguf"
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0  # the proof is the processor's
@@ -792,7 +794,7 @@ class LlamaCpp:
 
 
 class LlamaSession(Guided):
-    """One text through the model; its KV cache (fp16) is allocated for `max_tokens`."""
+    """One text through the model; its KV cache (fp16, or 8 bits in blocks of 32) is allocated for `max_tokens`."""
 
     def __init__(self, engine: LlamaCpp, max_tokens: int, grammar: Grammar | None = None) -> None:
         self.engine, self.api = engine, engine.api
@@ -801,6 +803,9 @@ class LlamaSession(Guided):
         params.n_ctx = max_tokens
         params.n_batch = params.n_ubatch = min(PREFILL_TOKENS, max_tokens)
         params.n_threads = params.n_threads_batch = usable_threads()
+        if engine.kv_bits == 8:
+            params.type_k = params.type_v = self.api.GGML_TYPE_Q8_0
+            params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # values of 8 bits need it
         self.context = self.api.llama_init_from_model(engine.model, params)
         if not self.context:
             raise RunError("llama.cpp", f"cannot allocate a context of {max_tokens} tokens", "ask for fewer tokens")

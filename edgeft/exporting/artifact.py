@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ class ArtifactModel:
     weights and operators, one Gather less.
     """
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, *, full_cache: bool = False) -> None:
+        """`full_cache`: keys and values are kept as the runtime does by itself, not in the bundle's 8 bits."""
         from edgeft.targets.onnx_file import MODEL
         from edgeft.targets.ort import every_position
 
         runner, folder = runner_module(), Path(bundle)
         self.folder = folder
         try:
-            graph = every_position(folder) if (folder / MODEL).is_file() else None
+            graph = every_position(folder, full_cache) if (folder / MODEL).is_file() else None
         except Exception:  # a damaged file: the runtime says so better
             graph = None
         try:
@@ -37,6 +38,8 @@ class ArtifactModel:
             raise _missing(problem) from None
         except runner.RunError as problem:
             raise BadInput(bundle, str(problem)) from None
+        if full_cache:
+            self._runner.engine.kv_bits = None
         self.context_tokens: int = self._runner.context_tokens
         self.stop_ids: list[int] = list(self._runner.eos_ids)
 
@@ -124,6 +127,35 @@ class ArtifactModel:
             return list(self._runner.write(list(ids), most))
         except runner_module().RunError:
             return None
+
+    def with_full_cache(self) -> ArtifactModel:
+        """The same bundle, its keys and values as its runtime keeps them by itself."""
+        return ArtifactModel(self.folder, full_cache=True)
+
+    def each_pass(self, ids: list[int]) -> Iterator[Logits]:
+        """Logits after each token of a row, a pass at a time. Raises BadInput beyond the context."""
+        self._fit(ids)
+        session = self._runner.engine.start(len(ids))
+        for part in runner_module().passes(list(ids)):
+            yield numpy.asarray(session.append(part, every=True), dtype=numpy.float32)
+
+    def _fit(self, ids: list[int]) -> None:
+        try:
+            self._runner.fit(list(ids), 0)
+        except runner_module().RunError as problem:
+            raise BadInput("artifact", str(problem)) from None
+
+    def cached(self, ids: list[int], layers: int) -> list[tuple[Any, Any]]:
+        """What ONNX Runtime GenAI keeps of some tokens, by layer: keys and values (heads, tokens, head_dim).
+
+        Raises BadInput beyond the context.
+        """
+        self._fit(ids)
+        session = self._runner.engine.start(len(ids))
+        self._read(session, list(ids))
+        kept = session.generator.get_output
+        sides = ((kept(f"present.{layer}.{side}")[0] for side in ("key", "value")) for layer in range(layers))
+        return [(keys, values) for keys, values in sides]
 
     def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""

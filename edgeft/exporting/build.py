@@ -52,6 +52,7 @@ from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
+    from edgeft.targets.kv_cache import CacheScales
 
 
 def need_runtime(target: Target) -> None:
@@ -76,6 +77,7 @@ class Filled(NamedTuple):
     adapter_inputs: dict[str, list[int]]
     adapters: dict[str, Written]
     files: dict[str, BundledFile]
+    found: dict[str, str]  # on rows, for the manifest: its sha256 by name
 
 
 def build_bundle(
@@ -86,8 +88,8 @@ def build_bundle(
     measure: bool = True, predicted_peak_bytes: int | None = None, sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
     keep_failed: bool = False, size_budget_bytes: int | None = None, rows: Mapping[str, Metrics] | None = None,
-    codes: Callable[[Path], Codes] | None = None, held_to: HeldTo = (),
-    calibrate: Callable[[ArtifactModel, Answers], Answers] | None = None,
+    codes: Callable[[Path], Codes] | None = None, scales: Callable[[Codes | None], CacheScales] | None = None,
+    held_to: HeldTo = (), calibrate: Callable[[ArtifactModel, Answers], Answers] | None = None,
 ) -> Bundle:  # fmt: skip
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
@@ -95,14 +97,15 @@ def build_bundle(
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
     Answers are held to labels or a grammar; `calibrate` finds what the labels' probabilities are worth.
-    `codes` makes those of a calibrated target in a folder of its own. With `keep_failed` a bundle whose proof fails
+    `codes` makes those of a calibrated target in a folder of its own, `scales` those of a KV cache of 8 bits. With
+    `keep_failed` a bundle whose proof fails
     lies in `failed_path(out)` afterwards, its manifest says why; one that passes removes it.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
     """
     start = time.perf_counter()
-    _check_target(target, adapted=bool(adapters), coded=codes is not None)
+    _check_target(target, adapted=bool(adapters), coded=codes is not None, scaled=scales is not None)
     check_beside([target], beside=(merged / BOTTLENECKS).is_file())
     spec, tokenizer = read_model_spec(str(merged)), TextTokenizer(merged)
     _check_template(merged, tokenizer, prompt_format)
@@ -115,7 +118,7 @@ def build_bundle(
         with saving(out):
             answers = _hold(folder, held_to)
         filled = _fill(
-            folder, out, merged, target, spec, tokenizer, codes, adapters, page, device_memory_bytes,
+            folder, out, merged, target, spec, tokenizer, codes, scales, adapters, page, device_memory_bytes,
             lambda hashes: bill_of_materials(hashes, sources, target, held_to),
         )  # fmt: skip
         bundle = Bundle(
@@ -125,7 +128,7 @@ def build_bundle(
             environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
             answers=answers,
-            provenance=provenance or {}, promotion=promotion, repair=repair,
+            provenance=(provenance or {}) | filled.found, promotion=promotion, repair=repair,
             predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
@@ -164,7 +167,7 @@ def _hold(folder: Path, held_to: HeldTo) -> Answers | HeldToGrammar | None:
     return Answers(file=FILE, labels=len(held_to))
 
 
-def _check_target(target: Target, *, adapted: bool, coded: bool) -> None:
+def _check_target(target: Target, *, adapted: bool, coded: bool, scaled: bool) -> None:
     """Nothing. Raises BadInput for what a target cannot hold, MissingExtra where its runtime is not here."""
     if adapted and not runtime_of(target).switches_adapters:
         problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
@@ -174,6 +177,9 @@ def _check_target(target: Target, *, adapted: bool, coded: bool) -> None:
         raise BadInput(
             f"target {target.name}", problem, "export a merged checkpoint, whose training data it is made with"
         )
+    if scaled != target.has_cache_scales:
+        problem = f"has {'a' if target.has_cache_scales else 'no'} KV cache whose scales are found on training rows"
+        raise BadInput(f"target {target.name}", problem, "export a merged checkpoint, or with --set kv_bits=32")
     need_runtime(target)
 
 
@@ -185,8 +191,9 @@ def _check_template(merged: Path, tokenizer: TextTokenizer, prompt_format: Promp
 
 def _fill(
     folder: Path, out: Path, merged: Path, target: Target, spec: ModelSpec, tokenizer: TextTokenizer,
-    codes: Callable[[Path], Codes] | None, adapters: Sequence[AdapterSource], page: str,
-    device_memory_bytes: int | None, bill: Callable[[Mapping[str, str]], str],
+    codes: Callable[[Path], Codes] | None, scales: Callable[[Codes | None], CacheScales] | None,
+    adapters: Sequence[AdapterSource], page: str, device_memory_bytes: int | None,
+    bill: Callable[[Mapping[str, str]], str],
 ) -> Filled:  # fmt: skip
     """Everything in the folder but its manifest: the runtime's files, adapters, runner, `page`, the bill of materials.
 
@@ -194,8 +201,13 @@ def _fill(
     """
     backend: Any = importlib.import_module(f"edgeft.targets.{runtime_of(target).builder}")
     scratch = folder / ".codes"
-    chosen = () if codes is None else (_made(codes, scratch),)
-    builder_bytes = backend.build_model(merged, target, spec, folder, *chosen)
+    chosen: dict[str, Any] = {} if codes is None else {"codes": _made(codes, scratch)}
+    found = {}
+    if scales is not None:
+        chosen["scales"] = kept = scales(chosen.get("codes"))
+        found["cache scales"] = kept.sha256
+        _give_back()
+    builder_bytes = backend.build_model(merged, target, spec, folder, **chosen)
     shutil.rmtree(scratch, ignore_errors=True)
     inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
     with saving(out):
@@ -207,7 +219,7 @@ def _fill(
     hashes = {name: file.sha256 for name, file in hash_files(folder).items()}
     with saving(out):
         (folder / SBOM).write_text(bill(hashes), encoding="utf-8")
-    return Filled(weights, context_tokens, limited_by, builder_bytes, inputs, written, hash_files(folder))
+    return Filled(weights, context_tokens, limited_by, builder_bytes, inputs, written, hash_files(folder), found)
 
 
 def _proven(
@@ -261,9 +273,13 @@ def _made(codes: Callable[[Path], Codes], scratch: Path) -> Codes:
     with saving(scratch):
         scratch.mkdir()
         made = codes(scratch)
+    _give_back()
+    return made
+
+
+def _give_back() -> None:
     gc.collect()
     meter.give_back()
-    return made
 
 
 def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:

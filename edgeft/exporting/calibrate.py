@@ -9,8 +9,7 @@ runtime's packed kernels know none.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 
 from edgeft.data.samples import Sample
 from edgeft.errors import BadInput
-from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATION_TOKENS
+from edgeft.exporting.layer_walk import LayerWalk, chosen_rows
 from edgeft.merging.change import find_tensor
 from edgeft.models.checkpoint import Checkpoint
-from edgeft.models.parts import find_parts, is_linear
-from edgeft.models.streamed import alter, hold, load_in_files
+from edgeft.models.parts import is_linear
+from edgeft.models.streamed import Alteration, alter
 from edgeft.progress import Progress, silent
 from edgeft.targets.codes import Codes
 from edgeft.targets.grid import Encoded, Fitted, Grid
@@ -54,58 +53,30 @@ def calibrate(
     return walk.codes
 
 
-def chosen_rows(samples: Sequence[Sample]) -> list[Sample]:
-    """The first rows, CALIBRATION_ROWS at most, that together have CALIBRATION_TOKENS at most, but one at least."""
-    found: list[Sample] = []
-    left = CALIBRATION_TOKENS
-    for sample in samples[:CALIBRATION_ROWS]:
-        left -= len(sample)
-        if found and left < 0:
-            break
-        found.append(sample)
-    return found
-
-
-class _Walk:
+class _Walk(LayerWalk):
     """A merged model in its files, rounded up to some layer, and what goes into that layer for each batch of rows.
 
     Of its weights, only those of one layer are in memory, in fp32.
     """
 
     def __init__(self, merged: Path, target: Target, rows: Sequence[Sample], codes: Codes) -> None:
+        super().__init__(merged)
         self.codes, self.checkpoint = codes, Checkpoint(merged)
-        model = load_in_files(merged)
-        parts = find_parts(model)
-        self.layers = list(parts.layers)
-        grids = grids_of(model, to_nearest(target))
-        self.last = {id(each): index for index, layer in enumerate(self.layers) for each in layer.parameters()}
-        self.names: dict[int, str] = {}
-        self.grids: dict[int, Grid] = {}
-        before = {id(each): each for each in parts.body.parameters() if id(each) not in self.last}
-        hold(before.values())
-        for name, parameter in model.named_parameters():
-            if id(parameter) in self.last and name in grids:
-                self.names[id(parameter)], self.grids[id(parameter)] = name, grids[name]
-            elif id(parameter) in before and name in grids:
-                round_(parameter.data, grids[name])
-        self.batches = _padded(rows)
-        self.states, self.given = _entries(model, parts.body, self.layers, self.batches)
-        _drop(before.values())
+        grids = grids_of(self.model, to_nearest(target))
+        self.grids = {key: grids[name] for key, name in self.names.items() if name in grids and key in self.last}
+        self.begin(rows, lambda name, weight: round_(weight, grids[name]) if name in grids else None)
 
     @torch.no_grad()
     def step(self, index: int) -> None:
         """Round one layer, write its codes, and send every batch through it."""
-        layer, found = self.layers[index], dict[str, Encoded]()
-        hold(layer.parameters())
+        found = dict[str, Encoded]()
+        self.enter(index)
         for linears in self._groups(index):
             factor = inverse_factor(self._hessian(index, linears[0]))
             for grid, members in groupby(linears, key=lambda linear: self.grids[id(linear.weight)]):
                 found |= self._round(list(members), factor, grid)
         self.codes.write(f"layer-{index:04}", found)
-        for at, state in enumerate(self.states):
-            self.states[at] = _output(layer(state, **self.given[index][at]))
-            self.given[index][at] = {}
-        _drop(each for each in layer.parameters() if self.last[id(each)] == index)
+        self.leave(index)
 
     def _groups(self, index: int) -> list[list[Any]]:
         """The linears of a layer that are rounded, in the order in which they compute, by what they read."""
@@ -161,20 +132,22 @@ class _Walk:
         return found
 
 
-def _drop(parameters: Iterable[Any]) -> None:
-    """Take weights' memory back."""
-    for parameter in parameters:
-        parameter.data = torch.empty(0)
-
-
 def put_codes(model: Any, target: Target, codes: Codes) -> int:
     """Give a torch model of the checkpoint the weights of its calibrated bundle; how many tensors those are."""
+    changes = calibrated_changes(model, target, codes)
+    for name, change in changes.items():
+        alter(model, name, change)
+    return len(changes)
+
+
+def calibrated_changes(model: Any, target: Target, codes: Codes) -> dict[str, Alteration]:
+    """What becomes of each weight of a torch model in its calibrated bundle, by its name."""
     by_name = {stored.rpartition("layers.")[2]: stored for stored in codes}
-    grids = grids_of(model, to_nearest(target))
-    for name, grid in grids.items():
+    found: dict[str, Alteration] = {}
+    for name, grid in grids_of(model, to_nearest(target)).items():
         stored = by_name.get(name.rpartition("layers.")[2])
-        alter(model, name, partial(round_, grid=grid) if stored is None else partial(_decode, codes, stored))
-    return len(grids)
+        found[name] = partial(round_, grid=grid) if stored is None else partial(_decode, codes, stored)
+    return found
 
 
 def _decode(codes: Codes, stored: str, weight: torch.Tensor) -> None:
@@ -183,63 +156,6 @@ def _decode(codes: Codes, stored: str, weight: torch.Tensor) -> None:
 
 class _Seen(Exception):
     """What was wanted of a layer's forward pass has been seen."""
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """Rows of one forward pass, padded on the right, where a causal model looks from nowhere; which tokens are real."""
-
-    ids: torch.Tensor
-    real: torch.Tensor  # of ids as one row
-
-
-def _padded(rows: Sequence[Sample]) -> list[_Padded]:
-    groups: list[list[Sample]] = []
-    for row in sorted(rows, key=lambda row: len(row)):
-        if not groups or len(row) * (len(groups[-1]) + 1) > CALIBRATION_BATCH:
-            groups.append([])
-        groups[-1].append(row)
-    found = []
-    for group in groups:
-        width = len(group[-1])
-        ids = torch.tensor([[*row.ids, *[0] * (width - len(row))] for row in group])
-        real = torch.tensor([[at < len(row) for at in range(width)] for row in group])
-        found.append(_Padded(ids, real.reshape(-1)))
-    return found
-
-
-@torch.no_grad()
-def _entries(
-    model: Any, body: Any, layers: Sequence[Any], batches: Sequence[_Padded]
-) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
-    """(what goes into the first layer, by batch; what else each layer is given, by layer and batch).
-
-    From a pass through the model with layers that do nothing.
-    """
-    states: list[torch.Tensor] = []
-    given: list[list[dict[str, Any]]] = [[] for _ in layers]
-
-    def record(index: int, arguments: Any, named: dict[str, Any]) -> None:
-        if index == 0:
-            states.append(arguments[0])
-        given[index].append({name: value for name, value in named.items() if "past_key" not in name})
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, a, k, index=index: record(index, a, k), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    for layer in layers:
-        layer.forward = lambda hidden_states, *_, **__: hidden_states
-    for batch in batches:
-        body(input_ids=batch.ids, use_cache=False)
-    for layer, hook in zip(layers, hooks, strict=True):
-        del layer.forward
-        hook.remove()
-    return states, given
-
-
-def _output(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

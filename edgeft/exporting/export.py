@@ -21,6 +21,8 @@ from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.exporting.golden import golden_inputs
+from edgeft.exporting.kv_rung import CacheRows, cache_rows
+from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first
@@ -119,8 +121,12 @@ def export(
     rows = ProofRows.of(data, plan)
     kept: dict[str, Metrics] = {}
 
+    def tuning() -> list[Sample]:
+        return calibration_samples(merged_folder, plan, calibration, stages.CALIBRATION_ROWS)
+
     def prove(artifact: ArtifactModel) -> Proof:
-        proof, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress)
+        cache = cache_rows(target, tuning, plan.spec, rows.every, artifact.context_tokens)
+        proof, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache)
         kept.update(scores)
         return proof
 
@@ -131,6 +137,7 @@ def export(
     progress("build", 0, 1, {})
     golden, chat = golden_inputs(plan.job, tokenizer)
     notes = {"calibration": f"{target.calibration}, {rows_of(calibration)}"} if target.calibration != "none" else {}
+    notes |= {"cache scales from": rows_of(calibration)} if target.has_cache_scales else {}
     return build_bundle(
         merged_folder, target, out, prompts=golden, prompt_format="chat" if chat else "plain",
         system=shared_system(plan.job, golden, tokenizer),
@@ -144,13 +151,14 @@ def export(
         prove=prove, predicted_peak_bytes=expected_bytes, sources=made_from(merged.train, merged_folder),
         promotion=chosen.promotion if chosen else None, repair=chosen.repair if chosen else None,
         keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, rows=kept,
-        codes=_codes(merged_folder, target, plan, chosen, calibration, progress), held_to=plan.held_to, calibrate=judge,
+        codes=_codes(merged_folder, target, tuning, chosen, progress),
+        scales=finder(merged_folder, target, tuning, plan.spec, progress), held_to=plan.held_to, calibrate=judge,
     )  # fmt: skip
 
 
 def prove_bundle(
     trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
-    artifact: ArtifactModel, progress: Progress,
+    artifact: ArtifactModel, progress: Progress, cache: CacheRows | None = None,
 ) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
@@ -160,7 +168,7 @@ def prove_bundle(
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
         merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
-        answers=rows.scored, gate=len(rows.trained),
+        answers=rows.scored, gate=len(rows.trained), cache=cache,
     )  # fmt: skip
     scores = _scores_of_training(merged.train, rows.source == "test")
     for name, form in zip(("merged", target.name), made, strict=True):
@@ -225,7 +233,7 @@ def calibration_samples(merged_folder: Path, plan: Plan, calibration: str | None
 
 
 def _codes(
-    merged_folder: Path, target: Target, plan: Plan, chosen: Chosen | None, calibration: str | None, progress: Progress
+    merged_folder: Path, target: Target, tuning: Callable[[], list[Sample]], chosen: Chosen | None, progress: Progress
 ) -> Callable[[Path], Codes] | None:
     """What makes the codes of a calibrated target, or has them already; None for any other target."""
     if target.calibration == "none":
@@ -236,8 +244,7 @@ def _codes(
 
         if chosen is not None and chosen.codes is not None:
             return chosen.codes
-        samples = calibration_samples(merged_folder, plan, calibration, stages.CALIBRATION_ROWS)
-        return calibrate(merged_folder, target, samples, folder, progress)
+        return calibrate(merged_folder, target, tuning(), folder, progress)
 
     return make
 

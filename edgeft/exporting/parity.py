@@ -8,6 +8,8 @@ It starts at the model that trained, in the precision in which it trained, which
     stored    against merged              every matrix of the bundle, by its codes, where the rounding is known
     artifact  against rounded             the bundle in its runtime, and torch on the very weights that it holds
     labels    against rounded             its choice among labels, where answers are held to them
+    scales    against runtime             those of a KV cache of 8 bits, where the target has one (kv_rung.py)
+    cache     against full cache          the bundle, and the bundle with its runtime's own cache, on long rows
     artifact  against merged              what rounding costs, beside what the fine-tune gained
 
 A rung that would compare a thing with itself is left out.
@@ -19,13 +21,13 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
-from edgeft.errors import BadInput, ParityFailed, QualityLost
+from edgeft.errors import ParityFailed, QualityLost
+from edgeft.exporting.kv_rung import TIE_NATS, CacheRows, cache_rungs
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
     Artifact,
@@ -43,14 +45,12 @@ from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.intervals import paired_losses, paired_rates
 from edgeft.models.metrics import Difference, Metrics, Rung
-from edgeft.models.streamed import Load, alter
+from edgeft.models.streamed import Load
 from edgeft.progress import Progress
-from edgeft.targets.rounding import round_model
-from edgeft.targets.runtimes import runtime_of
+from edgeft.targets.rounding import round_as_target
 from edgeft.targets.target import Target, Tolerance
 from edgeft.training.result import TrainResult
 
-TIE_NATS = 0.1  # two tokens whose log-probabilities differ by less are a tie
 # The same model loaded anew on the same rows: what the loss per token may differ by, in the dtype of its products.
 # Measured where nothing was wrong in fp32, on NF4: 4e-8 of all rows, 7e-7 of any one. Half a layer's change, most of it
 # below a step of NF4, moved one row by 2e-3 and their mean not at all.
@@ -74,6 +74,12 @@ SAME = Tolerance(
     max_exact_match_drop_points=0.5,
 )  # fmt: skip
 
+# A cache of 8 bits beside the full one, in the same bundle: what attention reads differs by half a scale at most.
+CACHE = Tolerance(
+    min_top1_agreement=0.95, max_mean_kl_nats=0.01, max_loss_increase_nats=0.005, max_gain_lost=1.0,
+    max_exact_match_drop_points=100.0,
+)  # fmt: skip
+
 HINTS = {
     "trained": "train again: what lies in train/ is not what was scored",
     "original": "4 or 16 bits hid weights that the fine-tune leans on: plan with --set base_precision=fp32",
@@ -81,6 +87,8 @@ HINTS = {
     "stored": "report this: the builder did not store what was merged",
     "rounded": "report this: the runtime does not compute what this model does",
     "labels": "report this: the runtime does not choose the label that this model does",
+    "scales": "report this: the KV cache does not hold what the runtime puts into it",
+    "cache": "8 bits are too few for this model's keys and values: export with --set kv_bits=32 (llama.cpp: 16)",
     "artifact": "quantisation loses too much: try --target ort-int8 or gguf-q8_0, or loosen [parity] in a target file",
 }
 
@@ -235,9 +243,12 @@ class Ladder:
     def climb_artifact(
         self, merged_folder: Path, bundle: Path, artifact: Artifact, rows: Sequence[Sample], *, tied: bool,
         answers: slice | None = None, gate: int | None = None, alike: Tolerance = ALIKE,
-        quality: Tolerance | None = None,
+        quality: Tolerance | None = None, cache: CacheRows | None = None, near: Tolerance = CACHE,
     ) -> tuple[Form, Form]:  # fmt: skip
         """(merged, artifact) on all rows, after proving the bundle; rungs take the first `gate` rows.
+
+        `cache` are rows for what is proven of a KV cache of 8 bits. Its bundle computes as torch does with the
+        runtime's own cache, and comes `near` to that with its own.
 
         Raises ParityFailed.
         """
@@ -270,35 +281,37 @@ class Ladder:
             scores = referee(model, few, labels)
         del model
         give_back()
+        whole = self._climb_cache(artifact, cache, near)
         made = observe_artifact(
             "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to,
             progress=told("parity: artifact"),
         )  # fmt: skip
         head = first(made, count)
         if rounded is not None:
-            self.add(compare(rounded, first(made, len(rounded.losses)), alike, self.gain))
+            count_rounded = len(rounded.losses)
+            full = made if whole is None else observe_artifact("artifact", whole, rows[:count_rounded], self.tokenizer)
+            self.add(compare(rounded, first(full, count_rounded), alike, self.gain))
         if scores is not None:
-            self.add(label_rung(scores, "rounded" if rounded else "merged", artifact, few, alike))
+            self.add(label_rung(scores, "rounded" if rounded else "merged", whole or artifact, few, alike))
         self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))
         return merged, made
+
+    def _climb_cache(self, artifact: Artifact, rows: CacheRows | None, near: Tolerance) -> Artifact | None:
+        """The artifact with its runtime's own cache, after proving its 8-bit one; None where it has no other."""
+        if self.target.kv_bits != 8:
+            return None
+        if rows is None:
+            raise ValueError("a KV cache of 8 bits is proven on rows of its own")
+        self.progress("parity: cache", 0, 1, {})
+        whole = artifact.with_full_cache()
+        for rung in cache_rungs(whole, artifact, rows, near):
+            self.add(rung)
+        return whole
 
 
 def first(form: Form, rows: int) -> Form:
     """The same form on its first rows alone."""
     return Form(form.name, form.log_probabilities, form.losses[:rows], form.tokens[:rows], form.exact[:rows])
-
-
-def round_as_target(model: Any, target: Target) -> int:
-    """Round a model's weights as the target does; how many tensors that were: 0 where torch does not know how."""
-    if runtime_of(target).casts_half and target.weight_bits == 16:
-        matrices = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
-        for name in matrices:
-            alter(model, name, lambda weight: weight.copy_(weight.half()))
-        return len(matrices)
-    try:
-        return round_model(model, target) if target.weight_bits < 16 else 0
-    except BadInput:  # a target whose rounding is its runtime's alone
-        return 0
 
 
 def give_back() -> None:

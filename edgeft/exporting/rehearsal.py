@@ -43,6 +43,7 @@ ADAPTER_RMS, BESIDE_RMS, WEIGHT_SHARE = 1e-3, 0.1, 0.01
 ROUNDED_ALIKE = Tolerance(
     min_top1_agreement=0.0, max_mean_kl_nats=0.03, max_loss_increase_nats=0.5, max_exact_match_drop_points=100.0
 )
+LONGEST_ROW = 512  # tokens, that a KV cache of 8 bits is tried with
 NO_NONSENSE = ROUNDED_ALIKE.model_copy(update={"max_mean_kl_nats": 1.0, "max_loss_increase_nats": 2.0})
 
 
@@ -123,6 +124,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
     from edgeft.data.dataset import TextTokenizer, read_samples
     from edgeft.exporting.build import build_bundle, need_runtime
     from edgeft.exporting.golden import golden_inputs
+    from edgeft.exporting.kv_scales import finder
     from edgeft.exporting.small_model import CannotCut, count_layers, cut
     from edgeft.merging.merge import merge
     from edgeft.models.checkpoint import local_folder
@@ -168,7 +170,7 @@ def go_through(plan: Plan, target: Target, scratch: Path, waiting_bytes: int = 0
 
     bundle = build_bundle(
         merged, target, scratch / "bundle", prompts=golden, prompt_format="chat" if chat else "plain", prove=prove,
-        measure=False, held_to=plan.held_to,
+        measure=False, held_to=plan.held_to, scales=finder(merged, target, lambda: prompts, spec),
     )  # fmt: skip
     return Rehearsal(
         target=target.name, layers=count, rungs=tuple(rungs), predicted_peak_bytes=need,
@@ -182,6 +184,7 @@ def prove_excerpt(
     tokenizer: TextTokenizer, target: Target, rungs: list[Rung],
 ) -> Proof:  # fmt: skip
     """The ladder of an excerpt, its rungs into `rungs` too. Raises ParityFailed naming the first that fails."""
+    from edgeft.exporting.kv_rung import cache_rows
     from edgeft.exporting.parity import Ladder
     from edgeft.merging.merged_tensors import merged_rung
     from edgeft.models.layer_shares import Shares
@@ -191,10 +194,11 @@ def prove_excerpt(
     exact = target.weight_bits >= 16
     ladder = Ladder(target, tokenizer, silent, rungs)
     ladder.add(merged_rung(base, tuned, merged, training, Shares()))
-    tied = read_model_spec(str(merged)).tie_word_embeddings
+    spec = read_model_spec(str(merged))
+    cache = cache_rows(target, lambda: prompts, spec, prompts, min(artifact.context_tokens, LONGEST_ROW))
     form, _ = ladder.climb_artifact(
-        merged, artifact.folder, artifact, prompts, tied=tied, alike=ROUNDED_ALIKE,
-        quality=target.parity if exact else NO_NONSENSE,
+        merged, artifact.folder, artifact, prompts, tied=spec.tie_word_embeddings, alike=ROUNDED_ALIKE,
+        quality=target.parity if exact else NO_NONSENSE, cache=cache, near=NO_NONSENSE,
     )  # fmt: skip
     positions = len(form.log_probabilities)
     return Proof(prompts=len(prompts), positions=positions, rungs=tuple(rungs), scored_on="", scores={})

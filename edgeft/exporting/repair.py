@@ -26,7 +26,7 @@ from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
 from edgeft.exporting.export import Chosen, ProofRows, calibration_samples, check_room, export, loader, rows_of
 from edgeft.exporting.outputs import Form, observe_model
-from edgeft.exporting.parity import HINTS, Gain, compare, exact_match_problem, give_back, round_as_target
+from edgeft.exporting.parity import HINTS, Gain, compare, exact_match_problem, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
@@ -37,6 +37,7 @@ from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
 from edgeft.targets.codes import Codes
 from edgeft.targets.footprint import bundle_weights, choose_context
+from edgeft.targets.rounding import round_as_target
 from edgeft.targets.target import Target, climb, list_targets, promoted
 from edgeft.training.job_data import Data
 from edgeft.units import MIB, show_bytes
@@ -356,7 +357,7 @@ def climbing(
 
 
 def check_calibration(targets: Sequence[Target], calibration: str | None) -> None:
-    """Nothing. Raises BadInput for calibration rows where no target is calibrated and none can be promoted."""
-    if calibration is not None and all(each.calibration == "none" for each in targets):
+    """Nothing. Raises BadInput for calibration rows where no target takes any and none can be promoted."""
+    if calibration is not None and all(each.calibration == "none" and not each.has_cache_scales for each in targets):
         problem = f"is what codes are chosen on, {targets[0].name} takes the nearest"
         raise BadInput("--calibration", problem, "name no target, a calibrated one, or add --repair auto")

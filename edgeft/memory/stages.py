@@ -67,6 +67,7 @@ class Planned(Protocol):
 
 PARITY_PROMPTS = 64
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 32_768  # at most, of the training data
+CACHE_TOKENS = 8192  # of them, on which the scales of an 8-bit KV cache are found
 CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
 CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
 CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M

@@ -27,7 +27,7 @@ class Predicted(Strict):
 
     weights_bytes: int = Field(description="weights as stored, and the copies the runtime makes of the head's")
     kv_cache_bytes: int = Field(
-        description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2, onnxruntime: 8) x context"
+        description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2, onnxruntime: 8; of 8 bits: 1) x context"
     )
     logits_bytes: int = Field(description="vocabulary x 4, of the last token (onnxruntime: of one pass)")
     scores_bytes: int = Field(default=0, description="onnxruntime: 3 x heads x tokens of one pass x context x 4")
@@ -40,10 +40,11 @@ class Predicted(Strict):
 def kv_cache_bytes_per_token(spec: ModelSpec, target: Target) -> int:
     """2 x layers x kv heads x head_dim x 4, keys and values in fp32; llama.cpp keeps them in fp16.
 
-    A portable graph reads the old cache and writes a new one: twice.
+    A portable graph reads the old cache and writes a new one: twice. With `kv_bits` 8 it is a byte, in llama.cpp 34/32.
     """
-    itemsize = runtime_of(target).cache_itemsize
-    return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * itemsize
+    runtime = runtime_of(target)
+    itemsize = runtime.cache8_itemsize if target.kv_bits == 8 else runtime.cache_itemsize
+    return int(2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * itemsize)
 
 
 def scores_bytes_per_token(spec: ModelSpec, target: Target) -> int:

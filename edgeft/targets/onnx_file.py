@@ -93,6 +93,15 @@ def _write(out: Any, location: str, stored: Stored) -> Any:
     return tensor
 
 
+def read_vector(folder: Path, tensor: Any) -> Any:
+    """The fp32 values of a small tensor, which lies in the graph or in its data file."""
+    if not tensor.external_data:
+        return numpy.frombuffer(tensor.raw_data, "<f4")
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    first, length = int(external.get("offset", 0)), int(external["length"])
+    return numpy.fromfile(folder / external["location"], "<f4", length // 4, offset=first)
+
+
 def _piecewise(path: Path, first: int, length: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(first)

@@ -21,6 +21,7 @@ from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.models.headers import blocks
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.spec import ModelSpec
+from edgeft.targets.kv_cache import CacheScales, with_full_cache
 from edgeft.targets.matrices import Weights
 from edgeft.targets.onnx_file import HEAD, Stored, Values, forget, read_graph, rewrite, write_graph
 from edgeft.targets.target import Target, eight_bit_modules
@@ -39,12 +40,15 @@ NODES = {
 }
 
 
-def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
+def build_model(
+    merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None,
+    scales: CacheScales | None = None,
+) -> int:  # fmt: skip
     """model.onnx, its weights, genai_config.json and the tokenizer in `folder`.
 
     The builder writes the graph in fp32, tensor by tensor; then its matrices are rounded one at a time (nbits.py), to
-    nearest or as calibrated `codes` say. The graph gives logits after the last token of a pass alone: `every_position`
-    undoes that for a proof.
+    nearest or as calibrated `codes` say. With `scales` keys and values are kept in 8 bits. The graph gives logits after
+    the last token of a pass alone: `every_position` undoes that for a proof.
 
     Returns the builder's highest resident bytes, 0 where no /proc tells them.
 
@@ -56,7 +60,14 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, cod
     promoted = _nodes(modules)
     # named apart, query, key and value are no one product
     apart = any("/attn/" in name for name in promoted) and not any("/qkv_proj/" in name for name in promoted)
-    peak = _run_builder(merged, folder, {"fuse_qkv": False} if apart else {})
+    options: dict[str, Any] = {"optimizations": {"fuse_qkv": False}} if apart else {}
+    if scales is not None:
+        scales.write(_scratch(folder) / "kv_scales.json")
+        cache = {"scheme": "int8_per_channel", "scale_file": str((_scratch(folder) / "kv_scales.json").resolve())}
+        options["attention"] = {"kv_cache": cache}
+    peak = _run_builder(merged, folder, options)
+    if scales is not None:
+        _share_buffer(folder)
     if target.weight_bits < 16:
         from edgeft.targets.nbits import quantise
 
@@ -151,9 +162,14 @@ def _prune_head(folder: Path) -> None:
     write_graph(folder, model)
 
 
-def every_position(folder: Path) -> bytes:
-    """The folder's graph with logits after every token, over the same weights: what a proof compares."""
+def every_position(folder: Path, full_cache: bool = False) -> bytes:
+    """The folder's graph with logits after every token, over the same weights: what a proof compares.
+
+    `full_cache`: keys and values kept in fp32, whatever the bundle's own do.
+    """
     model = read_graph(folder)
+    if full_cache:
+        with_full_cache(model)
     take = next((node for node in model.graph.node if node.name == f"{LAST}/Gather"), None)
     if take is not None:
         for node in model.graph.node:
@@ -189,18 +205,35 @@ finally:
 """
 
 
-def _run_builder(merged: Path, folder: Path, optimizations: dict[str, bool]) -> int:
+def _scratch(folder: Path) -> Path:
+    """A folder for the builder alone."""
+    scratch = folder / ".scratch"
+    scratch.mkdir(exist_ok=True)
+    return scratch
+
+
+def _share_buffer(folder: Path) -> None:
+    """Have the runtime keep one cache and write into it, as it does in fp32; the builder asks for a copy a token.
+
+    Going back to an earlier token stays exact (tests/exporting/test_kv_cache.py).
+    """
+    path = folder / "genai_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["search"]["past_present_share_buffer"] = True
+    path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+
+
+def _run_builder(merged: Path, folder: Path, options: dict[str, Any]) -> int:
     """Have the builder write the graph in fp32, in its own process: memory ends with it, noise goes to a log. Offline.
 
     Returns its highest resident bytes, 0 where no /proc tells them.
     """
-    scratch = folder / ".scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch = _scratch(folder)
     log, status = scratch / "builder.log", scratch / "status"
     places = ("-i", merged.resolve(), "-o", folder.resolve(), "-c", (scratch / "cache").resolve())
     command = processes.command(BUILDER, "-e", "cpu", "-p", "fp32", *places)
-    if optimizations:
-        command += ["--builder_config_version", "2", "--target_options", json.dumps({"optimizations": optimizations})]
+    if options:
+        command += ["--builder_config_version", "2", "--target_options", json.dumps(options)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(scratch.resolve()),
         # the builder stamps the commit of whatever repository its environment stands in, a user's own, on the graph

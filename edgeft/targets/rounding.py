@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from edgeft.errors import BadInput
 from edgeft.models.headers import blocks
-from edgeft.models.streamed import alter
+from edgeft.models.streamed import Alteration, alter
 from edgeft.settings.job import Rounding
 from edgeft.targets.grid import Grid
 from edgeft.targets.kinds import kind_of, ort_kind
+from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, eight_bit_modules
 
 
@@ -50,6 +52,26 @@ def round_model(model: Any, target: Target) -> int:
     for name, grid in grids.items():
         alter(model, name, partial(round_, grid=grid))
     return len(grids)
+
+
+def round_as_target(model: Any, target: Target) -> int:
+    """Round a model's weights as the target does; how many tensors that were: 0 where torch does not know how."""
+    changes = changes_of(model, target)
+    for name, change in changes.items():
+        alter(model, name, change)
+    return len(changes)
+
+
+def changes_of(model: Any, target: Target) -> dict[str, Alteration]:
+    """What the target makes of each weight of a torch model, by its name; nothing where torch does not know that."""
+    if runtime_of(target).casts_half and target.weight_bits == 16:
+        halves = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
+        return dict.fromkeys(halves, lambda weight: weight.copy_(weight.half()))
+    try:
+        grids = grids_of(model, target) if target.weight_bits < 16 else {}
+    except BadInput:  # a target whose rounding is its runtime's alone
+        return {}
+    return {name: partial(round_, grid=grid) for name, grid in grids.items()}
 
 
 def grids_of(model: Any, target: Rounding) -> dict[str, Grid]:

@@ -70,10 +70,12 @@ class Runtime:
     needed: tuple[str, ...]  # packages that a bundle needs and does not hold
     process_bytes: int  # Python, numpy, the runtime and its graph, as measured
     layer_bytes: int  # the same for each layer
-    cache_itemsize: int  # bytes of a key's or value's element
+    cache_itemsize: float  # bytes of a key's or value's element
+    kv_bits: Bits  # of the element itself
     holds: str
     copies: str  # held_bytes beyond what is stored
     copied: str
+    cache8_itemsize: float = 0.0  # the same where the cache has 8 bits, with its share of scales; 0: it cannot
     word_bytes: int = 0  # for each entry of the vocabulary
     scores_at_once: int = 0  # forms of the scores of a prefill pass that exist together
     every_position: bool = False  # logits of all of a pass, not of its last token
@@ -82,6 +84,7 @@ class Runtime:
     # what it can do
     grids: Literal["ort", "ggml"] | None = None  # on whose grids it rounds, where that is computed here
     calibrates: bool = True  # takes codes that were chosen on training rows
+    cache_scales: bool = False  # a cache of 8 bits has scales that are found on training rows
     climbs_calibrated: bool = False  # any of its 4-bit targets is tried calibrated too, not only a shipped one
     switches_adapters: bool = False
     runs_beside: bool = False  # computes adapters that no weight can hold: they are nodes of its graph
@@ -136,6 +139,15 @@ def gguf_problem(target: Target) -> str:
     if target.method == "rtn" and target.weight_bits == 6:
         return "weight_bits 6 needs method k_quant"
     return "8 bits of llama.cpp are symmetric" if target.weight_bits == 8 and not target.symmetric else ""
+
+
+def kv_bits_problem(target: Target) -> str:
+    """What is wrong with the bits of a target's KV cache, or nothing."""
+    runtime = runtime_of(target)
+    known = (8, runtime.kv_bits) if runtime.cache8_itemsize else (runtime.kv_bits,)
+    if target.kv_bits in (None, *known):
+        return ""
+    return f"kv_bits of runtime {target.runtime} must be {' or '.join(map(str, known))}"
 
 
 def genai_tables(spec: ModelSpec, target: Target) -> Tables:
@@ -196,10 +208,13 @@ RUNTIMES: dict[str, Runtime] = {
         process_bytes=76_000_000,
         layer_bytes=600_000,
         cache_itemsize=4,
+        kv_bits=32,
+        cache8_itemsize=1,  # a scale for each channel lies in the graph
         holds="Python, numpy, ONNX Runtime and its graph",
         copies="head copies",
         copied="packed for its kernel, and for the embedding's lookup",
         grids="ort",
+        cache_scales=True,
         climbs_calibrated=True,
         switches_adapters=True,
         graph_is_read=True,
@@ -223,7 +238,9 @@ RUNTIMES: dict[str, Runtime] = {
         process_bytes=57_000_000,
         layer_bytes=200_000,
         word_bytes=150,  # in llama.cpp's tables of words
-        cache_itemsize=2,  # fp16
+        cache_itemsize=2,
+        kv_bits=16,
+        cache8_itemsize=34 / 32,  # Q8_0: 32 codes and a scale in fp16
         holds="Python, numpy, llama.cpp",
         copies="packed copies",
         copied="matrices rearranged for the processor",
@@ -245,6 +262,7 @@ RUNTIMES: dict[str, Runtime] = {
         needed=("onnxruntime", "tokenizers", "numpy", "jinja2"),
         process_bytes=76_000_000,
         layer_bytes=300_000,
+        kv_bits=32,
         cache_itemsize=8,  # a portable graph reads the old cache and writes a new one: twice
         holds="Python, numpy, ONNX Runtime and its graph",
         copies="head copies",

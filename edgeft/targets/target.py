@@ -11,7 +11,7 @@ from pydantic import Field
 from edgeft.documents import NameIn, Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
 from edgeft.settings.job import AUTO, Rounding
-from edgeft.targets.runtimes import RUNTIMES, runtime_of
+from edgeft.targets.runtimes import RUNTIMES, kv_bits_problem, runtime_of
 
 RuntimeName = Annotated[str, NameIn(RUNTIMES)]
 SMALLEST = "ort-int4"  # where the search for the smallest artifact that keeps the fine-tune starts
@@ -41,6 +41,9 @@ class Target(Rounding):
     )
     opset: int = Field(default=0, description="version of ONNX's operators; 0: what the runtime's own builder writes")
     context_tokens: int = Field(ge=16, description="longest context; a model or a device may allow less")
+    kv_bits: Literal[8, 16, 32] | None = Field(
+        default=None, description="of each key and value that the device keeps: 8, or what the runtime's own are"
+    )
     golden_logit_tolerance: float = Field(gt=0, description="absolute difference that another CPU may show")
     parity: Tolerance
 
@@ -48,6 +51,11 @@ class Target(Rounding):
     def rounding(self) -> Rounding:
         """What of it decides codes."""
         return Rounding.model_validate({name: getattr(self, name) for name in Rounding.model_fields})
+
+    @property
+    def has_cache_scales(self) -> bool:
+        """Whether its bundle holds scales of a KV cache, which are found on training rows."""
+        return self.kv_bits == 8 and RUNTIMES[self.runtime].cache_scales
 
     @pydantic.model_validator(mode="after")
     def _buildable(self) -> Target:
@@ -58,7 +66,7 @@ class Target(Rounding):
         if self.calibration != "none" and not codes:
             names = " or ".join(name for name, each in RUNTIMES.items() if each.calibrates)
             raise ValueError(f"calibration needs method rtn, weight_bits below 16, and runtime {names}")
-        if problem := runtime.problem(self):
+        if problem := runtime.problem(self) or kv_bits_problem(self):
             raise ValueError(problem)
         return self
 

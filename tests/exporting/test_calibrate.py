@@ -19,10 +19,12 @@ from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.exporting import calibrate as calibrate_module
+from edgeft.exporting import layer_walk
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.calibrate import DAMPING, calibrate, chosen_rows, gptq, inverse_factor, put_codes
+from edgeft.exporting.calibrate import DAMPING, calibrate, gptq, inverse_factor, put_codes
 from edgeft.exporting.export import export
+from edgeft.exporting.layer_walk import chosen_rows
 from edgeft.machines.profile import load_profile
 from edgeft.memory import stages as host
 from edgeft.memory.train_step import Workload
@@ -258,9 +260,9 @@ def test_a_calibrated_target_needs_codes_and_no_other_takes_them(tmp_path: Path)
 def test_rows_end_where_there_are_enough_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [Sample([1] * 10, [1] * 10, 0)] * 5
     for limit, expected in ((25, 2), (50, 5), (5, 1)):
-        monkeypatch.setattr(calibrate_module, "CALIBRATION_TOKENS", limit)
+        monkeypatch.setattr(layer_walk, "CALIBRATION_TOKENS", limit)
         assert len(chosen_rows(rows)) == expected
-    monkeypatch.setattr(calibrate_module, "CALIBRATION_ROWS", 1)
+    monkeypatch.setattr(layer_walk, "CALIBRATION_ROWS", 1)
     assert len(chosen_rows(rows)) == 1
     with pytest.raises(BadInput, match=r"^calibration: there are no rows to calibrate on"):
         calibrate(checkpoint(), INT4, [], tmp_path)
@@ -273,7 +275,7 @@ def test_calibration_is_for_grids_that_are_known_here(change: dict[str, Any]) ->
 
 
 def test_padding_and_batches_change_nothing_but_the_last_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(calibrate_module, "CALIBRATION_BATCH", 1)  # a row at a time, no padding at all
+    monkeypatch.setattr(layer_walk, "CALIBRATION_BATCH", 1)  # a row at a time, no padding at all
     alone = calibrate(checkpoint(), INT4, samples(checkpoint()), tmp_path)
     for name in tiny_codes():
         assert (alone.read(name).codes != tiny_codes().read(name).codes).float().mean() < 0.02, name
