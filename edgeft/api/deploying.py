@@ -44,6 +44,7 @@ def export(
     asked, device = target or job.get("target", AUTO), device or job.get("device")
     beside = (source / BOTTLENECKS).is_file()
     found, climbs, same_size = _wanted(asked, promote, repair, beside=beside)
+    found = cached(found, source, device)
     limit = parse_bytes(size_budget) if isinstance(size_budget, str) else size_budget
     folder = Path(out) if out is not None else source.parent / "bundle"
     read = sha256_file(Path(calibration)) if calibration and Path(calibration).is_file() else calibration
@@ -72,6 +73,17 @@ def planned_job(merged: Path) -> dict[str, Any]:
     """The settings that a merged folder was planned with; {} of one that edgeft did not train."""
     train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
     return dict(train["plan"]["job"]) if train else {}
+
+
+def cached(targets: Sequence[Target], merged: Path, device: str | None) -> tuple[Target, ...]:
+    """The targets with the KV cache that the plan asks for, on this device. Raises BadInput for one that cannot."""
+    from edgeft.models.spec import read_model_spec
+    from edgeft.planning.stage_checks import target_device
+    from edgeft.targets.footprint import choose_cache
+
+    profile, asked = target_device(device), planned_job(merged).get("kv_bits", AUTO)
+    spec, has = read_model_spec(str(merged)), profile.budget_bytes if profile else None
+    return tuple(choose_cache(each, spec, asked, has) for each in targets)
 
 
 def _wanted(

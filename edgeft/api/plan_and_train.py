@@ -101,6 +101,7 @@ def train(
     current.replaceable(folder, "train.json")
     from edgeft.exporting.rehearsal import rehearse
     from edgeft.reporting.terminal import rehearsal_line
+    from edgeft.targets.footprint import choose_cache
     from edgeft.targets.target import candidates
     from edgeft.training.prepare import choose_device
     from edgeft.training.promise import MORE_MEMORY
@@ -113,7 +114,8 @@ def train(
     if rehearsal:
         named = made.job.target if target in (None, ALL_THAT_FIT) else target
         first = candidates(str(named), beside=not made.training.folds)[0]
-        rehearsed = rehearse(made, first, work_folder(folder), digest)
+        cached = choose_cache(first, made.spec, made.job.kv_bits, made.stages.target_bytes)
+        rehearsed = rehearse(made, cached, work_folder(folder), digest)
         say(rehearsal_line(rehearsed))
     result = carry_out(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
     for deviation in result.deviations:

@@ -318,6 +318,7 @@ def adapters(
 
 
 def _export_all(merged: Path, out: Path | None, device: str | None, trained: Path | None, as_json: bool) -> None:
+    from edgeft.api.deploying import cached
     from edgeft.exporting.choose_target import COMPARISON, compare_targets
     from edgeft.exporting.export import export as run
     from edgeft.merging.merge import verify_merged
@@ -333,6 +334,8 @@ def _export_all(merged: Path, out: Path | None, device: str | None, trained: Pat
             merged,
             out,
             device=device,
-            build=lambda target, folder: run(merged, target, folder, device=device, progress=progress, train=trained),
+            build=lambda target, folder: run(
+                merged, cached([target], merged, device)[0], folder, device=device, progress=progress, train=trained
+            ),
         )
     show(as_json, made, comparison_text(made))

@@ -300,6 +300,9 @@ def export_adapters(
     _same_base(trained, results)
     for name, folder in trained.items():
         check_trained(folder, results[name])
+    if 8 in (target.kv_bits, *(each.plan.job.kv_bits for each in results.values())):
+        problem = "keeps keys and values in 8 bits: its scales fit one model, not each of several adapters"
+        raise BadInput(f"target {target.name}", problem, "leave kv_bits out, or export each merged model by itself")
     profile = target_device(device)
     sources = [adapter_source(name, trained[name], results[name], base, target, progress) for name in trained]
     rows = Data.read(result.plan, train=False).valid[:PARITY_PROMPTS]

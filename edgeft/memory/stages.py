@@ -68,6 +68,7 @@ class Planned(Protocol):
 PARITY_PROMPTS = 64
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 32_768  # at most, of the training data
 CACHE_TOKENS = 8192  # of them, on which the scales of an 8-bit KV cache are found
+CACHE_COPIES = 4  # fp32 forms of a batch's widest activations in one layer
 CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
 CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
 CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M
@@ -234,25 +235,26 @@ def build(planned: Planned, target: Target) -> Phase:
 
 
 def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
-    """Choosing a target's codes on training rows, layer by layer in fp32; none for other targets.
+    """Choosing a target's codes on training rows, or its cache's scales, layer by layer in fp32; none for others.
 
     Highest while rows are looked up in the embedding, or in the matrices whose codes take most: H with its factors,
-    weights of one input with their transpose, codes and decoded form. Weights that were read stay pages of their file.
+    weights of one input with their transpose, codes and decoded form; for scales, in one layer's activations. Weights
+    that were read stay pages of their file.
     """
-    if target.calibration == "none":
+    coded = target.calibration != "none"
+    if not coded and not target.has_cache_scales:
         return ()
     spec, lengths = planned.spec, planned.lengths
     mean = lengths.mean if lengths else planned.work.longest
-    tokens = min(CALIBRATION_TOKENS, int(CALIBRATION_ROWS * mean))
+    tokens = min(CALIBRATION_TOKENS if coded else CACHE_TOKENS, int(CALIBRATION_ROWS * mean))
     widest = max(linear.in_features for linear in spec.linears)
     largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
-    working = CALIBRATION_COPIES * 4 * (widest**2 + largest)
+    working = CALIBRATION_COPIES * 4 * (widest**2 + largest) if coded else 4 * CACHE_COPIES * CALIBRATION_BATCH * widest
     layer = 4 * (linear_weights(spec) // spec.num_hidden_layers)
     table = spec.vocab_size * spec.hidden_size
     looking = [Term(name="embedding", bytes=4 * table, formula=f"{table} x 4 B")]
-    walking = [
-        Term(name="one layer", bytes=layer + working, formula=f"fp32, H of {widest} inputs, {largest // 2} codes"),
-    ]
+    what = f"H of {widest} inputs, {largest // 2} codes" if coded else f"{CALIBRATION_BATCH} tokens x {widest}"
+    walking = [Term(name="one layer", bytes=layer + working, formula=f"fp32, {what}")]
     process = processes(planned.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
     found = stage("export: calibrate", "host", [
         _process(process, "Python, torch, transformers, the matrix library's buffers"),
@@ -319,4 +321,21 @@ def _prove(planned: Planned, training: Training, target: Target, *, streamed: bo
         Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
         Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
         *max(comparing, reading, key=lambda terms: sum(term.bytes for term in terms)),
+        *_both_caches(spec, target, bundle + sum(term.bytes for term in held)),
     ], spec, margins=2)  # fmt: skip
+
+
+def _both_caches(spec: ModelSpec, target: Target, held_bytes: int) -> list[Term]:
+    """What a KV cache of 8 bits beside the full one takes, with all of the context, beyond what else was held before.
+
+    No model in torch is there by then; of one pass, four forms of logits in each of two bundles.
+    """
+    if target.kv_bits != 8:
+        return []
+    context = min(target.context_tokens, spec.max_position_embeddings or target.context_tokens)
+    weights, logits = bundle_weights(spec, target), 8 * 4 * spec.vocab_size * runner_module().PREFILL_TOKENS
+    forms = (target, target.model_copy(update={"kv_bits": None}))
+    process = runtime_of(target).process_bytes
+    need = logits + sum(predict(spec, each, weights, context).memory_bytes - process for each in forms)
+    formula = f"the bundle twice, {context} tokens, logits of a pass"
+    return [Term(name="both caches", bytes=max(0, need - held_bytes), formula=formula)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from edgeft.documents import Strict
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visible_gpu
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory.disk import Disk, plan_disk
@@ -33,6 +33,7 @@ from edgeft.settings.job import Training
 from edgeft.targets.footprint import (
     LimitedBy,
     bundle_weights,
+    choose_cache,
     choose_context,
     kv_cache_bytes_per_token,
     predict,
@@ -81,14 +82,16 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     Raises DoesNotFit when the bundle would not fit the device that the job names, BadInput for an unknown one.
     """
     job, profile, spec, data_bytes = question.job, question.profile, question.spec, question.data_bytes
-    found, device = candidates(job.target, beside=not training.folds), target_device(job.device)
+    device = target_device(job.device)
+    device_bytes = device.budget_bytes if device else None
+    named = candidates(job.target, beside=not training.folds)
+    found = tuple(choose_cache(each, spec, job.kv_bits, device_bytes) for each in named)
     # 16 and 32 bits are for the rare case that 8 lose too much: the export looks for their room when it comes to that
     likely = [each for each in found if each.weight_bits <= max(8, found[0].weight_bits)]
     target, why = expected(spec, likely)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
     weights = bundle_weights(spec, target, beside(spec, training))
-    device_bytes = device.budget_bytes if device else None
     context, limited_by = choose_context(spec, target, weights, device_bytes)
     phases = [quantise(spec, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
@@ -112,10 +115,23 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         target_bytes=device_bytes,
         target_name=device.name if device else "",
     )
-    said = [why] if why else []
+    said = [*([why] if why else []), *cache_notes(spec, named[found.index(target)], target, context, device_bytes)]
     if any(phase.name == "export: prove" and streams(phase) for phase in phases):
         said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
     return stages, said + stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+
+
+def cache_notes(
+    spec: ModelSpec, named: Target, target: Target, context_tokens: int, device_bytes: int | None
+) -> list[str]:
+    """A line where a KV cache of 8 bits was taken for what a device holds."""
+    if target == named or target.kv_bits != 8 or device_bytes is None:
+        return []
+    try:
+        own = f"of {choose_context(spec, named, bundle_weights(spec, named), device_bytes)[0]}"
+    except DoesNotFit:
+        own = "that does not fit"
+    return [f"KV cache of 8 bits: the device holds a context of {context_tokens} tokens instead of one {own}"]
 
 
 def _largest(phases: Iterable[tuple[Phase, ...]]) -> tuple[Phase, ...]:
@@ -158,12 +174,15 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
     runtime = runtime_of(target)
     one = "of every position of a pass" if runtime.every_position else "of the last token"
     each = kv_cache_bytes_per_token(spec, target)
+    cached = f"{context_tokens} tokens x {each} B"
+    if found.kv_cache_bytes < context_tokens * each:
+        cached += f", a window of {spec.sliding_window} in some layers"
     formula = f"{spec.num_attention_heads} heads, one prefill pass x {context_tokens} tokens"
     scores = [Term(name="attention", bytes=found.scores_bytes, formula=formula)] if found.scores_bytes else []
     return stage("bundle", "target", [
         Term(name="weights", bytes=weights.stored_bytes, formula=f"{target.weight_bits} bits, head {target.head_bits}"),
         Term(name=runtime.copies, bytes=copies, formula=runtime.copied),
-        Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=f"{context_tokens} tokens x {each} B"),
+        Term(name="key-value cache", bytes=found.kv_cache_bytes, formula=cached),
         Term(name="logits", bytes=found.logits_bytes, formula=f"{one}, V = {spec.vocab_size}"),
         *scores,
         Term(name="runtime", bytes=found.runtime_bytes, formula=runtime.holds),

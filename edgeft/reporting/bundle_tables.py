@@ -142,7 +142,8 @@ def _add_costs(table: Table, bundle: Bundle, here: Measurement | None) -> None:
 
 def _size_text(bundle: Bundle) -> Text:
     size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
-    return Text(f"{size} (limited by the {bundle.context_limited_by})")
+    cache = f", KV cache of {bundle.target.kv_bits} bits" if bundle.target.kv_bits else ""
+    return Text(f"{size} (limited by the {bundle.context_limited_by}){cache}")
 
 
 def comparison_text(made: Comparison) -> RenderableType:

@@ -19,9 +19,9 @@ from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
 from edgeft.progress import Progress, silent
-from edgeft.settings.job import make_job
+from edgeft.settings.job import AUTO, make_job, parse_kv_bits
 from edgeft.settings.tuners import TUNERS
-from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_context, predict
+from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_cache, choose_context, predict
 from edgeft.targets.target import Target, candidates
 
 # What a plan keeps of the best there is: "full" every layer over a 16- or 32-bit base, "4-bit" every layer over a 4-bit
@@ -67,6 +67,7 @@ class DeviceCell(Strict):
     machine: str
     fits: bool
     context_tokens: int | None = Field(default=None, description="the longest that model, target and memory allow")
+    kv_bits: int | None = Field(default=None, description="of the cache, where they are not the runtime's own")
     limited_by: LimitedBy | None = None
     need_bytes: int | None = Field(
         default=None, description="of that context, or of the smallest one when nothing fits"
@@ -186,6 +187,7 @@ def model_row(
         spec = read_model_spec(folder)
     except BadInput as problem:
         return ModelRow(name=name, parameters=None, problem=problem.problem.splitlines()[0])
+    asked = parse_kv_bits(settings.get("kv_bits", AUTO))
     return ModelRow(
         name=name,
         parameters=spec.total_parameters,
@@ -195,7 +197,7 @@ def model_row(
         vocab_size=spec.vocab_size,
         approximate=why_approximate(spec),
         training=tuple(training_cell(spec, profile, settings) for profile in machines),
-        devices=tuple(device_cell(spec, target, profile) for profile in devices),
+        devices=tuple(device_cell(spec, target, profile, asked) for profile in devices),
     )
 
 
@@ -277,7 +279,7 @@ def method(plan: Plan) -> str:
     return f"{training.base_precision.upper()} {way}, {which} {count} layers"
 
 
-def device_cell(spec: ModelSpec, target: Target, profile: Profile) -> DeviceCell:
+def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | str = AUTO) -> DeviceCell:
     """What `edgeft export --device` would find: whether the bundle fits, its context, the bound of its speed."""
     budget = profile.budget_bytes
     refused = DeviceCell(machine=profile.name, fits=False, budget_bytes=budget)
@@ -285,6 +287,10 @@ def device_cell(spec: ModelSpec, target: Target, profile: Profile) -> DeviceCell
         return refused.model_copy(update={"problem": "bundles of mixtures of experts are not predicted"})
     if not any(family.ort_builds and family.architecture == spec.architecture for family in FAMILIES.values()):
         return refused.model_copy(update={"problem": f"the runtime's builder cannot build {spec.architecture}"})
+    try:
+        target = choose_cache(target, spec, asked, budget)
+    except BadInput as problem:
+        return refused.model_copy(update={"problem": problem.problem})
     weights = bundle_weights(spec, target)
     try:
         context, limited_by = choose_context(spec, target, weights, budget)
@@ -298,6 +304,7 @@ def device_cell(spec: ModelSpec, target: Target, profile: Profile) -> DeviceCell
         machine=profile.name,
         fits=True,
         context_tokens=context,
+        kv_bits=target.kv_bits,
         limited_by=limited_by,
         need_bytes=expected.memory_bytes,
         budget_bytes=budget,

@@ -29,7 +29,8 @@ def cell_text(cell: TrainingCell | DeviceCell) -> str:
         return f"{cell.problem}: needs {memory}{shorter}" if memory else cell.problem
     if cell.fits:
         bound = f", at most {show_rate(cell.tokens_per_second_bound)} tok/s" if cell.tokens_per_second_bound else ""
-        return f"context {cell.context_tokens:,}, {memory}{bound}"
+        cache = f" (KV cache of {cell.kv_bits} bits)" if cell.kv_bits else ""
+        return f"context {cell.context_tokens:,}{cache}, {memory}{bound}"
     return f"{cell.problem}: needs {memory}" if memory else cell.problem
 
 

@@ -53,6 +53,12 @@ def parse_answers(value: Any) -> Any:
     raise ValueError("expected free, labels, regex:EXPRESSION, a JSON Schema (FILE.json) or a Lark grammar (FILE.lark)")
 
 
+def parse_kv_bits(value: Any) -> Any:
+    """The bits of a cache as a number, where they came as text."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+KvBits = Annotated[Literal["auto", 8, 16, 32], BeforeValidator(parse_kv_bits)]
 AnswerForm = Annotated[str, BeforeValidator(parse_answers)]
 LayerSet = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
 
@@ -145,6 +151,9 @@ class Job(Strict):
         description="what is exported: a name in export/, a TOML file, or auto: the smallest that keeps the fine-tune",
     )
     device: str | None = Field(None, description="target device profile that the bundle must fit")
+    kv_bits: KvBits = Field(
+        "auto", description="of each key and value that the device keeps; auto: 8 where it would hold less context else"
+    )
 
     max_memory_bytes: int | None = Field(None, gt=0, description="memory budget; the profile's when absent")
     max_seconds: float | None = Field(None, gt=0, description="time limit for all training steps, by the estimate")

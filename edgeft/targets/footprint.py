@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Literal
 
+import pydantic
 from pydantic import Field
 
-from edgeft.documents import Strict
-from edgeft.errors import DoesNotFit
+from edgeft.documents import Strict, invalid
+from edgeft.errors import BadInput, DoesNotFit
 from edgeft.models.spec import Linear, ModelSpec
-from edgeft.settings.job import Bits
+from edgeft.settings.job import AUTO, Bits
 from edgeft.targets.matrices import Weights, linear_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
@@ -42,9 +44,23 @@ def kv_cache_bytes_per_token(spec: ModelSpec, target: Target) -> int:
 
     A portable graph reads the old cache and writes a new one: twice. With `kv_bits` 8 it is a byte, in llama.cpp 34/32.
     """
+    return spec.num_hidden_layers * _bytes_per_layer(spec, target)
+
+
+def _bytes_per_layer(spec: ModelSpec, target: Target) -> int:
     runtime = runtime_of(target)
     itemsize = runtime.cache8_itemsize if target.kv_bits == 8 else runtime.cache_itemsize
-    return int(2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * itemsize)
+    return int(2 * spec.num_key_value_heads * spec.head_dim * itemsize)
+
+
+def kv_cache_bytes(spec: ModelSpec, target: Target, context_tokens: int) -> int:
+    """Of all layers with so many tokens; where the runtime can, a windowed layer keeps its window and a few more."""
+    full, slack, every = spec.num_hidden_layers, runtime_of(target).window_slack, spec.family.window_every
+    kept = context_tokens
+    if slack is not None and every and spec.sliding_window:
+        full, kept = full // every, min(context_tokens, spec.sliding_window + slack)
+    tokens = full * context_tokens + (spec.num_hidden_layers - full) * kept
+    return tokens * _bytes_per_layer(spec, target)
 
 
 def scores_bytes_per_token(spec: ModelSpec, target: Target) -> int:
@@ -71,7 +87,7 @@ def predict(
     process = runtime.process_bytes + runtime.layer_bytes * spec.num_hidden_layers
     parts = {
         "weights_bytes": runtime.held_bytes(weights, target),
-        "kv_cache_bytes": context_tokens * kv_cache_bytes_per_token(spec, target),
+        "kv_cache_bytes": kv_cache_bytes(spec, target, context_tokens),
         "logits_bytes": spec.vocab_size * 4 * tokens,
         "scores_bytes": context_tokens * scores_bytes_per_token(spec, target),
         "runtime_bytes": process + runtime.word_bytes * spec.vocab_size,
@@ -99,12 +115,52 @@ def choose_context(
             problem = f"needs {show_bytes(need)} for a context of {smallest} tokens, the device has "
             hint = "choose a target with fewer bits (ort-int4), or a smaller model"
             raise DoesNotFit("bundle", problem + show_bytes(device_memory_bytes), hint)
-        fixed = predict(spec, target, weights, runner_module().PREFILL_TOKENS)
-        room = device_memory_bytes - fixed.memory_bytes + fixed.kv_cache_bytes + fixed.scores_bytes
-        each = kv_cache_bytes_per_token(spec, target) + scores_bytes_per_token(spec, target)
-        limits["device memory"] = max(smallest, room // each)
+        most = min(limits.values())
+        fits = bisect.bisect_right(
+            range(smallest, most + 1),
+            device_memory_bytes,
+            key=lambda tokens: predict(spec, target, weights, tokens).memory_bytes,
+        )
+        if smallest + fits - 1 < most:
+            return smallest + fits - 1, "device memory"
     limited_by = min(limits, key=lambda key: limits[key])
     return limits[limited_by], limited_by
+
+
+def choose_cache(target: Target, spec: ModelSpec, asked: int | str, device_memory_bytes: int | None) -> Target:
+    """The target with a KV cache of the bits asked for; auto: 8 where the device would hold less context else.
+
+    What the target's own file says is kept. Raises BadInput for bits that its runtime, or the model, cannot have.
+    """
+    if asked != AUTO:
+        return with_kv_bits(target, spec, asked)
+    if target.kv_bits is not None or device_memory_bytes is None:
+        return target
+    try:
+        small = with_kv_bits(target, spec, 8)
+    except BadInput:
+        return target
+    own, of_8 = (_context_on(spec, each, device_memory_bytes) for each in (target, small))
+    return small if of_8 > own else target
+
+
+def _context_on(spec: ModelSpec, target: Target, device_memory_bytes: int) -> int:
+    try:
+        return choose_context(spec, target, bundle_weights(spec, target), device_memory_bytes)[0]
+    except DoesNotFit:
+        return 0
+
+
+def with_kv_bits(target: Target, spec: ModelSpec, bits: int | str) -> Target:
+    """The target with these bits of each key and value. Raises BadInput as `choose_cache` does."""
+    where = f"target {target.name}"
+    if bits == 8 and target.runtime == "llama.cpp" and spec.head_dim % 32:
+        problem = f"kv_bits 8 are blocks of 32 there, this model's heads are of {spec.head_dim}"
+        raise BadInput(where, problem, "leave kv_bits out, or choose an ort- target")
+    try:
+        return Target.model_validate(target.model_dump() | {"kv_bits": bits})
+    except pydantic.ValidationError as problem:
+        raise invalid(where, problem, Target) from None
 
 
 def bundle_weights(spec: ModelSpec, target: Target, beside: Sequence[Linear] = ()) -> Weights:

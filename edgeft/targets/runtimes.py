@@ -76,6 +76,7 @@ class Runtime:
     copies: str  # held_bytes beyond what is stored
     copied: str
     cache8_itemsize: float = 0.0  # the same where the cache has 8 bits, with its share of scales; 0: it cannot
+    window_slack: int | None = None  # tokens that a windowed layer keeps beyond its window; None: it keeps all
     word_bytes: int = 0  # for each entry of the vocabulary
     scores_at_once: int = 0  # forms of the scores of a prefill pass that exist together
     every_position: bool = False  # logits of all of a pass, not of its last token
@@ -209,6 +210,7 @@ RUNTIMES: dict[str, Runtime] = {
         layer_bytes=600_000,
         cache_itemsize=4,
         kv_bits=32,
+        window_slack=16,  # onnxruntime-genai 0.18
         cache8_itemsize=1,  # a scale for each channel lies in the graph
         holds="Python, numpy, ONNX Runtime and its graph",
         copies="head copies",

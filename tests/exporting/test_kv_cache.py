@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def small(name: str, **changes: Any) -> Target:
     return Target.model_validate(load_target(name).model_dump() | {"kv_bits": 8} | changes)
 
 
+needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
 FP32, INT4 = small("ort-fp32"), small("ort-int4")
 
 
@@ -90,6 +92,8 @@ def test_scales_found_in_torch_are_those_of_what_the_runtime_keeps(kind: str) ->
         found = find_scales(folder, FP32, rows_for_scales(samples(folder), read_model_spec(str(folder))))
         assert {len(row) for row in rows} == {16}  # as many as a windowed layer keeps
     full = ArtifactModel(built(folder, FP32), full_cache=True)
+    if kind == "gemma2":  # every second layer has a window of 16, see footprint.kv_cache_bytes
+        assert [keys.shape[1] for keys, _ in full.cached(some_ids(200), 3)] == [32, 200, 32]
     kept = reached(full, rows, 3)
     for own, wanted in zip((*found.keys, *found.values), (*kept.keys, *kept.values), strict=True):
         np.testing.assert_allclose(own * CODES, wanted, rtol=1e-4)
@@ -313,3 +317,24 @@ def test_other_scales_in_a_bundle_are_seen_by_its_hashes_and_vectors(tmp_path: P
     assert runner.verify(copy)[0] == "model.onnx.data: changed since the export"
     reseal(copy, lambda manifest: None)
     assert any("golden" in problem for problem in runner.verify(copy))
+
+
+@needs_llama
+def test_llama_cpp_keeps_8_bits_where_the_bundle_says_so() -> None:
+    runner, target, ids = runner_module(), small("gguf-q8_0"), some_ids(300)
+    places = [workplace() / name for name in ("gguf of 8 bits", "gguf of 16 bits")]
+    for out, each in zip(places, (target, load_target("gguf-q8_0")), strict=True):
+        build_bundle(checkpoint(), each, out, prompts=PROMPTS[:1], measure=False)
+    assert runner.verify(places[0]) == []
+    assert Bundle.read(places[0] / "bundle.json").predicted.kv_cache_bytes == 2 * 2 * 32 * 34 // 32 * 512
+    made, own = (ArtifactModel(place) for place in places)
+    full = made.with_full_cache().logits(ids)
+    assert np.array_equal(full, own.logits(ids)) and not np.array_equal(full, made.logits(ids))
+    rung = cache_rung(made.with_full_cache(), made, long_rows(samples(checkpoint()), 128)[7:9], CACHE)
+    assert rung.mean_kl_nats is not None and 0 < rung.mean_kl_nats < 0.2  # large random weights, as above
+    session = made._runner.engine.start(300)
+    session.append(ids[:200])
+    session.append(ids[200:])
+    session.rewind(200)
+    again = session.append(ids[200:])
+    np.testing.assert_allclose(again, made.logits(ids[:200] + ids[200:], 299)[0], atol=0.5)

@@ -112,7 +112,7 @@ def test_every_width_is_built_from_a_graph_in_fp32_that_is_written_tensor_by_ten
 
 
 def test_a_named_device_limits_the_context() -> None:
-    made = plan(LLAMA, "t4", device="raspberrypi5-8gb")
+    made = plan(LLAMA, "t4", device="raspberrypi5-8gb", kv_bits=32)
     pi = load_profile("raspberrypi5-8gb")
     assert (made.stages.target_name, made.stages.target_bytes) == (pi.name, pi.budget_bytes)
     assert made.stages.context_limited_by == "device memory" and made.stages.context_tokens < 4096

@@ -146,7 +146,7 @@ def test_families_outside_the_closed_form_are_marked() -> None:
 
 def test_a_device_cell_is_what_the_bundle_is_predicted_to_take() -> None:
     spec, profile = read_model_spec(str(CONFIGS / "llama-3.1-8b")), load_profile("raspberrypi5-8gb")
-    found = device_cell(spec, INT4, profile)
+    found = device_cell(spec, INT4, profile, 32)
     assert found.limited_by == "device memory" and SMALLEST_CONTEXT < found.context_tokens < INT4.context_tokens
     weights = bundle_weights(spec, INT4)
     assert found.need_bytes == predict(spec, INT4, weights, found.context_tokens).memory_bytes <= profile.budget_bytes
@@ -154,7 +154,12 @@ def test_a_device_cell_is_what_the_bundle_is_predicted_to_take() -> None:
     assert one_more > profile.budget_bytes
     bound = profile.bandwidth_gb_per_second * 1e9 / weights.bytes_per_token
     assert found.tokens_per_second_bound == pytest.approx(bound, rel=5e-3)
-    assert re.fullmatch(r"context 1,\d{3}, 6\.80 of 6\.80 GiB, at most 3\.\d\d tok/s", cell_text(found))
+    own = r"context 1,\d{3} \(KV cache of 32 bits\), 6\.80 of 6\.80 GiB, at most 3\.\d\d tok/s"
+    assert re.fullmatch(own, cell_text(found))
+    small = cell_text(device_cell(spec, INT4, profile))  # four times as many fit: all that the target asks for
+    assert re.fullmatch(r"context 4,096 \(KV cache of 8 bits\), 6\.\d\d of 6\.80 GiB, at most 3\.\d\d tok/s", small)
+    portable = device_cell(spec, load_target("onnx-portable-int8"), profile, 8)
+    assert not portable.fits and portable.problem == "kv_bits of runtime onnxruntime must be 32"
 
 
 def test_devices_that_cannot_run_a_model_say_why() -> None:

@@ -45,6 +45,7 @@ def test_only_the_model_is_required() -> None:
         "quantize_aware": False,
         "answers": "free",
         "target": "auto",
+        "kv_bits": "auto",
     }
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         job.seed = 1  # type: ignore[misc]
