@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-bakeoff bench-house first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -178,6 +178,9 @@ bench-sweep:  ## the share of the fine-tune that a sweep takes on the default jo
 rows ?= 1000
 bench-smollm2: .venv/installed-dev  ## a real 135M model from a package, two tasks, every int4 and what auto ends in (rows=200 is shorter)
 	$(py) bench/smollm2.py --rows $(rows)
+
+bench-kv-cache: .venv/installed-dev  ## a KV cache of 8 bits beside the runtime's own on that model: memory, loss, long rows
+	$(py) bench/kv_cache.py --rows $(if $(filter 1000,$(rows)),200,$(rows))
 
 model_of_bakeoff := $(if $(filter smollm2,$(model)),smollm2,example)
 bench-bakeoff: .venv/installed-dev  ## which way to 4 bits keeps most of a fine-tune: model=example (default) or model=smollm2

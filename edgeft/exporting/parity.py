@@ -75,8 +75,9 @@ SAME = Tolerance(
 )  # fmt: skip
 
 # A cache of 8 bits beside the full one, in the same bundle: what attention reads differs by half a scale at most.
+# SmolLM2-135M-Instruct in ort-int4: KL 0.0060 nats, 98.0% the same token or a tie, loss -0.007 (bench/kv_cache.py).
 CACHE = Tolerance(
-    min_top1_agreement=0.95, max_mean_kl_nats=0.01, max_loss_increase_nats=0.005, max_gain_lost=1.0,
+    min_top1_agreement=0.95, max_mean_kl_nats=0.02, max_loss_increase_nats=0.01, max_gain_lost=1.0,
     max_exact_match_drop_points=100.0,
 )  # fmt: skip
 

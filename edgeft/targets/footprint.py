@@ -132,9 +132,9 @@ def choose_cache(target: Target, spec: ModelSpec, asked: int | str, device_memor
 
     What the target's own file says is kept. Raises BadInput for bits that its runtime, or the model, cannot have.
     """
-    if asked != AUTO:
-        return with_kv_bits(target, spec, asked)
-    if target.kv_bits is not None or device_memory_bytes is None:
+    if asked != AUTO or target.kv_bits is not None:
+        return with_kv_bits(target, spec, target.kv_bits if asked == AUTO else asked)
+    if device_memory_bytes is None:
         return target
     try:
         small = with_kv_bits(target, spec, 8)
@@ -151,7 +151,7 @@ def _context_on(spec: ModelSpec, target: Target, device_memory_bytes: int) -> in
         return 0
 
 
-def with_kv_bits(target: Target, spec: ModelSpec, bits: int | str) -> Target:
+def with_kv_bits(target: Target, spec: ModelSpec, bits: int | str | None) -> Target:
     """The target with these bits of each key and value. Raises BadInput as `choose_cache` does."""
     where = f"target {target.name}"
     if bits == 8 and target.runtime == "llama.cpp" and spec.head_dim % 32:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import PROMPTS, ROWS, checkpoint, model_folder, reseal, some_ids, workplace
+from bundles import PROMPTS, ROWS, checkpoint, model_folder, reseal, save_tokenizer, some_ids, workplace
+from tiny import save_model
 
+from edgeft.api.deploying import export as api_export
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput, ParityFailed
@@ -20,11 +24,13 @@ from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.calibrate import calibrate
-from edgeft.exporting.export import export
+from edgeft.exporting.export import export, export_adapters
 from edgeft.exporting.kv_rung import cache_rung, long_rows, reached, scales_rung
 from edgeft.exporting.kv_scales import find_scales, finder, rows_for_scales
 from edgeft.exporting.parity import CACHE
+from edgeft.exporting.rehearsal import go_through
 from edgeft.models.spec import read_model_spec
+from edgeft.planning.plan import Plan
 from edgeft.progress import silent
 from edgeft.targets.kv_cache import CODES, CacheScales, codes_of, longest_pairs, scales_of, stored_scales
 from edgeft.targets.runner import runner_module
@@ -204,7 +210,7 @@ def test_long_rows_are_of_half_and_of_all_the_context() -> None:
     made = long_rows(rows, 64)
     assert [len(row) for row in made] == [32] * 8 + [64] * 8
     assert len({tuple(row) for row in made}) == 16 and {row[0] for row in made} == set(range(10))
-    assert [len(row) for row in long_rows(rows, 4096)] == [2048] * 4 + [4096] * 2
+    assert [len(row) for row in long_rows(rows, 4096)] == [2048] * 2 + [4096]
     assert [len(row) for row in long_rows(rows, 32_768)] == [16_384, 32_768]
 
 
@@ -338,3 +344,59 @@ def test_llama_cpp_keeps_8_bits_where_the_bundle_says_so() -> None:
     session.rewind(200)
     again = session.append(ids[200:])
     np.testing.assert_allclose(again, made.logits(ids[:200] + ids[200:], 299)[0], atol=0.5)
+
+
+PEAK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import run
+runner = run.Runner(__import__("pathlib").Path(sys.argv[1]))
+session, ids = runner.engine.start(4096), [number % 500 for number in range(4096)]
+for part in run.passes(ids):
+    session.append(part)
+print(run.peak_memory_bytes())
+"""
+
+
+def test_the_cache_takes_what_is_predicted(tmp_path: Path) -> None:
+    """Of a model of little else: 8 KiB a token in fp32, 2 KiB in 8 bits."""
+    spec = save_model(
+        tmp_path / "m", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=64,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    save_tokenizer(tmp_path / "m", 512)
+    peaks, predicted = [], []
+    for number, target in enumerate((load_target("ort-fp32"), FP32)):
+        given = finder(tmp_path / "m", target, lambda: samples(tmp_path / "m"), spec)
+        made = build_bundle(tmp_path / "m", target, tmp_path / f"{number}", prompts=[], measure=False, scales=given)
+        assert made.context_tokens == 4096
+        command = [sys.executable, "-c", PEAK, str(tmp_path / f"{number}")]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        predicted.append(made.predicted.memory_bytes)
+    assert predicted[0] - predicted[1] == 3 * 4096 * 2048 - 8192  # the scales themselves
+    assert peaks[0] - peaks[1] == pytest.approx(predicted[0] - predicted[1], rel=0.2)
+    assert peaks == pytest.approx(predicted, rel=0.25)
+
+
+def test_a_rehearsal_proves_the_cache_too(plan_file: Any, tmp_path: Path) -> None:
+    plan = Plan.read(plan_file(max_steps=2))
+    made = go_through(plan, INT4, tmp_path)
+    assert [rung.name for rung in made.rungs] == ["merged", "stored", "scales", "cache", "artifact", "artifact"]
+
+
+def test_a_plans_setting_reaches_the_bundle(
+    merged_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeft.api.deploying.planned_job", lambda merged: {"kv_bits": 8, "target": "ort-fp32"})
+    said: list[str] = []
+    made = api_export(merged_folder, tmp_path / "b", say=said.append)
+    assert made.target == FP32 and said == []
+    assert api_export(merged_folder, tmp_path / "b", say=said.append).target == FP32 and "up to date" in said[-1]
+    with pytest.raises(BadInput, match="target onnx-portable-fp32: kv_bits of runtime onnxruntime must be 32"):
+        api_export(merged_folder, tmp_path / "c", target="onnx-portable-fp32")
+
+
+def test_adapters_have_no_cache_of_8_bits(merged_folder: Path, tmp_path: Path) -> None:
+    trained = {"one": merged_folder.parent / "train"}
+    with pytest.raises(BadInput, match="in 8 bits: its scales fit one model, not each of several"):
+        export_adapters(trained, INT4, tmp_path / "b", device=None, progress=silent)

@@ -98,6 +98,8 @@ def test_heads_that_blocks_of_32_do_not_fill_are_refused() -> None:
     spec = spec_of("smollm2-135m").model_copy(update={"head_dim": 80})
     with pytest.raises(BadInput, match=r"gguf-q8_0: kv_bits 8 are blocks of 32 there, this model's heads are of 80"):
         choose_cache(GGUF, spec, 8, None)
+    with pytest.raises(BadInput, match="this model's heads are of 80"):
+        choose_cache(of_8(GGUF), spec, "auto", None)
     assert choose_cache(INT4, spec, 8, None).kv_bits == 8
 
 
