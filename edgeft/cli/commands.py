@@ -318,7 +318,6 @@ def adapters(
 
 
 def _export_all(merged: Path, out: Path | None, device: str | None, trained: Path | None, as_json: bool) -> None:
-    from edgeft.api.deploying import cached
     from edgeft.exporting.choose_target import COMPARISON, compare_targets
     from edgeft.exporting.export import export as run
     from edgeft.merging.merge import verify_merged
@@ -335,7 +334,7 @@ def _export_all(merged: Path, out: Path | None, device: str | None, trained: Pat
             out,
             device=device,
             build=lambda target, folder: run(
-                merged, cached([target], merged, device)[0], folder, device=device, progress=progress, train=trained
+                merged, deploying.cached([target], merged, device)[0], folder, device=device, progress=progress, train=trained
             ),
         )
     show(as_json, made, comparison_text(made))
