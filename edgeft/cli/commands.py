@@ -17,8 +17,10 @@ from edgeft.settings.job import ALL_THAT_FIT, parse_settings
 from edgeft.units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
+    from edgeft.exporting.bundle import Bundle
     from edgeft.models.metrics import Sweep
     from edgeft.planning.plan import Plan
+    from edgeft.targets.target import Target
 
 
 def plan(
@@ -329,12 +331,15 @@ def _export_all(merged: Path, out: Path | None, device: str | None, trained: Pat
     verify_merged(merged, trained)
     current.replaceable(out, COMPARISON)
     with Reporter(stderr) as progress:
+
+        def build(target: Target, folder: Path) -> Bundle:
+            (given,) = deploying.cached([target], merged, device)
+            return run(merged, given, folder, device=device, progress=progress, train=trained)
+
         made = compare_targets(
             merged,
             out,
             device=device,
-            build=lambda target, folder: run(
-                merged, deploying.cached([target], merged, device)[0], folder, device=device, progress=progress, train=trained
-            ),
+            build=build,
         )
     show(as_json, made, comparison_text(made))
