@@ -156,7 +156,7 @@ def prepare(folder: Path, settings: dict[str, Any], steps: int, files: dict[str,
     from safetensors.torch import save_file
 
     from edgeft.engine.loop import remaining_steps
-    from edgeft.engine.tuners import apply_tuner
+    from edgeft.engine.trainable import apply_tuner
     from edgeft.models.checkpoint import local_folder
     from edgeft.planning.plan import make_plan
     from edgeft.settings.job import make_job

@@ -19,7 +19,7 @@ from edgeft.data.dataset import Sample
 from edgeft.documents import sha256_file
 from edgeft.engine.loop import Run, make_run
 from edgeft.engine.nf4_base import load_base
-from edgeft.engine.tuners import apply_tuner
+from edgeft.engine.trainable import apply_tuner
 from edgeft.errors import DoesNotFit, EdgeftError
 from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import DTYPES, load_plain

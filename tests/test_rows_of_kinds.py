@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROOT, ROWS, plan_of, run, save_model
 
-from edgeft.engine.tuners import unit_changes
+from edgeft.engine.trainable import unit_changes
 from edgeft.errors import BadInput, MissingExtra
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export

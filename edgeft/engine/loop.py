@@ -21,7 +21,7 @@ from edgeft.documents import staging
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import Lisa, Named
 from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_frozen
-from edgeft.engine.tuners import apply_tuner, make_lisa, trained_units
+from edgeft.engine.trainable import apply_tuner, make_lisa, trained_units
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
 from edgeft.models.evaluate import token_losses

@@ -98,8 +98,7 @@ def build_bundle(
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
     Answers are held to labels or a grammar; `calibrate` finds what the labels' probabilities are worth.
     `codes` makes those of a calibrated target in a folder of its own, `scales` those of a KV cache of 8 bits. With
-    `keep_failed` a bundle whose proof fails lies in `failed_path(out)` afterwards, its manifest says why; one that
-    passes removes it.
+    `keep_failed` a bundle that fails its proof lies in `failed_path(out)`, and says why; one that passes removes it.
 
     Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
     ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.

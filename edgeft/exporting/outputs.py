@@ -20,7 +20,7 @@ from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.label_scores import label_numbers
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
-from edgeft.engine.tuners import CHANGED, apply_tuner, make_lisa
+from edgeft.engine.trainable import CHANGED, apply_tuner, make_lisa
 from edgeft.machines import meter
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
 from edgeft.models.checkpoint import DTYPES, Checkpoint, TensorFile, load_plain, local_folder

@@ -252,7 +252,7 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     """Write into `out` what training could have left: every parameter that trains changed a little, at random."""
     import torch
 
-    from edgeft.engine.tuners import apply_tuner, save_tuned
+    from edgeft.engine.trainable import apply_tuner, save_tuned
     from edgeft.models.checkpoint import load_plain
     from edgeft.models.parts import find_parts
     from edgeft.settings.tuners import DOWN, NARROW, UP, WIDE, is_adapter

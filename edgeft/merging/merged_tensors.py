@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from edgeft.data.dataset import TextTokenizer
-from edgeft.engine.tuners import CHANGED
+from edgeft.engine.trainable import CHANGED
 from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.families import in_conv1d

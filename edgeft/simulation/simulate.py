@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine import loop
-from edgeft.engine.tuners import apply_tuner
+from edgeft.engine.trainable import apply_tuner
 from edgeft.errors import BadInput
 from edgeft.memory import depth
 from edgeft.memory.simulated import Moment, Simulation, StepPhase, TensorGroup

@@ -26,7 +26,7 @@ from edgeft.data.batches import make_batch
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, recompute_layers, remaining_steps
 from edgeft.engine.low_rank import layers as layers_of
-from edgeft.engine.tuners import apply_tuner, trained_units
+from edgeft.engine.trainable import apply_tuner, trained_units
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import meter
 from edgeft.models.checkpoint import local_folder

@@ -70,7 +70,7 @@ def _rss_after_tiny_step() -> int:
 
     from edgeft.data.dataset import Sample
     from edgeft.engine.loop import Run
-    from edgeft.engine.tuners import apply_tuner
+    from edgeft.engine.trainable import apply_tuner
     from edgeft.machines import meter
     from edgeft.models.evaluate import greedy
     from edgeft.models.parts import find_parts

@@ -24,7 +24,7 @@ from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.quantized_layers import settle
-from edgeft.engine.tuners import CHANGED, save_tuned, trained_units, unit_changes
+from edgeft.engine.trainable import CHANGED, save_tuned, trained_units, unit_changes
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends

@@ -17,7 +17,7 @@ from tiny import EXAMPLE, ROOT, plan_of, run, save_model, write_plan
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, learning_rate, make_run
 from edgeft.engine.nf4_base import load_base
-from edgeft.engine.tuners import save_tuned
+from edgeft.engine.trainable import save_tuned
 from edgeft.errors import BadInput
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export

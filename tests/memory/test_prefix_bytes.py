@@ -11,7 +11,7 @@ from tiny import FULL, NF4, plan_of, save_model, second_step_peak
 
 from edgeft.data.samples import Sample
 from edgeft.engine.loop import Run
-from edgeft.engine.tuners import apply_tuner
+from edgeft.engine.trainable import apply_tuner
 from edgeft.memory import train_step
 from edgeft.memory.phases import phases
 from edgeft.models.boundary import Boundary

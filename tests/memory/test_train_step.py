@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.loop import Run
-from edgeft.engine.tuners import apply_tuner
+from edgeft.engine.trainable import apply_tuner
 from edgeft.memory import phases, train_step
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec

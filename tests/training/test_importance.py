@@ -23,7 +23,7 @@ from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.lisa import draw
 from edgeft.engine.loop import Run, learning_rate, remaining_steps
 from edgeft.engine.nf4_base import make_nf4
-from edgeft.engine.tuners import apply_tuner
+from edgeft.engine.trainable import apply_tuner
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import meter, processes
 from edgeft.models.metrics import Importance

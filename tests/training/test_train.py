@@ -278,7 +278,7 @@ def test_learning_rate_warms_up_and_ends_at_zero(plan_file: Any) -> None:
 def test_frozen_layers_run_without_autograd(plan_file: Any, checkpoint_folder: Path) -> None:
     """Nothing below the lowest trained layer wants a gradient, with and without checkpointing."""
     from edgeft.engine.loop import Run
-    from edgeft.engine.tuners import apply_tuner
+    from edgeft.engine.trainable import apply_tuner
     from edgeft.models.parts import find_parts
 
     for checkpointing in (False, True):
@@ -316,7 +316,7 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(
     """Also after scoring: bitsandbytes swaps in a CPU kernel without a backward pass when a layer is in eval mode."""
     from edgeft.data.dataset import Sample
     from edgeft.engine.nf4_base import load_base
-    from edgeft.engine.tuners import apply_tuner
+    from edgeft.engine.trainable import apply_tuner
     from edgeft.models.evaluate import greedy, token_losses
     from edgeft.models.parts import find_parts
 
