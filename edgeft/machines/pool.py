@@ -85,8 +85,9 @@ class Pool:
         """Give free pages back where what comes after this place would take the process above the limit.
 
         Places are where a part of a layer begins, 0, 1, ..., where a gradient leaves or enters one, -1, -2, ..., and
-        the head. What comes after a place is the most that was seen there, for a somewhat larger input (`size`, in
-        elements) with its square, as attention grows; a new place, or a new size of input, starts without free pages.
+        the head; the optimizer's step comes after the last gradient. What comes after a place is the most that was
+        seen there, for a somewhat larger input (`size`, in elements) with its square, as attention grows; a new place,
+        or a new size of input, starts without free pages.
         """
         if not self.reserve:
             return
@@ -95,8 +96,6 @@ class Pool:
             old, elements, before, new = self._last
             largest, most = self._grows.get(old, (0, 0))
             highest = resident_lap() if new else held
-            if old < 0 <= place:  # what the optimizer and a change of layers take comes before the next forward pass
-                highest = before
             self._grows[old] = max(largest, elements), max(most, highest - before)
         largest, more = self._grows.get(place, (0, 0))
         new = size > NEW * largest
