@@ -153,9 +153,9 @@ def _context_on(spec: ModelSpec, target: Target, device_memory_bytes: int) -> in
 
 def with_kv_bits(target: Target, spec: ModelSpec, bits: int | str | None) -> Target:
     """The target with these bits of each key and value. Raises BadInput as `choose_cache` does."""
-    where = f"target {target.name}"
-    if bits == 8 and target.runtime == "llama.cpp" and spec.head_dim % 32:
-        problem = f"kv_bits 8 are blocks of 32 there, this model's heads are of {spec.head_dim}"
+    where, block = f"target {target.name}", runtime_of(target).cache8_block
+    if bits == 8 and spec.head_dim % block:
+        problem = f"kv_bits 8 are blocks of {block} there, this model's heads are of {spec.head_dim}"
         raise BadInput(where, problem, "leave kv_bits out, or choose an ort- target")
     try:
         return Target.model_validate(target.model_dump() | {"kv_bits": bits})

@@ -76,6 +76,7 @@ class Runtime:
     copies: str  # held_bytes beyond what is stored
     copied: str
     cache8_itemsize: float = 0.0  # the same where the cache has 8 bits, with its share of scales; 0: it cannot
+    cache8_block: int = 1  # elements of a head that have a scale together
     window_slack: int | None = None  # tokens that a windowed layer keeps beyond its window; None: it keeps all
     word_bytes: int = 0  # for each entry of the vocabulary
     scores_at_once: int = 0  # forms of the scores of a prefill pass that exist together
@@ -243,6 +244,7 @@ RUNTIMES: dict[str, Runtime] = {
         cache_itemsize=2,
         kv_bits=16,
         cache8_itemsize=34 / 32,  # Q8_0: 32 codes and a scale in fp16
+        cache8_block=32,
         holds="Python, numpy, llama.cpp",
         copies="packed copies",
         copied="matrices rearranged for the processor",

@@ -334,7 +334,11 @@ def test_the_only_layer_that_does_something_scores_highest(method: str) -> None:
 
 @pytest.mark.parametrize(
     "base, micro_batch, checkpointing",
-    [("fp32", 2, False), ("fp32", 1, True), ("nf4", 1, False)],
+    [
+        ("fp32", 2, False),
+        pytest.param("fp32", 1, True, marks=pytest.mark.slow),
+        pytest.param("nf4", 1, False, marks=pytest.mark.slow),
+    ],
 )
 def test_no_method_holds_more_than_a_training_step(
     base: str, micro_batch: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch

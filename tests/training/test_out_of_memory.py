@@ -43,7 +43,10 @@ def test_what_says_that_memory_ran_out(problem: Exception, ran_out: bool) -> Non
     assert is_out_of_memory(problem) is ran_out
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+@pytest.mark.parametrize(
+    "kind",
+    [MemoryError, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (torch.OutOfMemoryError, RuntimeError))],
+)
 def test_running_out_of_memory_is_exit_3_with_the_next_smaller_way(
     kind: type[Exception], plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
