@@ -159,6 +159,38 @@ def test_a_place_is_new_once() -> None:
     assert first > 2 and set(later) == {second}  # forward, backward and between two steps
 
 
+# 40 MiB lie free when the gradients have passed; the optimizer's step then takes 60 MiB at once.
+STEP = """if True:
+    import torch
+    from edgeft.machines import meter
+    from edgeft.machines.pool import Pool
+    torch.set_num_threads(1)
+    assert meter.control_malloc()
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4, requires_grad=True)
+    layer(x).sum().backward()
+    start = meter.rss_bytes()
+    pool = Pool(48 * 2**20, 0)
+    pool.limit = pool.most = start + 80 * 2**20
+    pool.watch([layer], torch.nn.Module())
+    peaks = []
+    for _ in range(4):
+        meter.reset_peak(torch.device("cpu"))
+        out = layer(x)
+        kept = [torch.ones(2**18) for _ in range(40)]
+        del kept
+        out.sum().backward()
+        torch.ones(60 * 2**18)
+        peaks.append((meter.peak_rss_bytes() - start) // 2**20)
+    print(*peaks)
+"""
+
+
+@glibc_only
+def test_what_the_optimizers_step_takes_counts() -> None:
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    assert all(55 < int(peak) < 75 for peak in done.stdout.split()), done.stdout
+
+
 @glibc_only
 def test_less_is_reserved_where_address_space_is_limited() -> None:
     limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, resource.RLIM_INFINITY))\n"
