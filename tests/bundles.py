@@ -17,14 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import CHAT_TEMPLATE, SECTIONS
+from tiny import CHAT_TEMPLATE, EXAMPLE, SECTIONS, run, write_plan
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.bundle import GoldenInput
+from edgeft.exporting.bundle import Bundle, GoldenInput
+from edgeft.exporting.export import export
+from edgeft.exporting.outputs import load_tuned
+from edgeft.merging.merge import merge
+from edgeft.progress import silent
 from edgeft.targets.target import load_target
+from edgeft.training.result import TrainResult
 
 DATA = SECTIONS / "valid.jsonl"
 ROWS = [json.loads(line)["prompt"] for line in DATA.read_text(encoding="utf-8").splitlines()[:400]]
@@ -184,3 +189,21 @@ def model_folder(kind: str) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def to_the_device(tmp_path: Path, target: str, **settings: Any) -> None:
+    """Train, merge, export, and compare the bundle's answers with the live model's."""
+    trained = tmp_path / "train"
+    run(write_plan(tmp_path, EXAMPLE, target=target, max_steps=3, learning_rate=2e-3, **settings), trained)
+    merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
+    export(tmp_path / "merged", load_target(target), tmp_path / "bundle", device=None, progress=silent)
+    made = Bundle.read(tmp_path / "bundle" / "bundle.json")
+    live = load_tuned(trained, TrainResult.read(trained / "train.json"))
+    assert made.golden
+    for entry in made.golden:
+        ids = list(entry.ids)
+        for _ in entry.greedy_ids:
+            with torch.no_grad():
+                ids.append(int(live(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert ids[len(entry.ids) :] == entry.greedy_ids
+    assert len({token for entry in made.golden for token in entry.greedy_ids}) > 4

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edgeft.errors import BadInput
-from edgeft.settings.tuners import AFTER, BESIDE, BOTTLENECKS, HANGING, NARROW, WIDE
+from edgeft.settings.tuners import BESIDE, BOTTLENECKS, HANGING, NARROW, WIDE
 
 
 class Bottleneck(nn.Module):
@@ -34,36 +34,23 @@ class Bottleneck(nn.Module):
 
 
 @dataclass(eq=False)
-class After:
-    """Takes the place of a module's forward pass: its output, and what the bottleneck makes of that."""
+class Hung:
+    """Takes the place of a module's forward pass: its output, and what the bottleneck makes of that or of its input."""
 
     module: Any
+    where: str
     own: Callable[..., torch.Tensor]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.own(x, *args, **kwargs)
-        return result + self.module.adapter(result)  # type: ignore[no-any-return]
-
-
-@dataclass(eq=False)
-class Beside:
-    """Takes the place of a module's forward pass: its output, and what the bottleneck makes of its input."""
-
-    module: Any
-    own: Callable[..., torch.Tensor]
-
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.own(x, *args, **kwargs)
-        return result + self.module.parallel_adapter(x)  # type: ignore[no-any-return]
-
-
-FORWARD: dict[str, Callable[..., Any]] = {AFTER: After, BESIDE: Beside}
+        more: torch.Tensor = getattr(self.module, self.where)(x if self.where == BESIDE else result)
+        return result + more
 
 
 def hang(module: Any, where: str, width: int, rank: int, device: torch.device) -> None:
     """Hang a new bottleneck on a module, in fp32."""
     module.add_module(where, Bottleneck(width, rank, device))
-    module.forward = FORWARD[where](module, module.forward)
+    module.forward = Hung(module, where, module.forward)
 
 
 def hangs_on(module: nn.Module) -> bool:

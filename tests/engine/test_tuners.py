@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from bundles import to_the_device
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from tiny import EXAMPLE, ROOT, plan_of, run, save_model, write_plan
+from tiny import ROOT, plan_of, run, save_model, write_plan
 
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, learning_rate, make_run
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.trainable import save_tuned
 from edgeft.errors import BadInput
-from edgeft.exporting.bundle import Bundle
-from edgeft.exporting.export import export
 from edgeft.exporting.outputs import load_as_trained, load_changed, load_tuned
 from edgeft.exporting.rehearsal import change_at_random
 from edgeft.merging.merge import merge
@@ -33,7 +32,6 @@ from edgeft.models.streamed import load_streamed
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
 from edgeft.settings.tuners import ABSENT, TUNERS
-from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
 
@@ -295,24 +293,6 @@ def test_how_far_a_layer_moved_is_what_the_merge_says(trained: Path, checkpoint_
 def test_the_device_says_what_the_trained_model_says(tuner: str, form: tuple[str, str], tmp_path: Path) -> None:
     """Merged, exported, and asked there: the tokens of the live adapter."""
     to_the_device(tmp_path, "ort-fp32", tuner=tuner, **dict([form]), **RANK[tuner])
-
-
-def to_the_device(tmp_path: Path, target: str, **settings: Any) -> None:
-    """Train, merge, export, and compare the bundle's answers with the live model's."""
-    trained = tmp_path / "train"
-    run(write_plan(tmp_path, EXAMPLE, target=target, max_steps=3, learning_rate=2e-3, **settings), trained)
-    merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
-    export(tmp_path / "merged", load_target(target), tmp_path / "bundle", device=None, progress=silent)
-    made = Bundle.read(tmp_path / "bundle" / "bundle.json")
-    live = load_tuned(trained, TrainResult.read(trained / "train.json"))
-    assert made.golden
-    for entry in made.golden:
-        ids = list(entry.ids)
-        for _ in entry.greedy_ids:
-            with torch.no_grad():
-                ids.append(int(live(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert ids[len(entry.ids) :] == entry.greedy_ids
-    assert len({token for entry in made.golden for token in entry.greedy_ids}) > 4
 
 
 def test_pissa_begins_with_the_largest_singular_values(started: Any, checkpoint_folder: Path, tmp_path: Path) -> None:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from bundles import to_the_device
 from safetensors.torch import load_file, save_file
-from tiny import EXAMPLE, run, write_plan
+from tiny import run, write_plan
 
 from edgeft.errors import ParityFailed
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import ProofRows, export, prove_bundle
-from edgeft.exporting.outputs import load_tuned
 from edgeft.exporting.rehearsal import go_through
 from edgeft.memory.train_step import beside
 from edgeft.merging.merge import merge
@@ -29,7 +27,6 @@ from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.portable_onnx import read_weights
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
-from edgeft.training.result import TrainResult
 
 FP32, INT8 = load_target("onnx-portable-fp32"), load_target("onnx-portable-int8")
 pytestmark = pytest.mark.targets  # make test-targets has optimum's environment
@@ -38,20 +35,7 @@ SETTINGS: dict[str, Any] = {"tuner": "adapter", "layers": "all", "base_precision
 
 @pytest.mark.parametrize("at", ["both", "parallel"])
 def test_the_device_says_what_the_trained_model_says(at: str, tmp_path: Path) -> None:
-    trained = tmp_path / "train"
-    settings = {**SETTINGS, "adapter_at": at, "max_steps": 3, "learning_rate": 2e-3}
-    run(write_plan(tmp_path, EXAMPLE, **settings), trained)
-    merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
-    export(tmp_path / "merged", FP32, tmp_path / "bundle", device=None, progress=silent)
-    made = Bundle.read(tmp_path / "bundle" / "bundle.json")
-    live = load_tuned(trained, TrainResult.read(trained / "train.json"))
-    for entry in made.golden:
-        ids = list(entry.ids)
-        for _ in entry.greedy_ids:
-            with torch.no_grad():
-                ids.append(int(live(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert ids[len(entry.ids) :] == entry.greedy_ids
-    assert len({token for entry in made.golden for token in entry.greedy_ids}) > 4
+    to_the_device(tmp_path, **SETTINGS, adapter_at=at)
 
 
 @pytest.fixture(scope="module")
