@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -48,6 +49,7 @@ def serve(place: str, listening: int) -> None:
     asked, parent = socket.socket(fileno=listening), os.getppid()
     for name in FIRST:
         importlib.import_module(name)
+    gc.freeze()  # collections of the children leave it alone
     asked.settimeout(2)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     while os.getppid() == parent:
