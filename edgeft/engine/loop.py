@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from edgeft.data.batches import epoch_order, micro_batches, steps_per_epoch
 from edgeft.data.dataset import Sample
 from edgeft.documents import staging
+from edgeft.engine import adapted_linear
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import Lisa, Named
 from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_frozen
@@ -285,6 +286,7 @@ def recompute_layers(parts: Parts, kept: int = 0) -> None:
     A layer below the lowest one that trains saves nothing; checkpointing it as well would only cost its inputs.
     """
     for layer in list(parts.layers)[: len(parts.layers) - kept]:
+        adapted_linear.save_first(layer)
         layer.forward = _recomputed(layer, layer.forward)  # type: ignore[method-assign]
 
 

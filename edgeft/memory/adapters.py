@@ -22,24 +22,37 @@ def product(operations: Operations, x: Value, linear: Linear) -> Value:
 
 
 def _added_in_place(operations: Operations, x: Value, linear: Linear) -> Value:
+    """What is kept for the way back is kept first where the layer is recomputed, else last."""
     e, rank, inputs, outputs = operations.e, operations.way.rank, linear.in_features, linear.out_features
+    first: list[Value] = []
+    wants_input = x.node is not None
 
     def back(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
+        kept = first.pop().taken(tape) if first else kept
         low = Storage(tape, e * rank)
         up = Storage(tape, 1j * e * outputs * rank) if wanted[2] else None
         down = Storage(tape, 1j * e * inputs * rank) if wanted[1] else None
-        into = Storage(tape, e * inputs) if wanted[0] else None
-        if wanted[0]:
+        into = Storage(tape, e * inputs) if wants_input else None
+        if wants_input:
             matrix = operations.dense(tape, linear, e)
             del matrix
         kept.clear()
         del low
         return [into, down, up]
 
-    low = Value(Storage(operations.tape, e * rank), e * rank)
-    matrix = operations.dense(operations.tape, linear, e)
+    def through(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
+        return [own.pop() if wanted[0] else None, None, None]
+
+    tape = operations.tape
+    low = Value(Storage(tape, e * rank), e * rank)
     weights = [operations.weight(rank * inputs), operations.weight(rank * outputs)]
-    result = operations.tape.run(e * outputs, [x, *weights], [x, low], back, saves_last=True)
+    if tape.frame is None or not any(value.node for value in (x, *weights)):
+        matrix = operations.dense(tape, linear, e)
+        result = tape.run(e * outputs, [x, *weights], [x, low], back, saves_last=True)
+    else:
+        first.append(tape.run(0, [x, *weights], [x, low], through))
+        matrix = operations.dense(tape, linear, e)
+        result = tape.run(e * outputs, [first[0], *weights], [], back)
     del matrix
     return result
 

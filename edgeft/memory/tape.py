@@ -44,7 +44,7 @@ class Tape:
             kept = [value.storage for value in saved]
             if self.frame is not None and not saves_last:
                 slots, kept = self.frame.keep(kept), []
-        result = Value(Storage(self, size, silently=bool(beside or hidden)), size)
+        result = Value(Storage(self, size, silently=bool(beside or hidden or not size)), size)
         results = [result.storage] if saves_result else []
         if beside:
             results.append(Storage(self, beside))
@@ -183,6 +183,12 @@ class Value:
     storage: Storage
     size: complex
     node: Node | None = None
+
+    def taken(self, tape: Tape) -> list[Storage]:
+        """What the operation that made it saved, for another one's way back."""
+        assert self.node is not None and self.node.frame is not None
+        slots, self.node.slots = self.node.slots, range(0)
+        return self.node.frame.take(tape, slots)
 
 
 class _Enough(Exception):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers.pytorch_utils import Conv1D
 
 from edgeft.engine import adapted_linear
@@ -60,10 +61,11 @@ KINDS = ["Linear", "Linear, bias", "Conv1D", "Linear4bit"]
 
 @pytest.mark.parametrize("wants", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_pefts_result_with_its_gradients(kind: str, wants: bool) -> None:
+@pytest.mark.parametrize("forward", [adapted_linear._forward, adapted_linear._forward_saving_first])
+def test_it_is_pefts_result_with_its_gradients(forward: Any, kind: str, wants: bool) -> None:
     layer = adapted(kind)
     own = partial(type(layer).forward, layer)
-    joined = partial(adapted_linear._forward, layer)
+    joined = partial(forward, layer)
     peft = way(layer, own, wants)
     for expected, found in zip(peft, way(layer, joined, wants), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -77,6 +79,35 @@ def test_a_factor_that_does_not_train_gets_no_gradient() -> None:
     layer.lora_A["default"].weight.requires_grad_(False)
     adapted_linear._forward(layer, torch.randn(3, INPUTS)).sum().backward()
     assert layer.lora_A["default"].weight.grad is None and layer.lora_B["default"].weight.grad is not None
+
+
+class Counted(nn.Linear):
+    """How often a frozen product is made."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_recomputation_does_not_make_a_layers_last_product_again() -> None:
+    counts, gradients = [], []
+    for forward in (adapted_linear._forward, adapted_linear._forward_saving_first):
+        first, last = adapted("Linear"), adapted("Linear")
+        for layer in (first, last):
+            frozen = layer.base_layer
+            layer.base_layer = Counted(INPUTS, INPUTS).requires_grad_(False)
+            layer.base_layer.weight = nn.Parameter(frozen.weight[:INPUTS].detach(), requires_grad=False)
+            layer.lora_B["default"].weight = nn.Parameter(torch.full((INPUTS, RANK), 0.1))
+            layer.forward = partial(forward, layer)
+        x = torch.linspace(-1, 1, 3 * INPUTS).view(3, INPUTS).requires_grad_()
+        out = recompute(lambda x, f=first, s=last: x + s(torch.sin(f(x))), x, use_reentrant=False)
+        out.square().sum().backward()
+        counts.append((first.base_layer.calls, last.base_layer.calls))
+        gradients.append([x.grad, *(m.lora_A["default"].weight.grad for m in (first, last))])
+    assert counts == [(2, 2), (2, 1)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True)) and gradients[0][0] is not None
 
 
 def test_it_makes_less() -> None:
