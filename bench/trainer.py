@@ -67,9 +67,10 @@ def by_trainer(folder: Path) -> dict[str, Any]:
     """One run of Trainer, on PEFT's adapters where the plan has some, as their documentation has it."""
     import torch
     import transformers
+    from peers import InOrder, Noted, adapted, arguments
     from safetensors.torch import load_file
 
-    from edgeft.engine.loop import learning_rate
+    from edgeft.machines.limits import resident_bytes
     from edgeft.planning.plan import Plan
 
     plan = Plan.read(folder / "plan.json")
@@ -85,66 +86,19 @@ def by_trainer(folder: Path) -> dict[str, Any]:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(plan.job.model, **options)
     model.config.use_cache = False
     if training.tuner == "lora":
-        import peft
-
         if training.base_precision == "nf4":
+            import peft
+
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.checkpointing)
-        model = peft.get_peft_model(model, peft.LoraConfig(
-            r=training.rank, lora_alpha=training.lora_alpha, use_rslora=True, lora_dropout=0.0, task_type="CAUSAL_LM",
-            target_modules=list(training.target_modules),
-        ))  # fmt: skip
-        first = load_file(folder / "adapters.safetensors")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".lora_" in name:
-                    parameter.copy_(first[name.removeprefix("base_model.model.")])
-    losses: list[float] = []
-    ends: list[float] = []
-    busy: list[float] = []
-
-    class Noted(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-            busy.append(time.process_time())
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
-
-    class InOrder(transformers.Trainer):  # type: ignore[misc]
-        """Trainer with the batches of the plan, in its order, and its learning rates."""
-
-        def get_train_dataloader(self) -> Any:
-            order = [list(range(start, end)) for start, end in itertools.pairwise(starts)]
-            data = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=order, collate_fn=self.data_collator)
-            return self.accelerator.prepare(data)
-
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            peak = training.learning_rate
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: learning_rate(training, min(step, training.steps)) / peak
-            )
-            return self.lr_scheduler
-
-    starts = [0]
-    for step in rows:
-        starts.append(starts[-1] + len(step))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=training.batch_size,
-        max_steps=training.steps, learning_rate=training.learning_rate, weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm, gradient_checkpointing=training.checkpointing, logging_steps=1,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
-        seed=training.seed,
-    )  # fmt: skip
+        model = adapted(model, training, load_file(folder / "adapters.safetensors"))
+    noted = Noted()
+    batch = training.batch_size
     trainer = InOrder(
-        model=model, args=arguments, train_dataset=[row for step in rows for row in step],
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer), callbacks=[Noted()],
+        training, rows, model=model, callbacks=[noted], data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
+        args=arguments(training, str(folder / "trainer"), per_device_train_batch_size=batch, use_cpu=True),
     )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    from edgeft.machines.limits import resident_bytes
-
-    return {"ends": ends, "busy": busy, "losses": losses, "bytes": resident_bytes(highest=True)}
+    return {"ends": noted.ends, "busy": noted.busy, "losses": noted.losses, "bytes": resident_bytes(highest=True)}
 
 
 SIDES = {"edgeft": by_edgeft, "trainer": by_trainer}
