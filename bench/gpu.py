@@ -36,6 +36,7 @@ from gpu_models import (
     launch_seconds,
     measure,
     measured_before,
+    nf4_from_files,
     planned,
     shrink,
 )
@@ -179,7 +180,8 @@ def show(row: dict[str, Any]) -> None:
            if key in row}  # fmt: skip
     words = [f"{key.removesuffix('_bytes')} {value}" for key, value in mib.items()]
     words += [f"{key} {row[key]}" for key in ("planned_seconds_per_step", "seconds_per_step", "error_of_allocated",
-              "error_of_reserved", "ratios", "met", "launch_seconds", "context_bytes", "kernels", "device_seconds")
+              "error_of_reserved", "ratios", "met", "launch_seconds", "context_bytes", "kernels", "device_seconds",
+              "seconds_to_make", "host_bytes_more", "codes_that_differ", "scales_that_differ")
               if key in row]  # fmt: skip
     words += ["ABOVE HIGH"] if row.get("above_high") else []
     words += [row["failed"]] if "failed" in row else []
@@ -198,6 +200,10 @@ def run_all(bench: Bench, only: str) -> None:
     for name, case in wanted.items():
         if only in name:
             bench.attempt(name, lambda folder, case=case: bench.planned_and_measured(case, folder), 40.0)
+    bf16 = wanted["1B LoRA, recomputed"]
+    if "NF4 from files".startswith(only):
+        work = lambda folder: nf4_from_files(bench.fitting(bf16), bench.device, folder)  # noqa: E731
+        bench.attempt("1B made NF4 from its files", work, 30.0)
     for name in COUNTED:
         if only in name:
             case = replace(wanted[name], cap_gib=0.0)

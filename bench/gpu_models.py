@@ -20,6 +20,7 @@ from run import BASE, CONFIGS
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, make_run
 from edgeft.engine.nf4_base import make_nf4
+from edgeft.engine.nf4_codes import nf4_codes, quantise_on
 from edgeft.engine.trainable import apply_tuner
 from edgeft.machines import meter
 from edgeft.machines.profile import Profile
@@ -28,6 +29,7 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import DTYPES, quiet_transformers
 from edgeft.models.parts import Parts, find_parts, repeat_groups
 from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.progress import silent
 from edgeft.settings.job import Training
 from edgeft.training.out_of_memory import capped
 from edgeft.training.prepare import tf32
@@ -224,6 +226,27 @@ def launch_seconds(device: torch.device, count: int = 5000) -> float:
         each = (time.perf_counter() - started) / count
     wait(device)
     return each
+
+
+def nf4_from_files(case: Case, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """Seconds and bytes of making a base NF4 from its files, on the device; codes that differ from a CPU's."""
+    model, _ = random_model(case, device, scratch / "base")
+    largest = max((p for p in model.parameters() if p.ndim == 2), key=torch.Tensor.numel).detach().cpu()[:4096]
+    del model
+    clear(device)
+    before, started = meter.bytes_now(torch.device("cpu")), time.perf_counter()
+    made = quantise_on(scratch / "base", scratch / "nf4", device, silent)
+    seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    codes, scales = nf4_codes(largest, torch.device("cpu"))
+    host = time.perf_counter() - started
+    there, other = nf4_codes(largest, device)
+    return {
+        **bytes_at_the_highest(device), "made": made, "seconds_to_make": round(seconds, 2),
+        "host_bytes_more": meter.peak_bytes(torch.device("cpu")) - before, "parameters": case.spec.total_parameters,
+        "codes_compared": codes.numel() * 2, "codes_that_differ": int((codes != there).sum()),
+        "scales_that_differ": int((scales != other).sum()), "host_seconds_of_compared": round(host, 3),
+    }  # fmt: skip
 
 
 def bytes_at_the_highest(device: torch.device) -> dict[str, int]:

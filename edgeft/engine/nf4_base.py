@@ -9,24 +9,29 @@ from typing import Any
 import torch
 
 from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
+from edgeft.engine.nf4_codes import nf4_settings, quantise_on
 from edgeft.errors import BadInput
 from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT
 from edgeft.memory import disk
 from edgeft.models.boundary import Weight
 from edgeft.models.checkpoint import DTYPES, Checkpoint, load_plain, load_whole, quiet_transformers
+from edgeft.models.headers import has_weights
 from edgeft.models.identity import weights_sha256
 from edgeft.models.spec import read_model_spec
+from edgeft.progress import Progress, silent
 from edgeft.settings.job import Training
 
 FORM = 2  # of what `quantise` writes: another number where the same weights would give other codes
 
 
-def load_base(folder: Path, training: Training, device: torch.device, compute: torch.dtype) -> Any:
+def load_base(
+    folder: Path, training: Training, device: torch.device, compute: torch.dtype, progress: Progress = silent
+) -> Any:
     """The base model as the plan keeps it: dense in base_precision, or NF4 with double quantisation.
 
     Quantising costs tens of seconds per 100M parameters on a CPU, so the NF4 model is kept on disk under the hash of
-    its weights and loaded from there next time.
+    its weights and loaded from there next time. CUDA devices make the codes themselves.
     """
     if training.base_precision != "nf4":
         # a half-precision base on a device that cannot compute in it is held in the compute dtype instead
@@ -35,22 +40,27 @@ def load_base(folder: Path, training: Training, device: torch.device, compute: t
         leave_files(model, Checkpoint(folder))
         return model.to(device)
     cached = quantised_folder(folder)
-    if not (cached / "model.safetensors").is_file() and not (cached / "model.safetensors.index.json").is_file():
+    if not has_weights(cached):
         disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
-        # in a process of its own: what quantising leaves in the heap would count against training
-        code = "import sys; from pathlib import Path; from edgeft.engine.nf4_base import quantise; "
-        code += "quantise(*map(Path, sys.argv[1:]))"
-        # large matrices would fragment its heap to twice the size
-        done = processes.run(code, folder, cached, environment=MALLOC_ENVIRONMENT)
-        if done.returncode:
-            reason = processes.reason(done.returncode, done.stderr)
-            raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
+        if device.type != "cuda" or not quantise_on(folder, cached, device, progress):
+            quantise_aside(folder, cached)
     try:
         model = load_whole(cached, dtype=compute, device_map={"": device})
     except BadInput as problem:
         raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None
     compute_in(model, compute)
     return model
+
+
+def quantise_aside(folder: Path, out: Path) -> None:
+    """`quantise` in a process of its own: what it leaves in the heap would count against training. Raises BadInput."""
+    code = "import sys; from pathlib import Path; from edgeft.engine.nf4_base import quantise; "
+    code += "quantise(*map(Path, sys.argv[1:]))"
+    # large matrices would fragment its heap to twice the size
+    done = processes.run(code, folder, out, environment=MALLOC_ENVIRONMENT)
+    if done.returncode:
+        reason = processes.reason(done.returncode, done.stderr)
+        raise BadInput(folder, f"cannot be quantised to NF4: {reason}", "use another --set base_precision")
 
 
 def leave_files(model: Any, files: Checkpoint) -> None:
@@ -147,15 +157,7 @@ def quantised_folder(folder: Path) -> Path:
 
 def quantise(folder: Path, out: Path) -> None:
     """Write the NF4 form of a checkpoint to `out`, whole or not at all."""
-    from transformers import BitsAndBytesConfig
-
-    bits_and_bytes: Any = BitsAndBytesConfig
-    config = bits_and_bytes(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
     stored = getattr(torch, read_model_spec(str(folder)).dtype)  # whatever config.json says: rounded once, to 4 bits
     with quiet_transformers(), saving(out), staging(out) as temporary:
-        load_whole(folder, quantization_config=config, device_map={"": "cpu"}, dtype=stored).save_pretrained(temporary)
+        model = load_whole(folder, quantization_config=nf4_settings(), device_map={"": "cpu"}, dtype=stored)
+        model.save_pretrained(temporary)

@@ -21,6 +21,7 @@ from edgeft.data.dataset import Sample
 from edgeft.engine import loop
 from edgeft.engine.fp32_layers import make_dense
 from edgeft.engine.nf4_base import compute_in
+from edgeft.engine.nf4_codes import empty_nf4
 from edgeft.memory.train_step import PAGED_ELEMENTS
 from edgeft.models import evaluate
 from edgeft.models.checkpoint import DTYPES
@@ -34,21 +35,14 @@ def build_meta(config: Any, training: Training, compute: torch.dtype) -> tuple[A
     """The model of `config` as `load_base` would give it, on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
-    nf4 = training.base_precision == "nf4"
-    dense = DTYPES[training.base_precision] if not nf4 and compute.itemsize == 2 else compute
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=dense).eval()
-    if nf4:
-        from transformers import BitsAndBytesConfig
-        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-        settings: Any = BitsAndBytesConfig
-        settings = settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        quantizer: Any = Bnb4BitHfQuantizer(settings, pre_quantized=False)
-        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-        quantizer.postprocess_model(model)
+    if training.base_precision == "nf4":
+        model = empty_nf4(config, compute)
         compute_in(model, compute)
+    else:
+        auto: Any = AutoModelForCausalLM
+        dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dense).eval()
     if training.densely:
         with torch.device("meta"):
             for index in training.trained_layers:

@@ -21,6 +21,7 @@ from edgeft.models.evaluate import autocast, token_losses
 from edgeft.models.parts import Parts, find_parts, repeat_groups
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
+from edgeft.progress import Progress, silent
 from edgeft.settings.job import Training
 from edgeft.training.result import Deviation, deviating
 
@@ -82,9 +83,11 @@ def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
     })  # fmt: skip
 
 
-def prepare(plan: Plan, device: torch.device, compute: torch.dtype, folder: Path) -> tuple[Any, Parts]:
+def prepare(
+    plan: Plan, device: torch.device, compute: torch.dtype, folder: Path, progress: Progress = silent
+) -> tuple[Any, Parts]:
     """The base model on its device, frozen, with the attention the plan counts on."""
-    model = load_base(folder, plan.training, device, compute)
+    model = load_base(folder, plan.training, device, compute, progress)
     if plan.training.repeats_groups:
         repeat_groups(model)
     for parameter in model.parameters():

@@ -192,7 +192,7 @@ class Session:
             (work / "plan.sha256").write_text(plan_sha256)
             inputs = settle_inputs(work, plan.inputs | {WEIGHTS: weights_sha256(folder)}, folder)
         progress("load", 0, 1, {})
-        model, parts = prepare(here, device, compute, folder)
+        model, parts = prepare(here, device, compute, folder, progress)
         check_head(model, parts, data.train[0], device, compute)
         phases = {"load": meter.peak_bytes(device)}
         pool = make_pool(here, parts)
