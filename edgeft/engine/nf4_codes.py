@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from edgeft.documents import saving, staging
-from edgeft.models.checkpoint import Checkpoint, quiet_transformers
+from edgeft.memory.stages import NF4_FILE_BYTES
+from edgeft.models.checkpoint import Checkpoint, quiet_transformers, write_tensors
 from edgeft.models.spec import read_model_spec
 from edgeft.progress import Progress
 
 BLOCK = 64  # weights that share a scale
-AT_ONCE = 2**24  # weights whose fp32 forms exist at a time, 0.3 GiB
-FILE_BYTES = 2**29  # of one file of codes: what is kept in memory before it is written
+AT_ONCE = 2**22  # weights whose fp32 forms exist at a time, 0.1 GiB
 
 
 def nf4_settings() -> Any:
@@ -81,6 +81,8 @@ def quantise_on(folder: Path, out: Path, device: torch.device, progress: Progres
             progress("quantise", done + 1, len(found), {})
         shards.end()
         model.config.save_pretrained(temporary)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return True
 
 
@@ -166,15 +168,14 @@ class Shards:
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         self.held |= tensors
         self.size += sum(tensor.nbytes for tensor in tensors.values())
-        if self.size >= FILE_BYTES:
+        if self.size >= NF4_FILE_BYTES:
             self.write()
 
     def write(self) -> None:
-        """One file of what is held."""
-        from safetensors.torch import save_file
-
+        """One file of what is held; its readers want wide numbers first, where they lie at multiples of their size."""
         file = f"model-{len(set(self.owner.values())) + 1:05d}.safetensors"
-        save_file({name: t.contiguous() for name, t in self.held.items()}, self.folder / file, {"format": "pt"})
+        ordered = sorted(self.held.items(), key=lambda entry: -entry[1].element_size())
+        write_tensors(self.folder / file, dict(ordered))
         self.owner |= dict.fromkeys(self.held, file)
         self.held, self.size = {}, 0
 

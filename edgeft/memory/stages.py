@@ -38,6 +38,7 @@ RUNTIME_LIBRARIES_BYTES = 30_000_000  # onnxruntime-genai's, in a process that h
 MATRIX_LIBRARY_BYTES = 4_000_000  # its buffers after the first products of a merge
 # A process that uses a GPU keeps the driver's and libraries' own memory on the host as well. Not measured.
 CUDA_HOST_BYTES = 1_000_000_000
+NF4_FILE_BYTES = 2**29  # of one file of codes that a GPU made: what is kept in memory before it is written
 
 # A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
 # much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
@@ -131,14 +132,28 @@ def _process(count: int, what: str) -> Term:
     return Term(name="process", bytes=count, formula=what)
 
 
-def quantise(spec: ModelSpec, has: Processes, data_bytes: int) -> Phase:
-    """A base made NF4, in a process of its own beside training that waits: the file it reads, the codes it makes."""
-    codes = linear_weights(spec) * NF4_BYTES
+def quantise(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
+    """A base made NF4 before training. A GPU makes its codes in the training process, tensor by tensor.
+
+    Elsewhere, and for a model that is put together from its files, a process of its own does, beside training that
+    waits: the file it reads, the codes it makes.
+    """
+    codes = int(linear_weights(spec) * NF4_BYTES)
+    if training.device == "cuda" and not spec.stacked:
+        sizes = [linear.in_features * linear.out_features for linear in spec.linears]
+        largest = max(spec.vocab_size * spec.hidden_size, *sizes)
+        tensor = largest * STORED_BYTES.get(spec.dtype, 4)
+        return stage("quantise", "host", [
+            _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
+            Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
+            Term(name="NF4 codes", bytes=min(codes, NF4_FILE_BYTES), formula="one file of them at a time"),
+            Term(name="one tensor", bytes=tensor, formula=f"the largest, {largest} weights in {spec.dtype}"),
+        ], spec)  # fmt: skip
     return stage("quantise", "host", [
         _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
         Term(name="waiting", bytes=has.training_bytes + data_bytes, formula="training itself, its data and tokenizer"),
         _file(spec),
-        Term(name="NF4 codes", bytes=int(codes), formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B"),
+        Term(name="NF4 codes", bytes=codes, formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B"),
     ], spec)  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
     weights = bundle_weights(spec, target, beside(spec, training))
     context, limited_by = choose_context(spec, target, weights, device_bytes)
-    phases = [quantise(spec, has, data_bytes)] if training.base_precision == "nf4" else []
+    phases = [quantise(spec, training, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
         phases += [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
     phases += [

@@ -123,7 +123,7 @@ def test_files_are_those_of_transformers(
     spec = save_model(tmp_path / "base", kind, **changes)
     base = Path(spec.model)
     nf4_base.quantise(base, tmp_path / "theirs")
-    monkeypatch.setattr(nf4_codes, "FILE_BYTES", 4096)
+    monkeypatch.setattr(nf4_codes, "NF4_FILE_BYTES", 4096)
     seen: list[tuple[int, int]] = []
     assert nf4_codes.quantise_on(base, tmp_path / "ours", CPU, lambda _, done, total, __: seen.append((done, total)))
     theirs, ours = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours")
