@@ -84,12 +84,13 @@ def try_plan(plan_file: Path, say: Say = quiet) -> Trial:
 
 def train(
     plan: Plan | str | Path, out: str | Path | None = None, *, device: str | None = None, rehearsal: bool = True,
-    target: str | None = None, progress: Progress = silent, say: Say = quiet,
+    target: str | None = None, smaller: bool = False, progress: Progress = silent, say: Say = quiet,
 ) -> TrainResult:  # fmt: skip
     """Carry out a plan into `out` (train/ beside plan.json when absent), or go on from its last checkpoint.
 
-    A result that is current is read. With `rehearsal`, two layers go the whole way to the bundle first: what cannot
-    become one (`target`; the plan's when absent) fails before the first step. Raises as `training.train.train` does.
+    `smaller`: after memory ran out, in the next smaller way that trains the same. A result that is current is read.
+    With `rehearsal`, two layers go the whole way to the bundle first: what cannot become one (`target`; the plan's
+    when absent) fails before the first step. Raises as `training.train.train` does.
     """
     plan_file = _plan_file(plan, out)
     made, digest = plans.Plan.read(plan_file), sha256_file(plan_file)
@@ -105,11 +106,15 @@ def train(
     from edgeft.targets.target import candidates
     from edgeft.training.prepare import choose_device
     from edgeft.training.promise import MORE_MEMORY
+    from edgeft.training.step_down import step_down, taken, told
     from edgeft.training.train import train as carry_out
     from edgeft.training.train import work_folder
 
     _, _, deviations = choose_device(made, device)
     _announce(made, deviations, say)
+    if smaller:
+        before = taken(work_folder(folder), made, digest).plan
+        say(told(before, step_down(work_folder(folder), made, digest)))
     rehearsed = trainings.NOT_REHEARSED
     if rehearsal:
         named = made.job.target if target in (None, ALL_THAT_FIT) else target

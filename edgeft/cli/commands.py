@@ -104,6 +104,9 @@ def train(
         str | None,
         typer.Option(help="what the rehearsal exports to: a name in export/, or a TOML file; the plan's when absent"),
     ] = None,
+    smaller: Annotated[
+        bool, typer.Option("--smaller", help="after memory ran out: go on in the next smaller way that trains the same")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
@@ -115,8 +118,9 @@ def train(
     with stopping("the last step is kept: run the same command again to go on"), Reporter(stderr) as progress:
         progress.budget_bytes = made.budget_bytes
         result = plan_and_train.train(
-            plan_file, out, device=device, rehearsal=rehearsal, target=target, progress=progress, say=say
-        )
+            plan_file, out, device=device, rehearsal=rehearsal, target=target, smaller=smaller, progress=progress,
+            say=say,
+        )  # fmt: skip
     show(as_json, result, result.text())
 
 

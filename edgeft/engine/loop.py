@@ -58,6 +58,7 @@ class Run:
     padded_tokens: int = 0
     micro_batches: int = 0
     skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
+    updating: bool = False  # parameters may be between two steps
     curve: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -122,6 +123,7 @@ class Run:
 
     def _update(self) -> bool:
         """Whether the parameters took the gradients, which are gone then in either case: only finite ones are taken."""
+        self.updating = True
         self.scaler.unscale_(self.optimizer)
         trained = [p for _, p in self.chosen]
         finite = math.isfinite(float(torch.nn.utils.clip_grad_norm_(trained, self.training.max_grad_norm)))
@@ -129,6 +131,7 @@ class Run:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.updating = False
         return finite
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from edgeft.data.labels import Label
 from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Scoring, Size
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
@@ -51,6 +51,7 @@ from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
+from edgeft.units import show_bytes
 
 DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 # Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
@@ -108,6 +109,10 @@ def _of_model(job: Job, folder: Path) -> Inputs:
     return model_inputs(folder, weights=needs_importance(job) and has_weights(folder))
 
 
+# of a plan's choices those that change what a step holds, and nothing that it computes but the order of sums
+MEMORY_ALONE = ("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_tokens", "malloc")
+
+
 def request_digest(job: Job, model_folder: Path | None) -> str:
     """One digest of what a plan is made from: settings, profile, model config, data. Equal: the plan is current."""
     profile = shipped_path("profile", "profiles", job.profile)
@@ -156,8 +161,29 @@ def make_plan(
     Where the choice of layers reads data, `importance` is what `edgeft.planning.layer_scores.score_layers(job)` gives.
     `spec` and `profile` are what the job's names stand for, where the caller has read them already.
     """
-    asked = _ask(job, importance, spec, profile)
-    question, looked_at, spec = asked.question, asked.looked_at, asked.question.spec
+    return _planned(_ask(job, importance, spec, profile))
+
+
+@_without_collections()
+def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
+    """The best way that trains the very same within `most_bytes`: other micro-batches, recomputation, chunks, malloc.
+
+    What was pinned of these is left to the planner. Raises DoesNotFit where there is none.
+    """
+    open_again: dict[str, Any] = dict.fromkeys(MEMORY_ALONE)
+    job = plan.job.model_copy(update=open_again | {"max_memory_bytes": most_bytes})
+    asked = _ask(job, plan.importance, plan.spec, plan.profile)
+    taken = {name: getattr(plan.training, name) for name in MEMORY_ALONE}
+    same = [way for way in asked.looked_at if way.model_copy(update=taken) == plan.training]
+    training, _ = choose(asked.question, same)
+    if training is None:
+        problem = f"no way of training the same needs at most {show_bytes(most_bytes)}"
+        raise DoesNotFit("plan", problem, "plan another way: edgeft plan --max-memory ...")
+    return _planned(asked._replace(looked_at=same)).model_copy(update={"budget_bytes": plan.budget_bytes})
+
+
+def _planned(asked: _Asked) -> Plan:
+    question, looked_at, spec, job = asked.question, asked.looked_at, asked.question.spec, asked.question.job
     training, said = choose(question, looked_at)
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(asked))

@@ -11,13 +11,13 @@ import torch
 
 from edgeft.errors import DoesNotFit, EdgeftError
 from edgeft.machines import meter
-from edgeft.planning.plan import Plan, make_plan
+from edgeft.planning.plan import Plan, make_plan, smaller_plan
 from edgeft.settings.job import Job
+from edgeft.training.step_down import less
 from edgeft.units import MIB, show_bytes
 
 # What PyTorch and bitsandbytes say when the system, or CUDA outside PyTorch's allocator, gives nothing more.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cudaErrorMemoryAllocation")
-SMALLER = 0.9  # of a plan that ran out of memory: the budget of the one that is offered instead
 
 
 @contextlib.contextmanager
@@ -65,16 +65,21 @@ def ran_out(plan: Plan, phase: str, held_bytes: int, others: str = "") -> DoesNo
 
 
 def smaller(plan: Plan) -> str:
-    """The hint that names the next smaller way of the same job and the command that plans it."""
-    budget = int(plan.peak_bytes * SMALLER) // MIB * MIB
+    """The hint that names the next smaller ways: of the same training from its last step on, and planned anew."""
+    budget, ways = less(plan), list[str]()
+    with contextlib.suppress(EdgeftError, MemoryError, RuntimeError, OSError):  # of what little is left
+        peak = show_bytes(smaller_plan(plan, budget).peak_bytes)
+        ways.append(f"the same command with --smaller goes on from the last step in at most {peak}")
     job = plan.job.model_copy(update={"max_memory_bytes": budget})
     try:
         found = make_plan(job, plan.importance, spec=plan.spec, profile=plan.profile)
+        ways.append(f"the next smaller way needs {show_bytes(found.peak_bytes)}: {command(job)}")
     except EdgeftError as problem:
-        return f"no smaller way is known: {problem.problem}" + (f" ({problem.hint})" if problem.hint else "")
-    except (MemoryError, RuntimeError, OSError):  # of what little is left
-        return f"plan again with less: {command(job)}"
-    return f"the next smaller way needs {show_bytes(found.peak_bytes)}: {command(job)}"
+        why = f"no smaller way is known: {problem.problem}" + (f" ({problem.hint})" if problem.hint else "")
+        ways += [] if ways else [why]
+    except (MemoryError, RuntimeError, OSError):
+        ways.append(f"plan again with less: {command(job)}")
+    return "; or ".join(ways)
 
 
 def command(job: Job) -> str:

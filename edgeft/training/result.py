@@ -95,7 +95,7 @@ class TrainResult(Artifact):
 def deviating(training: Training, deviations: Sequence[Deviation]) -> Training:
     """A plan's choices with what was done instead of some."""
     done = {d.what: d.done for d in deviations if d.what in Training.model_fields}
-    return training.model_copy(update=done)
+    return Training.model_validate(training.model_dump() | done) if done else training
 
 
 class Trial(Artifact):

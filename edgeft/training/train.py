@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ from edgeft.planning.plan import Plan
 from edgeft.progress import Progress
 from edgeft.settings.job import Training
 from edgeft.training.job_data import Data
-from edgeft.training.out_of_memory import capped, explained
+from edgeft.training.out_of_memory import capped, explained, is_out_of_memory
 from edgeft.training.prefix import FrozenPrefix
 from edgeft.training.prepare import (
     carried_out,
@@ -58,6 +59,7 @@ from edgeft.training.prepare import (
 )
 from edgeft.training.promise import above, check_budget, highest, promise
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
+from edgeft.training.step_down import taken
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -108,7 +110,9 @@ def train(
     started = time.monotonic()
     refuse_several_processes()
     device, compute, deviations = choose_device(plan, wanted_device, emulate=emulate)
-    here, phase = carried_out(plan, deviations), ["start"]
+    smaller = taken(work_folder(out), plan, plan_sha256)
+    here, phase = carried_out(smaller.plan, deviations), ["start"]
+    deviations = [*deviations, *smaller.deviations]
 
     def report(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
         phase[0] = stage
@@ -243,7 +247,7 @@ class Session:
                 if run.lisa is not None and run.lisa.due(run.step):
                     self.interval_peaks.append(meter.peak_bytes(device))
                     meter.reset_peak(device)
-                loss = run.train_step(samples)
+                loss = self.step(samples, note)
                 run.curve.append((run.step, round(loss, 6)))
                 spent = before + time.monotonic() - started
                 self.progress("train", run.step, training.steps, {
@@ -266,6 +270,18 @@ class Session:
         run.optimizer.state.clear()  # scoring needs no optimizer states
         self.pool.give_back()  # its pages are as many as training made them
         hold_to(self.pool, self.here, "evaluate")
+
+    def step(self, samples: list[Sample], note: Callable[[], dict[str, Any]]) -> float:
+        """One step's loss. Where memory runs out before anything was updated, the steps so far are kept."""
+        run = self.run
+        turning = run.lisa is not None and run.lisa.due(run.step)
+        try:
+            return run.train_step(samples)
+        except (MemoryError, RuntimeError) as problem:
+            if run.step and is_out_of_memory(problem) and not run.updating and not turning:
+                traceback.clear_frames(problem.__traceback__)  # they hold the step's tensors
+                run.save(self.work, note())
+            raise
 
     def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""
