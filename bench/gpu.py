@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from gpu_models import (
     Case,
     clear,
     count_kernels,
+    errors,
     launch_seconds,
     measure,
     measured_before,
@@ -41,11 +44,13 @@ from gpu_models import (
     shrink,
 )
 from gpu_peers import COMPARISONS, compare
-from run import ROOT, record
+from run import BASE, CONFIGS, ROOT, record
 
 from edgeft.machines import meter
 from edgeft.machines.profile import Profile, load_profile
+from edgeft.settings.job import Training
 
+RESULTS = ROOT / "bench" / "results" / "cuda.json"
 RUNS = json.loads((ROOT / "bench" / "gpu_runs.json").read_text())
 LISA = {"tuner": "full", "layers": "lisa", "active_layers": 2}
 AGAIN = {"checkpointing": True}
@@ -58,6 +63,22 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-2-2b LoRA, recomputed": ("gemma-2-2b", {**BF16, **AGAIN, "batch_size": 8}),
     "1B LoRA on NF4, kept": ("llama-3.2-1b", NF4),
 }
+# run after every constant had been fitted on the others: their error is that of a prediction
+UNSEEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "unseen: 1.5B LoRA, kept": ("qwen2.5-1.5b", BF16),
+    "unseen: 1.5B LoRA, recomputed, 16 at once": ("qwen2.5-1.5b", {**BF16, **AGAIN, "micro_batch_size": 16}),
+    "unseen: 3B LoRA on NF4, recomputed": ("llama-3.2-3b", {**NF4, **AGAIN, "batch_size": 8}),
+    "unseen: 3B LoRA on NF4, recomputed, 8 at once": (
+        "llama-3.2-3b", {**NF4, **AGAIN, "batch_size": 8, "micro_batch_size": 8}),
+    "unseen: 360M full": ("smollm2-360m", {"tuner": "full", "base_precision": "fp32", "compute_dtype": "fp32",
+                                          "embedding": "on", "norm": "on", "head": "on", **AGAIN}),
+    "unseen: 0.6B DoRA": ("qwen3-0.6b", {**BF16, "tuner": "dora"}),
+    "unseen: 1.1B LoRA, 8 at once": ("tinyllama-1.1b", {**BF16, "micro_batch_size": 8}),
+    "unseen: OLMo 2 1B LoRA, recomputed, 8 at once": ("olmo-2-1b", {**BF16, **AGAIN, "micro_batch_size": 8}),
+    "unseen: 7B LoRA, recomputed": ("mistral-7b", {**BF16, **AGAIN, "batch_size": 8}),
+    "unseen: 7B LoRA on NF4, recomputed, 4 x 1,024": (
+        "qwen2.5-7b", {**NF4, **AGAIN, "batch_size": 4, "max_length": 1024}),
+}  # fmt: skip
 COUNTED = (
     "the example, LoRA 64",
     "135M LoRA, kept",
@@ -77,7 +98,7 @@ compute_capability = {capability}
 bandwidth_gb_per_second = 3350  # NVIDIA H100 SXM datasheet
 
 [matmul_tflops]
-fp32 = 67  # NVIDIA H100 SXM datasheet
+fp32 = 495  # NVIDIA H100 SXM datasheet: TF32, by which fp32 is multiplied
 fp16 = 989
 bf16 = 989
 """
@@ -97,7 +118,7 @@ def cases() -> Iterator[Case]:
     runs = sorted(RUNS["runs"], key=lambda run: (not run["run"].startswith("8B"), run["model"] != "debian-tiny"))
     for run in runs:
         yield measured_before(RUNS, run, **(STEPS_OF_8B if run["run"].startswith("8B") else {}))
-    for name, (model, settings) in MORE.items():
+    for name, (model, settings) in (MORE | UNSEEN).items():
         yield measured_before(RUNS, {"run": name, "model": model, "settings": settings})
 
 
@@ -118,8 +139,7 @@ class Bench:
         path, text = self.scratch / "here.toml", STAND_IN
         if not self.rehearsal:
             found = torch.cuda.get_device_properties(0)
-            gib = round(found.total_memory / 2**30, 2)
-            text = GPU.format(name=found.name, gib=gib, capability=found.major + found.minor / 10)
+            text = GPU.format(name=found.name, gib=gib_here(), capability=found.major + found.minor / 10)
         path.write_text(text)
         return load_profile(str(path))
 
@@ -154,12 +174,9 @@ class Bench:
     def planned_and_measured(self, case: Case, folder: Path) -> dict[str, Any]:
         """Bytes and seconds of one case beside what is planned."""
         case = self.fitting(case)
-        row = planned(case, self.profile) | measure(case, self.device, folder)
-        if "reserved_bytes" in row:
-            row["error_of_allocated"] = round(row["planned_allocated_bytes"] / row["allocated_bytes"] - 1, 4)
-            row["error_of_reserved"] = round(row["planned_bytes"] / row["reserved_bytes"] - 1, 4)
-            row["above_high"] = row["reserved_bytes"] > row["planned_high_bytes"]
-        return row
+        row = {"model": case.folder.name, "training": case.training.model_dump(mode="json", exclude_defaults=True)}
+        row |= planned(case, self.profile) | measure(case, self.device, folder)
+        return row | errors(row)
 
     def counted(self, case: Case, folder: Path) -> dict[str, Any]:
         """Kernels of one step."""
@@ -172,6 +189,27 @@ class Bench:
             free, total = torch.cuda.mem_get_info()
             row["context_bytes"] = total - free - torch.cuda.memory_reserved()
         return row
+
+
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors over all rows, and over those that no constant was fitted on.
+
+    Layers in turn are planned for their worst set, which a few steps need not draw: not in the means of bytes.
+    """
+    planned_rows = [row for row in rows if "planned_to_measured_seconds" in row and "reserved_bytes" in row]
+    found = {}
+    for name, some in (("all", planned_rows), ("unseen", [r for r in planned_rows if r["run"].startswith("unseen")])):
+        fixed = [row for row in some if row["training"].get("layers") != "lisa"]
+        if fixed:
+            found[name] = {
+                "runs": len(some), "above_high": sum(row["above_high"] for row in some),
+                **{f"mean_error_of_{what}": round(statistics.fmean(abs(row[f"error_of_{what}"]) for row in fixed), 4)
+                   for what in ("allocated", "reserved")},
+                "worst_error_of_reserved": max((row["error_of_reserved"] for row in fixed), key=abs),
+                "typical_factor_of_seconds": round(math.exp(statistics.fmean(
+                    abs(math.log(row["planned_to_measured_seconds"])) for row in some)), 3),
+            }  # fmt: skip
+    return found
 
 
 def show(row: dict[str, Any]) -> None:
@@ -213,9 +251,13 @@ def run_all(bench: Bench, only: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", default="", help="cases whose name holds this; not recorded")
+    parser.add_argument("--only", default="", help="cases whose name holds this; recorded beside the others")
     parser.add_argument("--seconds", type=float, default=540.0, help="no case starts after so many")
+    parser.add_argument("--replan", action="store_true", help="plan what was recorded again; nothing is measured")
     asked = parser.parse_args()
+    if asked.replan:
+        replan()
+        return
     if asked.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench-cuda: PyTorch sees no GPU here; rehearse with --device cpu")
     meter.import_all()
@@ -226,12 +268,45 @@ def main() -> None:
     failed = [row["run"] for row in bench.rows if "failed" in row]
     if bench.rehearsal:
         print(f"rehearsed {len(bench.rows) - len(failed)} of {len(bench.rows)} rows; a GPU was not measured")
-    elif not asked.only:
-        smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        gpu = subprocess.run(smi, capture_output=True, text=True, check=False).stdout.strip()
-        record("cuda", {"gpu": gpu, "capability": torch.cuda.get_device_capability(), "rows": bench.rows})
-        (bench.out / "cuda.json").write_text((ROOT / "bench" / "results" / "cuda.json").read_text())
+    else:
+        keep(bench.rows, beside=bool(asked.only))
+        (bench.out / "cuda.json").write_text(RESULTS.read_text())
     sys.exit(1 if failed else 0)
+
+
+def keep(rows: list[dict[str, Any]], beside: bool) -> None:
+    """Record rows, `beside` those of other names that the same kind of GPU gave before."""
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    gpu = subprocess.run(smi, capture_output=True, text=True, check=False).stdout.strip()
+    before = json.loads(RESULTS.read_text()) if beside and RESULTS.is_file() else {"gpu": gpu, "rows": []}
+    if before["gpu"] != gpu:
+        sys.exit(f"bench-cuda: {RESULTS.name} is of {before['gpu']}; measure all of it here, without --only")
+    names = {row["run"] for row in rows}
+    found = [row for row in before["rows"] if row["run"] not in names] + rows
+    facts = {"gpu": gpu, "gib": gib_here(), "capability": list(torch.cuda.get_device_capability())}
+    record("cuda", {**facts, "summary": summary_of(found), "rows": found})
+
+
+def gib_here() -> float:
+    return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 2)
+
+
+def replan() -> None:
+    """Plan what was recorded again, from configs and settings alone, as edgeft is now: what was measured stays."""
+    kept = json.loads(RESULTS.read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "there.toml"
+        capability = kept["capability"][0] + kept["capability"][1] / 10
+        path.write_text(GPU.format(name=kept["gpu"].split(",")[0], gib=kept["gib"], capability=capability))
+        profile = load_profile(str(path))
+    for row in kept["rows"]:
+        if "training" in row:
+            folder = BASE if row["model"] == BASE.name else CONFIGS / row["model"]
+            row |= planned(Case(row["run"], folder, Training.model_validate(row["training"])), profile)
+            row |= errors(row)
+    kept["summary"] = summary_of(kept["rows"])
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    print(json.dumps(kept["summary"], indent=1))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from edgeft.machines.profile import Profile
 from edgeft.memory import phases, timing
 from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import DTYPES, quiet_transformers
-from edgeft.models.parts import Parts, find_parts, repeat_groups
+from edgeft.models.parts import Parts, cap_scores, find_parts, repeat_groups
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import silent
+from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import Training
 from edgeft.training.out_of_memory import capped
 from edgeft.training.prepare import tf32
@@ -91,6 +92,18 @@ def planned(case: Case, profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def errors(row: dict[str, Any]) -> dict[str, Any]:
+    """How far what was planned of a row is from what was measured."""
+    found: dict[str, Any] = {}
+    if "reserved_bytes" in row:
+        found["error_of_allocated"] = round(row["planned_allocated_bytes"] / row["allocated_bytes"] - 1, 4)
+        found["error_of_reserved"] = round(row["planned_bytes"] / row["reserved_bytes"] - 1, 4)
+        found["above_high"] = row["reserved_bytes"] > row["planned_high_bytes"]
+    if "seconds_per_step" in row:
+        found["planned_to_measured_seconds"] = round(row["planned_seconds_per_step"] / row["seconds_per_step"], 3)
+    return found
+
+
 def random_model(case: Case, device: torch.device, base: Path | None = None) -> tuple[Any, Parts]:
     """A base with random weights as `training.prepare` would give it, made on the device; its head is never packed.
 
@@ -106,11 +119,12 @@ def random_model(case: Case, device: torch.device, base: Path | None = None) -> 
     with quiet_transformers(), torch.device(device):
         model = auto.from_config(AutoConfig.from_pretrained(case.folder), dtype=dense).eval()
     model.config.use_cache = False
+    cap_scores(model)
     if base is not None:
         model.save_pretrained(base)
     if nf4:
         pack(model, compute)
-    if training.repeats_groups:
+    if repeats_groups(training, case.spec.head_dim):
         repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

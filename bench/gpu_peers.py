@@ -22,6 +22,7 @@ from gpu_models import (
     Case,
     bytes_at_the_highest,
     clear,
+    errors,
     pack,
     planned,
     random_model,
@@ -94,7 +95,9 @@ def compare(comparison: Comparison, bench: Bench) -> Iterator[dict[str, Any]]:
                 gc.collect()
                 clear(bench.device)
                 yield row
-        yield {"run": comparison.name, **planned(case, bench.profile), **ratios(found)}
+        facts = {"model": case.folder.name, "training": case.training.model_dump(mode="json", exclude_defaults=True)}
+        row = {"run": comparison.name, **facts, **planned(case, bench.profile), **ratios(found)}
+        yield row | errors(row)
     except Exception as problem:
         yield {"run": comparison.name, "failed": f"{type(problem).__name__}: {problem}"[:600]}
 
@@ -111,7 +114,7 @@ def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     against = {side: {what: round(ours[what] / theirs[what], 3) for what in ours} for side, theirs in sides.items()}
     trainer = against["trainer"]
     apart = max(abs(a - b) for a, b in zip(found["edgeft"][0]["losses"], found["trainer"][0]["losses"], strict=True))
-    return {"ratios": against, "aims": AIMS, "largest_loss_difference": round(apart, 5),
+    return {**ours, "ratios": against, "aims": AIMS, "largest_loss_difference": round(apart, 5),
             "met": {what: trainer[what] <= aim for what, aim in AIMS.items() if what in trainer}}  # fmt: skip
 
 

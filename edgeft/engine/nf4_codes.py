@@ -16,6 +16,7 @@ import torch
 from edgeft.documents import saving, staging
 from edgeft.memory.stages import NF4_FILE_BYTES
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers, write_tensors
+from edgeft.models.parts import cap_scores
 from edgeft.models.spec import read_model_spec
 from edgeft.progress import Progress
 
@@ -45,6 +46,7 @@ def empty_nf4(config: Any, dtype: torch.dtype) -> Any:
     kind: Any = Bnb4BitHfQuantizer
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype).eval()
+    cap_scores(model)
     quantizer = kind(nf4_settings(), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     quantizer.postprocess_model(model)

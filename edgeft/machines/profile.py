@@ -17,6 +17,7 @@ from edgeft.units import GIB
 Role = Literal["train", "deploy"]
 
 SLOWEST_USABLE = 0.5  # of the fp32 rate: a CPU dtype below it is emulated (bf16 without AVX512-BF16: 1/60)
+LAUNCH_MICROSECONDS = 34  # 16 virtual cores beside an H100, PyTorch 2.11 (bench/gpu.py); assumed for other hosts
 HEAD_BUFFERS = 350  # bytes per word and thread, where no probe has measured them: 2 cores, 1 to 8 threads, torch 2.13
 
 Detected = pydantic.BeforeValidator(lambda value: 0 if value == "detected" else value)
@@ -73,6 +74,9 @@ class Profile(Strict):
     bandwidth_gb_per_second: Annotated[float, Detected] = Field(ge=0, description="memory, 10^9 bytes/s")
     # 10^12 dense operations a second, for each dtype that runs at hardware rate
     matmul_tflops: Annotated[dict[Dtype, Annotated[float, Field(gt=0)]], DetectedTable]
+    launch_microseconds: float | None = Field(
+        None, gt=0, description="CUDA only: 10^-6 s of the host for each kernel of a step, Python included"
+    )
     emulation: Emulation | None = Field(None, description="its processor emulated, for `edgeft verify --on`")
     memory_limit: str = Field("", description="what limits a detected memory; written by detect(), not by hand")
     probe: Probe | None = Field(None, description="written by detect(), not by hand")
@@ -93,6 +97,11 @@ class Profile(Strict):
         if not self.memory_gib:
             raise ValueError(f"profile {self.name} is not resolved: call detect() first")
         return max(0, round((self.memory_gib - self.runtime_memory_gib) * GIB))
+
+    @property
+    def seconds_per_launch(self) -> float:
+        """The host's time for each kernel of a training step: the file's, or what was measured beside an H100."""
+        return 1e-6 * (self.launch_microseconds or LAUNCH_MICROSECONDS)
 
     @property
     def budget_reason(self) -> str:

@@ -35,6 +35,7 @@ class LayerBytes:
     backward_again: tuple[complex, ...]  # in a later micro-batch: its gradients are added to those that are there
     gradients: complex
     keeps_input: bool
+    tensors: int  # that it makes in a later micro-batch, forwards and backwards
 
 
 def projections(spec: ModelSpec) -> dict[str, list[Linear]]:
@@ -360,9 +361,9 @@ def _bytes_of(run: Callable[[Tape, list[Value]], Value], entry: complex, result:
         if out[0].node is not None:
             out[0].storage = Storage(tape, result, silently=True)
             tape.backward(out, [out[0].storage])
-        found.append((forward, kept_forward, kept, tape.heights, sum(g.size for g in tape.gradients)))
-    (forward, kept_forward, kept, backward, gradients), (_, _, _, again, _) = found
+        found.append((forward, kept_forward, kept, tape.heights, sum(g.size for g in tape.gradients), tape.made))
+    (forward, kept_forward, kept, backward, gradients, _), (_, _, _, again, _, made) = found
     return LayerBytes(
         highest(forward), highest(forward[: tape.body]), kept_forward, kept, highest(backward), highest(again),
-        complex(gradients), kept_forward + result == held,
+        complex(gradients), kept_forward + result == held, made,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from edgeft.memory.adapters import FORMS
 from edgeft.memory.rounded import rounded_product, rounds
 from edgeft.memory.tape import Storage, Tape, Value, parameter
 from edgeft.models.spec import Linear, ModelSpec
+from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import Training
 from edgeft.settings.tuners import adapts
 from edgeft.targets.kinds import Kind
@@ -48,7 +49,7 @@ class Way:
             training.tuner, training.form.operation, training.rank, training.target_modules,
             4 if training.compute_dtype == "fp32" else 2,
             training.base_precision == "nf4", training.densely, cuda,
-            not training.repeats_groups, longest if squares else 0, *rounds(spec, training),
+            not repeats_groups(training, spec.head_dim), longest if squares else 0, *rounds(spec, training),
         )  # fmt: skip
 
 

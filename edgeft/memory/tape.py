@@ -28,6 +28,7 @@ class Tape:
         self.waiting: list[Storage] = []  # gradients of a weight that is used elsewhere, too
         self.casts: list[Storage] = []  # autocast's copies of weights, kept until it ends
         self.frame: Frame | None = None  # of the checkpointed function that runs now
+        self.made = 0  # tensors so far
         self._number = 0
 
     def run(self, size: complex, inputs: Sequence[Value], saved: Sequence[Value], back: Backward, *,
@@ -108,6 +109,7 @@ class Storage:
     def __init__(self, tape: Tape, size: complex, *, silently: bool = False, viewed: bool = False) -> None:
         self.tape, self.size, self.viewed = tape, size, viewed
         tape.live += size
+        tape.made += 1
         if not silently:
             tape.heights.append(tape.live)
 

@@ -13,12 +13,15 @@ from edgeft.data.dataset import Lengths
 from edgeft.data.scoring_groups import Scoring
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
+from edgeft.memory.launches import launches, loss_launches, optimizer_launches
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
-# half of the shapes of bench/step_time.py, which records the error of all. DATASHEET: guesses for GPUs, not measured.
-MEASURED_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.4, 0.3)
+# half of the shapes of bench/step_time.py, which records the error of all. HOPPER: of an H100's datasheet, fitted on the
+# seconds of its kernels in a step of 1B in bf16 and one of 8B on NF4 (bench/results/cuda.json). DATASHEET: guesses for
+# other GPUs, which clock down where an H100 does not.
+MEASURED_SHARES, HOPPER_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.6, 0.26), (0.4, 0.3)
 FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
 
 # Tensors that a layer makes, in elements per token: of the hidden, MLP, query and key widths, and the rank. Forwards
@@ -41,6 +44,7 @@ class Counted(NamedTuple):
 
     operations: float
     bytes: float
+    launches: float = 0.0  # kernels that a host puts on a GPU; of the loss those of one chunk
 
 
 def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.Workload:
@@ -53,15 +57,38 @@ def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.
 
 
 def seconds_per_step(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
-    """Seconds per optimizer step of samples of `work` that computes and moves what was counted."""
+    """Seconds per optimizer step of samples of `work`: what the device computes and moves, or what launching it takes.
+
+    A GPU works while its host launches what comes next: the slower of the two decides.
+    """
+    return max(device_seconds(profile, training, work, counted), launch_seconds(profile, training, work, counted))
+
+
+def launch_seconds(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
+    """Seconds that the host takes to launch a step's kernels; nothing where the CPU itself computes."""
+    if not counted.launches:
+        return 0.0
+    more = micro_batches(training, work) * loss_launches(training, work)
+    return profile.seconds_per_launch * (counted.launches + more)
+
+
+def device_seconds(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
+    """Seconds of computing and moving what was counted."""
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
-    of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    of_rate, of_bandwidth = shares(profile)
     if training.malloc == "fast":
         of_bandwidth *= FAST_BANDWIDTH / MEASURED_SHARES[1]
     moved = counted.bytes / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)
     slower = 1 + PER_MICRO_BATCH * (micro_batches(training, work) - 1) + 1e-4 * 1024 / training.loss_chunk_tokens
     slower *= 1.1 if training.optimizer == "paged_adamw8bit" else 1.0
     return (counted.operations / (of_rate * rate) + moved) * slower
+
+
+def shares(profile: Profile) -> tuple[float, float]:
+    """The shares of its matrix rate and of its bandwidth that a step reaches on a machine."""
+    if profile.probe:
+        return MEASURED_SHARES
+    return HOPPER_SHARES if profile.compute_capability == 9.0 else DATASHEET_SHARES
 
 
 def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, scored: Scoring) -> float:
@@ -81,7 +108,7 @@ def _forward_seconds(
 ) -> float:
     """Seconds of so many tokens through some layers, and through the head where they train."""
     rate = profile.matmul_tflops.get(training.compute_dtype, min(profile.matmul_tflops.values())) * 1e12
-    of_rate, of_bandwidth = MEASURED_SHARES if profile.probe else DATASHEET_SHARES
+    of_rate, of_bandwidth = shares(profile)
     weights = layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
     operations = 2 * weights * tokens + 2 * spec.vocab_size * spec.hidden_size * trained_tokens
     moved = float(train_step.DTYPE_BYTES[training.compute_dtype] * layers * tokens)
@@ -148,4 +175,8 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         moved += ROUNDED_BYTES * weights * (trained + trained * again / max(1.0, crossed)) * splits
     if full:
         moved += itemsize * parameters * splits
-    return Counted(operations, moved)
+    put = 0.0
+    if training.device == "cuda":
+        put = splits * launches(spec, training, work, kept_layers)
+        put += optimizer_launches(sum(train_step.trained_tensors(spec, training).values()))
+    return Counted(operations, moved, put)

@@ -303,21 +303,16 @@ def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss
     return [*moments, Moment("optimizer", 0, there or made + table + positions, 0)]
 
 
-def _parts(
-    spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int, again: bool
-) -> tuple[list[Sizes], bool]:  # fmt: skip
-    """(each layer that runs and what follows them, whether the first of them keeps its input)."""
-    count, tokens = spec.num_hidden_layers, training.micro_batch_size * work.longest
-    trained, lowest = set(training.trained_layers), min(training.trained_layers, default=count)
-    if training.embedding == "on":
-        lowest = -1
-    head = training.embedding if spec.tie_word_embeddings else training.head
-    after = ends_bytes(
-        spec, way, lowest < count, training.norm == "on", head == "on", spec.tie_word_embeddings, loss_tokens,
-        training.loss_chunk_tokens,
-    )  # fmt: skip
-    resting = set(training.resting_layers)
-    places: list[tuple[Kind, bool, bool, bool]] = [
+def lowest_trained(spec: ModelSpec, training: Training) -> int:
+    """The lowest layer that trains, -1 where the embedding does, the number of layers where none does."""
+    return -1 if training.embedding == "on" else min(training.trained_layers, default=spec.num_hidden_layers)
+
+
+def layer_places(spec: ModelSpec, training: Training, work: Workload) -> list[tuple[Kind, bool, bool, bool]]:
+    """What decides each layer's tensors: its kind, whether its input wants a gradient, has a mask, is recomputed."""
+    trained, resting = set(training.trained_layers), set(training.resting_layers)
+    lowest, count = lowest_trained(spec, training), spec.num_hidden_layers
+    return [
         (
             "trained" if n in trained else "resting" if n in resting else "through" if n > lowest else "idle",
             n > lowest,
@@ -326,6 +321,20 @@ def _parts(
         )
         for n in range(training.cached_layers, count)
     ]
+
+
+def _parts(
+    spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int, again: bool
+) -> tuple[list[Sizes], bool]:  # fmt: skip
+    """(each layer that runs and what follows them, whether the first of them keeps its input)."""
+    count, tokens = spec.num_hidden_layers, training.micro_batch_size * work.longest
+    lowest = lowest_trained(spec, training)
+    head = training.embedding if spec.tie_word_embeddings else training.head
+    after = ends_bytes(
+        spec, way, lowest < count, training.norm == "on", head == "on", spec.tie_word_embeddings, loss_tokens,
+        training.loss_chunk_tokens,
+    )  # fmt: skip
+    places = layer_places(spec, training, work)
     sizes = {place: Sizes.of(layer_bytes(spec, way, *place), tokens, again) for place in set(places)}
     first = layer_bytes(spec, way, *places[0]).keeps_input
     return [*(sizes[place] for place in places), Sizes.of(after, tokens, again)], first

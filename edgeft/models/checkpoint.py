@@ -32,6 +32,7 @@ from edgeft.models.headers import (
 )
 from edgeft.models.headers import DTYPES as TORCH_NAMES
 from edgeft.models.headers import local_folder as local_folder  # those who load weights import both from here
+from edgeft.models.parts import cap_scores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
@@ -207,6 +208,7 @@ def load_whole(folder: Path, **how: Any) -> Any:
     model, report = loaded
     check_loaded(folder, report)
     model.config.use_cache = False
+    cap_scores(model)
     return model.eval()
 
 

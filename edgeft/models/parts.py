@@ -175,6 +175,18 @@ def repeat_for_groups(module: nn.Module, query: torch.Tensor, key: torch.Tensor,
     return output.transpose(1, 2).contiguous(), None
 
 
+def cap_scores(model: nn.Module) -> None:
+    """Make a transformers model that caps its scores (Gemma 2) compute them itself.
+
+    PyTorch's kernels know no caps, and some versions of transformers (5.17) take them all the same: the caps are
+    left out without a word.
+    """
+    causal: Any = model
+    config = causal.config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
+        causal.set_attn_implementation("eager")
+
+
 def repeat_groups(model: nn.Module) -> None:
     """Make a transformers model attend with `repeat_for_groups` where it attends by torch's own function.
 

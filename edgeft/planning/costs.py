@@ -23,6 +23,8 @@ from edgeft.memory.timing import (
     COUNTED,
     Counted,
     count,
+    device_seconds,
+    launch_seconds,
     mean_work,
     prefix_seconds,
     scoring_seconds,
@@ -153,6 +155,14 @@ class Question:
         if key not in self.counts:
             self.counts[key] = count(self.spec, training, self.mean_work, key[0])
         return seconds_per_step(self.profile, training, self.mean_work, self.counts[key])
+
+    def launches(self, training: Training) -> int:
+        """Kernels of a step, or what costs the host as much, where launching them decides its time; else 0."""
+        self.seconds(training)
+        counted = self.counts[(training.kept_layers, *COUNTED(training))]
+        host = launch_seconds(self.profile, training, self.mean_work, counted)
+        waits = host > device_seconds(self.profile, training, self.mean_work, counted)
+        return round(host / self.profile.seconds_per_launch) if waits else 0
 
     def simulate(self, training: Training) -> None:
         """Find what this way takes by running its step without memory, for a family that the closed form does not hold.

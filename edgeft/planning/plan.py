@@ -80,6 +80,7 @@ class Plan(Artifact):
     phases: tuple[train_step.Phase, ...]
     stages: Stages
     seconds_per_step: float
+    launches: int = Field(default=0, description="of a GPU's kernels in a step, where the host's launching decides")
     seconds: float
     prefix_seconds: float = Field(default=0.0, description="of `seconds`: making the outputs of layers that are kept")
     scoring: Scoring
@@ -209,6 +210,7 @@ def _planned(asked: _Asked) -> Plan:
         phases=question.phases(training),
         stages=stages,
         seconds_per_step=round(question.seconds(training), 4),
+        launches=question.launches(training),
         seconds=round(question.all_seconds(training), 1),
         prefix_seconds=round(question.prefix_seconds(training), 1),
         scoring=question.scoring(training),

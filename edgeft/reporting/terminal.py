@@ -18,7 +18,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.words import difference_text, percent
+from edgeft.reporting.words import difference_text, percent, step_time
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
@@ -71,12 +71,11 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     rows.append(("method", _method(plan)))
     if plan.importance is not None:
         rows.append(("importance", importance_text(plan.importance)))
-    seconds = f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate)"
     return [
         *rows,
         ("batch", _batch(plan)),
         ("schedule", f"{training.steps} steps, learning rate {training.learning_rate:g}, {training.optimizer}"),
-        ("time", seconds),
+        ("time", step_time(plan)),
         ("scoring", scoring_text(plan)),
         ("budget", _budget(plan)),
         ("bundle", _bundle(plan.stages)),

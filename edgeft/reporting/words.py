@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from edgeft.models.metrics import Attempt, Difference, Rung
+from edgeft.planning.plan import Plan
 from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
 from edgeft.units import GIB, show_bytes, show_seconds
 
@@ -78,6 +79,12 @@ def amount(value: float, unit: str) -> str:
     if unit == "bytes":
         return show_bytes(value)
     return show_seconds(value) if unit == "seconds" else f"{value:,.0f} {unit}"
+
+
+def step_time(plan: Plan) -> str:
+    """The estimate of a plan's seconds, and what decides it where that is not the GPU itself."""
+    bound = f"; {plan.launches:,} launches bind, not the GPU" if plan.launches else ""
+    return f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate{bound})"
 
 
 def percent(share: float | None) -> str:

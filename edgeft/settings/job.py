@@ -286,15 +286,6 @@ class Training(Strict):
         """Whether layers that train are dense fp32 ones in a base of another precision (`engine.fp32_layers`)."""
         return not self.adapts and self.layers != "all" and self.base_precision != "fp32"
 
-    @property
-    def repeats_groups(self) -> bool:
-        """Whether grouped key and value heads are repeated, so that CUDA's kernels attend without S x S scores.
-
-        Flash attention alone knows grouped queries. It wants half precision and compute capability 8.0, which bf16 (a
-        profile has it from there on) says of a plan; fp32 takes the memory-efficient kernel on every card.
-        """
-        return self.device == "cuda" and self.compute_dtype != "bf16"
-
     def recomputes(self, layer: int, layers: int) -> bool:
         """Whether a layer of a model with so many recomputes its activations, if autograd sees it at all."""
         return self.checkpointing and layer < layers - self.kept_layers

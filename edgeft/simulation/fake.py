@@ -25,13 +25,15 @@ from edgeft.engine.nf4_codes import empty_nf4
 from edgeft.memory.train_step import PAGED_ELEMENTS
 from edgeft.models import evaluate
 from edgeft.models.checkpoint import DTYPES
-from edgeft.models.parts import Parts, find_parts, repeat_groups
+from edgeft.models.parts import Parts, cap_scores, find_parts, repeat_groups
+from edgeft.models.spec import ModelSpec
+from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import Training
 
 CUDA_OPTIMIZER = loop.make_optimizer  # the true one, also while it is replaced
 
 
-def build_meta(config: Any, training: Training, compute: torch.dtype) -> tuple[Any, Parts]:
+def build_meta(config: Any, spec: ModelSpec, training: Training, compute: torch.dtype) -> tuple[Any, Parts]:
     """The model of `config` as `load_base` would give it, on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -43,12 +45,13 @@ def build_meta(config: Any, training: Training, compute: torch.dtype) -> tuple[A
         dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dense).eval()
+        cap_scores(model)
     if training.densely:
         with torch.device("meta"):
             for index in training.trained_layers:
                 make_dense(find_parts(model).layers[index], compute, _dense_shape)
     model.config.use_cache = False
-    if training.repeats_groups:
+    if repeats_groups(training, spec.head_dim):
         repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -209,7 +212,9 @@ def _eight_bit_optimizer(training: Training, device: torch.device, groups: Seque
 
 
 @contextlib.contextmanager
-def as_planned(training: Training, fake: FakeTensorMode, started: Callable[[], None]) -> Iterator[None]:
+def as_planned(
+    spec: ModelSpec, training: Training, fake: FakeTensorMode, started: Callable[[], None]
+) -> Iterator[None]:
     """Everything that a training step asks its surroundings, answered as on the planned device."""
 
     def fake_batch(samples: Sequence[Sample]) -> Batch:
@@ -226,10 +231,11 @@ def as_planned(training: Training, fake: FakeTensorMode, started: Callable[[], N
             stack.enter_context(replaced)
         stack.enter_context(fake)
         if training.device == "cuda":
+            flash = not repeats_groups(training, spec.head_dim)
             functional, on_cpu = nn.functional, torch.is_autocast_cpu_enabled
             for place, name, replacement in (
                 (torch, "is_autocast_enabled", lambda device="cuda": on_cpu()),  # asked by PEFT's 4-bit layer
-                (functional, "scaled_dot_product_attention", cuda_attention(not training.repeats_groups)),
+                (functional, "scaled_dot_product_attention", cuda_attention(flash)),
                 *((place, name, _in_fp32(getattr(place, name))) for place, name in (
                     (functional, "layer_norm"), (functional, "softmax"), (torch, "pow"))),
             ):  # fmt: skip

@@ -52,7 +52,7 @@ class _Step:
 def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _Step:
     """Trace one optimizer step of a model, its optimizer's states made before."""
     compute = DTYPES[training.compute_dtype]
-    model, parts = build_meta(config, training, compute)
+    model, parts = build_meta(config, spec, training, compute)
     chosen = apply_tuner(model, parts, training)
     for _, parameter in chosen:
         parameter.requires_grad_(not training.densely or parameter.dtype == torch.float32)
@@ -68,7 +68,7 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
     parameters = dict(model.named_parameters())
     chosen = [(name, parameters[name]) for name in names]
     adapters = {id(p) for name, p in parameters.items() if is_adapter(name)}
-    with as_planned(training, fake, trace.begin):
+    with as_planned(spec, training, fake, trace.begin):
         if training.cached_layers:
             parts = _start_above(model, parts, training.cached_layers)
         run = loop.Run(training, CPU, compute, model, parts, chosen)

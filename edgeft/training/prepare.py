@@ -22,6 +22,7 @@ from edgeft.models.parts import Parts, find_parts, repeat_groups
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress, silent
+from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import Training
 from edgeft.training.result import Deviation, deviating
 
@@ -88,7 +89,7 @@ def prepare(
 ) -> tuple[Any, Parts]:
     """The base model on its device, frozen, with the attention the plan counts on."""
     model = load_base(folder, plan.training, device, compute, progress)
-    if plan.training.repeats_groups:
+    if repeats_groups(plan.training, plan.spec.head_dim):
         repeat_groups(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -18,6 +18,7 @@ from edgeft.planning.alternatives import does_not_fit
 from edgeft.planning.candidates import candidates
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan, make_plan, request_digest
+from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import make_job
 from edgeft.units import GIB
 
@@ -241,7 +242,8 @@ def test_heads_are_repeated_where_no_kernel_knows_grouped_queries() -> None:
         ("cpu-8gb", "fp32", False),
     ):  # fmt: skip
         job = make_job(model=QWEN_SMALL, profile=profile, tuner="lora", base_precision=precision, max_length=256)
-        assert make_plan(job).training.repeats_groups is repeats, (profile, precision)
+        made = make_plan(job)
+        assert repeats_groups(made.training, made.spec.head_dim) is repeats, (profile, precision)
 
 
 def test_a_target_device_is_no_training_host() -> None:
