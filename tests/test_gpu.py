@@ -26,12 +26,13 @@ from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import DTYPES, load_plain
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import find_parts
-from edgeft.planning.plan import Plan, make_plan
+from edgeft.planning.plan import MEMORY_ALONE, Plan, make_plan
 from edgeft.progress import silent
 from edgeft.settings.job import Training, make_job
 from edgeft.training.out_of_memory import capped
 from edgeft.training.result import TrainResult
-from edgeft.training.train import prepare, tf32, train
+from edgeft.training.step_down import step_down
+from edgeft.training.train import prepare, tf32, train, work_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -73,9 +74,9 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def planned(folder: Path, tmp_path: Path) -> Any:
     """Writes the plan of a job on ROWS and gives its path."""
 
-    def write(**settings: Any) -> Path:
+    def write(rows: list[dict[str, str]] = ROWS, **settings: Any) -> Path:
         data, path = tmp_path / "rows.jsonl", tmp_path / "plan.json"
-        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {
             "model": str(folder), "data": str(data), "profile": "rtx4090-24gb", "batch_size": 4, "max_steps": 8,
             "epochs": 3.0, "eval_rows": 4, "learning_rate": 1e-3, **settings,
@@ -253,6 +254,29 @@ def test_running_out_of_memory_is_exit_3_with_the_next_smaller_way(planned: Any,
     assert caught.value.exit_code == 3 and "the budget is 96.0 MiB" in text and "other processes and CUDA" in text
     assert "edgeft plan --model" in text
     torch.empty(256 * 2**20, dtype=torch.uint8, device=CUDA)  # the cap is gone
+
+
+def test_a_run_that_ran_out_goes_on_in_a_smaller_way(planned: Any, tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"lib{i * n}" for n in range(90))} for i in range(40)]
+    how = {"tuner": "lora", "rank": 8, "layers": "all", "base_precision": "bf16", "batch_size": 16, "max_length": 200,
+           "micro_batch_size": 16, "checkpointing": False, "loss_chunk_tokens": 1024, "max_steps": 6}  # fmt: skip
+    path, out = planned(rows, **how), tmp_path / "train"
+    whole = run(path, tmp_path / "whole")
+
+    def fill(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == 3:  # something else takes what the rest of the run needs
+            torch.cuda.empty_cache()
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**20) / total)
+
+    with pytest.raises(DoesNotFit, match="the same command with --smaller goes on from the last step"):
+        run(path, out, fill)
+    plan, digest = Plan.read(path), sha256_file(path)
+    assert step_down(work_folder(out), plan, digest).peak_bytes < plan.peak_bytes
+    result = run(path, out)
+    assert result.resumed_at == (3,) and {d.what for d in result.deviations} <= {*MEMORY_ALONE, "peak memory"}
+    assert [loss for _, loss in result.loss_curve] == pytest.approx([loss for _, loss in whole.loss_curve], rel=2e-2)
+    assert result.measured_peak_bytes < whole.measured_peak_bytes
 
 
 def test_fp32_products_run_on_tensor_cores(planned: Any) -> None:
