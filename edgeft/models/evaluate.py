@@ -22,7 +22,7 @@ from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.models.loss import chunked_cross_entropy, head_transform
 from edgeft.models.metrics import Metrics
-from edgeft.models.parts import Parts
+from edgeft.models.parts import Parts, find_parts
 
 EVAL_TOKENS = 1024  # padded tokens scored at once where no plan says otherwise
 
@@ -135,11 +135,25 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with plain_generation(model, stop_ids, max_new_tokens) as settings:
+    with plain_generation(model, stop_ids, max_new_tokens) as settings, one_product(model):
         held = {} if allowed is None else {"logits_processor": [allowed]}
         made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **held)[:, width:]
         made = made.tolist()
     return [cut_at(row, stop_ids) for row in made]
+
+
+@contextlib.contextmanager
+def one_product(model: Any) -> Iterator[None]:
+    """Let the head multiply the last states of all rows at once.
+
+    They are a slice of all positions, for which PyTorch takes a batch of products: on a CPU in half precision each one
+    copies the head, the largest matrix there is.
+    """
+    hook = find_parts(model).head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
