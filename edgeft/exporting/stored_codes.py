@@ -8,7 +8,8 @@ that runs it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from edgeft.errors import BadInput
 from edgeft.exporting.graph_constants import BLOCKS, JOINED, constant_problems
 from edgeft.models.checkpoint import Checkpoint
-from edgeft.models.headers import EMBEDDINGS, HEADS
+from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
 from edgeft.models.metrics import Rung
 from edgeft.targets.grid import Grid
 from edgeft.targets.onnx_file import HEAD, MODEL
@@ -29,6 +30,7 @@ from edgeft.targets.target import Target, to_nearest
 PLACE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(?:_Q\d)?")
 TABLE = "/model/embed_tokens/"
 SHOWN = 4
+READ = {"codes": "codes", "scales": "scale", "zero points": "zero"}  # in this order: as a node reads them
 
 
 class Held(NamedTuple):
@@ -76,7 +78,7 @@ def stored_rung(bundle: Path, merged: Path, target: Target, *, tied: bool) -> Ru
 
 
 class GraphFile:
-    """model.onnx and its weights, read one at a time."""
+    """model.onnx and its weights, which stay in their file."""
 
     def __init__(self, folder: Path) -> None:
         import onnx
@@ -93,20 +95,19 @@ class GraphFile:
         }
 
     def read(self, name: str) -> numpy.ndarray[Any, Any]:
-        """An initializer's values; of 4 bits two in a byte, as they lie there."""
+        """An initializer's values, as pages of its file; of 4 bits two in a byte, as they lie there."""
         from onnx import TensorProto, helper
 
         tensor = self.tensors[name if name in self.tensors else self.behind[name]]
         halves = tensor.data_type in (TensorProto.UINT4, TensorProto.INT4)
         kind = numpy.dtype(numpy.uint8) if halves else helper.tensor_dtype_to_np_dtype(tensor.data_type)
         external = {entry.key: entry.value for entry in tensor.external_data}
-        if not external:
-            raw = tensor.raw_data
+        values: numpy.ndarray[Any, Any]
+        if int(external.get("length", 0)):
+            path, count = self.folder / Path(external["location"]).name, int(external["length"]) // kind.itemsize
+            values = numpy.memmap(path, kind, "r", int(external.get("offset", 0)), (count,))
         else:
-            with open(self.folder / Path(external["location"]).name, "rb") as file:
-                file.seek(int(external.get("offset", 0)))
-                raw = file.read(int(external["length"]))
-        values = numpy.frombuffer(raw, dtype=kind)
+            values = numpy.frombuffer(tensor.raw_data, dtype=kind)
         return values.reshape(tensor.dims[0], -1) if halves else values.reshape(tuple(tensor.dims))
 
     def matrices(self, weights: Checkpoint, tied: bool) -> Iterator[Held]:
@@ -155,47 +156,63 @@ def _problem(
     file: GraphFile, held: Held, weights: Checkpoint, target: Target, tied: bool, promoted: set[str]
 ) -> str:  # fmt: skip
     """What is wrong with one matrix of a bundle, or nothing."""
-    matrix = torch.cat([weights.read(name).float() for name in held.names])
     if not held.bits and held.transposed and target.weight_bits < 16:
         return f"is not rounded, the target has {target.weight_bits} bits"
     if not held.bits:
-        values = torch.from_numpy(file.read(held.inputs[0]).copy())
-        expected = matrix.half() if target.weight_bits == 16 else matrix
-        expected = expected.T if held.transposed else expected
-        if values.shape != expected.shape:
-            return f"shape {tuple(values.shape)}, merged {tuple(expected.shape)}"
-        wrong = int((values != expected).sum())
-        return f"{wrong} of {expected.numel()} values are others" if wrong else ""
+        return _values_differ(file, held, weights, half=target.weight_bits == 16)
     grid = grid_of(held.names[0], tuple(weights.shape(held.names[0])), target, tied, promoted)
     if grid is None or grid.bits != held.bits:
         return f"has {held.bits} bits, the target {grid.bits if grid else 'none'}"
-    return _codes_differ(file, held, matrix, grid)
+    return _codes_differ(file, held, weights, grid)
 
 
-def _codes_differ(file: GraphFile, held: Held, matrix: torch.Tensor, grid: Grid) -> str:
+def _shape(weights: Checkpoint, names: Sequence[str]) -> tuple[int, int]:
+    """Of the matrix whose rows lie in these tensors."""
+    return sum(weights.shape(name)[0] for name in names), weights.shape(names[0])[1]
+
+
+def _parts(weights: Checkpoint, names: Sequence[str]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(which rows, their values in fp32) of that matrix, a few at a time."""
+    first = 0
+    for name in names:
+        for part in blocks(weights.shape(name)):
+            yield slice(first + part.start, first + part.stop), weights.read(name, part).float()
+        first += weights.shape(name)[0]
+
+
+def _values_differ(file: GraphFile, held: Held, weights: Checkpoint, *, half: bool) -> str:
+    """How many values of a matrix that is not rounded are not the checkpoint's."""
+    values, shape, wrong = file.read(held.inputs[0]), _shape(weights, held.names), 0
+    if values.shape != (shape[::-1] if held.transposed else shape):
+        return f"shape {values.shape}, merged {shape[::-1] if held.transposed else shape}"
+    rows = values.T if held.transposed else values
+    for part, expected in _parts(weights, held.names):
+        given = torch.from_numpy(numpy.array(rows[part]))
+        wrong += int((given != (expected.half() if half else expected)).sum())
+    return f"{wrong} of {values.size} values are others" if wrong else ""
+
+
+def _codes_differ(file: GraphFile, held: Held, weights: Checkpoint, grid: Grid) -> str:
     """Which of codes, scales and zero points are not the rule's."""
-    expected = grid.encode(matrix)
-    codes, scale = file.read(held.inputs[0]), file.read(held.inputs[1])
-    rows, columns = matrix.shape
-    given = {
-        "codes": (_unpacked(codes, grid.bits, rows)[:, :columns], expected.codes),
-        "scales": (scale.reshape(rows, -1), expected.scale),
-    }
-    if len(held.inputs) > 2 and held.inputs[2]:
-        zero = _unpacked(file.read(held.inputs[2]), grid.bits, rows)[:, : expected.zero.shape[1]]
-        given["zero points"] = (zero, expected.zero)
-    problems = []
-    for what, (found, wanted) in given.items():
-        if found.shape != tuple(wanted.shape):
-            problems.append(f"{what} of shape {found.shape}, expected {tuple(wanted.shape)}")
-        elif wrong := int((torch.from_numpy(found.astype(numpy.float32)) != wanted).sum()):
-            problems.append(f"{wrong} of {wanted.numel()} {what} are others")
-    return ", ".join(problems)
+    rows = _shape(weights, held.names)[0]
+    stored = [file.read(name) for name in held.inputs if name]
+    if bad := [name for name, each in zip(held.inputs, stored, strict=False) if each.size % rows]:
+        return f"{', '.join(bad)}: not for {rows} rows"
+    parts = dict(zip(READ, (each.reshape(rows, -1) for each in stored), strict=False))
+    wrong, total = Counter[str](), Counter[str]()
+    for which, matrix in _parts(weights, held.names):
+        expected = grid.encode(matrix)
+        for what, part in parts.items():
+            wanted: torch.Tensor = getattr(expected, READ[what])
+            found = part[which] if what == "scales" else _unpacked(part[which], grid.bits)[:, : wanted.shape[1]]
+            if found.shape != wanted.shape:
+                return f"{what} of {found.shape[1]} to a row, expected {wanted.shape[1]}"
+            wrong[what] += int((torch.from_numpy(found.astype(numpy.float32)) != wanted).sum())
+            total[what] += wanted.numel()
+    return ", ".join(f"{wrong[what]} of {total[what]} {what} are others" for what in parts if wrong[what])
 
 
-def _unpacked(packed: numpy.ndarray[Any, Any], bits: int, rows: int) -> numpy.ndarray[Any, Any]:
-    """A code in each place: two of 4 bits lie in a byte, the lower half first."""
-    flat = packed.reshape(rows, -1)
-    if flat.dtype.kind == "i":
-        flat = flat.view(numpy.uint8)
-    return numpy.stack([flat & 15, flat >> 4], axis=-1).reshape(rows, -1) if bits == 4 else flat
+def _unpacked(packed: numpy.ndarray[Any, Any], bits: int) -> numpy.ndarray[Any, Any]:
+    """A code in each place of some rows: two of 4 bits lie in a byte, the lower half first."""
+    packed = packed.view(numpy.uint8) if packed.dtype.kind == "i" else packed
+    return numpy.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1) if bits == 4 else packed

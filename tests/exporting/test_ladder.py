@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from edgeft.exporting.outputs import (
     trained_settings,
 )
 from edgeft.exporting.parity import trained_rung
-from edgeft.exporting.stored_codes import stored_rung
+from edgeft.exporting.stored_codes import GraphFile, stored_rung
 from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
+from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Metrics
 from edgeft.planning.plan import make_plan
@@ -178,6 +181,34 @@ def test_every_matrix_of_a_bundle_is_the_rounded_one(name: str) -> None:
     wrong = stored_rung(bundle(name), checkpoint(), other, tied=True)
     assert wrong is not None and wrong.problems
     assert stored_rung(bundle(name), checkpoint(), load_target("gguf-q4_0"), tied=True) is None
+
+
+@pytest.mark.parametrize("name", ["ort-int4", "ort-int8", "ort-fp32"])
+def test_a_bundle_is_compared_some_rows_at_a_time(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of 8B has two GiB in fp32, and its rounding works in fp64."""
+    made, target, held = tmp_path / "bundle", load_target(name), list[int]()
+    shutil.copytree(bundle(name), made)
+    read = Checkpoint.read
+
+    def counted(weights: Checkpoint, tensor: str, rows: slice = slice(None)) -> torch.Tensor:
+        found = read(weights, tensor, rows)
+        held.append(found.numel())
+        return found
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    monkeypatch.setattr("edgeft.models.headers.BLOCK_BYTES", most := 4 * 1024)
+    right = stored_rung(made, checkpoint(), target, tied=True)
+    assert right is not None and right.problems == () and max(held) <= most // 4 < len(held) * max(held)
+    file = GraphFile(made)
+    codes = file.tensors[next(file.matrices(Checkpoint(checkpoint()), True)).inputs[0]]
+    place = {entry.key: entry.value for entry in codes.external_data}
+    with open(made / place["location"], "r+b") as data:  # a bit of the last row
+        data.seek(int(place["offset"]) + int(place["length"]) - 1)
+        last = data.read(1)[0]
+        data.seek(-1, io.SEEK_CUR)
+        data.write(bytes([last ^ 1]))
+    wrong = stored_rung(made, checkpoint(), target, tied=True)
+    assert wrong is not None and len(wrong.problems) == 1 and ": 1 of " in wrong.problems[0]
 
 
 def test_golden_vectors_say_by_how_much_each_token_led_and_where() -> None:
