@@ -84,6 +84,7 @@ class Lisa:
     active: tuple[str, ...] = ()
     steps: dict[str, int] = field(default_factory=dict)
     optimizer_bytes: list[int] = field(default_factory=list)
+    replaced: bool = False  # whether a unit that left did so again: its file was replaced, which a checkpoint may hold
 
     def __post_init__(self) -> None:
         unknown = [unit for unit in (*self.pool, *self.always) if unit not in self.units]
@@ -175,6 +176,8 @@ class Lisa:
             self._require(unit)
 
     def _leave(self, unit: str, optimizer: torch.optim.Optimizer) -> None:
+        if self.folder is not None:
+            self.replaced |= any((self.folder / f"{unit}{end}").exists() for end in (".safetensors", ".state"))
         states = {name: optimizer.state.pop(p) for name, p in self.units[unit] if p in optimizer.state}
         for _, parameter in self.units[unit]:
             parameter.grad = None

@@ -60,6 +60,7 @@ class Run:
     skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
     updating: bool = False  # parameters may be between two steps
     curve: list[tuple[int, float]] = field(default_factory=list)
+    newest: Path | None = None  # checkpoint
 
     def __post_init__(self) -> None:
         found = newest_checkpoint(self.work) if self.work else None
@@ -135,7 +136,8 @@ class Run:
         return finite
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """One checkpoint in `folder`/step-N, whole or not at all; the two newest are kept."""
+        """One checkpoint in `folder`/step-N, whole or not at all; the one before is kept, and older ones go first."""
+        self.keep_newest(folder)
         with staging(folder / f"step-{self.step:08d}") as temporary:
             kept = self.chosen if self.lisa is None else self.lisa.in_memory()
             write_tensors(temporary / PARAMETERS, {name: p.detach() for name, p in kept})
@@ -151,8 +153,20 @@ class Run:
                 counters["lisa"] = self.lisa.state_dict()
                 self.lisa.save_files(temporary / "layers")
             (temporary / "counters.json").write_text(json.dumps(counters))
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+        self.newest = folder / f"step-{self.step:08d}"
+        if self.lisa is not None:
+            self.lisa.replaced = False
+
+    @property
+    def replaced(self) -> bool:
+        """Whether files were replaced that the newest checkpoint still holds: as many as one turn may be, no more."""
+        return self.lisa is not None and self.lisa.replaced
+
+    def keep_newest(self, folder: Path) -> None:
+        """Remove every checkpoint but the newest that could be read or was written."""
+        for old in folder.glob("step-*"):
+            if old.name != (self.newest.name if self.newest else ""):
+                shutil.rmtree(old, ignore_errors=True)
 
     def _restore(self, found: Found) -> None:
         own = dict(self.chosen if self.lisa is None else self.lisa.in_memory())
@@ -163,7 +177,7 @@ class Run:
         page_states(self.optimizer)
         self.scaler.load_state_dict(found.state["scaler"])
         torch.set_rng_state(found.state["rng"])
-        self.counters = found.counters
+        self.counters, self.newest = found.counters, found.folder
         for name in COUNTED:
             setattr(self, name, found.counters[name])
         self.curve = [(step, loss) for step, loss in found.counters["curve"]]

@@ -10,12 +10,10 @@ from torch import nn
 from edgeft.engine.forms import form_of
 from edgeft.engine.lisa import Lisa, Named, Turns
 from edgeft.engine.quantized_layers import train_rounded
-from edgeft.models.checkpoint import Checkpoint, TensorFile
+from edgeft.models.checkpoint import CHANGED, Checkpoint, TensorFile, read_changed
 from edgeft.models.parts import Parts, units
 from edgeft.settings.job import ENDS, Training
 from edgeft.settings.tuners import adapter_parts, is_adapter
-
-CHANGED = "changed.safetensors"  # what was trained in place, whole tensors in fp32 under the model's names
 
 
 def apply_tuner(
@@ -94,8 +92,7 @@ def unit_changes(tuned: Path, base: Checkpoint, model: nn.Module, parts: Parts, 
     def note(unit: str, change: float, weight: float) -> None:
         moved[unit], total[unit] = moved.get(unit, 0.0) + change, total.get(unit, 0.0) + weight
 
-    if (tuned / CHANGED).is_file():
-        file = TensorFile(tuned / CHANGED)
+    if (file := read_changed(tuned)) is not None:
         owner = {name: unit for unit, entries in units(model, parts).items() for name, _ in entries}
         for name in file.entries:
             old = base.read(base.name_of(name)).float()

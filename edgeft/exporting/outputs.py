@@ -20,10 +20,18 @@ from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.label_scores import label_numbers
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
-from edgeft.engine.trainable import CHANGED, apply_tuner, make_lisa
+from edgeft.engine.trainable import apply_tuner, make_lisa
 from edgeft.machines import meter
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
-from edgeft.models.checkpoint import DTYPES, Checkpoint, TensorFile, load_plain, local_folder
+from edgeft.models.checkpoint import (
+    CHANGED,
+    DTYPES,
+    Checkpoint,
+    TensorFile,
+    load_plain,
+    local_folder,
+    read_changed,
+)  # fmt: skip
 from edgeft.models.evaluate import (
     EVAL_TOKENS,
     answer_open,
@@ -272,7 +280,7 @@ def put_dense_layers(
     compute: torch.dtype,
 ) -> None:  # fmt: skip
     """Give every layer that trained what it learnt, in fp32 where it was active last, else rounded as the base is."""
-    learnt = TensorFile(trained / CHANGED)
+    learnt = _changed(trained)
 
     class Kept(DenseTurns):
         def _read(self, unit: str, name: str) -> torch.Tensor:
@@ -337,9 +345,14 @@ def put_adapters(
         form_of(training).scale(module, shares.of(layer_of(name + ".")))
 
 
+def _changed(trained: Path) -> TensorFile:
+    """Raises BadInput where nothing was trained in place, or what was is gone."""
+    return read_changed(trained) or TensorFile(trained / CHANGED)
+
+
 def put_changed(model: Any, trained: Path, shares: Shares) -> None:
     """Give a model the tensors that trained, each at its layer's share."""
-    changed = TensorFile(trained / CHANGED)
+    changed = _changed(trained)
 
     def put(name: str, weight: torch.Tensor) -> None:
         share, wanted = shares.of(layer_of(name)), changed.read(name)

@@ -69,19 +69,45 @@ def prefix_disk(spec: ModelSpec, training: Training) -> Disk:
 
 
 def train_disk(spec: ModelSpec, training: Training) -> Disk:
-    """Checkpoints (the newest is written before the oldest goes), then what was trained, in fp32."""
+    """Checkpoints (the older goes before another is written), then what was trained, in fp32.
+
+    Layers that take turns in a base of another precision lie in files between them, which checkpoints and the result
+    share: each once, and those that are replaced once more while a checkpoint holds them.
+    """
     checkpoint = checkpoint_bytes(spec, training)
     result = max(4 * learnt_parameters(spec, training), train_step.adapter_bytes(spec, training))
-    terms = (
-        Term(
-            name="checkpoints",
-            bytes=(CHECKPOINTS_KEPT + 1) * checkpoint,
-            formula=f"{CHECKPOINTS_KEPT} kept and one being written, what trains and its states",
-        ),
-        Term(name="result", bytes=result, formula=f"{result // 4} x 4 B"),
-    )
-    peak = max(terms[0].bytes, CHECKPOINTS_KEPT * checkpoint + result)
-    return Disk(stage="train", where="out", terms=terms, peak_bytes=peak, kept_bytes=result)
+    what = f"{CHECKPOINTS_KEPT}, one of them being written: what trains and its states"
+    terms = [Term(name="checkpoints", bytes=CHECKPOINTS_KEPT * checkpoint, formula=what)]
+    if turns_in_files(training):
+        one = 4 * active_parameters(spec, training)
+        again = draws(training) > 1 if training.lisa_schedule != "cycle" else draws(training) * one > result
+        result, replaced = min(result, draws(training) * one), CHECKPOINTS_KEPT * one * again
+        terms += [
+            Term(name="result", bytes=result, formula=f"{result // 4} x 4 B, files that checkpoints share"),
+            Term(name="replaced", bytes=replaced, formula="older files of layers that had another turn"),
+        ]
+        peak = sum(term.bytes for term in terms)
+    else:
+        terms += [Term(name="result", bytes=result, formula=f"{result // 4} x 4 B")]
+        peak = checkpoint + max(checkpoint, result)
+    terms = [term for term in terms if term.bytes]
+    return Disk(stage="train", where="out", terms=tuple(terms), peak_bytes=peak, kept_bytes=result)
+
+
+def turns_in_files(training: Training) -> bool:
+    """Whether layers that train are kept in files while others have their turn (`engine.fp32_layers`)."""
+    return training.densely or (training.layers == "lisa" and training.quantize_aware is not None
+                                and not training.adapts)  # fmt: skip
+
+
+def draws(training: Training) -> int:
+    """How often units are drawn that train."""
+    return -(-training.steps // training.lisa_interval) if training.layers == "lisa" and training.lisa_interval else 1
+
+
+def active_parameters(spec: ModelSpec, training: Training) -> int:
+    """Parameters that train at a time, of the largest units that may be drawn together."""
+    return max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
 
 
 def learnt_parameters(spec: ModelSpec, training: Training) -> int:
@@ -91,7 +117,7 @@ def learnt_parameters(spec: ModelSpec, training: Training) -> int:
 
 
 def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
-    """One training checkpoint: every parameter learnt so far and its optimizer states.
+    """One training checkpoint: every parameter learnt so far, of units in files those that train, and its states.
 
     Under LISA only units that train then have states, unless the others' are parked beside them.
     """
@@ -99,7 +125,9 @@ def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
     states = 2 * itemsize if training.optimizer == "adamw" else train_step.ADAM8_BYTES
     with_states = learnt
     if training.layers == "lisa" and training.lisa_state == "drop":
-        with_states = max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
+        with_states = active_parameters(spec, training)
+    if turns_in_files(training):
+        learnt = active_parameters(spec, training)
     layers = len(training.trained_layers) + len(ENDS)
     tensors = layers * (
         len(spec.linears) * len(TUNERS[training.tuner].sizes(1, 1, 1, False)) + spec.norms_per_layer + 2

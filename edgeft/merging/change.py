@@ -23,7 +23,7 @@ from edgeft.merging.peft_folder import (
     read_adapter_config,
     token_indices,
 )
-from edgeft.models.checkpoint import Checkpoint, TensorFile
+from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
 from edgeft.models.folding import folded, lengths
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
@@ -63,8 +63,8 @@ class Change:
         together = True  # whether head and embedding trained as one tensor
         if (tuned / "adapter_config.json").is_file():
             together = self._read_adapter()
-        elif (tuned / "changed.safetensors").is_file():
-            self._read_whole(TensorFile(tuned / "changed.safetensors"))
+        elif (changed := read_changed(tuned)) is not None:
+            self._read_whole(changed)
         else:
             self.kind = "checkpoint"
             self._read_whole(Checkpoint(tuned))

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from edgeft.data.dataset import TextTokenizer
-from edgeft.engine.trainable import CHANGED
 from edgeft.errors import BadInput
-from edgeft.models.checkpoint import Checkpoint, TensorFile
+from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
 from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, blocks
 from edgeft.models.layer_shares import Shares, layer_of
@@ -48,7 +47,7 @@ class Learnt:
 def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
     """What training left, and names that the base does not have."""
     found = Learnt()
-    kept = TensorFile(trained / (CHANGED if (trained / CHANGED).is_file() else ADAPTER))
+    kept = read_changed(trained) or TensorFile(trained / ADAPTER)
     found.files = {"kept": kept}
 
     def place(name: str) -> str | None:

@@ -65,6 +65,30 @@ class TensorFile(Header):
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
+class TensorFiles(TensorFile):
+    """Several safetensors files in a folder read as one; no two of them hold a tensor of one name."""
+
+    def __init__(self, folder: Path, paths: Iterable[Path]) -> None:
+        self.path, self.metadata, self.start = folder, {}, 0
+        self.owner = {name: file for file in map(TensorFile, paths) for name in file.entries}
+        self.entries = {name: file.entries[name] for name, file in self.owner.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        return self.owner[name].read(name, rows)
+
+
+CHANGED = "changed.safetensors"  # what was trained in place, whole tensors in fp32 under the model's names
+PIECES = "changed-*.safetensors"  # the same, a file for each part of the model that had its turn
+
+
+def read_changed(tuned: Path) -> TensorFile | None:
+    """What was trained in place and left in a folder; None where nothing was."""
+    if (tuned / CHANGED).is_file():
+        return TensorFile(tuned / CHANGED)
+    pieces = sorted(tuned.glob(PIECES))
+    return TensorFiles(tuned, pieces) if pieces else None
+
+
 class Checkpoint:
     """The weights of a folder, single-file or sharded, by tensor name. Raises BadInput for what cannot be read."""
 
@@ -243,23 +267,6 @@ def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         check_tied(folder, headers)
     return model
-
-
-def join_files(files: Iterable[Path], out: Path) -> None:
-    """One safetensors file with the tensors of several, copied one at a time."""
-    sources = [TensorFile(path) for path in files]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for source in sources:
-        for name, entry in source.entries.items():
-            size = entry["data_offsets"][1] - entry["data_offsets"][0]
-            header[name] = {**entry, "data_offsets": [offset, offset + size]}
-            offset += size
-    with open(out, "wb") as writer:
-        write_header(writer, header)
-        for source in sources:
-            for name in source.entries:
-                writer.write(source.read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
+import itertools
 import os
 import signal
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from tiny import qwen3_folder
 
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
+from edgeft.memory import disk
 from edgeft.merging.merge import merge
-from edgeft.models.checkpoint import load_plain
+from edgeft.models.checkpoint import TensorFile, load_plain, read_changed
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.settings.job import make_job
@@ -93,8 +98,91 @@ def run(path: Path, out: Path, **options: Any) -> TrainResult:
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    name = "changed.safetensors" if (out / "changed.safetensors").is_file() else "adapter_model.safetensors"
-    return load_file(out / name)
+    file = read_changed(out) or TensorFile(out / "adapter_model.safetensors")
+    return {name: file.read(name) for name in file.entries}
+
+
+WRITES = ("torch.save", "safetensors.torch.save_file", "edgeft.engine.loop.write_tensors", "edgeft.engine.lisa.link",
+          "edgeft.training.train.link", "pathlib.Path.replace", "pathlib.Path.write_text", "shutil.rmtree")  # fmt: skip
+
+
+def after(do: Callable[[], None], call: Any) -> Any:
+    def both(*args: Any, **named: Any) -> Any:
+        do()
+        return call(*args, **named)
+
+    return both
+
+
+@contextlib.contextmanager
+def before_each_write(do: Callable[[], None]) -> Iterator[None]:
+    """Has `do` called before everything that changes the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WRITES:
+            place, _, called = name.rpartition(".")
+            owner: Any = Path if place == "pathlib.Path" else importlib.import_module(place)
+
+            patch.setattr(owner, called, after(do, getattr(owner, called)))
+        yield
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of all files below a folder, those of several names once."""
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum({file.st_ino: file.st_size for file in files}.values())
+
+
+ROTATING = {**LISA, "base_precision": "nf4", "max_steps": 20, "checkpoint_steps": 5, "lisa_interval": 2}
+
+
+def test_a_layers_file_is_on_disk_once_and_once_more_while_a_checkpoint_holds_an_older_one(
+    planned: Any, tmp_path: Path
+) -> None:
+    """Ten turns of four layers: the third round begins. Checkpoints and the result share files."""
+    path = planned(**ROTATING)
+    made, seen = Plan.read(path), list[int]()
+    disks = disk.train_disk(made.spec, made.training)
+    with before_each_write(lambda: seen.append(on_disk(tmp_path))):
+        run(path, tmp_path / "train")
+    beside = on_disk(tmp_path) - on_disk(tmp_path / "train")
+    sizes = {term.name: term.bytes for term in disks.terms}
+    assert sizes.keys() == {"checkpoints", "result", "replaced"}
+    small = 2 * disk.CHECKPOINTS_KEPT * disk.TENSOR_BYTES * len(made.spec.linears) * made.spec.num_hidden_layers
+    assert 0.98 * disks.peak_bytes - small <= max(seen) - beside <= disks.peak_bytes + small
+    pieces = sorted((tmp_path / "train").glob("changed-*"))
+    assert len(pieces) == 4 and {piece.stat().st_nlink for piece in pieces} == {1}
+    assert sum(piece.stat().st_size for piece in pieces) == pytest.approx(disks.kept_bytes, rel=0.05)
+    few = make_plan(made.job.model_copy(update={"max_steps": 4}))
+    assert disk.train_disk(few.spec, few.training).kept_bytes == disks.kept_bytes // 2  # two of four layers visited
+
+
+def test_killed_before_any_write_it_ends_bit_for_bit_the_same(planned: Any, tmp_path: Path) -> None:
+    """By SIGKILL, again and again, each process twelve writes later than the one before: nothing is cleaned up."""
+    path, out = planned(**ROTATING), tmp_path / "killed"
+    whole = run(path, tmp_path / "whole")
+    ends = list[int]()
+    for allowed in itertools.count(2, 12):
+        if (child := os.fork()) == 0:
+            left = iter(range(allowed))
+
+            def count(left: Iterator[int] = left) -> None:
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            with contextlib.suppress(BaseException), before_each_write(count):
+                run(path, out)
+                os._exit(0)
+            os._exit(1)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if ends[-1] != -signal.SIGKILL:
+            break
+    assert ends[-1] == 0 and len(ends) > 4
+    result = TrainResult.read(out / "train.json")
+    expected, found = tensors(tmp_path / "whole"), tensors(out)
+    assert expected.keys() == found.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+    assert result.loss_curve == whole.loss_curve and result.valid == whole.valid and result.units == whole.units
+    assert not work_folder(out).exists()
 
 
 # To go on in each of these is shown by its neighbours: recomputed or not, parked or dropped, adapters in turn.

@@ -120,7 +120,7 @@ def test_training_writes_no_more_than_was_planned(
     plan_file: Any,
     tmp_path: Path,
 ) -> None:
-    """Three checkpoints at a time at most, each of the planned size, and a result of the planned size."""
+    """Two checkpoints at a time at most, each of the planned size, and a result of the planned size."""
     pins = {"rank": 4} if settings.get("tuner") == "lora" else {"rank": None}
     path = plan_file(max_steps=6, checkpoint_steps=1, **pins, **settings)
     made = Plan.read(path)
@@ -133,9 +133,19 @@ def test_training_writes_no_more_than_was_planned(
     run(path, tmp_path / "train", progress=note)
     one = disk.checkpoint_bytes(made.spec, made.training)
     assert max(seen) <= 2 * one + 64 * 1024 and max(seen) >= one
-    assert planned.peak_bytes >= 3 * one
+    assert planned.peak_bytes >= 2 * one
     result = sum(file.stat().st_size for file in (tmp_path / "train").glob("*.safetensors"))
     assert result == pytest.approx(planned.kept_bytes, rel=0.15)
+
+
+def test_all_layers_of_8b_in_turn_take_less_than_40_gib() -> None:
+    settings = {"model": str(CONFIGS / "llama-3.1-8b"), "profile": "t4", "layers": "lisa", "tuner": "full"}
+    made = make_plan(make_job(**settings))
+    found = disk.train_disk(made.spec, made.training)
+    assert disk.draws(made.training) * made.training.active_layers > 32
+    assert found.kept_bytes == 4 * 32 * 218_112_000 < found.peak_bytes < 40 * GIB
+    few = make_plan(make_job(**settings, max_steps=20, lisa_interval=5))  # eight layers visited, none twice
+    assert disk.train_disk(few.spec, few.training).peak_bytes < 17 * GIB
 
 
 def test_size_of_a_folder(tmp_path: Path) -> None:
