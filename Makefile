@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -155,8 +155,11 @@ bench-example:  ## the default job from base to bundle
 bench-large: .venv/installed  ## a 135M model with random weights through every stage
 	$(py) bench/large.py
 
-bench-stages: .venv/installed  ## predicted against measured peaks of merge and export, five models
-	$(py) bench/stages.py
+bench-stages: .venv/installed  ## predicted against measured peaks of merge and export, five models (large=1: of 3.2B held to 8 GiB)
+	$(py) $(if $(filter 1,$(large)),bench/large_stages.py,bench/stages.py)
+
+bench-same-bytes: .venv/installed-dev  ## bundles of 135M and 1B beside those that the runtime's builder rounds by itself, byte for byte
+	$(py) bench/same_bytes.py
 
 bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama])
 	$(py) bench/decode.py

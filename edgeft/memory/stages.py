@@ -19,7 +19,7 @@ from edgeft.memory.disk import learnt_parameters
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import STORED_BYTES, ModelSpec
-from edgeft.settings.job import Training
+from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import TUNERS
 from edgeft.targets.build_bytes import Build
 from edgeft.targets.footprint import bundle_weights, predict
@@ -51,6 +51,9 @@ class Planned(Protocol):
     """What a stage's memory depends on besides its target: the model, the machine, and the job's rows."""
 
     @property
+    def job(self) -> Job: ...
+
+    @property
     def spec(self) -> ModelSpec: ...
 
     @property
@@ -73,6 +76,7 @@ CACHE_COPIES = 4  # fp32 forms of a batch's widest activations in one layer
 CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
 CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
 CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M
+ROUNDING_BLOCKS = 8  # forms of BLOCK_BYTES that one rounded block takes: two in fp32, three in fp64
 LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
 
 
@@ -322,22 +326,52 @@ def _prove(planned: Planned, training: Training, target: Target, *, streamed: bo
         Term(name="probabilities", bytes=table, formula=formula),
     ]
     held = [Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B")]
+    observed = max(comparing, reading, key=_total)
     if streamed:
-        outside, layer = spec.vocab_size * spec.hidden_size, linear_weights(spec) // spec.num_hidden_layers
-        held = [
-            _file(spec),
-            Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B"),
-            Term(name="one layer", bytes=4 * layer, formula=f"{layer} x 4 B"),
-        ]
+        held, observed = _one_layer(spec), _streaming(planned, training)
     return stage("export: prove", "host", [
         _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
         Term(name="data", bytes=planned.data_bytes, formula="samples as arrays of ids, the tokenizer"),
         *held,
         Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
         Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
-        *max(comparing, reading, key=lambda terms: sum(term.bytes for term in terms)),
+        *observed,
         *_both_caches(spec, target, bundle + sum(term.bytes for term in held)),
     ], spec, margins=2)  # fmt: skip
+
+
+def _one_layer(spec: ModelSpec) -> list[Term]:
+    """What is held of a model whose layers stay in their files."""
+    outside, layer = spec.vocab_size * spec.hidden_size, linear_weights(spec) // spec.num_hidden_layers
+    return [
+        _file(spec),
+        Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B"),
+        Term(name="one layer", bytes=4 * layer, formula=f"{layer} x 4 B"),
+    ]
+
+
+def _streaming(planned: Planned, training: Training) -> list[Term]:
+    """Beside a streamed model: tables of two forms, the second while its parts are joined, and a weight that changes.
+
+    The forms are compared when no model is there.
+    """
+    spec, lengths = planned.spec, planned.lengths
+    prompts = PARITY_PROMPTS if planned.job.test else min(PARITY_PROMPTS, training.eval_rows)
+    trained = lengths.trained_tokens / lengths.rows if lengths else planned.work.longest_trained
+    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(prompts * trained))
+    tables = 3 * 4 * spec.vocab_size * positions
+    learnt = 0 if training.adapts else max(each.in_features * each.out_features for each in spec.linears)
+    if learnt and training.embedding != "off":
+        learnt = max(learnt, spec.vocab_size * spec.hidden_size)
+    return [
+        Term(name="probabilities", bytes=tables, formula=f"3 x {positions} positions, V = {spec.vocab_size}"),
+        Term(name="rounding", bytes=ROUNDING_BLOCKS * BLOCK_BYTES, formula="rows of a weight, in fp64"),
+        Term(name="learnt tensor", bytes=4 * learnt, formula=f"{learnt} x 4 B, read beside it"),
+    ]
+
+
+def _total(terms: list[Term]) -> int:
+    return sum(term.bytes for term in terms)
 
 
 def _both_caches(spec: ModelSpec, target: Target, held_bytes: int) -> list[Term]:

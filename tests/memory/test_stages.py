@@ -175,6 +175,26 @@ def test_recorded_predictions_hold() -> None:
         assert row["measured_bytes"] <= row["high_bytes"], row
 
 
+def test_a_streamed_proof_keeps_tables_of_the_rows_that_there_are() -> None:
+    from edgeft.exporting.export import question_of
+    from edgeft.memory import stages
+    from edgeft.targets.target import load_target
+
+    def tables(**settings: object) -> int:
+        made = plan(LLAMA, "t4", max_length=64, **settings)
+        question, target = question_of(made), load_target("ort-int4")
+        proof = stages.prove(question, made.training, target, 8 * GIB)
+        assert (
+            stages.streams(proof)
+            and proof.expected_bytes < stages.prove(question, made.training, target, None).expected_bytes
+        )
+        return term(proof, "probabilities")
+
+    row = 3 * 4 * 128_256 * 64  # two tables, one of them while its parts are joined; every token counts as trained
+    assert tables(eval_rows=2) == 2 * row
+    assert tables(eval_rows=400) == row // 64 * (stages.LOGIT_BYTES // 4 // 128_256)
+
+
 @pytest.mark.parametrize("settings", [{"tuner": "lora"}, {"tuner": "lora", "rank": 24}, {"tuner": "full"}])
 def test_a_merge_needs_what_was_planned(
     settings: dict[str, Any],

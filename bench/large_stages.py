@@ -1,0 +1,150 @@
+"""Do merge, export and proof of a model of billions of parameters keep to their plan where the system gives 8 GiB?
+
+    make bench-stages large=1
+
+Random weights of bf16, written a layer at a time; one step of LoRA; then every stage's processes in a control group
+(limited.py), one target after the other. Planned is without pages of weight files, which the system takes back, and so
+is what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from limited import Group, limited, limited_verb
+from run import CONFIGS, ROOT, SECTIONS, pins, record, with_tokenizer
+from safetensors.torch import save_file
+from stages import loosened
+from transformers import AutoConfig, AutoModelForCausalLM
+
+LIMIT_BYTES = 8 * 2**30
+STANDARD_DEVIATION = 0.008  # at 0.02 logits of noise differ by more than the proof allows where activations are int8
+MODEL, ROWS = "llama-3.2-3b", 8
+SETTINGS = {
+    "max_steps": 1, "batch_size": 1, "max_length": 64, "eval_rows": 4, "rank": 8, "base_precision": "bf16",
+}  # fmt: skip
+TARGETS = ("ort-int4", "ort-int8")
+# which phase of a plan the stages of an export's progress belong to
+PHASES = {"build": "export: build", "calibrate": "export: calibrate", "parity": "export: prove"}
+
+
+def prepare(scratch: Path) -> list[str]:
+    """The model and rows of data, where they are not there yet; the arguments of a plan for them."""
+    if not (scratch / "model" / "tokenizer.json").is_file():  # the last file that is written
+        shutil.rmtree(scratch / "model", ignore_errors=True)
+        random_shards(scratch / "model", MODEL)
+    files = []
+    for name, option in (("train", "--data"), ("valid", "--valid")):
+        lines = (SECTIONS / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (scratch / f"{name}.jsonl").write_text("".join(lines[:ROWS]))
+        files += [option, str(scratch / f"{name}.jsonl")]
+    return ["plan", "--model", str(scratch / "model"), *files, *pins(SETTINGS)]
+
+
+def trained(build: Path, plan: list[str], group: Group) -> list[dict[str, Any]]:
+    """Train and merge in the group; the merge's row, nothing where it was there already."""
+    limited_verb(group, *plan, "--out", str(build / "plan.json"))
+    limited_verb(group, "train", "--no-rehearsal", str(build / "plan.json"))
+    there = (build / "merged" / "merged.json").is_file()
+    merged, peaks = limited_verb(group, "merge", str(build / "train"))
+    return [] if there else [row("", "merge", merged["train"]["plan"]["stages"]["phases"], max(peaks.values()))]
+
+
+def exported(build: Path, plan: list[str], target: str, group: Group) -> list[dict[str, Any]]:
+    """The rows of one target's export, whose bundle goes away again."""
+    planned, _ = limited_verb(group, *plan, "--set", f"target={target}", "--out", "-")
+    # random weights: parity of their near ties is not what is measured here
+    loose = build / f"{target}.toml"
+    loose.write_text(loosened((ROOT / "export" / f"{target}.toml").read_text()))
+    _, peaks = limited_verb(group, "export", str(build / "merged"), "--target", str(loose))
+    shutil.rmtree(build / "bundle")
+    measured: dict[str, int] = {}
+    for stage, held in peaks.items():
+        phase = PHASES.get(stage.partition(":")[0])
+        if phase is not None:
+            measured[phase] = max(held, measured.get(phase, 0))
+    return [row(target, phase, planned["stages"]["phases"], held) for phase, held in measured.items()]
+
+
+def row(target: str, name: str, phases: list[dict[str, Any]], measured: int) -> dict[str, Any]:
+    """Planned against measured bytes of one phase, without pages of weight files."""
+    [phase] = [each for each in phases if each["name"] == name]
+    pages = sum(term["bytes"] for term in phase["terms"] if term["name"] == "weight file")
+    planned, high = phase["expected_bytes"] - pages, phase["high_bytes"] - pages
+    error = planned / measured - 1
+    print(f"{MODEL} {target:10} {name:18} planned {planned / 2**20:7.1f}  high {high / 2**20:7.1f}  "
+          f"measured {measured / 2**20:7.1f} MiB  {100 * error:+.1f}%", flush=True)  # fmt: skip
+    return {"target": target, "stage": name, "predicted_bytes": planned, "high_bytes": high,
+            "measured_bytes": measured, "error": round(error, 4)}  # fmt: skip
+
+
+def random_shards(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model of a known config's shape with random weights, a layer to a file, and a tokenizer."""
+    config = AutoConfig.from_pretrained(CONFIGS / name)
+    config.eos_token_id = config.bos_token_id = 0
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    shapes = [(each, tuple(tensor.shape)) for each, tensor in model.named_parameters()]
+    shards = [list(members) for _, members in groupby(shapes, lambda named: named[0].split(".")[:3])]
+    generator = torch.Generator().manual_seed(0)
+    owner, size_bytes = {}, 0
+    for number, members in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {each: random_tensor(shape, dtype, generator) for each, shape in members}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        owner |= dict.fromkeys(tensors, file)
+        size_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": owner}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return with_tokenizer(folder, config.vocab_size)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A matrix as an untrained model has it; ones where a norm has them."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0, STANDARD_DEVIATION, generator=generator)
+
+
+def note(new: list[dict[str, Any]]) -> None:
+    """Record rows beside those of other targets that were recorded before."""
+    path = ROOT / "bench" / "results" / "large_stages.json"
+    old = json.loads(path.read_text())["rows"] if path.is_file() else []
+    replaced = {(each["target"], each["stage"]) for each in new}
+    rows = [each for each in old if (each["target"], each["stage"]) not in replaced] + new
+    errors = [each["error"] for each in rows]
+    summary = {
+        "mean_absolute_error": round(sum(map(abs, errors)) / len(errors), 4), "largest_error": max(errors, key=abs),
+        "high_below_measured": sum(each["high_bytes"] < each["measured_bytes"] for each in rows),
+    }  # fmt: skip
+    print(json.dumps(summary))
+    record("large_stages", {"model": MODEL, "limit_bytes": LIMIT_BYTES, "summary": summary, "rows": rows})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("targets", nargs="*", default=TARGETS)
+    parser.add_argument(
+        "--scratch", type=Path, help="a folder that stays, with 30 GiB of room: what is made is not again"
+    )
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary, limited(LIMIT_BYTES) as group:
+        scratch = given.scratch or Path(temporary)
+        plan = prepare(scratch)
+        if rows := trained(scratch / "build", plan, group):
+            note(rows)
+        for target in given.targets:
+            note(exported(scratch / "build", plan, target, group))
+
+
+if __name__ == "__main__":
+    main()
