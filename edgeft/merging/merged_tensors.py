@@ -29,6 +29,7 @@ from edgeft.settings.tuners import ELEMENTS, HANGING, LENGTHS, NARROW, SAVED, WI
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
 SHOWN = 4  # wrong tensors that are named
+AT_ONCE_BYTES = 2**20  # of a tensor in fp32: what is made of them in fp64 stays in a CPU's cache
 BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}  # of a value's mantissa
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float64: 0.0}
 
@@ -163,7 +164,7 @@ def expected_blocks(
     if name in learnt.adapters and share:
         read = _scales if ELEMENTS in learnt.adapters[name] else _factors
         factors = read(name, base, kept, learnt.adapters[name], training)
-    for part in blocks(base.shape(name)):
+    for part in blocks(base.shape(name), AT_ONCE_BYTES):
         stored, old = merged.read(name, part), base.read(name, part)
         if factors is not None:
             yield stored, *_with_adapter(old, factors.of(part), share)

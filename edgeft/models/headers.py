@@ -299,9 +299,9 @@ def _count(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> int:
     )
 
 
-def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a tensor in slices of at most BLOCK_BYTES in fp32, but of one row at least."""
+def blocks(shape: tuple[int, ...], most_bytes: int | None = None) -> Iterator[slice]:
+    """The rows of a tensor in slices of at most so many bytes in fp32 (BLOCK_BYTES), but of one row at least."""
     rows = shape[0] if shape else 1
-    each = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    each = max(1, (most_bytes or BLOCK_BYTES) // max(1, 4 * math.prod(shape[1:])))
     for first in range(0, rows, each):
         yield slice(first, min(rows, first + each))
