@@ -175,6 +175,18 @@ def test_recorded_predictions_hold() -> None:
         assert row["measured_bytes"] <= row["high_bytes"], row
 
 
+def test_stages_of_3b_held_to_8_gib_keep_to_their_plan() -> None:
+    """bench/large_stages.py measured them, in a group of processes that the system gives no more."""
+    found = json.loads((BENCH / "results" / "large_stages.json").read_text())
+    assert found["limit_bytes"] == 8 * GIB
+    assert {(row["target"], row["stage"]) for row in found["rows"]} >= {
+        ("", "merge"), ("ort-int4", "export: build"), ("ort-int4", "export: prove"),
+    }  # fmt: skip
+    for row in found["rows"]:
+        assert abs(row["predicted_bytes"] / row["measured_bytes"] - 1) <= 0.03, row
+        assert row["measured_bytes"] <= min(row["high_bytes"], 8 * GIB), row
+
+
 def test_a_streamed_proof_keeps_tables_of_the_rows_that_there_are() -> None:
     from edgeft.exporting.export import question_of
     from edgeft.memory import stages
