@@ -113,6 +113,10 @@ def sentences() -> Iterator[str]:
         yield f"| {name}, peak memory | {numbers[0]:.0f} MiB | {numbers[1]:.0f} MiB |"
     rate = round(example["bundle"]["decode_tokens_per_second"], -3)
     yield f"The bundle is {example['bundle_bytes'] / mib:.1f} MiB and decodes about {rate:,.0f} tokens a second"
+    held = {row["stage"]: row for row in result("large_stages")["rows"] if row["target"] == "ort-int4"}
+    for name, stage in (("building takes", "export: build"), ("the proof", "export: prove")):
+        took, planned = (held[stage][f"{kind}_bytes"] / 2**30 for kind in ("measured", "predicted"))
+        yield f"{name} {took:.2f} GiB ({planned:.2f} planned)"
     planner = result("planner")
     cases = planner["summary"]["all"]["runs"] + sum(planner["not_run"].values())
     yield f"`make bench-planner` has {cases} cases"

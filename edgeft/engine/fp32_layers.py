@@ -8,7 +8,7 @@ where they train (a plan that computes in half precision trains none): they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from edgeft.documents import saving
-from edgeft.engine.lisa import Named
+from edgeft.engine.lisa import Named, link
 from edgeft.engine.nf4_base import make_nf4
-from edgeft.models.checkpoint import Checkpoint, TensorFile
+from edgeft.models.checkpoint import PIECES, Checkpoint, TensorFile
 from edgeft.models.parts import Parts
 
 
@@ -94,6 +94,13 @@ class DenseTurns:
             save_file(trained, temporary, metadata={"format": "pt"})
             temporary.replace(self.file(unit))
         return self.file(unit)
+
+    def hand_over(self, training: Iterable[str], visited: Iterable[str], out: Path) -> None:
+        """Put the files of all units that trained into a folder of results, once those that train now are kept."""
+        for unit in training:
+            self.keep(unit)
+        for unit in visited:
+            link(self.file(unit), out / PIECES.replace("*", unit.replace(" ", "-")))
 
     def leave(self, unit: str) -> Named:
         """Keep what the layer learnt in its file and put the layer back in the base's precision."""

@@ -22,7 +22,7 @@ from edgeft.data.dataset import Sample
 from edgeft.documents import saving, staging, versions
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.grammar_scores import held_rows
-from edgeft.engine.lisa import link, state_bytes
+from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.quantized_layers import settle
 from edgeft.engine.trainable import save_tuned, trained_units, unit_changes
@@ -30,7 +30,7 @@ from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
-from edgeft.models.checkpoint import PIECES, Checkpoint, local_folder
+from edgeft.models.checkpoint import Checkpoint, local_folder
 from edgeft.models.evaluate import evaluate
 from edgeft.models.identity import (
     WEIGHTS,
@@ -258,8 +258,7 @@ class Session:
                 due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
                 if training.checkpoint_steps is not None:
                     due = run.step % training.checkpoint_steps == 0
-                due = due or run.replaced
-                if (due and run.step < training.steps) or stop.asked:
+                if ((due or run.replaced) and run.step < training.steps) or stop.asked:
                     run.save(self.work, note())
                     last_saved = time.monotonic()
                 if stop.asked:
@@ -308,10 +307,7 @@ class Session:
         run = self.run
         run.keep_newest(self.work)
         if run.lisa is not None and isinstance(run.lisa.turns, DenseTurns):
-            for unit in (*run.lisa.always, *run.lisa.active):
-                run.lisa.turns.keep(unit)
-            for unit in run.lisa.visited():
-                link(run.lisa.turns.file(unit), folder / PIECES.replace("*", unit.replace(" ", "-")))
+            run.lisa.turns.hand_over((*run.lisa.always, *run.lisa.active), run.lisa.visited(), folder)
             return
         kept = run.chosen if run.lisa is None else run.lisa.in_memory()
         save_tuned(run.model, run.parts, self.training, kept, self.plan.job.model, folder)
