@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from bundles import checkpoint, save_tokenizer, some_ids
 from runtimes import by_builder
+from tiny import BENCH
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeft.errors import EdgeftError
@@ -103,6 +105,27 @@ MORE = [
 )
 def test_nodes_and_bytes_are_those_of_the_builders_quantiser(tmp_path: Path, tied: bool, target: Target) -> None:
     alike(checkpoint(tied), target, tmp_path)
+
+
+def test_the_bench_of_whole_shapes_sees_a_byte_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    bench = importlib.import_module("same_bytes")
+    folders = [tmp_path / name for name in ("mine", "theirs")]
+    folders[0].mkdir()
+    build_model(checkpoint(), INT4, read_model_spec(str(checkpoint())), folders[0])
+    shutil.copytree(*folders)
+    mine, theirs = map(bench.Graph, folders)
+    del theirs.others[bench.OURS]
+    alike = bench.compare(mine, theirs)
+    assert alike["different"] == [] and alike["nodes"] > 2 * 4 and alike["bytes"] > 10_000
+    node = theirs.nodes["/model/layers.1/mlp/down_proj/MatMul_Q4"]
+    place = {entry.key: entry.value for entry in theirs.tensors[node.input[2]].external_data}
+    with open(folders[1] / place["location"], "r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(b"\x7f")
+    assert bench.compare(mine, theirs)["different"] == [node.name]
+    del theirs.others[next(iter(theirs.others))]
+    assert len(bench.compare(mine, theirs)["different"]) == 2
 
 
 @pytest.mark.slow
