@@ -83,6 +83,31 @@ def rows() -> Iterator[tuple[str, str]]:
     yield spread("PEFT, LitGPT, torchtune", count, mean, [part[end] for part in gpu for end in ("least", "most")])
 
 
+def on_a_gpu() -> Iterator[str]:
+    """The table of a GPU's runs: edgeft beside PEFT + Trainer, and what was planned of steps beside what they took."""
+    found = result("cuda")
+    measured = {row["run"]: row for row in found["rows"]}
+    for name, words in (("1B LoRA bf16", "1B, bf16, 16 x 512"), ("8B LoRA NF4", "8B, NF4, 4 x 1,024")):
+        row = measured[f"{name}, beside PEFT + Trainer"]
+        ratios = row["ratios"]["trainer"]
+        reserved = row["reserved_bytes"] / 2**30
+        yield (f"| {words} | {row['seconds_per_step']:.2f} s | {ratios['seconds_per_step']:.2f} | {reserved:.1f} GiB | "
+               f"{ratios['reserved_bytes']:.2f} |")  # fmt: skip
+    for name, words in (("all", "all"), ("unseen", "of them on which nothing was fitted")):
+        part = found["summary"][name]
+        yield (f"| {words} | {part['runs']} | {percent(part['mean_error_of_allocated'], 2)} | "
+               f"{percent(part['mean_error_of_reserved'])} | {signed(part['worst_error_of_reserved'])} | "
+               f"{part['typical_factor_of_seconds']:.2f} |")  # fmt: skip
+        assert part["above_high"] == 0
+    made = measured["1B made NF4 from its files"]
+    assert made["codes_that_differ"] == made["scales_that_differ"] == 0
+    yield f"1.24B parameters in {made['seconds_to_make']:.1f} s with {made['host_bytes_more'] / 2**30:.1f} GiB more"
+
+
+def signed(share: float) -> str:
+    return f"{100 * share:+.1f}%"
+
+
 def real_model() -> Iterator[str]:
     """The table of the model from a package, and what calibration makes up for."""
     tasks = result("smollm2")["tasks"]
@@ -131,6 +156,7 @@ def sentences() -> Iterator[str]:
     taken = swept["wise_alpha"]
     yield f"the sweep takes {taken:g}:"
     yield from real_model()
+    yield from on_a_gpu()
     yield f"loss on other text is {points[taken]:.2f} instead of {points[1.0]:.2f} (base {points[0.0]:.2f})"
 
 

@@ -18,9 +18,9 @@ from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
-# half of the shapes of bench/step_time.py, which records the error of all. HOPPER: of an H100's datasheet, fitted on the
-# seconds of its kernels in a step of 1B in bf16 and one of 8B on NF4 (bench/results/cuda.json). DATASHEET: guesses for
-# other GPUs, which clock down where an H100 does not.
+# half of the shapes of bench/step_time.py, which records the error of all. HOPPER: of an H100's datasheet, fitted on
+# the seconds of its kernels in a step of 1B in bf16 and one of 8B on NF4 (bench/results/cuda.json). DATASHEET: guesses
+# for other GPUs, which clock down where an H100 does not.
 MEASURED_SHARES, HOPPER_SHARES, DATASHEET_SHARES = (0.9, 0.13), (0.6, 0.26), (0.4, 0.3)
 FAST_BANDWIDTH = 0.21  # of a CPU's where freed memory is kept (malloc=fast): fitted on the example's step alone
 
