@@ -201,6 +201,9 @@ def _tables_fault(manifest: dict[str, Any]) -> str:
     held = manifest.get("answers")
     if isinstance(held, dict) and isinstance(held.get("file"), str) and held["file"] not in files:
         return f"{held['file']!r:.80} is the file of 'answers' and not among 'files'"
+    past = manifest.get("kv_prefix")
+    if isinstance(past, dict) and past.get("file") not in files:
+        return f"{past.get('file')!r:.80} is the file of 'kv_prefix' and not among 'files'"
     return ""
 
 
@@ -221,7 +224,15 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "golden": lambda value: isinstance(value, list),
     "failed": lambda value: isinstance(value, str),
     "answers": lambda value: value is None or _are_answers(value),
+    "kv_prefix": lambda value: value is None or _is_prefix(value),
 }
+
+
+def _is_prefix(value: Any) -> bool:
+    """Whether a manifest's entry says what lies before every text: a file, and of how many tokens."""
+    if not isinstance(value, dict) or not isinstance(value.get("file"), str):
+        return False
+    return type(value.get("tokens")) is int and 0 < value["tokens"] < 2**31
 
 
 def _are_answers(value: Any) -> bool:
@@ -579,6 +590,34 @@ def read_template(bundle: Path) -> tuple[str | None, dict[str, str]]:
     return text, special
 
 
+def read_past(bundle: Path, prefix: dict[str, Any] | None, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(tokens, keys and values by a graph's input) that every text begins with: none without a prefix.
+
+    A safetensors file: the length of its header, the header as JSON, the numbers. Raises RunError.
+    """
+    import numpy
+
+    wanted = {name: value.shape for name, value in inputs.items() if name.startswith("past_key_values.")}
+    if prefix is None:
+        return 0, {name: numpy.zeros((1, shape[1], 0, shape[3]), numpy.float32) for name, shape in wanted.items()}
+    path, tokens = bundle / prefix["file"], prefix["tokens"]
+    try:
+        raw = path.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header, past = json.loads(raw[8:start]), {}
+        if set(header) - {"__metadata__"} != set(wanted):
+            raise ValueError("its tensors are not the graph's inputs of a past")
+        for name, (_, heads, _, width) in wanted.items():
+            begin, end = header[name]["data_offsets"]
+            if header[name]["dtype"] != "F32" or header[name]["shape"] != [1, heads, tokens, width]:
+                raise ValueError(f"{name} is no fp32 tensor of shape {[1, heads, tokens, width]}")
+            numbers = numpy.frombuffer(raw[start + begin : start + end], dtype="<f4")
+            past[name] = numbers.reshape(1, heads, tokens, width)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise RunError(path, f"cannot be used: {problem}", "run --verify") from None
+    return tokens, past
+
+
 class OnnxRuntime:
     """A bundle's model.onnx in plain onnxruntime; text by the tokenizers library and jinja2."""
 
@@ -611,6 +650,7 @@ class OnnxRuntime:
         self.template, self.special = read_template(bundle)
         self.inputs = {value.name: value for value in self.model.get_inputs()}
         self.outputs = [value.name for value in self.model.get_outputs()]
+        self.before, self.past = read_past(bundle, manifest.get("kv_prefix"), self.inputs)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -660,26 +700,20 @@ class OnnxRuntimeSession(Guided):
     """One text through the model. Its KV cache is what the graph gave for the tokens before, and grows with them."""
 
     def __init__(self, engine: OnnxRuntime, grammar: Grammar | None = None) -> None:
-        import numpy
-
         self.engine, self.done = engine, 0
         self.hold(engine, grammar)
-        self.cache = {}
-        for name, value in engine.inputs.items():
-            if name.startswith("past_key_values."):
-                _, heads, _, width = value.shape
-                empty = numpy.zeros((1, heads, 0, width), dtype=numpy.float32)
-                self.cache[name] = engine.ort.OrtValue.ortvalue_from_numpy(empty)
+        make = engine.ort.OrtValue.ortvalue_from_numpy
+        self.cache = {name: make(values) for name, values in engine.past.items()}
 
     def append(self, ids: list[int], every: bool = False) -> Any:
         """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
         import numpy
 
-        total = self.done + len(ids)
+        total, before = self.done + len(ids), self.engine.before
         given = {
             "input_ids": numpy.array([ids], dtype=numpy.int64),
-            "attention_mask": numpy.ones((1, total), dtype=numpy.int64),
-            "position_ids": numpy.arange(self.done, total, dtype=numpy.int64)[None],
+            "attention_mask": numpy.ones((1, before + total), dtype=numpy.int64),
+            "position_ids": numpy.arange(before + self.done, before + total, dtype=numpy.int64)[None],
         }
         make = self.engine.ort.OrtValue.ortvalue_from_numpy
         feeds = {name: make(array) for name, array in given.items() if name in self.engine.inputs}
@@ -695,7 +729,8 @@ class OnnxRuntimeSession(Guided):
         """Forget all but the first `tokens`."""
         make = self.engine.ort.OrtValue.ortvalue_from_numpy
         # copies: a value made of an array lies in its memory, and this one's is given back
-        self.cache = {name: make(value.numpy()[:, :, :tokens].copy()) for name, value in self.cache.items()}
+        kept = self.engine.before + tokens
+        self.cache = {name: make(value.numpy()[:, :, :kept].copy()) for name, value in self.cache.items()}
         self.done = tokens
         self.begin()
 
@@ -1059,6 +1094,8 @@ class Runner:
         engines = {"llama.cpp": LlamaCpp, "onnxruntime": portable}
         if self.task != "text-generation" and named != "onnxruntime":
             raise RunError(bundle / MANIFEST, f"{named!r:.80} runs no model that does {self.task}", "run --verify")
+        if self.manifest.get("kv_prefix") and named != "onnxruntime":
+            raise RunError(bundle / MANIFEST, f"{named!r:.80} begins no text with keys and values", "run --verify")
         if str(named) in engines:
             self.engine: Any = engines[str(named)](bundle, self.manifest)
         else:

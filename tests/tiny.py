@@ -88,6 +88,9 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     if values["tuner"] == "adapter":
         form = TUNERS["adapter"].forms[values.get("adapter_at", "both")]
         values |= {"target_modules": target_modules(spec, "adapter", form)}
+    if values["tuner"] == "prefix":
+        rest = tuple(n for n in range(spec.num_hidden_layers) if n not in trained)
+        values |= {"rank": 0, "target_modules": (), "prefix_tokens": 3, "resting_layers": rest}
     return Training(**values)
 
 

@@ -14,7 +14,7 @@ from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput, ParityFailed, of_exit_code
 from edgeft.exporting import bundle as bundles
 from edgeft.merging import result as merges
-from edgeft.models.headers import BOTTLENECKS
+from edgeft.models.headers import lies_beside
 from edgeft.progress import Progress, Say, quiet, silent
 from edgeft.settings.job import AUTO
 from edgeft.targets.runner import runner_module
@@ -42,7 +42,7 @@ def export(
     record = source / "merged.json"
     job = planned_job(source)
     asked, device = target or job.get("target", AUTO), device or job.get("device")
-    beside = (source / BOTTLENECKS).is_file()
+    beside = lies_beside(source) is not None
     found, climbs, same_size = _wanted(asked, promote, repair, beside=beside)
     found = cached(found, source, device)
     limit = parse_bytes(size_budget) if isinstance(size_budget, str) else size_budget

@@ -44,18 +44,19 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
 
 
 def micro_batches(
-    samples: Sequence[Sample], size: int, max_tokens: int, max_trained_tokens: int
+    samples: Sequence[Sample], size: int, max_tokens: int, max_trained_tokens: int, before: int = 0
 ) -> Iterator[list[Sample]]:
     """The samples of one step in groups that run at once, longest first: `size` samples, or more where they are short.
 
     Each group but one of `size` samples has at most `max_tokens` padded and `max_trained_tokens` trained tokens: what
-    `size` of the longest samples have, so that no group needs more memory than was planned.
+    `size` of the longest samples have, so that no group needs more memory than was planned. `before`: tokens of a
+    prefix, which each sample has as well, and `max_tokens` counts.
     """
     group: list[Sample] = []
     trained = 0
     for sample in sorted(samples, key=lambda sample: -len(sample)):
         trained += sample.trained_tokens
-        padded = len(group[0]) * (len(group) + 1) if group else 0
+        padded = (len(group[0]) + before) * (len(group) + 1) if group else 0
         if len(group) >= size and (padded > max_tokens or trained > max_trained_tokens):
             yield group
             group, trained = [], sample.trained_tokens

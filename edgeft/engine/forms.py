@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeft.engine import adapted_linear, bottlenecks, dora, ia3, low_rank, pissa
+from edgeft.engine import adapted_linear, bottlenecks, dora, ia3, low_rank, pissa, prefixes
 from edgeft.models import bottleneck
-from edgeft.models.checkpoint import Checkpoint
+from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
+from edgeft.settings.tuners import PREFIX, saved_name
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Form:
     scale: Callable[[Any, float], None]  # an adapted module computes with a share of its change from now on
     # (adapted projection, stored weight, a saved adapter's tensors by part, scale): ||W' - W||^2; none: no weight holds
     squared_change: Callable[[Any, torch.Tensor, dict[str, torch.Tensor], float], float] | None = None
+    # (model, parts, saved adapter): a whole adapter that is not saved parameter by parameter
+    restore: Callable[[nn.Module, Parts, TensorFile], None] | None = None
 
 
 FORMS = {
@@ -36,6 +39,7 @@ FORMS = {
     "scales": Form(ia3.inject, ia3.written, low_rank.same, ia3.scale, ia3.squared_change),
     "after": Form(bottlenecks.after, bottlenecks.written, low_rank.same, bottleneck.scale),
     "beside": Form(bottlenecks.beside, bottlenecks.written, low_rank.same, bottleneck.scale),
+    "past": Form(prefixes.inject, prefixes.written, low_rank.same, prefixes.scale, restore=prefixes.restore),
 }
 
 
@@ -43,8 +47,22 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every adapted module with its name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    named = model.named_modules()
-    return ((name, each) for name, each in named if isinstance(each, BaseTunerLayer) or bottleneck.hangs_on(each))
+    def is_adapted(module: nn.Module) -> bool:
+        return isinstance(module, BaseTunerLayer) or bottleneck.hangs_on(module) or PREFIX in module._modules
+
+    return ((name, each) for name, each in model.named_modules() if is_adapted(each))
+
+
+@torch.no_grad()
+def restore(
+    model: nn.Module, parts: Parts, training: Training, saved: TensorFile, chosen: list[tuple[str, nn.Parameter]]
+) -> None:
+    """Give the adapters that hang on a model, `chosen` of which train, what was saved of them."""
+    whole = form_of(training).restore
+    if whole is not None:
+        return whole(model, parts, saved)
+    for name, parameter in chosen:
+        parameter.copy_(saved.read(saved_name(name)))
 
 
 def form_of(training: Training) -> Form:

@@ -28,7 +28,7 @@ from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import Parts
 from edgeft.settings.job import ENDS, Training
-from edgeft.settings.tuners import TUNERS, is_scale
+from edgeft.settings.tuners import TUNERS, is_prefix, is_scale
 
 COUNTED = ("step", "tokens", "padded_tokens", "micro_batches", "skipped_steps")
 SKIPPED_IN_A_ROW = 20  # fp16: by then the scale is a millionth of what it was, and no scale will do
@@ -106,8 +106,9 @@ class Run:
         return loss
 
     def _micro_batches(self, samples: list[Sample]) -> Iterator[list[Sample]]:
-        training, size = self.training, self.training.micro_batch_size
-        return micro_batches(samples, size, size * training.max_length, size * training.max_trained)
+        training, size, before = self.training, self.training.micro_batch_size, self.training.prefix_tokens
+        most = size * (training.max_length + before)
+        return micro_batches(samples, size, most, size * training.max_trained, before)
 
     def _gradients(self, samples: list[Sample]) -> float:
         """The mean loss of `samples`; its gradients, scaled, are in the parameters."""
@@ -224,7 +225,7 @@ def group_of(training: Training, tables: frozenset[str], name: str, parameter: t
 
     0 decays (matrices), 1 does not (norms, biases, embeddings), 2 decays and learns faster (`lora_plus`).
     """
-    if parameter.ndim == 1 or name in tables or is_scale(name):
+    if parameter.ndim == 1 or name in tables or is_scale(name) or is_prefix(name):
         return 1
     faster = TUNERS[training.tuner].faster
     return 2 if training.lora_plus != 1 and faster and faster in name else 0

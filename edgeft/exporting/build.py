@@ -28,6 +28,7 @@ from edgeft.exporting.bundle import (
     Bundle,
     BundledAdapter,
     BundledFile,
+    BundledPrefix,
     GoldenInput,
     Measured,
     Measurement,
@@ -40,7 +41,7 @@ from edgeft.exporting.golden import environment, record
 from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
-from edgeft.models.headers import BOTTLENECKS
+from edgeft.models.headers import KV_PREFIX, Header, lies_beside
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.targets.footprint import LimitedBy, choose_context, predict
@@ -78,6 +79,12 @@ class Filled(NamedTuple):
     adapters: dict[str, Written]
     files: dict[str, BundledFile]
     found: dict[str, str]  # on rows, for the manifest: its sha256 by name
+    prefix: BundledPrefix | None  # before every text
+
+    @property
+    def before(self) -> int:
+        """Tokens of the prefix."""
+        return self.prefix.tokens if self.prefix else 0
 
 
 def build_bundle(
@@ -105,7 +112,7 @@ def build_bundle(
     """
     start = time.perf_counter()
     _check_target(target, adapted=bool(adapters), coded=codes is not None, scaled=scales is not None)
-    check_beside([target], beside=(merged / BOTTLENECKS).is_file())
+    check_beside([target], beside=lies_beside(merged) is not None)
     spec, tokenizer = read_model_spec(str(merged)), TextTokenizer(merged)
     _check_template(merged, tokenizer, prompt_format)
     device = device_memory_bytes, device_bandwidth_bytes_per_second
@@ -126,9 +133,9 @@ def build_bundle(
             context_limited_by=filled.limited_by, golden_logit_tolerance=target.golden_logit_tolerance,
             environment=environment(runtime_of(target)), weight_bytes_per_token=filled.weights.bytes_per_token,
             size_bytes=sum(file.size_bytes for file in filled.files.values()), files=filled.files, golden=[],
-            answers=answers,
+            answers=answers, kv_prefix=filled.prefix,
             provenance=(provenance or {}) | filled.found, promotion=promotion, repair=repair,
-            predicted=predict(spec, target, filled.weights, filled.context_tokens, *device),
+            predicted=predict(spec, target, filled.weights, filled.context_tokens, *device, before=filled.before),
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
@@ -147,7 +154,7 @@ def _write_measurement(
     predicted_peak_bytes: int | None, measured_peak_bytes: int | None, started: float,
 ) -> None:  # fmt: skip
     """Beside a bundle: what running it took here, what that was to take, and what its export took."""
-    here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens)
+    here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens, before=filled.before)
     Measurement(
         input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=dict(rows),
         predicted_here_bytes=here.memory_bytes, predicted_peak_bytes=predicted_peak_bytes,
@@ -210,15 +217,28 @@ def _fill(
     shutil.rmtree(scratch, ignore_errors=True)
     inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
     with saving(out):
+        prefix = _bring_prefix(merged, folder)
         shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
         (folder / README).write_text(page, encoding="utf-8")
     weights = _with_adapters(backend.read_weights(folder), written)
-    context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes)
+    context_tokens, limited_by = choose_context(
+        spec, target, weights, device_memory_bytes, prefix.tokens if prefix else 0
+    )
     backend.write_limits(folder, context_tokens, tokenizer.stop_ids)
     hashes = {name: file.sha256 for name, file in hash_files(folder).items()}
     with saving(out):
         (folder / SBOM).write_text(bill(hashes), encoding="utf-8")
-    return Filled(weights, context_tokens, limited_by, builder_bytes, inputs, written, hash_files(folder), found)
+    hashed = hash_files(folder)
+    return Filled(weights, context_tokens, limited_by, builder_bytes, inputs, written, hashed, found, prefix)
+
+
+def _bring_prefix(merged: Path, folder: Path) -> BundledPrefix | None:
+    """What lies before every text, after copying its file into the bundle; nothing where nothing does."""
+    if not (merged / KV_PREFIX).is_file():
+        return None
+    shutil.copyfile(merged / KV_PREFIX, folder / KV_PREFIX)
+    header = Header(merged / KV_PREFIX)
+    return BundledPrefix(file=KV_PREFIX, tokens=header.shape(next(iter(header.entries)))[2])
 
 
 def _proven(

@@ -97,6 +97,13 @@ class BundledAdapter(Strict):
     proof: Proof | None = None
 
 
+class BundledPrefix(Strict):
+    """Keys and values of tokens before every text: run.py begins the graph's past with them."""
+
+    file: FileName = Field(description="safetensors, by the names of the graph's inputs; (1, heads, tokens, width)")
+    tokens: int = Field(ge=1, description="whose positions come before the text's, beside the context")
+
+
 class Measured(Strict):
     """What run.py --bench found on the machine that exported."""
 
@@ -211,6 +218,7 @@ class Bundle(Artifact):
     answers: Annotated[Answers | HeldToGrammar, Field(discriminator="form")] | None = Field(
         default=None, description="how answers are held; null: they are free"
     )
+    kv_prefix: BundledPrefix | None = Field(default=None, description="what lies before every text; null: nothing")
     files: dict[FileName, BundledFile]
     golden: list[Golden]
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")

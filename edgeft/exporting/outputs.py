@@ -14,7 +14,7 @@ import torch
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.data.grammar import Grammar, HeldTo
-from edgeft.engine.forms import adapted, form_of
+from edgeft.engine.forms import adapted, form_of, restore
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.label_scores import label_numbers
@@ -50,7 +50,6 @@ from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
 from edgeft.models.streamed import Load, alter
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import saved_name
 from edgeft.training.result import TrainResult
 
 WHOLE = Shares()
@@ -337,10 +336,7 @@ def put_adapters(
     meter.import_all()
     training = form_of(training).as_written(training)
     chosen = apply_tuner(model, parts, training, stored if training.base_precision == "nf4" else None)
-    weights = TensorFile(trained / "adapter_model.safetensors")
-    with torch.no_grad():
-        for name, parameter in chosen:
-            parameter.copy_(weights.read(saved_name(name)))
+    restore(model, parts, training, TensorFile(trained / "adapter_model.safetensors"), chosen)
     for name, module in adapted(model):
         form_of(training).scale(module, shares.of(layer_of(name + ".")))
 

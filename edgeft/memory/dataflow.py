@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from edgeft.memory import prefixed
 from edgeft.memory.adapters import AROUND
 from edgeft.memory.operations import Gradients, Kept, Operations, Way
 from edgeft.memory.rounded import rounded_table
@@ -103,9 +104,15 @@ class _Layer(Operations):
         if spec.attn_logit_softcapping:
             result, weights = self.attend_eagerly(query, key, value)
         else:
-            result = self.attend(query, key, value, masked=self.masked)
+            result = self.attended(query, key, value)
         result = self.project(result, self.roles["attention_out"][0])
         return result, weights
+
+    def attended(self, query: Value, key: Value, value: Value) -> Value:
+        """Attention by a kernel that keeps no scores, to what lies before the text too."""
+        if self.way.past:
+            return prefixed.attend(self, query, key, value, masked=self.masked)
+        return self.attend(query, key, value, masked=self.masked)
 
     def heads(self, x: Value) -> Value:
         """A projection seen as heads; its gradient comes back transposed and is copied into rows of tokens."""
@@ -130,11 +137,13 @@ class _Layer(Operations):
             query, key, value = (self.view(joint, total, size) for size in sizes)
             query, key = self.view(query, sizes[0]), self.view(key, sizes[1])
         if not self.family.rotates:
-            result = self.attend(query, key, value)
+            result = self.attended(query, key, value)
         else:
             query, key = self.partly_rotary(query), self.partly_rotary(key)
-            result = self.attend(query, key, value, masked=self.masked)
-            if self.way.flash:  # it lies head by head, as the parts did, and is copied token by token
+            result = self.attended(query, key, value)
+            if (
+                self.way.flash and not self.way.past
+            ):  # it lies head by head, as the parts did, and is copied token by token
                 result = self.one(result, result.size, None)
         result = self.project(result, self.roles["attention_out"][0])
         return result

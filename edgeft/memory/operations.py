@@ -40,16 +40,18 @@ class Way:
     head: Kind | None = None
     held: int = 4
     stored: int = 4
+    prefix_tokens: int = 0
+    past: int = 0  # tokens of the prefixes of all rows: `rows` of them, or a micro-batch
 
     @classmethod
-    def of(cls, spec: ModelSpec, training: Training, longest: int) -> Way:
-        cuda = training.device == "cuda"
+    def of(cls, spec: ModelSpec, training: Training, longest: int, rows: int = 0) -> Way:
         squares = bool(spec.attn_logit_softcapping) or (spec.sliding_window or longest + 1) <= longest
         return cls(
             training.tuner, training.form.operation, training.rank, training.target_modules,
             4 if training.compute_dtype == "fp32" else 2,
             training.base_precision == "nf4", training.densely, cuda,
             not repeats_groups(training, spec.head_dim), longest if squares else 0, *rounds(spec, training),
+            training.prefix_tokens, training.prefix_tokens * (rows or training.micro_batch_size),
         )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def _total(terms: Sequence[Term]) -> int:
 def _loss_terms(spec: ModelSpec, training: Training, shape: Shape) -> list[Term]:
     """A group's losses: the layers one after the other, or the logits of a chunk of its trained tokens."""
     e, tokens = DTYPE_BYTES[training.compute_dtype], shape.rows * shape.tokens
-    way, chunk = Way.of(spec, training, shape.tokens), min(training.loss_chunk_tokens, shape.trained)
+    way, chunk = Way.of(spec, training, shape.tokens, shape.rows), min(training.loss_chunk_tokens, shape.trained)
     forward = _forward_bytes(spec, training, way, tokens, False)
     wide = 4 if e == 4 else 4 + e  # half-precision logits are there beside their fp32 ones
     logits = wide * spec.vocab_size * chunk + 2 * e * spec.hidden_size * shape.trained
@@ -87,11 +87,12 @@ def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list
     e = DTYPE_BYTES[training.compute_dtype]
     key = e * spec.num_key_value_heads * spec.head_dim  # of one layer, for each token
     tokens, longest = answers.prompt_tokens, answers.longest_prompt
-    way = replace(Way.of(spec, training, longest), longest=longest)
+    way = replace(Way.of(spec, training, longest, answers.rows), longest=longest)
     cached = 2 * key * spec.num_hidden_layers
+    joined = 2 * key * (answers.tokens + way.past) if way.past else 0  # of one layer, a prefix's and the text's
     # a mask of booleans, and what positions and rotary tables are made from
     inputs = 24 * tokens + longest * tokens + 2 * e * spec.head_dim * tokens
-    inputs += mask_bytes(spec, way, tokens) if spec.attn_logit_softcapping else 0
+    inputs += mask_bytes(spec, way, tokens) if spec.attn_logit_softcapping else joined
     height = _forward_bytes(spec, training, way, tokens, True) + inputs
     prompts = [
         Term(name="prompts", bytes=int(height), formula=f"{tokens} tokens of {longest} at most, under a mask"),
@@ -101,7 +102,7 @@ def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list
     formula = f"{answers.tokens} tokens, and a layer's keys while they grow"
     last = [
         Term(name="key-value cache", bytes=(cached + key) * answers.tokens, formula=formula),
-        Term(name="masks", bytes=32 * answers.tokens, formula=f"{answers.tokens} tokens"),
+        Term(name="masks", bytes=32 * answers.tokens + joined, formula=f"{answers.tokens} tokens"),
         Term(name="logits", bytes=logits, formula=f"{answers.rows} rows, V = {spec.vocab_size}"),
     ]
     return max(prompts, last, key=_total)
@@ -110,7 +111,7 @@ def _answer_terms(spec: ModelSpec, training: Training, answers: Answers) -> list
 def _forward_bytes(spec: ModelSpec, training: Training, way: Way, tokens: int, masked: bool) -> float:
     """Highest bytes of a forward pass through the layers without autograd, autocast's copies of weights included."""
     folded = training.quantize_aware is not None and training.adapts  # what is scored has no adapters left
-    trained = set() if folded else set(training.trained_layers)
+    trained = set() if folded else set(training.adapted_layers)
     if training.layers == "lisa" and training.densely:  # those that do not train now are as the base holds them
         trained = set(training.trained_layers[: training.active_layers])
     places = Counter((n in trained, masked or is_masked(spec, n, way.longest)) for n in range(spec.num_hidden_layers))

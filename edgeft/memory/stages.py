@@ -313,7 +313,8 @@ def _prove(planned: Planned, training: Training, target: Target, *, streamed: bo
     file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 and not streamed else 0  # beside its fp32 form
     context = min(work.longest + work.longest_trained + 1, target.context_tokens)
     runtime = runtime_of(target)
-    bundle = predict(spec, target, bundle_weights(spec, target), context).memory_bytes - runtime.process_bytes
+    found = predict(spec, target, bundle_weights(spec, target), context, before=training.prefix_tokens)
+    bundle = found.memory_bytes - runtime.process_bytes
     if runtime.widened_proof:
         bundle += 4 * spec.vocab_size * (min(runner_module().PREFILL_TOKENS, context) - 1)
     trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained

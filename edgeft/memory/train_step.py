@@ -141,6 +141,7 @@ def worst_sets(spec: ModelSpec, training: Training) -> list[Training]:
         modes = {end: "on" if end in ends or getattr(training, end) == "on" else "off" for end in ENDS}
         for chosen in {pool[:layers], pool[:1] + pool[len(pool) - layers + 1 :] if layers else ()}:
             rest = tuple(n for n in pool if n not in chosen) if training.adapts and not training.quantize_aware else ()
+            rest += training.resting_layers
             one = {"layers": "sparse", "trained_layers": chosen, "resting_layers": rest}
             found.append(training.model_copy(update={**modes, **one}))
     return found
@@ -166,6 +167,8 @@ def beside(spec: ModelSpec, training: Training) -> list[Linear]:
 def adapter_sizes(spec: ModelSpec, training: Training) -> list[tuple[int, ...]]:
     """Elements of the tensors of each adapter of a layer."""
     sizes = TUNERS[training.tuner].sizes
+    if training.prefix_tokens:  # keys, and values
+        return [(training.prefix_tokens * spec.num_key_value_heads * spec.head_dim,)] * 2
     return [
         sizes(linear.in_features, linear.out_features, training.rank, linear.role == "mlp_out")
         for linear in targets(spec, training)

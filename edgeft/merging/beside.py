@@ -1,7 +1,7 @@
 """What of a fine-tune lies beside a merge's weights? Adapters that no weight can hold, each at its layer's share.
 
 An adapter's output times a share is exactly the output of one whose last matrix is. One that adds nothing is left out:
-at a share of 0 the merge is the base itself.
+at a share of 0 the merge is the base itself. Keys and values before the text have no share: they are there or not.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from pathlib import Path
 
 import torch
 
+from edgeft.errors import BadInput
 from edgeft.merging.peft_folder import AdapterFile
 from edgeft.models.bottleneck import places
 from edgeft.models.checkpoint import Checkpoint, write_tensors
-from edgeft.models.headers import BOTTLENECKS
+from edgeft.models.headers import BOTTLENECKS, KV_PREFIX
+from edgeft.models.kv_prefix import PEFT_KIND, PEFT_NAME, kept, pairs_in
 from edgeft.models.layer_shares import Shares, layer_of
+from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings.tuners import AFTER, NARROW, SAVED, WIDE
 
 
 def beside_problems(kept: AdapterFile, base: Checkpoint) -> list[str]:
-    """What of a saved adapter does not fit its base, or is no bottleneck: a line each."""
+    """What of a saved adapter does not fit its base, or is nothing that lies beside one: a line each."""
+    if PEFT_NAME in kept.entries:
+        return _prefix_problems(kept, read_model_spec(str(base.folder)))
     try:
         found = places(name.removeprefix(SAVED) for name in kept.entries)
     except ValueError as problem:
@@ -40,13 +45,33 @@ def beside_problems(kept: AdapterFile, base: Checkpoint) -> list[str]:
     return problems
 
 
-def write_beside(kept: AdapterFile | None, out: Path, shares: Shares) -> int:
+def _prefix_problems(saved: AdapterFile, spec: ModelSpec) -> list[str]:
+    found, width = saved.shape(PEFT_NAME), 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim
+    if len(found) == 2 and found[1] == width:
+        return []
+    return [f"{PEFT_NAME}: {found} in the fine-tune, the base's layers have keys and values of {width} numbers"]
+
+
+def check_whole(kind: str, shares: Shares) -> None:
+    """Raise BadInput for a share of what is there or is not, as a prefix is: it is at 1, and at 0 the base is."""
+    if kind == PEFT_KIND and not shares.nothing and shares != Shares():
+        problem = f"a share of {shares}, but keys and values before the text are there or not: none lie between"
+        raise BadInput("--wise-alpha", problem, "use 1, or 0 for the base itself")
+
+
+def write_beside(saved: AdapterFile | None, spec: ModelSpec, out: Path, shares: Shares) -> int:
     """How many adapters lie beside the weights of the merge in `out`, after writing their file."""
     tensors: dict[str, torch.Tensor] = {}
-    if kept is None:
+    if saved is None:
         return 0
-    for (module, where), parts in places(name.removeprefix(SAVED) for name in kept.entries).items():
-        down, up = (kept.read(SAVED + parts[part]).float() for part in (NARROW, WIDE))
+    if PEFT_NAME in saved.entries:
+        if shares.nothing:
+            return 0
+        pairs = pairs_in(saved.read(PEFT_NAME), spec.num_hidden_layers, spec.num_key_value_heads)
+        write_tensors(out / KV_PREFIX, kept(pairs))
+        return len(pairs)
+    for (module, where), parts in places(name.removeprefix(SAVED) for name in saved.entries).items():
+        down, up = (saved.read(SAVED + parts[part]).float() for part in (NARROW, WIDE))
         up = up * shares.of(layer_of(module + "."))
         if up.any():
             tensors |= {f"{module}.{where}.{NARROW}": down, f"{module}.{where}.{WIDE}": up}

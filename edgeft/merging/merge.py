@@ -20,12 +20,12 @@ from edgeft.documents import sha256_file, staging, versions
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.memory import disk, stages
-from edgeft.merging.beside import write_beside
+from edgeft.merging.beside import check_whole, write_beside
 from edgeft.merging.change import Change, Rows
 from edgeft.merging.peft_folder import read_adapter_config
 from edgeft.merging.result import Merged, MergedCheckpoint, MergedForeign, Trained
 from edgeft.models.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
-from edgeft.models.headers import BOTTLENECKS, blocks, refuse_bottlenecks
+from edgeft.models.headers import blocks, lies_beside, refuse_beside
 from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
 from edgeft.models.layer_shares import Shares, check_shares, layer_of
 from edgeft.models.metrics import Sweep
@@ -86,10 +86,10 @@ class Blend:
         """The length of all moves against that of the tensors that moved."""
         return (self.moved / self.total) ** 0.5 if self.total else 0.0
 
-    def notes(self, beside: int, shares: Shares) -> list[str]:
-        """What to say of a merge with so many adapters beside its weights, and of one that changed nothing."""
+    def notes(self, beside: str | None, shares: Shares) -> list[str]:
+        """What to say of a merge with a file of adapters beside its weights, and of one that changed nothing."""
         if beside:
-            return [f"other tools than edgeft read the base alone here: the adapters are in {BOTTLENECKS}"]
+            return [f"other tools than edgeft read the base alone here: the adapters are in {beside}"]
         still = not self.moved and not shares.nothing
         return ["nothing was changed: the fine-tune is the base, bit for bit"] if still else []
 
@@ -109,7 +109,7 @@ class FineTune:
         ours = (folder / "train.json").is_file() and base is None
         result = TrainResult.read(folder / "train.json") if ours else None
         named = result.plan.job.model if result else base or base_of(folder)
-        refuse_bottlenecks(local_folder(named), "a merge")
+        refuse_beside(local_folder(named), "a merge")
         if result is None:
             return cls(folder, named, None, read_model_spec(str(local_folder(named))))
         check_trained(folder, result)
@@ -149,6 +149,7 @@ def merge(
     disk.require(disk.merge_disk(spec, sum(file.path.stat().st_size for file in source.files)), out)
     meter.reset_peak(torch.device("cpu"))
     changed = Blend.open(trained, source, shares, tied=spec.tie_word_embeddings)
+    check_whole(changed.change.kind, shares)
     predicted = meter.rss_bytes() + peak_above_baseline(source, changed.change)
     stages.check_host("merge", predicted)
     with staging(out) as temporary:
@@ -158,8 +159,8 @@ def merge(
             untie_config(temporary)
         for _, done, count in write_checkpoint(source, temporary, changed):
             progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
-        beside = write_beside(changed.change.beside, temporary, shares)
-        notes += changed.notes(beside, shares)
+        beside = write_beside(changed.change.beside, spec, temporary, shares)
+        notes += changed.notes(lies_beside(temporary), shares)
         facts = {
             "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if tuned.result else ""),
             "versions": versions(),

@@ -20,13 +20,14 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
-from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, blocks
+from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, KV_PREFIX, blocks
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.settings.job import Training
 from edgeft.settings.tuners import ELEMENTS, HANGING, LENGTHS, NARROW, SAVED, WIDE, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
+PREFIX = "prompt_embeddings"  # PEFT's tensor of keys and values before the text
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
 SHOWN = 4  # wrong tensors that are named
 AT_ONCE_BYTES = 2**20  # of a tensor in fp32: what is made of them in fp64 stays in a CPU's cache
@@ -42,6 +43,7 @@ class Learnt:
     adapters: dict[str, dict[str, str]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)  # what no weight holds, by the names of the model
+    prefix: bool = False  # keys and values before the text, which no weight holds either
     problems: list[str] = field(default_factory=list)
 
 
@@ -72,7 +74,8 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
         elif name is not None:
             found.adapters[name] = keys
     placed = {key for keys in adapters.values() for key in keys.values()}.union(found.beside.values())
-    for key in kept.entries.keys() - placed:
+    found.prefix = PREFIX in kept.entries
+    for key in kept.entries.keys() - placed - {PREFIX}:
         if (name := place(key)) is None:
             continue
         found.whole[name] = key
@@ -102,6 +105,7 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
     exact = "bit for bit" if not learnt.adapters else "the others bit for bit"
     sums = f"{len(learnt.adapters)} with an adapter to the error of fp32 sums, " if learnt.adapters else ""
     beside = f", {len(learnt.beside)} of adapters beside them" if learnt.beside else ""
+    beside = ", keys and values before the text beside them" if learnt.prefix else beside
     return Rung(
         name="merged",
         against="W0 + a (Wft - W0)",
@@ -114,6 +118,8 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
 
 def beside_problems(learnt: Learnt, merged: Path, shares: Shares) -> list[str]:
     """What lies beside a merge's weights otherwise than what trained, its last matrix times its share."""
+    if learnt.prefix:
+        return prefix_problems(learnt.files["kept"].read(PREFIX), merged, shares)
     path, kept = merged / BOTTLENECKS, learnt.files["kept"]
     held = TensorFile(path) if path.is_file() else None
     problems = [f"{name}: beside the weights, and not trained" for name in (held.entries if held else {})
@@ -129,6 +135,30 @@ def beside_problems(learnt: Learnt, merged: Path, shares: Shares) -> list[str]:
         if stored.shape != exact.shape or not bool(((stored - exact).abs() <= 2 * EPSILON * exact.abs()).all()):
             problems.append(f"{name}: beside the weights with other values than were trained, times {share:g}")
     return problems
+
+
+def prefix_problems(saved: torch.Tensor, merged: Path, shares: Shares) -> list[str]:
+    """What a merge has before the text otherwise than what trained, number by number; at a share of 0 nothing.
+
+    PEFT's row of a token has, layer by layer, the keys of all heads and then their values.
+    """
+    path = merged / KV_PREFIX
+    held = TensorFile(path) if path.is_file() else None
+    if held is None:
+        return [] if shares.nothing else [f"{KV_PREFIX}: missing beside the weights"]
+    if shares.nothing:
+        return [f"{KV_PREFIX}: beside the weights, at a share of 0"]
+    problems, column = [], 0
+    for name in sorted(held.entries, key=lambda name: (layer_of(name) or 0, name)):  # key before value
+        stored = held.read(name)[0]
+        for head in stored:
+            wanted = saved[:, column : column + head.shape[-1]].float()
+            column += head.shape[-1]
+            if head.shape != wanted.shape or not torch.equal(_bits(head), _bits(wanted)):
+                problems.append(f"{name}: beside the weights with other values than were trained")
+                break
+    left = column != saved.shape[1] and not problems
+    return problems + ([f"{KV_PREFIX}: {column} of {saved.shape[1]} numbers of a token"] if left else [])
 
 
 def tensor_problem(

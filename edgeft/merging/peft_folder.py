@@ -21,7 +21,7 @@ BY_PEFT = (
     "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING", "MISS", "C3A", "WAVEFT", "SHIRA", "DELORA",
     "RANDLORA", "VBLORA", "ROAD",
 )  # fmt: skip
-BESIDE = ("EDGEFT_BOTTLENECK",)  # our own, which lie beside the weights of a merge
+BESIDE = ("EDGEFT_BOTTLENECK", "PREFIX_TUNING")  # which lie beside the weights of a merge
 CANNOT_FOLD = {
     "PREFIX_TUNING": "prefix tuning puts keys and values before the sequence, which no weight holds",
     "PROMPT_TUNING": "prompt tuning puts virtual tokens before the input, which no weight holds",
@@ -35,6 +35,7 @@ CANNOT_FOLD = {
     "BOTTLENECK": "a bottleneck adapter has a non-linearity between its layers, which no weight holds",
 }
 LORA_CANNOT_FOLD = {
+    "PREFIX_TUNING": "prefix tuning puts keys and values before the sequence, which no weight holds",
     "alora_invocation_tokens": "activated LoRA works only after its invocation tokens",
     "arrow_config": "Arrow chooses its adapters anew for every token",
     "use_qalora": "QALoRA pools its inputs, for a base quantised in groups",

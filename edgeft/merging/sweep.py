@@ -26,7 +26,7 @@ from edgeft.models.layer_shares import Shares, check_shares, equal_groups, layer
 from edgeft.models.metrics import Metrics, Select, Sweep, SweepPoint
 from edgeft.models.parts import find_parts
 from edgeft.progress import Progress, silent
-from edgeft.settings.tuners import SAVED, WIDE, is_adapter
+from edgeft.settings.tuners import SAVED, TUNERS, WIDE, is_adapter
 from edgeft.targets.rounding import round_model
 from edgeft.targets.target import Target, check_beside
 from edgeft.training.job_data import Data
@@ -74,6 +74,9 @@ def sweep(
     _check_shares(select, groups, wise_alpha, layers)
     check_trained(trained, result)
     check_beside([target], beside=not result.training.folds)
+    if not TUNERS[result.training.tuner].shared:
+        problem = "keys and values before the text are there or not: a merge has no share of them to be found"
+        raise BadInput("--sweep", problem, "merge without a sweep")
     data = Data.read(result.plan)
     curve = Curve(trained, result, target, data, general, progress)
     alone = GOLDEN_STEPS + 3 if golden else len({*GRID, wise_alpha})

@@ -17,15 +17,16 @@ from typing import Any, BinaryIO
 import torch
 
 from edgeft.errors import BadInput
-from edgeft.models.bottleneck import hang_kept
+from edgeft.models import bottleneck, kv_prefix
 from edgeft.models.headers import (
-    BOTTLENECKS,
     BUFFER,
     HEADS,
+    KV_PREFIX,
     LAYER,
     OTHER_TOWER,
     Header,
     check_tied,
+    lies_beside,
     read_headers,
     refused,
     weight_files,
@@ -261,9 +262,10 @@ def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     headers = read_headers(folder, Header)
     model = load_whole(folder, dtype=dtype)
-    if (folder / BOTTLENECKS).is_file():
-        kept = TensorFile(folder / BOTTLENECKS)
-        hang_kept(model, {name: kept.read(name) for name in kept.entries}, kept.path)
+    if (name := lies_beside(folder)) is not None:
+        kept = TensorFile(folder / name)
+        hang = kv_prefix.hang_kept if name == KV_PREFIX else bottleneck.hang_kept
+        hang(model, {name: kept.read(name) for name in kept.entries}, kept.path)
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         check_tied(folder, headers)
     return model

@@ -29,7 +29,8 @@ DTYPE_BYTES = {
 FLOATING = ("F64", "F32", "F16", "BF16")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-BOTTLENECKS = "bottlenecks.safetensors"  # beside a merged folder's weights: adapters that no weight can hold
+# beside a merged folder's weights what none can hold: adapters, keys and values before the text
+BESIDE = BOTTLENECKS, KV_PREFIX = "bottlenecks.safetensors", "kv_prefix.safetensors"
 # Buffers that models compute for themselves and older versions of transformers stored beside the weights. A mask that
 # is called attn.bias has four dimensions, or none; a bias has one.
 BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn(ention)?\.(masked_)?bias)$")
@@ -86,10 +87,15 @@ class Header:
 Kind = TypeVar("Kind", bound=Header)
 
 
-def refuse_bottlenecks(folder: Path, what: str) -> None:
+def lies_beside(folder: Path) -> str | None:
+    """The file beside a folder's weights of what none of them can hold, if there is one."""
+    return next((name for name in BESIDE if (folder / name).is_file()), None)
+
+
+def refuse_beside(folder: Path, what: str) -> None:
     """Nothing. Raises BadInput for a folder with adapters beside its weights, which `what` would leave out."""
-    if (folder / BOTTLENECKS).is_file():
-        problem = f"holds adapters beside its weights ({BOTTLENECKS}), which {what} would leave out"
+    if (name := lies_beside(folder)) is not None:
+        problem = f"holds adapters beside its weights ({name}), which {what} would leave out"
         raise BadInput(folder, problem, "use the base that they were trained on")
 
 

@@ -13,6 +13,7 @@ from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.prefix_cache import check_prefix, prefixes
+from edgeft.planning.prefix_tuner import check_prefix_tuner, tokens_of
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
 from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Rounding, Training, Tuner
 from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, Form, Tuning, adapts
@@ -98,6 +99,8 @@ def _check_form(job: Job, spec: ModelSpec) -> None:
     if job.init not in ("random", *(row.forms if row.chosen_by == "init" else ())):
         hint = f"use tuner={ADAPTERS}, or leave init out"
         raise BadInput("init", f"{job.tuner} has nothing that could begin as {job.init} does", hint)
+    if row.prefixed or job.prefix_tokens:
+        check_prefix_tuner(job, spec, row)
     form = form_of(job, row)
     missing = sorted(set(form.roles) - {linear.role for linear in spec.linears})
     if missing and row.needs_roles:
@@ -318,6 +321,7 @@ def _training(
         lora_plus=job.lora_plus if row.faster else 1.0,
         init=job.init,
         adapter_at=job.adapter_at,
+        prefix_tokens=tokens_of(job),
         target_modules=target_modules(spec, method.tuner, form_of(job, row)),
         **method.layers,
         **execution,

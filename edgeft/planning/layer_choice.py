@@ -8,7 +8,7 @@ from typing import Any
 
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import ENDS, Job, Tuner
-from edgeft.settings.tuners import adapts
+from edgeft.settings.tuners import TUNERS, adapts
 
 LISA_INTERVAL = 20  # optimizer steps, when there are enough for two rounds over all layers (LMFlow's default too)
 Fields = dict[str, Any]  # those of Training that say which layers and ends train
@@ -26,6 +26,9 @@ def layer_choices(job: Job, spec: ModelSpec, tuner: Tuner, steps: int, scores: S
         found += _some(job, spec, scores, given)
     if job.layers == "lisa" or (job.layers is None and not adapts(tuner)):
         found += _in_turn(job, spec, steps, scores, given)
+    if TUNERS[tuner].prefixed:  # a past is as long in every layer: those that never train keep what theirs begins as
+        for each in found:
+            each["resting_layers"] = tuple(n for n in range(spec.num_hidden_layers) if n not in each["trained_layers"])
     return found
 
 

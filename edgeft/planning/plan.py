@@ -26,7 +26,7 @@ from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
-from edgeft.models.headers import has_weights, local_folder, refuse_bottlenecks
+from edgeft.models.headers import has_weights, local_folder, refuse_beside
 from edgeft.models.identity import Inputs, cached_folder, data_inputs, model_inputs
 from edgeft.models.metrics import Importance
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -47,6 +47,7 @@ from edgeft.planning.choice import best_that_fits, choose
 from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
+from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.settings.job import Job, Training
@@ -233,7 +234,7 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
         hint = "plan on a training machine; the device is named at export: --device " + profile.name
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
-    refuse_bottlenecks(Path(job.model), "training")
+    refuse_beside(Path(job.model), "training")
     read = _read_data(job, Path(job.model) if Path(job.model).is_dir() else None)
     files = read.files if read else {}
     lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)
@@ -332,18 +333,15 @@ def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:
 
 def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int, list[str]]:
     """The padded length to plan for: what the user set, the longest sample, or the model's limit where that is less."""
-    limit = spec.max_position_embeddings
+    limit = positions_left(job, spec)
+    own = f"the model's {limit} positions" if not tokens_of(job) else f"the {limit} positions behind the prefix"
     if job.max_length is not None:
         if limit is not None and job.max_length > limit:
-            raise BadInput(
-                "max_length",
-                f"{job.max_length} is more than the model's {limit} positions",
-                f"at most {limit}",
-            )
+            raise BadInput("max_length", f"{job.max_length} is more than {own}", f"at most {limit}")
         return min(job.max_length, lengths.longest) if lengths else job.max_length, []
     longest = lengths.longest if lengths else DEFAULT_LENGTH
     if limit is not None and longest > limit:
-        return limit, [f"samples reach {longest} tokens, the model has {limit} positions: longer ones are cut"]
+        return limit, [f"samples reach {longest} tokens, more than {own}: longer ones are cut"]
     return longest, []
 
 

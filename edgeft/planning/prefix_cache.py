@@ -34,6 +34,8 @@ def obstacle(spec: ModelSpec, training: Training, rows_tokens: int) -> tuple[str
         return "layer 0 trains: nothing lies below", some
     if training.quantize_aware is not None:
         return "the base is scored unrounded, and trained beside as the target rounds it", "drop quantize_aware"
+    if training.prefix_tokens:
+        return "every layer sees the keys and values of its own prefix", "use another tuner"
     if spec.stacked:
         return f"{spec.stacked[0]} and its like are put together from several tensors of the files", ""
     if not rows_tokens:

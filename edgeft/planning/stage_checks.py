@@ -92,7 +92,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
     weights = bundle_weights(spec, target, beside(spec, training))
-    context, limited_by = choose_context(spec, target, weights, device_bytes)
+    context, limited_by = choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
     phases = [quantise(spec, training, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
         phases += [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
@@ -102,7 +102,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         *_largest(calibrate_phases(question, each) for each in likely),
         *_largest((build(question, each),) for each in likely),
         *_largest((prove(question, training, each, host_bytes),) for each in likely),
-        run_bundle(spec, target, weights, context),
+        run_bundle(spec, target, weights, context, training.prefix_tokens),
     ]
     stages = Stages(
         phases=tuple(phases),
@@ -167,15 +167,15 @@ def target_device(device: str | None) -> Profile | None:
     return profile
 
 
-def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens: int) -> Phase:
-    """`predict` as a phase on the target device, with that context in use."""
-    found = predict(spec, target, weights, context_tokens)
+def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens: int, before: int = 0) -> Phase:
+    """`predict` as a phase on the target device, with that context, and a prefix of `before` tokens, in use."""
+    found = predict(spec, target, weights, context_tokens, before=before)
     copies = found.weights_bytes - weights.stored_bytes
     runtime = runtime_of(target)
     one = "of every position of a pass" if runtime.every_position else "of the last token"
     each = kv_cache_bytes_per_token(spec, target)
-    cached = f"{context_tokens} tokens x {each} B"
-    if found.kv_cache_bytes < context_tokens * each:
+    cached = (f"({before} + {context_tokens})" if before else str(context_tokens)) + f" tokens x {each} B"
+    if found.kv_cache_bytes < (before + context_tokens) * each:
         cached += f", a window of {spec.sliding_window} in some layers"
     formula = f"{spec.num_attention_heads} heads, one prefill pass x {context_tokens} tokens"
     scores = [Term(name="attention", bytes=found.scores_bytes, formula=formula)] if found.scores_bytes else []

@@ -273,7 +273,7 @@ def grade(plan: Plan) -> Grade:
 def method(plan: Plan) -> str:
     """`NF4 LoRA r64, all 32 layers`, `BF16 LoRA r64, 8 of 32 layers`, `FP32 full, LISA 4 of 32 layers`."""
     training, count = plan.training, plan.spec.num_hidden_layers
-    way = TUNERS[training.tuner].short.format(rank=training.rank)
+    way = TUNERS[training.tuner].short.format(rank=training.rank, tokens=training.prefix_tokens)
     layers = training.active_layers or len(training.trained_layers)
     which = "all" if layers == count else f"{'LISA ' if training.layers == 'lisa' else ''}{layers} of"
     return f"{training.base_precision.upper()} {way}, {which} {count} layers"

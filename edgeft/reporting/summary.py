@@ -252,7 +252,9 @@ def plain_words(plan: Plan) -> tuple[Setting, ...]:
         )
     ends = [end for end in ENDS if getattr(training, end) != "off"]
     said = f", and {', '.join(ends)}" if ends else ""
-    what = TUNERS[training.tuner].sentence.format(rank=training.rank, layers=which, ends=said)
+    what = TUNERS[training.tuner].sentence.format(
+        rank=training.rank, tokens=training.prefix_tokens, layers=which, ends=said
+    )
     stored = {"nf4": "4 bits (NF4)", "fp32": "32 bits", "fp16": "16 bits (fp16)", "bf16": "16 bits (bf16)"}
     base = f"The weights lie in memory in {stored[training.base_precision]} and are multiplied in "
     base += training.compute_dtype

@@ -89,7 +89,7 @@ def _method(plan: Plan) -> str:
     if training.layers == "lisa":
         layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
         layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
-    how = TUNERS[training.tuner].method.format(rank=training.rank, layers=layers)
+    how = TUNERS[training.tuner].method.format(rank=training.rank, tokens=training.prefix_tokens, layers=layers)
     rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
     return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
 

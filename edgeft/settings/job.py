@@ -83,7 +83,7 @@ class Job(Strict):
     tuner: Tuner | None = Field(
         None,
         description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; adapter: small networks between "
-        "the parts; full: all weights",
+        "the parts; prefix: keys and values before the text; full: all weights",
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank; an adapter's inner width")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division, see lora_scale")
@@ -97,6 +97,7 @@ class Job(Strict):
     adapter_at: AdapterAt = Field(
         "both", description="where adapters lie: both: after attention and MLP, mlp: after the MLP, parallel: beside it"
     )
+    prefix_tokens: int | None = Field(None, ge=1, description="tokens of a prefix, before every text")
     layers: Layers | None = Field(
         None, description="all decoder layers, sparse: a fixed few, lisa: a few at a time, drawn anew"
     )
@@ -220,10 +221,12 @@ class Training(Strict):
     lora_plus: float = 1.0  # learning rate of the second factors, in times all others'
     init: Init = "random"
     adapter_at: AdapterAt = "both"
+    prefix_tokens: int = 0  # whose keys and values lie before the text in every layer; 0: none do
     target_modules: tuple[str, ...] = ()
     layers: Layers = "all"
     trained_layers: tuple[int, ...] = Field(description="what may train; under lisa, what is drawn from")
-    # of one set of layers out of those that lisa draws from: the others, whose adapters compute and do not train
+    # whose adapters compute and do not train: of one set of layers that lisa draws, the others; of a prefix, which is
+    # in every layer, all that never train
     resting_layers: tuple[int, ...] = ()
     active_layers: int = 0  # lisa: units (layers, rotating ends) that train at a time
     embedding: EndMode = "off"

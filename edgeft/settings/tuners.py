@@ -16,6 +16,7 @@ ELEMENTS = "ia3_l"  # of IA3: what each output or input is multiplied by
 # of bottlenecks (`models.bottleneck`): on a module's output, or beside it from its input, by the name they hang under
 BOTTLENECKS = AFTER, BESIDE = "adapter", "parallel_adapter"
 NARROW, WIDE = "down.weight", "up.weight"
+PREFIX = "kv_prefix"  # of keys and values before the text (`models.kv_prefix`), by the name they hang under
 # Names in a saved adapter's file.
 SAVED = "base_model.model."
 PART = re.compile(rf"{re.escape(SAVED)}(?P<module>.+)\.(?P<part>lora_A|lora_B|{LENGTHS}|{ELEMENTS})(?:\.weight)?")
@@ -52,15 +53,17 @@ class Tuning:
     forms: Mapping[str, Form]  # by the setting that `chosen_by` names
     rate: Callable[[int], float]  # default learning rate, by the hidden size
     title: str
-    short: str  # with {rank}
-    method: str  # with {rank} and {layers}
-    sentence: str  # with {rank}, {layers} and {ends}, for somebody who does not know the library's names
+    short: str  # with {rank} or {tokens}
+    method: str  # with {rank} or {tokens}, and {layers}
+    sentence: str  # with {rank} or {tokens}, {layers}, {ends}, for somebody who does not know the library's names
     chosen_by: str = "init"
     asks: bool = True  # whether the projection of queries is adapted, where it is one of its own
     needs_roles: bool = False  # whether it cannot do without a projection of each role
     ranked: bool = False  # whether a rank is chosen
     scaled: bool = False  # whether a scale is
+    prefixed: bool = False  # whether it trains keys and values before the text: so many tokens in every layer
     folds: bool = True  # whether a weight can hold what it learnt; else it lies beside the weights, on the device too
+    shared: bool = True  # whether a share of what it learnt is between base and fine-tune
     rounded: bool = False  # whether training folds its change into weights as a target rounds them
     switched: bool = False  # whether a device can switch between adapters of the kind
     faster: str = ""  # in the names of what `lora_plus` lets learn faster (arXiv 2402.12354); empty: it has none
@@ -137,6 +140,21 @@ TUNERS: dict[str, Tuning] = {
         sentence="Small networks of {rank} inner values between the model's parts (adapters) train in {layers}; the "
         "model itself stays as it is",
     ),
+    # arXiv 2101.00190, without the network that makes them there
+    "prefix": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (),  # of projections; `memory.train_step` has its own
+        prefixed=True,
+        folds=False,
+        shared=False,
+        forms={"random": Form("past", made=(33, 8, 18, 18, 0), roles=())},
+        rate=lambda hidden: 1e-2,
+        title="Prefix tuning",
+        short="prefix of {tokens}",
+        method="a prefix of {tokens} tokens in {layers}",
+        sentence="Keys and values of {tokens} tokens that lie before every text (a prefix) train in {layers}; the "
+        "model itself stays as it is",
+    ),
     "full": Tuning(
         adapters=False,
         sizes=lambda inputs, outputs, rank, last: (inputs * outputs,),
@@ -151,8 +169,7 @@ TUNERS: dict[str, Tuning] = {
 }
 # Tuners of the field that are not there, and why: what to say to somebody who asks for one by its name.
 ABSENT = {
-    "prefix": "its virtual keys and values lie before every text, and no bundle here begins with a past",
-    "prompt": "its virtual embeddings lie before every text, and no bundle here begins with a past",
+    "prompt": "its virtual embeddings lie before every text; tuner=prefix trains their keys and values themselves",
     "adalora": "its ranks move from matrix to matrix while it trains, and no plan counts that",
     "h-adapter": "it adds a vector after attention, and no weight of most models can hold one there",
 }
@@ -167,12 +184,17 @@ def adapts(name: str | None) -> bool | None:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its name in the model, is an adapter's."""
-    return ADAPTER in name or is_scale(name) or HANGING.fullmatch(name) is not None
+    return ADAPTER in name or is_scale(name) or is_prefix(name) or HANGING.fullmatch(name) is not None
 
 
 def is_scale(name: str) -> bool:
     """Whether a parameter multiplies, element by element: no decay draws it to zero."""
     return f".{ELEMENTS}" in name
+
+
+def is_prefix(name: str) -> bool:
+    """Whether a parameter is keys or values before the text: no decay draws them to zero, which is no neutral place."""
+    return f".{PREFIX}." in name
 
 
 def saved_name(name: str) -> str:

@@ -7,6 +7,7 @@ without CUDA cannot make fake CUDA ones; what CUDA does differently is chosen fo
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from unittest import mock
@@ -37,6 +38,7 @@ def build_meta(config: Any, spec: ModelSpec, training: Training, compute: torch.
     """The model of `config` as `load_base` would give it, on the meta device."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)  # how a prefix attends is written into it
     if training.base_precision == "nf4":
         model = empty_nf4(config, compute)
         compute_in(model, compute)

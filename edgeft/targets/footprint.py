@@ -75,8 +75,12 @@ def predict(
     context_tokens: int,
     device_memory_bytes: int | None = None,
     bandwidth_bytes_per_second: float | None = None,
+    *,
+    before: int = 0,
 ) -> Predicted:
     """Peak memory of run.py with that context in use = weights + head copies + KV cache + logits + runtime.
+
+    `before`: tokens of a prefix, whose keys and values lie before the context.
 
     An fp32 embedding that is not tied is mapped from its file and hardly read: this counts it in full.
     """
@@ -87,9 +91,9 @@ def predict(
     process = runtime.process_bytes + runtime.layer_bytes * spec.num_hidden_layers
     parts = {
         "weights_bytes": runtime.held_bytes(weights, target),
-        "kv_cache_bytes": kv_cache_bytes(spec, target, context_tokens),
+        "kv_cache_bytes": kv_cache_bytes(spec, target, before + context_tokens),
         "logits_bytes": spec.vocab_size * 4 * tokens,
-        "scores_bytes": context_tokens * scores_bytes_per_token(spec, target),
+        "scores_bytes": (before + context_tokens) * scores_bytes_per_token(spec, target),
         "runtime_bytes": process + runtime.word_bytes * spec.vocab_size,
     }
     bandwidth = bandwidth_bytes_per_second
@@ -102,15 +106,18 @@ def predict(
 
 
 def choose_context(
-    spec: ModelSpec, target: Target, weights: Weights, device_memory_bytes: int | None
+    spec: ModelSpec, target: Target, weights: Weights, device_memory_bytes: int | None, before: int = 0
 ) -> tuple[int, LimitedBy]:
-    """The longest context that model, target and memory allow, and what limits it. Raises DoesNotFit."""
+    """The longest context that model, target and memory allow, and what limits it. Raises DoesNotFit.
+
+    `before`: tokens of a prefix, which take the first of the model's positions and room in its cache.
+    """
     limits: dict[LimitedBy, int] = {"target": target.context_tokens}
-    if spec.max_position_embeddings is not None and spec.max_position_embeddings <= target.context_tokens:
-        limits = {"model": spec.max_position_embeddings}
+    if spec.max_position_embeddings is not None and spec.max_position_embeddings - before <= target.context_tokens:
+        limits = {"model": spec.max_position_embeddings - before}
     if device_memory_bytes is not None:
         smallest = min(SMALLEST_CONTEXT, *limits.values())
-        need = predict(spec, target, weights, smallest).memory_bytes
+        need = predict(spec, target, weights, smallest, before=before).memory_bytes
         if need > device_memory_bytes:
             problem = f"needs {show_bytes(need)} for a context of {smallest} tokens, the device has "
             hint = "choose a target with fewer bits (ort-int4), or a smaller model"
@@ -119,7 +126,7 @@ def choose_context(
         fits = bisect.bisect_right(
             range(smallest, most + 1),
             device_memory_bytes,
-            key=lambda tokens: predict(spec, target, weights, tokens).memory_bytes,
+            key=lambda tokens: predict(spec, target, weights, tokens, before=before).memory_bytes,
         )
         if smallest + fits - 1 < most:
             return smallest + fits - 1, "device memory"

@@ -60,11 +60,28 @@ WAYS: dict[str, dict[str, Any]] = {
         "active_layers": 1,
         "lisa_interval": 1,
     },
+    "prefix": {"tuner": "prefix", "rank": None, "prefix_tokens": 3, "weight_decay": 0.5},
+    "prefix, nf4, lisa": {
+        "tuner": "prefix",
+        "rank": None,
+        "base_precision": "nf4",
+        "layers": "lisa",
+        "active_layers": 1,
+        "lisa_interval": 1,
+    },
+    "prefix, sparse": {"tuner": "prefix", "rank": None, "layers": "sparse", "active_layers": 1},
     "lora, lisa": {"tuner": "lora", "lora_plus": 16, "layers": "lisa", "active_layers": 1, "lisa_interval": 1},
 }
 
 
-SLOW = ("pissa, nf4", "ia3, nf4", "dora, sparse", "lora, lisa", "ia3, sparse")  # each of kinds that others show
+SLOW = (
+    "prefix, sparse",
+    "pissa, nf4",
+    "ia3, nf4",
+    "dora, sparse",
+    "lora, lisa",
+    "ia3, sparse",
+)  # each of kinds that others show
 
 
 def sampled(names: Iterable[str]) -> list[Any]:
@@ -73,8 +90,13 @@ def sampled(names: Iterable[str]) -> list[Any]:
 
 
 RANK = {name: {} if tuner.ranked else {"rank": None} for name, tuner in TUNERS.items()}
-# (a tuner, what chooses its form) of all that begins beside frozen weights, and of what a weight can hold of them
-STARTS = [(name, (tuner.chosen_by, form)) for name, tuner in TUNERS.items() if tuner.adapters for form in tuner.forms]
+# (a tuner, what chooses its form) of all that begins beside frozen weights as nothing, and of what a weight can hold
+STARTS = [
+    (name, (tuner.chosen_by, form))
+    for name, tuner in TUNERS.items()
+    if tuner.adapters and tuner.shared
+    for form in tuner.forms
+]
 FOLDING = [start for start in STARTS if TUNERS[start[0]].folds]
 
 

@@ -38,6 +38,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "adapters, NF4, bf16": {"tuner": "adapter", **NF4, "compute_dtype": "bf16"},
     "adapters beside the MLP": {"tuner": "adapter", "adapter_at": "parallel"},
     "adapters beside the MLP, bf16": {"tuner": "adapter", "adapter_at": "parallel", **HALF},
+    "prefix": {"tuner": "prefix"},
+    "prefix, bf16, recomputed": {"tuner": "prefix", **HALF, "checkpointing": True},
+    "prefix, NF4, bf16": {"tuner": "prefix", **NF4, "compute_dtype": "bf16"},
     "full": FULL,
     "full, bf16, recomputed": {**FULL, **HALF, "checkpointing": True},
 }
@@ -67,6 +70,8 @@ def test_layers_keep_and_reach_what_is_traced(kind: str, tmp_path: Path, every_h
     for name, way in ways.items():
         if "beside the MLP" in name and spec.family.inline_mlp:  # refused
             continue
+        if "prefix" in name and spec.attn_logit_softcapping:  # refused
+            continue
         training = plan_of(spec, range(3), micro_batch_size=1, batch_size=1, **way)
         trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
         found = layer_bytes(spec, Way.of(spec, training, TOKENS), "trained", True, False, training.checkpointing)
@@ -89,11 +94,13 @@ def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, ever
     config = AutoConfig.from_pretrained(tmp_path)
     dora, ia3 = {"tuner": "dora"}, {"tuner": "ia3"}
     after, beside = ({"tuner": "adapter", "adapter_at": where} for where in ("both", "parallel"))
+    prefix = {"tuner": "prefix"}
     for way in ({}, {**NF4, "compute_dtype": "bf16"}, {"checkpointing": True}, {**FULL, "checkpointing": True},
                 dora, {**dora, **HALF}, {**dora, **NF4}, {**dora, "checkpointing": True},
                 ia3, {**ia3, **HALF}, {**ia3, **NF4}, {**ia3, "checkpointing": True},
                 after, {**after, **HALF}, {**after, **NF4, "compute_dtype": "bf16"}, {**after, "checkpointing": True},
                 beside, {**beside, **HALF}, {**beside, **NF4}, {**beside, "checkpointing": True},
+                prefix, {**prefix, **HALF}, {**prefix, **NF4}, {**prefix, "checkpointing": True},
                 PISSA, {**PISSA, **HALF}, {**PISSA, **NF4}, {**PISSA, "checkpointing": True}):  # fmt: skip
         training = plan_of(spec, range(4), micro_batch_size=1, batch_size=1, **way)
         trace = simulate._run(config, spec, training, Workload(TOKENS, 1)).trace
@@ -105,7 +112,7 @@ def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, ever
             assert [a - live[0] for a in live] == [b - sizes[0] for b in sizes], (way, phase)
 
 
-@pytest.mark.parametrize("adapter", [{}, PISSA, *({"tuner": name} for name in ("dora", "ia3", "adapter"))])
+@pytest.mark.parametrize("adapter", [{}, PISSA, *({"tuner": name} for name in ("dora", "ia3", "adapter", "prefix"))])
 def test_adapters_that_rest_compute_and_keep_less(adapter: dict[str, Any], tmp_path: Path, every_height: None) -> None:
     """LISA's other layers, operation by operation: above the lowest that trains gradients pass, below none does."""
     spec = save_model(tmp_path, num_hidden_layers=4)

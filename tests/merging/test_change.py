@@ -191,10 +191,7 @@ FACTORS = {Q + "lora_A.weight": torch.ones(2, 32), Q + "lora_B.weight": torch.on
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (
-            {"peft_type": "PREFIX_TUNING"},
-            "prefix tuning puts keys and values before the sequence, which no weight holds",
-        ),
+        ({"peft_type": "CARTRIDGE"}, "a cartridge is a key-value cache before the sequence, which no weight holds"),
         ({"peft_type": "PROMPT_TUNING"}, "prompt tuning puts virtual tokens"),
         ({"peft_type": "P_TUNING"}, "p-tuning puts virtual tokens"),
         ({"peft_type": "XLORA"}, "X-LoRA mixes its adapters anew for every token\n\nhint: train LoRA, DoRA, IA3"),

@@ -100,7 +100,10 @@ def test_an_assignment_that_cannot_be_read(assignment: str, message: str) -> Non
             {"rank": "8.5"},
             "rank: input should be a valid integer, unable to parse string as an integer, got '8.5'",
         ),
-        ({"tuner": "qlora"}, "tuner: input should be 'lora', 'dora', 'ia3', 'adapter' or 'full', got 'qlora'"),
+        (
+            {"tuner": "qlora"},
+            "tuner: input should be 'lora', 'dora', 'ia3', 'adapter', 'prefix' or 'full', got 'qlora'",
+        ),
         (
             {"base_precision": "int8"},
             "base_precision: input should be 'fp32', 'bf16', 'fp16' or 'nf4', got 'int8'",

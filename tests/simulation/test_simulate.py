@@ -127,6 +127,12 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
             "checkpointing": True,
         },
     ),
+    "prefix, two micro-batches": (ALL, 47, {"tuner": "prefix", "batch_size": 4}),
+    "prefix, NF4, bf16, recomputed": (
+        TOP,
+        47,
+        {"tuner": "prefix", **NF4, "compute_dtype": "bf16", "checkpointing": True},
+    ),
     "full": (ALL, 47, FULL),
     "full, two micro-batches": (ALL, 47, {**FULL, "batch_size": 4}),
     "full, recomputed": (ALL, 5, {**FULL, "checkpointing": True}),
