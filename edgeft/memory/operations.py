@@ -41,7 +41,7 @@ class Way:
     held: int = 4
     stored: int = 4
     prefix_tokens: int = 0
-    past: int = 0  # tokens of the prefixes of all rows: `rows` of them, or a micro-batch
+    past: int = 0  # of the prefixes of `rows`, or of a micro-batch
 
     @classmethod
     def of(cls, spec: ModelSpec, training: Training, longest: int, rows: int = 0) -> Way:
@@ -49,7 +49,7 @@ class Way:
         return cls(
             training.tuner, training.form.operation, training.rank, training.target_modules,
             4 if training.compute_dtype == "fp32" else 2,
-            training.base_precision == "nf4", training.densely, cuda,
+            training.base_precision == "nf4", training.densely, training.device == "cuda",
             not repeats_groups(training, spec.head_dim), longest if squares else 0, *rounds(spec, training),
             training.prefix_tokens, training.prefix_tokens * (rows or training.micro_batch_size),
         )  # fmt: skip
@@ -65,8 +65,7 @@ class Operations:
         # CUDA's autocast computes some functions in fp32 that a CPU's leaves alone
         self.widens = self.half and way.cuda
         self.full = trained and not adapts(way.tuner)
-        self.frozen = False  # what trains is there, and takes no gradient now
-        self.rests = False  # while others do
+        self.frozen = self.rests = False  # what trains is there and takes no gradient; rests: now, while others do
         # a dense layer of another precision's base trains its matrices alone under half-precision compute
         self.full_vectors = self.full and not (way.densely and self.half)
         self.targets = set(way.targets) if trained and adapts(way.tuner) else set()
