@@ -148,7 +148,7 @@ TUNERS: dict[str, Tuning] = {
         folds=False,
         shared=False,
         forms={"random": Form("past", made=(33, 8, 18, 18, 0), roles=())},
-        rate=lambda hidden: 0.3,  # the best of four on the example's validation rows: docs/methods.md
+        rate=lambda hidden: 0.3,  # the best of five on the example's validation rows: docs/methods.md
         title="Prefix tuning",
         short="prefix of {tokens}",
         method="a prefix of {tokens} tokens in {layers}",

@@ -19,7 +19,7 @@ from edgeft.errors import ParityFailed
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput
-from edgeft.exporting.export import ProofRows, prove_bundle
+from edgeft.exporting.export import ProofRows, export, prove_bundle
 from edgeft.exporting.rehearsal import go_through
 from edgeft.merging.merge import merge
 from edgeft.merging.result import MergedCheckpoint
@@ -176,6 +176,11 @@ def test_positions_behind_the_prefix_are_what_the_proof_compares(
     exec(compile(source.replace(right, "numpy.arange(self.done, total"), "faulty", "exec"), module)
     monkeypatch.setattr(runner.OnnxRuntimeSession, "append", module["OnnxRuntimeSession"].append)
     assert "'artifact' against 'merged'" in stopped_by(trained, bundle)
+
+
+def test_eight_bits_are_proven_with_it(trained: Path, tmp_path: Path) -> None:
+    made = export(trained / "merged", load_target("onnx-portable-int8"), tmp_path / "b", device=None, progress=silent)
+    assert made.proof is not None and made.kv_prefix is not None and made.kv_prefix.tokens == TOKENS
 
 
 def test_a_rehearsal_finds_a_runner_that_leaves_it_out(
