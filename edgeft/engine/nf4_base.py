@@ -30,7 +30,7 @@ def load_base(
 ) -> Any:
     """The base model as the plan keeps it: dense in base_precision, or NF4 with double quantisation.
 
-    Quantising costs tens of seconds per 100M parameters on a CPU, so the NF4 model is kept on disk under the hash of
+    Quantising costs seconds per 100M parameters on a CPU, so the NF4 model is kept on disk under the hash of
     its weights and loaded from there next time. CUDA devices make the codes themselves.
     """
     if training.base_precision != "nf4":
@@ -156,7 +156,9 @@ def quantised_folder(folder: Path) -> Path:
 
 
 def quantise(folder: Path, out: Path) -> None:
-    """Write the NF4 form of a checkpoint to `out`, whole or not at all."""
+    """Write the NF4 form of a checkpoint to `out`, whole or not at all: tensor by tensor where its files have them."""
+    if quantise_on(folder, out, torch.device("cpu"), silent):
+        return
     stored = getattr(torch, read_model_spec(str(folder)).dtype)  # whatever config.json says: rounded once, to 4 bits
     with quiet_transformers(), saving(out), staging(out) as temporary:
         model = load_whole(folder, quantization_config=nf4_settings(), device_map={"": "cpu"}, dtype=stored)

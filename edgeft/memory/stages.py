@@ -137,27 +137,27 @@ def _process(count: int, what: str) -> Term:
 
 
 def quantise(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:
-    """A base made NF4 before training. A GPU makes its codes in the training process, tensor by tensor.
+    """A base made NF4 before training, tensor by tensor: by a GPU in the training process, by a CPU in one beside it.
 
-    Elsewhere, and for a model that is put together from its files, a process of its own does, beside training that
-    waits: the file it reads, the codes it makes.
+    A model that is put together from its files is made whole, in the process beside.
     """
     codes = int(linear_weights(spec) * NF4_BYTES)
+    largest = max(spec.vocab_size * spec.hidden_size, *(each.in_features * each.out_features for each in spec.linears))
+    one_by_one = [
+        Term(name="NF4 codes", bytes=min(codes, NF4_FILE_BYTES), formula="one file of them at a time"),
+        Term(name="one tensor", bytes=largest * STORED_BYTES.get(spec.dtype, 4),
+             formula=f"the largest, {largest} weights in {spec.dtype}"),
+    ]  # fmt: skip
     if training.device == "cuda" and not spec.stacked:
-        sizes = [linear.in_features * linear.out_features for linear in spec.linears]
-        largest = max(spec.vocab_size * spec.hidden_size, *sizes)
-        tensor = largest * STORED_BYTES.get(spec.dtype, 4)
         return stage("quantise", "host", [
             _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
-            Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
-            Term(name="NF4 codes", bytes=min(codes, NF4_FILE_BYTES), formula="one file of them at a time"),
-            Term(name="one tensor", bytes=tensor, formula=f"the largest, {largest} weights in {spec.dtype}"),
+            Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"), *one_by_one,
         ], spec)  # fmt: skip
+    whole = Term(name="NF4 codes", bytes=codes, formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B")
     return stage("quantise", "host", [
         _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
         Term(name="waiting", bytes=has.training_bytes + data_bytes, formula="training itself, its data and tokenizer"),
-        _file(spec),
-        Term(name="NF4 codes", bytes=codes, formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B"),
+        _file(spec), *([whole] if spec.stacked else one_by_one),
     ], spec)  # fmt: skip
 
 

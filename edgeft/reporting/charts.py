@@ -37,7 +37,7 @@ COLOURS = {
     "forward": "#59a878", "fused QKV": "#59a878",
     "key-value cache": "#8fcf9f", "rows": "#8fcf9f", "layer outputs": "#8fcf9f",
     "height": "#7b5ea7", "quantiser": "#7b5ea7", "pool": "#b0a08c", "head": "#7b5ea7", "embedding": "#7b5ea7",
-    "logits": "#c9b8e0", "probabilities": "#c9b8e0",
+    "logits": "#c9b8e0", "probabilities": "#c9b8e0", "rounding": "#a58fc7",
     "inputs": "#e4e8ed", "rotary tables": "#e4e8ed",
     "simulated": "#3b8f8a", "cast": "#d9c4a0",
 }  # fmt: skip

@@ -80,7 +80,7 @@ def test_it_ends_where_it_would_have_ended(
     assert "going on in a smaller way" in done.stderr and "not as planned: " in done.stdout
     result = TrainResult.read(out / "train.json")
     assert result.resumed_at == (3,) and result.steps == 4
-    changed = {d.what for d in result.deviations}
+    changed = {d.what for d in result.deviations} - {"peak memory"}  # of a process that ran other tests before
     assert changed and changed <= set(MEMORY_ALONE)
     assert result.training.model_copy(update={n: getattr(result.plan.training, n) for n in MEMORY_ALONE}) == (
         result.plan.training

@@ -304,7 +304,7 @@ def test_nf4_base_trains_on_a_cpu_and_is_quantised_once(
     path = plan_file(base_precision="nf4", epochs=3.0, learning_rate=5e-3)
     first = run(path, tmp_path / "first")
     assert first.valid.loss < first.base_valid.loss
-    kept = list((tmp_path / "cache" / "edgeft" / "nf4").glob("*/model.safetensors"))
+    kept = list((tmp_path / "cache" / "edgeft" / "nf4").glob("*/model.safetensors.index.json"))
     assert len(kept) == 1
     monkeypatch.setattr("edgeft.machines.processes.run", lambda *_, **__: pytest.fail("quantised twice"))
     assert run(path, tmp_path / "second").loss_curve == first.loss_curve
