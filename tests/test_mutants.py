@@ -7,6 +7,7 @@ planted into a copy of what a stage left, and the very checks of an export run o
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -213,10 +214,14 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(document | values))
 
 
-def tensors_of(place: Path, change: Callable[[dict[str, torch.Tensor]], None], file: str) -> None:
-    tensors = load_file(place / file)
+def tensors_of(place: Path, change: Callable[[dict[str, torch.Tensor]], None], files: str) -> None:
+    """Other tensors in files of this pattern, each in the file where it was."""
+    owner = {name: file for file in place.glob(files) for name in load_file(file)}
+    tensors = {name: tensor for file in set(owner.values()) for name, tensor in load_file(file).items()}
     change(tensors)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, place / file, metadata={"format": "pt"})
+    for file in set(owner.values()):
+        own = {name: t.contiguous() for name, t in tensors.items() if owner[name] == file}
+        save_file(own, file, metadata={"format": "pt"})
 
 
 def learnt(change: Callable[[torch.Tensor, str, dict[str, torch.Tensor]], torch.Tensor], layer: str = "layers.") -> Any:
@@ -236,8 +241,7 @@ def learnt(change: Callable[[torch.Tensor, str, dict[str, torch.Tensor]], torch.
                 made = change(move, name, moves)
                 tensors[name] = made if base is None else base.read(base.name_of(name)).float() + made
 
-        file = "train/adapter_model.safetensors" if adapter else "train/changed.safetensors"
-        tensors_of(place, each, file)
+        tensors_of(place, each, "train/adapter_model.safetensors" if adapter else "train/changed*.safetensors")
 
     return plant
 
@@ -312,10 +316,10 @@ def rounded_through(dtype: torch.dtype) -> Any:
 
 def doubly_rounded(place: Path) -> None:
     """Weights that trained, to fp16 before bf16: the last bit of a few is another."""
-    kept = load_file(place / "train" / "changed.safetensors")
+    kept = [load_file(file) for file in (place / "train").glob("changed*.safetensors")]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name, t in kept.items():
+        for name, t in itertools.chain.from_iterable(some.items() for some in kept):
             tensors[name] = t.half().bfloat16()
 
     tensors_of(place, change, "merged/model.safetensors")
