@@ -104,8 +104,8 @@ def test_a_quantised_base_that_lost_a_tensor_is_refused(
     cached = quantised_folder(checkpoint_folder)
     quantise(checkpoint_folder, cached)
     load_base(checkpoint_folder, Training.model_construct(base_precision="nf4"), torch.device("cpu"), torch.float32)
-    tensors = load_file(cached / "model.safetensors")
-    save_file(without(UP)(tensors), cached / "model.safetensors", {"format": "pt"})
+    tensors = load_file(cached / "model-00001.safetensors")
+    save_file(without(UP)(tensors), cached / "model-00001.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="hint: remove this folder: it is made again from the base"):
         load_base(checkpoint_folder, Training.model_construct(base_precision="nf4"), torch.device("cpu"), torch.float32)
 
