@@ -21,8 +21,10 @@ import torch
 from limited import Group, limited, limited_verb
 from run import CONFIGS, ROOT, SECTIONS, pins, record, with_tokenizer
 from safetensors.torch import save_file
-from stages import loosened
+from stages import loosened, summary
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from edgeft.models.checkpoint import write_index
 
 LIMIT_BYTES = 8 * 2**30
 STANDARD_DEVIATION = 0.008  # at 0.02 logits of noise differ by more than the proof allows where activations are int8
@@ -103,8 +105,7 @@ def random_shards(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) 
         save_file(tensors, folder / file, metadata={"format": "pt"})
         owner |= dict.fromkeys(tensors, file)
         size_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size_bytes}, "weight_map": owner}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_index(folder, owner, total_size=size_bytes)
     return with_tokenizer(folder, config.vocab_size)
 
 
@@ -121,13 +122,7 @@ def note(new: list[dict[str, Any]]) -> None:
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     replaced = {(each["target"], each["stage"]) for each in new}
     rows = [each for each in old if (each["target"], each["stage"]) not in replaced] + new
-    errors = [each["error"] for each in rows]
-    summary = {
-        "mean_absolute_error": round(sum(map(abs, errors)) / len(errors), 4), "largest_error": max(errors, key=abs),
-        "high_below_measured": sum(each["high_bytes"] < each["measured_bytes"] for each in rows),
-    }  # fmt: skip
-    print(json.dumps(summary))
-    record("large_stages", {"model": MODEL, "limit_bytes": LIMIT_BYTES, "summary": summary, "rows": rows})
+    record("large_stages", {"model": MODEL, "limit_bytes": LIMIT_BYTES, "summary": summary(rows), "rows": rows})
 
 
 def main() -> None:

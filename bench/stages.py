@@ -92,6 +92,17 @@ def measure(scratch: Path, title: str) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far planned bytes of all rows are off; printed as well."""
+    errors = [each["error"] for each in rows]
+    found = {
+        "mean_absolute_error": round(sum(map(abs, errors)) / len(errors), 4), "largest_error": max(errors, key=abs),
+        "high_below_measured": sum(each["high_bytes"] < each["measured_bytes"] for each in rows),
+    }  # fmt: skip
+    print(json.dumps(found))
+    return found
+
+
 def loosened(toml: str) -> str:
     """A target's TOML whose parity tolerances let everything pass."""
     limits = {"min_top1_agreement": 0.0, "max_mean_kl_nats": 1e9, "max_gain_lost": 1e9, "max_loss_increase_nats": 1e9}
@@ -109,13 +120,7 @@ def main() -> None:
         old = json.loads(path.read_text())["rows"] if path.is_file() else []
         found = {name: [each for each in old if each["model"] == name] for name in MODELS} | {title: new}
         rows = [each for name in MODELS for each in found[name]]
-        errors = [each["error"] for each in rows]
-        summary = {
-            "mean_absolute_error": round(sum(map(abs, errors)) / len(errors), 4), "largest_error": max(errors, key=abs),
-            "high_below_measured": sum(each["high_bytes"] < each["measured_bytes"] for each in rows),
-        }  # fmt: skip
-        print(json.dumps(summary))
-        record("stages", {"summary": summary, "rows": rows})
+        record("stages", {"summary": summary(rows), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ class _Adapted(torch.autograd.Function):
         context: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Module, scale: float
     ) -> torch.Tensor:
         low = x.reshape(-1, x.shape[-1]) @ down.T
-        result = _product(base, x)
-        result.view(-1, up.shape[0]).addmm_(low, up.T, alpha=scale)
+        result = _added(base, x, low, up, scale)
         context.save_for_backward(x, low, down, up)
         context.base, context.scale = base, scale
         return result
@@ -68,8 +67,7 @@ class _AdaptedSaved(torch.autograd.Function):
         context: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Module, scale: float, saved: Any
     ) -> torch.Tensor:
         low, saved.low = saved.low, None
-        result = _product(base, x)
-        result.view(-1, up.shape[0]).addmm_(low, up.T, alpha=scale)
+        result = _added(base, x, low, up, scale)
         context.base, context.scale, context.saved, context.wants_input = base, scale, saved, saved.needs_input_grad[0]
         return result
 
@@ -95,6 +93,13 @@ def _gradients(
         torch.mm(flat, dense_weight(context.base, x.dtype), out=rows)
         rows.addmm_(into_low, down)
     return into, into_down, into_up
+
+
+def _added(base: nn.Module, x: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """The frozen product, and the adapter's added to it in place."""
+    result = _product(base, x)
+    result.view(-1, up.shape[0]).addmm_(low, up.T, alpha=scale)
+    return result
 
 
 def _product(linear: Any, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from the CPU: the files are those that transformers writes on a CPU.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from edgeft.documents import saving, staging
 from edgeft.memory.stages import NF4_FILE_BYTES
-from edgeft.models.checkpoint import Checkpoint, quiet_transformers, write_tensors
+from edgeft.models.checkpoint import Checkpoint, quiet_transformers, write_index, write_tensors
 from edgeft.models.parts import cap_scores
 from edgeft.models.spec import read_model_spec
 from edgeft.progress import Progress
@@ -185,5 +184,4 @@ class Shards:
         """The last file, and which file has which tensor."""
         if self.held:
             self.write()
-        index = {"metadata": {}, "weight_map": dict(sorted(self.owner.items()))}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        write_index(self.folder, self.owner)

@@ -39,7 +39,7 @@ def launches(spec: ModelSpec, training: Training, work: Workload, kept_layers: i
     after = ends_bytes(spec, way, crossed, training.norm == "on", head == "on", spec.tie_word_embeddings, 1, 1)
     packed = 0.0
     if way.nf4:
-        passes = sum(1 + wants + recomputed for _, wants, _, recomputed in layer_places(spec, training, work))
+        passes = sum(times * (1 + wants + recomputed) for (_, wants, _, recomputed), times in places.items())
         packed = PACKED * len(spec.linears) * passes
     return layers + after.tensors + INPUTS + packed
 

@@ -21,13 +21,13 @@ from edgeft.errors import BadInput
 from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
 from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, KV_PREFIX, blocks
+from edgeft.models.kv_prefix import PEFT_NAME
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.settings.job import Training
 from edgeft.settings.tuners import ELEMENTS, HANGING, LENGTHS, NARROW, SAVED, WIDE, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
-PREFIX = "prompt_embeddings"  # PEFT's tensor of keys and values before the text
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
 SHOWN = 4  # wrong tensors that are named
 AT_ONCE_BYTES = 2**20  # of a tensor in fp32: what is made of them in fp64 stays in a CPU's cache
@@ -74,8 +74,8 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
         elif name is not None:
             found.adapters[name] = keys
     placed = {key for keys in adapters.values() for key in keys.values()}.union(found.beside.values())
-    found.prefix = PREFIX in kept.entries
-    for key in kept.entries.keys() - placed - {PREFIX}:
+    found.prefix = PEFT_NAME in kept.entries
+    for key in kept.entries.keys() - placed - {PEFT_NAME}:
         if (name := place(key)) is None:
             continue
         found.whole[name] = key
@@ -119,7 +119,7 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
 def beside_problems(learnt: Learnt, merged: Path, shares: Shares) -> list[str]:
     """What lies beside a merge's weights otherwise than what trained, its last matrix times its share."""
     if learnt.prefix:
-        return prefix_problems(learnt.files["kept"].read(PREFIX), merged, shares)
+        return prefix_problems(learnt.files["kept"].read(PEFT_NAME), merged, shares)
     path, kept = merged / BOTTLENECKS, learnt.files["kept"]
     held = TensorFile(path) if path.is_file() else None
     problems = [f"{name}: beside the weights, and not trained" for name in (held.entries if held else {})

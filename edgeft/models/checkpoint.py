@@ -171,8 +171,13 @@ def write_checkpoint(
             writer.flush()
             os.fsync(writer.fileno())
     if [file.path.name for file in source.files] != ["model.safetensors"]:  # one shard needs its index as well
-        index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        write_index(out, weight_map, total_size=size_bytes)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], **metadata: int) -> None:
+    """Which file of a sharded checkpoint has which tensor."""
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def copy_side_files(source: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside import merged_beside
 from safetensors.torch import load_file, save_file
 from tiny import run, save_model, write_plan
 
@@ -17,7 +18,7 @@ from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import Line, sweep
-from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.headers import BOTTLENECKS
 from edgeft.models.layer_shares import Group, Shares
@@ -87,12 +88,8 @@ def test_what_was_trained_is_the_formula(trained: Path, checkpoint_folder: Path)
 def test_a_merge_has_their_share_beside_the_bases_own_bytes(
     share: float, trained: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    result, merged = TrainResult.read(trained / "train.json"), tmp_path / "merged"
-    made = merge(trained, merged, wise_alpha=share, progress=silent)
-    before, after = Checkpoint(checkpoint_folder), Checkpoint(merged)
-    assert all(torch.equal(before.read(name), after.read(name)) for name in before.owner)
-    assert not merged_rung(checkpoint_folder, trained, merged, result.training, Shares(rest=share)).problems
-    assert (merged / BOTTLENECKS).is_file() == bool(made.beside) == bool(share)
+    merged = tmp_path / "merged"
+    result = merged_beside(trained, checkpoint_folder, merged, BOTTLENECKS, share)
     found = logits(load_plain(merged))
     if not share:
         assert torch.equal(found, logits(load_plain(checkpoint_folder)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside import merged_beside
 from safetensors.torch import load_file, save_file
 from tiny import plan_of, run, save_model, write_plan
 
@@ -21,7 +22,7 @@ from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import sweep
-from edgeft.models.checkpoint import Checkpoint, load_plain
+from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate, greedy
 from edgeft.models.headers import KV_PREFIX
 from edgeft.models.layer_shares import Group, Shares
@@ -152,12 +153,8 @@ def test_layers_that_do_not_train_keep_what_theirs_began_as(checkpoint_folder: P
 def test_a_merge_has_it_beside_the_bases_own_bytes(
     share: float, trained: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    result, merged = TrainResult.read(trained / "train.json"), tmp_path / "merged"
-    made = merge(trained, merged, wise_alpha=share, progress=silent)
-    before, after = Checkpoint(checkpoint_folder), Checkpoint(merged)
-    assert all(torch.equal(before.read(name), after.read(name)) for name in before.owner)
-    assert not merged_rung(checkpoint_folder, trained, merged, result.training, Shares(rest=share)).problems
-    assert (merged / KV_PREFIX).is_file() == bool(made.beside) == bool(share)
+    merged = tmp_path / "merged"
+    result = merged_beside(trained, checkpoint_folder, merged, KV_PREFIX, share)
     found = logits(load_plain(merged))
     assert torch.equal(found, logits(load_tuned(trained, result, Shares(rest=share))))
     assert torch.equal(found, logits(load_streamed(merged)))

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from beside import stopped_by
 from bundles import to_the_device
 from safetensors.torch import load_file, save_file
 from tiny import run, write_plan
 
 from edgeft.errors import ParityFailed
-from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.export import ProofRows, export, prove_bundle
+from edgeft.exporting.export import export
 from edgeft.exporting.rehearsal import go_through
 from edgeft.memory.train_step import beside
 from edgeft.merging.merge import merge
@@ -26,7 +26,6 @@ from edgeft.targets import optimum_script
 from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.portable_onnx import read_weights
 from edgeft.targets.target import load_target
-from edgeft.training.job_data import Data
 
 FP32, INT8 = load_target("onnx-portable-fp32"), load_target("onnx-portable-int8")
 pytestmark = pytest.mark.targets  # make test-targets has optimum's environment
@@ -63,17 +62,6 @@ def drop(file: Path) -> None:
     save_file({name: tensor * 0 if "up.weight" in name else tensor for name, tensor in tensors.items()}, file)
 
 
-def stopped_by(place: Path, bundle: Path) -> str:
-    """What the ladder says of a bundle; nothing where it passes."""
-    merged = MergedCheckpoint.read(place / "merged" / "merged.json")
-    rows = ProofRows.of(Data.read(merged.train.plan, train=False), merged.train.plan)
-    try:
-        prove_bundle(place / "train", place / "merged", merged, FP32, rows, ArtifactModel(bundle), silent)
-    except ParityFailed as problem:
-        return str(problem.where)
-    return ""
-
-
 @pytest.mark.parametrize("fault", [halve, drop])
 @pytest.mark.parametrize(
     ("file", "rung"),
@@ -84,9 +72,9 @@ def test_the_ladder_stops_an_adapter_that_is_not_what_was_trained(
 ) -> None:
     for name in ("train", "merged"):
         shutil.copytree(trained / name, tmp_path / name)
-    assert stopped_by(tmp_path, bundle) == ""
+    assert stopped_by(tmp_path, bundle, FP32) == ""
     fault(tmp_path / file)
-    assert rung in stopped_by(tmp_path, bundle)
+    assert rung in stopped_by(tmp_path, bundle, FP32)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -95,7 +83,7 @@ def test_the_ladder_stops_a_graph_whose_adapters_are_gone_or_halved(
 ) -> None:
     merge(trained / "train", tmp_path / "merged", wise_alpha=share, progress=silent)
     build_bundle(tmp_path / "merged", FP32, tmp_path / "bundle", prompts=[], measure=False)
-    assert "'artifact' against 'merged'" in stopped_by(trained, tmp_path / "bundle")
+    assert "'artifact' against 'merged'" in stopped_by(trained, tmp_path / "bundle", FP32)
 
 
 def test_eight_bits_are_as_many_as_planned(trained: Path, tmp_path: Path) -> None:

@@ -11,18 +11,17 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from beside import stopped_by
 from bundles import reseal, script, to_the_device
 from safetensors.torch import load_file, save_file
 from tiny import run, write_plan
 
 from edgeft.errors import ParityFailed
-from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput
-from edgeft.exporting.export import ProofRows, export, prove_bundle
+from edgeft.exporting.export import export
 from edgeft.exporting.rehearsal import go_through
 from edgeft.merging.merge import merge
-from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.headers import KV_PREFIX
 from edgeft.models.spec import read_model_spec
@@ -32,7 +31,6 @@ from edgeft.targets.footprint import predict
 from edgeft.targets.portable_onnx import read_weights
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
-from edgeft.training.job_data import Data
 
 FP32 = load_target("onnx-portable-fp32")
 pytestmark = pytest.mark.targets  # make test-targets has optimum's environment
@@ -62,17 +60,6 @@ def bundle(trained: Path) -> Path:
     prompts = [GoldenInput(text="Package: lib1\nSection:")]
     build_bundle(trained / "merged", FP32, trained / "bundle", prompts=prompts, measure=False)
     return trained / "bundle"
-
-
-def stopped_by(place: Path, bundle: Path) -> str:
-    """What the ladder says of a bundle; nothing where it passes."""
-    merged = MergedCheckpoint.read(place / "merged" / "merged.json")
-    rows = ProofRows.of(Data.read(merged.train.plan, train=False), merged.train.plan)
-    try:
-        prove_bundle(place / "train", place / "merged", merged, FP32, rows, ArtifactModel(bundle), silent)
-    except ParityFailed as problem:
-        return str(problem.where)
-    return ""
 
 
 def shifted(tensors: Tensors) -> Tensors:
@@ -122,9 +109,9 @@ def test_the_ladder_stops_a_prefix_that_is_not_what_was_trained(
 ) -> None:
     for name in ("train", "merged"):
         shutil.copytree(trained / name, tmp_path / name)
-    assert stopped_by(tmp_path, bundle) == ""
+    assert stopped_by(tmp_path, bundle, FP32) == ""
     plant(fault, tmp_path / file)
-    assert rung in stopped_by(tmp_path, bundle)
+    assert rung in stopped_by(tmp_path, bundle, FP32)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -138,7 +125,7 @@ def test_a_bundle_whose_prefix_is_another_is_not_what_was_exported(
     damaged = script(place, "a prompt")
     assert damaged.returncode == 4 and f"{KV_PREFIX}: " in damaged.stderr
     reseal(place, lambda manifest: None)
-    assert "'artifact' against 'merged'" in stopped_by(trained, place)
+    assert "'artifact' against 'merged'" in stopped_by(trained, place, FP32)
     assert script(place, "--verify").returncode == 4
 
 
@@ -162,7 +149,7 @@ def test_a_runner_that_begins_otherwise_is_stopped(
     runner = runner_module()
     right = runner.read_past
     monkeypatch.setattr(runner, "read_past", lambda *given: fault(*right(*given)))
-    assert "'artifact' against 'merged'" in stopped_by(trained, bundle)
+    assert "'artifact' against 'merged'" in stopped_by(trained, bundle, FP32)
 
 
 def test_positions_behind_the_prefix_are_what_the_proof_compares(
@@ -175,7 +162,7 @@ def test_positions_behind_the_prefix_are_what_the_proof_compares(
     module: dict[str, Any] = {"__name__": "faulty", "__file__": runner.__file__}
     exec(compile(source.replace(right, "numpy.arange(self.done, total"), "faulty", "exec"), module)
     monkeypatch.setattr(runner.OnnxRuntimeSession, "append", module["OnnxRuntimeSession"].append)
-    assert "'artifact' against 'merged'" in stopped_by(trained, bundle)
+    assert "'artifact' against 'merged'" in stopped_by(trained, bundle, FP32)
 
 
 def test_eight_bits_are_proven_with_it(trained: Path, tmp_path: Path) -> None:
