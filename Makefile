@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -161,8 +161,9 @@ bench-stages: .venv/installed  ## predicted against measured peaks of merge and 
 bench-same-bytes: .venv/installed-dev  ## bundles of 135M and 1B beside those that the runtime's builder rounds by itself, byte for byte
 	$(py) bench/same_bytes.py
 
-bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama])
-	$(py) bench/decode.py
+shape ?= 135m
+bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama]): shape=135m, 0.5b or 1b
+	$(py) bench/decode.py $(shape)
 
 bench-cuda: .venv/installed  ## planned against measured bytes on the GPU that is here
 	$(py) bench/gpu.py
@@ -181,6 +182,9 @@ bench-sweep:  ## the share of the fine-tune that a sweep takes on the default jo
 rows ?= 1000
 bench-smollm2: .venv/installed-dev  ## a real 135M model from a package, two tasks, every int4 and what auto ends in (rows=200 is shorter)
 	$(py) bench/smollm2.py --rows $(rows)
+
+bench-emulated: .venv/installed-dev  ## three bundles on an emulated Raspberry Pi 5: golden vectors, tokens that differ from here, memory
+	$(py) bench/emulated.py
 
 bench-kv-cache: .venv/installed-dev  ## a KV cache of 8 bits beside the runtime's own on that model: memory, loss, long rows
 	$(py) bench/kv_cache.py --rows $(if $(filter 1000,$(rows)),200,$(rows))
