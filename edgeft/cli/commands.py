@@ -10,7 +10,19 @@ import typer
 from rich.console import Group
 
 from edgeft.api import current, deploying, merging, plan_and_train
-from edgeft.cli.screen import JsonOption, OutOption, Reporter, need, say, show, stderr, stopping
+from edgeft.cli.screen import (
+    ColumnsOption,
+    DataOption,
+    JsonOption,
+    OutOption,
+    Reporter,
+    need,
+    say,
+    show,
+    stderr,
+    stopping,
+)
+from edgeft.data.sources import by_role
 from edgeft.documents import cache_folder, sha256_file
 from edgeft.errors import BadInput
 from edgeft.settings.job import ALL_THAT_FIT, parse_settings
@@ -28,11 +40,12 @@ def plan(
     profile: Annotated[
         str, typer.Option(help="hardware profile: a name from `edgeft show profiles`, or a TOML file")
     ] = "cpu",
-    data: Annotated[str | None, typer.Option(help="training data: jsonl, csv, parquet or a hub dataset id")] = None,
+    data: DataOption = None,
     valid: Annotated[
-        str | None, typer.Option(help="validation data; held out of the training data when absent")
+        list[str] | None, typer.Option(help="validation data; held out of the training data when absent")
     ] = None,
-    test: Annotated[str | None, typer.Option(help="test data, scored before and after every stage")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="test data, scored before and after every stage")] = None,
+    columns: ColumnsOption = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft show settings")
     ] = None,
@@ -61,7 +74,7 @@ def plan(
         values["max_memory_bytes"] = parse_bytes(max_memory)
     if max_seconds is not None:
         values["max_seconds"] = max_seconds
-    values |= {"model": model, "profile": profile, "data": data, "valid": valid, "test": test}
+    values |= {"model": model, "profile": profile, **by_role(data or [], valid or [], test or [], columns)}
     path = out or default_out(profile, "plan.json")
     written = None if str(path) == "-" else path
     if verify_here and written is None:

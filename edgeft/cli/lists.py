@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from edgeft.api import reports
-from edgeft.cli.screen import JsonOption, Reporter, stderr, stdout
+from edgeft.cli.screen import ColumnsOption, JsonOption, Reporter, stderr, stdout
 from edgeft.errors import BadInput
 from edgeft.settings.job import parse_settings
 
@@ -65,10 +65,14 @@ def report(
 
 
 def data(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="jsonl, csv, parquet or a hub dataset id")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="as `edgeft plan --data` takes them: files, patterns, hub ids"),
+    ],
     model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id: its tokenizer is used")],
     rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
     max_length: Annotated[int | None, typer.Option(min=8, help="cut samples to so many tokens, as a plan does")] = None,
+    columns: ColumnsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what of a data file trains: the first rows with their trained tokens marked, and what is not used, and why.
@@ -76,13 +80,15 @@ def data(
     Rows that cannot be used are refused with their lines (exit 1).
     """
     from edgeft.data.dataset import TextTokenizer, data_text, report_data
+    from edgeft.data.sources import by_role
 
     folder = Path(model)
     if not folder.is_dir():
         from edgeft.models.headers import local_folder
 
         folder = local_folder(model)
-    found = report_data(file, TextTokenizer(folder), max_length, rows)
+    source = by_role(files, columns=columns)["data"] or ""
+    found = report_data(source, TextTokenizer(folder), max_length, rows)
     if as_json:
         sys.stdout.write(found.model_dump_json() + "\n")
     else:

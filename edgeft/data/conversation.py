@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from edgeft.data.formats import SHAPES, as_known
+from edgeft.data.json_values import parse_json
 from edgeft.data.tokenizer import TextTokenizer
 
-COLUMNS = ("{'prompt', 'completion'}", "{'messages'}", "{'text'}")
+COLUMNS = (*("{" + ", ".join(map(repr, shape.columns)) + "}" for shape in SHAPES), "{'text'}")
 PromptFormat = Literal["plain", "chat"]
 
 MARKS = ("loss", "train", "training", "weight")  # keys of a message that say whether it trains
@@ -44,13 +45,14 @@ class Row:
         return self.text[: self.border]
 
 
-def to_row(value: Any, tokenizer: TextTokenizer) -> Row:
-    """A row of a file as text and trained spans.
+def to_row(value: Any, tokenizer: TextTokenizer, columns: Mapping[str, str] | None = None) -> Row:
+    """A row of a file as text and trained spans; `columns` names its own columns by those of a known shape.
 
     Raises ValueError for one that cannot be decided, BadInput (where: TEMPLATE) for what the chat template refuses.
     """
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {type(value).__name__}")
+    value, shape = as_known(value, columns)
     if "messages" in value:
         row, used = _chat(value, tokenizer), {"messages", "tools"}
     elif "prompt" in value or "completion" in value:
@@ -68,27 +70,8 @@ def to_row(value: Any, tokenizer: TextTokenizer) -> Row:
             f"holds half of a surrogate pair, {problem.object[problem.start]!r}, which is no text"
         ) from None
     unused = [key for key in value if key not in used and value[key] not in (None, "")]
-    return replace(row, remarks=(*row.remarks, *(f"the key {key!r} is not used" for key in unused)))
-
-
-def parse_json(text: str) -> Any:
-    """A JSON value, or the ValueError that says what is wrong with the text: a key given twice is."""
-
-    def once(pairs: list[tuple[str, Any]]) -> Message:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-        return value
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as problem:
-        return ValueError(f"not JSON: {problem}")
-    except ValueError as problem:
-        return problem
-    except RecursionError:
-        return ValueError("not JSON that can be read: it is nested too deeply")
+    read = [f"read as {shape}"] if shape else []
+    return replace(row, remarks=(*read, *row.remarks, *(f"the key {key!r} is not used" for key in unused)))
 
 
 def _text(value: Message, key: str) -> str:
@@ -142,11 +125,7 @@ def _chat(value: Message, tokenizer: TextTokenizer) -> Row:
 
 def _messages(messages: Any) -> list[Message]:
     """The messages of a row, checked, without keys that hold nothing (a table has every key in every row)."""
-    if isinstance(messages, str):  # csv holds it as JSON text
-        messages = parse_json(messages)
-        if isinstance(messages, Exception):
-            raise ValueError(f"'messages' is {messages}")
-    if not isinstance(messages, list) or not messages:
+    if not messages:
         raise ValueError(f"'messages' must be a list of {{'role', 'content'}}, got {messages!r:.60}")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

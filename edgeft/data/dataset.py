@@ -17,8 +17,9 @@ from edgeft.data.labels import AskedAnswers
 from edgeft.data.rows import each_row, read_rows
 from edgeft.data.samples import IGNORED, Sample, each_sample, hold_out, to_samples
 from edgeft.data.scoring_groups import Size
+from edgeft.data.sources import digest, files
 from edgeft.data.tokenizer import TextTokenizer
-from edgeft.documents import Strict, sha256_file
+from edgeft.documents import Strict
 
 __all__ = [
     "COLUMNS", "IGNORED", "PromptFormat", "Row", "Sample", "TextTokenizer", "hold_out", "read_rows", "to_samples",
@@ -86,15 +87,15 @@ def measure_lengths(source: str, tokenizer: TextTokenizer, max_length: int | Non
 
 def measure(source: str, tokenizer: TextTokenizer, max_length: int | None = None) -> Measured:
     """All that a plan asks of a data file; every row is tokenised. Raises what `read_rows` raises."""
-    path = Path(source)
-    if not path.is_file():
+    found = files(source)
+    if not found:
         return _measured(source, tokenizer, max_length)
-    return _measured_once(source, str(tokenizer.folder), max_length, *_stamps(path, tokenizer.folder))
+    return _measured_once(source, str(tokenizer.folder), max_length, *_stamps(found, tokenizer.folder))
 
 
-def _stamps(path: Path, folder: Path) -> tuple[tuple[int, int, int], ...]:
+def _stamps(found: Sequence[Path], folder: Path) -> tuple[tuple[int, int, int], ...]:
     """By which a file or a tokenizer that has changed is told from the one that was read."""
-    stats = [file.stat() for file in (path, *sorted(folder.glob("*.j*"))) if file.is_file()]
+    stats = [file.stat() for file in (*found, *sorted(folder.glob("*.j*"))) if file.is_file()]
     return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
 
 
@@ -116,7 +117,7 @@ def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> 
     lengths, trained = [size.tokens for size in sizes], [size.trained for size in sizes]
     found = Lengths(
         path=source,
-        sha256=sha256_file(Path(source)) if Path(source).is_file() else "",
+        sha256=digest(source),
         rows=len(lengths),
         longest=max(lengths),
         median=int(statistics.median(lengths)),

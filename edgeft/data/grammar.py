@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from edgeft.data.conversation import parse_json
 from edgeft.data.grammar_ends import endless_lark, endless_regex, endless_schema
+from edgeft.data.json_values import parse_json
 from edgeft.data.labels import Label
 from edgeft.documents import Strict
 from edgeft.errors import BadInput

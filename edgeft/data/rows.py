@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from edgeft.data.conversation import COLUMNS, PromptFormat, Row, parse_json, to_row
+from edgeft.data.conversation import COLUMNS, PromptFormat, Row, to_row
+from edgeft.data.json_values import parse_json
+from edgeft.data.sources import parts
 from edgeft.data.tokenizer import TEMPLATE, TextTokenizer
 from edgeft.errors import BadInput, MissingExtra
 
@@ -26,15 +28,15 @@ def each_row(source: str, tokenizer: TextTokenizer, most: int | None = None) -> 
 
     It names the file and the first broken lines, all of them counted.
     """
-    hint = "a row is one of " + ", ".join(COLUMNS)
+    hint = "a row is one of " + ", ".join(COLUMNS) + "; others by --columns prompt=question,completion=answer"
     kinds: set[tuple[PromptFormat, bool]] = set()
     broken: list[str] = []
     count = 0
-    for place, value in islice(_read_values(source), most):
+    for place, value, columns in islice(_each_value(source), most):
         try:
             if isinstance(value, Exception):
                 raise ValueError(str(value))
-            row = to_row(value, tokenizer)
+            row = to_row(value, tokenizer, columns)
         except ValueError as problem:
             broken.append(f"{place}: {problem}")
             continue
@@ -53,7 +55,17 @@ def each_row(source: str, tokenizer: TextTokenizer, most: int | None = None) -> 
     if not count:
         raise BadInput(source, "there are no rows in it", hint)
     if len(kinds) > 1:
-        raise BadInput(source, "rows of different kinds are mixed", "use one of " + ", ".join(COLUMNS) + " throughout")
+        hint = "use chats, prompts with completions, or texts throughout; a system message makes a chat of a prompt"
+        raise BadInput(source, "rows of different kinds are mixed", hint)
+
+
+def _each_value(source: str) -> Iterator[tuple[str, Any, Mapping[str, str]]]:
+    """(where, row as a dict or the error that it is, its columns by known names) of all that a source names."""
+    found = parts(source)
+    for part in found:
+        before = f"{Path(part.place).name}, " if len(found) > 1 else ""
+        for place, value in part.chosen(_read_values(part.place)):
+            yield f"{before}{place}", value, part.columns
 
 
 def _read_values(source: str) -> Iterator[tuple[str, Any]]:
@@ -65,7 +77,7 @@ def _read_values(source: str) -> Iterator[tuple[str, Any]]:
             raise BadInput(source, "no such data file", "give a .jsonl, .csv or .parquet file, or a hub dataset id")
         yield from _numbered("row", _hub_rows(source))
     elif path.is_dir():
-        raise BadInput(source, "is a folder", "give one data file")
+        raise BadInput(source, "is a folder", "give one data file; as --data a folder with train.jsonl is one")
     elif name.endswith(".parquet"):
         yield from _numbered("row", _parquet_rows(path))
     elif name.endswith((".jsonl", ".json", ".csv")):

@@ -13,6 +13,7 @@ import numpy
 
 from edgeft.data.dataset import Sample, TextTokenizer, read_samples
 from edgeft.data.rows import each_row
+from edgeft.data.sources import names
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, QualityLost
 from edgeft.exporting.adapters import AdapterSource
@@ -263,7 +264,7 @@ def made_from(result: TrainResult, folder: Path) -> list[Component]:
     for role, source in zip(DATA, (job.data, job.valid, job.test), strict=True):
         if source is not None:
             digest = result.inputs.get(role, "")  # none of a hub dataset
-            found.append(Component("data", Path(source).name if digest else source, role, sha256=digest))
+            found.append(Component("data", names(source) if digest else source, role, sha256=digest))
     return found
 
 

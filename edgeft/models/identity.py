@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgeft.data.sources import digest
 from edgeft.documents import cache_folder, sha256_file, sha256_json
 from edgeft.errors import BadInput
 from edgeft.models.headers import local_folder, weight_files
@@ -71,15 +72,11 @@ def model_inputs(folder: Path, *, weights: bool) -> Inputs:
     return found | ({WEIGHTS: weights_sha256(folder)} if weights else {})
 
 
-def data_files(job: Job) -> dict[str, Path]:
-    """The files of a job's data by role; a hub dataset is none."""
-    named = dict(zip(DATA, (job.data, job.valid, job.test), strict=True))
-    return {role: Path(source) for role, source in named.items() if source and Path(source).is_file()}
-
-
 def data_inputs(job: Job) -> Inputs:
-    """The hashes of a job's data files by role."""
-    return {role: sha256_of(path) for role, path in data_files(job).items()}
+    """The hashes of a job's data files by role; a hub dataset has none."""
+    named = dict(zip(DATA, (job.data, job.valid, job.test), strict=True))
+    found = {role: digest(source, sha256_of) for role, source in named.items() if source}
+    return {role: sha256 for role, sha256 in found.items() if sha256}
 
 
 def cached_folder(model: str) -> Path | None:

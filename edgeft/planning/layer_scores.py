@@ -15,6 +15,7 @@ from pathlib import Path
 import pydantic
 
 from edgeft import errors
+from edgeft.data.sources import files
 from edgeft.documents import cache_folder, saving, sha256_json, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.machines import processes
@@ -88,7 +89,7 @@ def _digest(plan: Plan, job: Job) -> str:
     names = MATTERS + (MATTERS_WHERE_ADAPTERS_TRAIN if job.layer_score in ("ablation", "progressive") else ())
     how = {name: value for name, value in plan.training.model_dump(mode="json").items() if name in names}
     read = model_inputs(folder, weights=True) | data_inputs(plan.job)
-    elsewhere = [source for source in (plan.job.data, plan.job.valid) if source and not Path(source).is_file()]
+    elsewhere = [source for source in (plan.job.data, plan.job.valid) if source and not files(source)]
     return sha256_json([job.layer_score, read, elsewhere, how, versions().get("edgeft", "")])
 
 

@@ -27,7 +27,7 @@ from edgeft.data.dataset import (
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, MissingExtra
 
-KINDS = "a row is one of {'prompt', 'completion'}, {'messages'}, {'text'}"
+KINDS = "a row is one of " + ", ".join(COLUMNS) + "; others by --columns prompt=question,completion=answer"
 USER, ANSWER = {"role": "user", "content": "Which section?"}, {"role": "assistant", "content": "utils"}
 SYSTEM = {"role": "system", "content": "You sort packages."}
 CHATS = {
@@ -220,7 +220,7 @@ def test_one_broken_line_in_six_thousand(tmp_path: Path, tokenizer: TextTokenize
         ("{", "not JSON: "),
         ("[1]", "expected an object, got list"),
         ("null", "expected an object, got NoneType"),
-        ({"question": "a", "answer": "b"}, "has none of the known columns, got ['answer', 'question']"),
+        ({"body": "a", "answer": "b"}, "has none of the known columns, got ['answer', 'body']"),
         ({}, "has none of the known columns, got []"),
         ({"prompt": "a"}, "'completion' is missing"),
         ({"completion": "a"}, "'prompt' is missing"),
@@ -247,7 +247,7 @@ def test_every_broken_row_is_named(row: Any, problem: str, write_rows: WriteRows
     count, line = caught.value.problem.split("\n")
     assert (caught.value.where, count) == (str(path), "1 of 3 rows cannot be used")
     assert line.startswith(f"line 2: {problem}") and (line == f"line 2: {problem}" or problem == "not JSON: ")
-    assert caught.value.hint == KINDS == "a row is one of " + ", ".join(COLUMNS)
+    assert caught.value.hint == KINDS
 
 
 def test_the_first_five_broken_rows_are_shown_and_all_are_counted(
@@ -291,7 +291,7 @@ def test_mixed_kinds(rows: list[Any], write_rows: WriteRows, tokenizer: TextToke
     path = write_rows("data.jsonl", rows)
     with pytest.raises(BadInput) as caught:
         read_rows(str(path), tokenizer)
-    hint = "use one of {'prompt', 'completion'}, {'messages'}, {'text'} throughout"
+    hint = "use chats, prompts with completions, or texts throughout; a system message makes a chat of a prompt"
     assert str(caught.value) == f"{path}: rows of different kinds are mixed\n\nhint: {hint}"
 
 
@@ -306,7 +306,10 @@ def test_a_missing_file(name: str, tmp_path: Path, tokenizer: TextTokenizer) -> 
 def test_a_folder_and_an_unknown_suffix(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     with pytest.raises(BadInput) as caught:
         read_rows(str(tmp_path), tokenizer)
-    assert str(caught.value) == f"{tmp_path}: is a folder\n\nhint: give one data file"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: is a folder\n\nhint: give one data file; as --data a folder with train.jsonl is one"
+    )
     path = tmp_path / "data.xlsx"
     path.write_bytes(b"PK")
     with pytest.raises(BadInput) as caught:

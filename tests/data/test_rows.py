@@ -147,10 +147,10 @@ def test_quotes_and_empty_lines_of_a_csv(tmp_path: Path, tokenizer: TextTokenize
 
 
 def test_keys_that_are_not_used_are_counted(write_rows: WriteRows, tokenizer: TextTokenizer) -> None:
-    rows = [{**PLAIN, "system": "be brief", "weight": 0}, {**PLAIN, "system": "", "id": None}, PLAIN]
+    rows = [{**PLAIN, "source": "mail", "weight": 0}, {**PLAIN, "source": "", "id": None}, PLAIN]
     found = measure_lengths(str(write_rows("data.jsonl", rows)), tokenizer)
-    assert found.remarks == {"the key 'system' is not used": 1, "the key 'weight' is not used": 1}
-    assert found.said[0].endswith("data.jsonl: 1 of 3 rows: the key 'system' is not used")
+    assert found.remarks == {"the key 'source' is not used": 1, "the key 'weight' is not used": 1}
+    assert found.said[0].endswith("data.jsonl: 1 of 3 rows: the key 'source' is not used")
 
 
 def test_keys_of_messages_that_a_template_does_not_look_at(write_rows: WriteRows, tokenizer: TextTokenizer) -> None:
@@ -372,17 +372,17 @@ def test_the_verb(write_rows: WriteRows, tokenizer_folder: Path, capsys: pytest.
     from edgeft.cli import data
 
     path = str(write_rows("data.jsonl", [{"prompt": "Which Section:", "completion": f" utils {i}"} for i in range(9)]))
-    data(path, model=str(tokenizer_folder), rows=2, max_length=None, as_json=False)
+    data([path], model=str(tokenizer_folder), rows=2, max_length=None, as_json=False)
     shown = capsys.readouterr().out
     assert shown.startswith(f"{path}: 9 rows, ") and "\nWhich Section:\u27e6 utils 0<|endoftext|>\u27e7\n" in shown
     assert "row 2, " in shown and "row 3, " not in shown
-    data(path, model=str(tokenizer_folder), rows=3, max_length=8, as_json=True)
+    data([path], model=str(tokenizer_folder), rows=3, max_length=8, as_json=True)
     made = json.loads(capsys.readouterr().out)
     assert (made["lengths"]["rows"], len(made["rows"]), made["stop_ids"]) == (9, 3, [0, 2])
     assert made["lengths"]["longest"] == 8 and made["lengths"]["cut_rows"] == 9
     broken = str(write_rows("broken.jsonl", [PLAIN, {"prompt": "a"}]))
     with pytest.raises(BadInput, match="line 2: 'completion' is missing"):
-        data(broken, model=str(tokenizer_folder))
+        data([broken], model=str(tokenizer_folder))
 
 
 def test_a_plan_says_what_of_its_data_trains_and_what_is_not_used(
