@@ -10,6 +10,7 @@ import torch
 
 from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.engine.nf4_codes import nf4_settings, quantise_on
+from edgeft.engine.tensor_by_tensor import fill, load_packed, multiply_in
 from edgeft.errors import BadInput
 from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT
@@ -45,11 +46,18 @@ def load_base(
         if device.type != "cuda" or not quantise_on(folder, cached, device, progress):
             quantise_aside(folder, cached)
     try:
-        model = load_whole(cached, dtype=compute, device_map={"": device})
+        return load_quantised(cached, compute, device)
     except BadInput as problem:
         raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None
-    compute_in(model, compute)
-    return model
+
+
+def load_quantised(folder: Path, compute: torch.dtype, device: torch.device) -> Any:
+    """The model of a 4-bit checkpoint, tensor by tensor; as transformers has it where it is put together from them."""
+    found = load_packed(folder, compute, device)
+    if found is None:
+        found = load_whole(folder, dtype=compute, device_map={"": device})
+        compute_in(found, compute)
+    return found
 
 
 def quantise_aside(folder: Path, out: Path) -> None:
@@ -92,19 +100,7 @@ def compute_in(model: Any, compute: torch.dtype) -> None:
                     setattr(part, name, value.clone())
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            _compute_in(module, compute)
-
-
-def _compute_in(linear: Any, compute: torch.dtype) -> None:
-    """Let a 4-bit Linear multiply in `compute`, with a backward pass.
-
-    In eval mode bitsandbytes packs the weights for its AVX512-BF16 kernel, which has none: every layer below would get
-    no gradient, and nothing would say so. Its backward pass unpacks to the dtype that was quantised.
-    """
-    linear.compute_dtype, linear.compute_type_is_set = compute, True
-    if getattr(linear.weight, "quant_state", None) is not None:
-        linear.weight.quant_state.dtype = compute
-    linear.train()
+            multiply_in(module, compute)
 
 
 def make_nf4(linear: Any, compute: torch.dtype) -> Any:
@@ -121,32 +117,14 @@ def make_nf4(linear: Any, compute: torch.dtype) -> Any:
         weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     ).to(weight.device)
     made.bias, made.source_cls = linear.bias, linear.source_cls
-    _compute_in(made, compute)
+    multiply_in(made, compute)
     return made
 
 
 def read_back(dropped: Iterable[Weight], folder: Path, training: Training, device: torch.device) -> None:
     """Give a model the weights that it let go of, from its base in `folder`, one at a time, as `load_base` has them."""
     nf4 = training.base_precision == "nf4"
-    files = Checkpoint(quantised_folder(folder) if nf4 else folder, packed=nf4)
-    for weight in dropped:
-        name = files.name_of(weight.name)
-        if weight.packed:
-            _read_packed(weight.module, files, name, device)
-        else:
-            value = files.read(name).to(device, weight.dtype)
-            weight.module._parameters[weight.key] = torch.nn.Parameter(value, requires_grad=False)
-
-
-def _read_packed(linear: Any, files: Checkpoint, name: str, device: torch.device) -> None:
-    from bitsandbytes import nn
-
-    kinds: Any = nn
-    stats = {own.removeprefix(f"{name}."): files.read(own) for own in files.owner if own.startswith(f"{name}.")}
-    linear._parameters["weight"] = kinds.Params4bit.from_prequantized(
-        files.read(name), stats, device=device, module=linear
-    )
-    _compute_in(linear, linear.compute_dtype)
+    fill(dropped, Checkpoint(quantised_folder(folder) if nf4 else folder, packed=nf4), device)
 
 
 def quantised_folder(folder: Path) -> Path:

@@ -229,10 +229,10 @@ def _loading(spec: ModelSpec, training: Training) -> list[Term]:
     """The weights, and what they are made from while they are."""
     weights, nf4 = _weights(spec, training), training.base_precision == "nf4"
     stored = weights.bytes if nf4 else spec.stored_bytes
-    if not nf4 and stored == weights.bytes and not spec.stacked:
-        stored = 0  # weights that stay as they are stored stay pages of their file
+    if not spec.stacked and (nf4 or stored == weights.bytes):
+        stored = 0  # 4-bit weights are read one at a time; those that stay as they are stored stay pages of their file
     found = [weights]
-    if training.device == "cuda" and nf4:
+    if training.device == "cuda" and nf4 and spec.stacked:
         # what stays dense is cast tensor by tensor, each beside its old self
         table = DTYPE_BYTES[training.compute_dtype] * spec.vocab_size * spec.hidden_size
         found.append(Term(name="cast", bytes=table, formula=f"{spec.vocab_size} x {spec.hidden_size}, twice"))

@@ -165,8 +165,11 @@ def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece."""
     terms = [_process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
     if training.base_precision == "nf4":
-        file = train_step.weight_bytes(spec, training)
-        terms.append(Term(name="weight file", bytes=file, formula="pages of the NF4 file"))
+        file, table = train_step.weight_bytes(spec, training), spec.vocab_size * spec.hidden_size
+        one = Term(
+            name="one tensor", bytes=table * DTYPE_BYTES[training.compute_dtype], formula=f"the largest, {table}"
+        )
+        terms.append(Term(name="weight file", bytes=file, formula="pages of the file") if spec.stacked else one)
     else:
         # tensors of the file's own dtype stay mapped from it; a cast makes new ones
         same = STORED_AS[training.base_precision] == spec.dtype

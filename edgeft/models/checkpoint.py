@@ -105,8 +105,11 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.owner[name].shape(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]]
+
     def itemsize(self, name: str) -> int:
-        return SAFETENSORS_DTYPES[self.owner[name].entries[name]["dtype"]].itemsize
+        return self.dtype(name).itemsize
 
     def find(self, name: str) -> str | None:
         """The name in these files of a model's parameter; None when no tensor, or more than one, has it.

@@ -18,6 +18,7 @@ from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines import limits
 from edgeft.machines.limits import Limit
 from edgeft.machines.profile import load_profile
+from edgeft.memory import stages
 from edgeft.memory.train_step import Phase
 from edgeft.merging.change import Change
 from edgeft.merging.merge import merge, peak_above_baseline
@@ -311,3 +312,13 @@ def test_paged_states_are_the_hosts() -> None:
     parameters = 32 * 8 * sum(part.in_features + part.out_features for part in made.spec.linears)
     assert paged == int(parameters * 2 * (1 + 4 / 256))
     assert term(phase(plan(LLAMA, "t4", optimizer="adamw8bit"), "train", "host"), "paged states") == 0
+
+
+def test_an_8b_model_in_4_bits_has_room_on_machines_of_16_gib() -> None:
+    """Read a tensor at a time, no page of its file is there beside it: laptops plan it, and every stage of the line."""
+    for profile in ("laptop-16gb", "t4"):
+        made = plan(str(CONFIGS / "llama-3.1-8b"), profile, target="ort-int4")
+        assert made.training.base_precision == "nf4" and made.peak_bytes <= made.budget_bytes
+        host = [*made.phases, *made.stages.phases] if profile == "laptop-16gb" else made.stages.phases
+        assert all(each.high_bytes - stages.file_bytes(each) <= 15 * GIB for each in host if each.where != "target")
+        assert {part.name for part in made.phases[0].terms}.isdisjoint({"weight file", "cast"})
