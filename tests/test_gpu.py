@@ -32,7 +32,8 @@ from edgeft.settings.job import Training, make_job
 from edgeft.training.out_of_memory import capped
 from edgeft.training.result import TrainResult
 from edgeft.training.step_down import step_down
-from edgeft.training.train import prepare, tf32, train, work_folder
+from edgeft.training.train import prepare, tf32, train
+from edgeft.training.work import work_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

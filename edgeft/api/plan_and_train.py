@@ -108,7 +108,7 @@ def train(
     from edgeft.training.promise import MORE_MEMORY
     from edgeft.training.step_down import step_down, taken, told
     from edgeft.training.train import train as carry_out
-    from edgeft.training.train import work_folder
+    from edgeft.training.work import work_folder
 
     _, _, deviations = choose_device(made, device)
     _announce(made, deviations, say)

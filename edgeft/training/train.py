@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from edgeft.data.dataset import Sample
-from edgeft.documents import saving, staging, versions
+from edgeft.documents import staging, versions
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.lisa import state_bytes
@@ -32,14 +28,7 @@ from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
 from edgeft.models.checkpoint import Checkpoint, local_folder
 from edgeft.models.evaluate import evaluate
-from edgeft.models.identity import (
-    WEIGHTS,
-    Inputs,
-    changed,
-    differences,
-    weights_sha256,
-    written_files,
-)
+from edgeft.models.identity import Inputs, written_files
 from edgeft.models.metrics import Metrics, UnitRecord
 from edgeft.models.parts import Parts, units
 from edgeft.planning.plan import Plan
@@ -60,37 +49,10 @@ from edgeft.training.prepare import (
 from edgeft.training.promise import above, check_budget, highest, promise
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
 from edgeft.training.step_down import taken
+from edgeft.training.stop import Stop
+from edgeft.training.work import open_work, work_folder
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-
-
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after this step; a second one stops at once.
-
-    Signals are the main thread's alone: training in another one leaves them as they are.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Stop:
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self.old = {number: signal.signal(number, self._ask) for number in numbers}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def work_folder(out: Path) -> Path:
-    """Where a run that has not ended keeps its checkpoints."""
-    return out.with_name(f".{out.name}.work")
 
 
 def train(
@@ -129,18 +91,6 @@ def train(
         del session
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result
-
-
-def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:
-    """`inputs`, kept in a run's work folder. Raises BadInput when the checkpoints there were made from others."""
-    kept = work / "inputs.json"
-    if any(work.glob("step-*")):
-        held = json.loads(kept.read_text()) if kept.is_file() else {}
-        if lines := differences(held, inputs, {WEIGHTS: base}):
-            hint = f"put the files back to go on, or start over: remove {work} and run the same command again"
-            raise changed(f"the checkpoint in {work}", lines, hint)
-    kept.write_text(json.dumps(inputs))
-    return inputs
 
 
 def refuse_several_processes() -> None:
@@ -188,13 +138,7 @@ class Session:
         folder = local_folder(plan.job.model)
         data = Data.read(plan)
         work = work_folder(out)
-        with saving(work):
-            work.mkdir(parents=True, exist_ok=True)
-            if (work / "plan.sha256").exists() and (work / "plan.sha256").read_text() != plan_sha256:
-                for old in work.glob("step-*"):  # checkpoints of another plan
-                    shutil.rmtree(old)
-            (work / "plan.sha256").write_text(plan_sha256)
-            inputs = settle_inputs(work, plan.inputs | {WEIGHTS: weights_sha256(folder)}, folder)
+        inputs = open_work(work, plan, plan_sha256, folder)
         progress("load", 0, 1, {})
         model, parts = prepare(here, device, compute, folder, progress)
         check_head(model, parts, data.train[0], device, compute)

@@ -27,7 +27,8 @@ from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.settings.job import make_job
 from edgeft.training.result import TrainResult
-from edgeft.training.train import train, work_folder
+from edgeft.training.train import train
+from edgeft.training.work import work_folder
 
 ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)

@@ -29,7 +29,8 @@ from edgeft.progress import silent
 from edgeft.settings.job import Job, make_job
 from edgeft.targets.target import load_target
 from edgeft.training.result import TrainResult
-from edgeft.training.train import train, work_folder
+from edgeft.training.train import train
+from edgeft.training.work import work_folder
 
 TARGET = load_target("ort-int4")
 ROWS = [

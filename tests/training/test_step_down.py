@@ -21,7 +21,7 @@ from edgeft.errors import BadInput, DoesNotFit
 from edgeft.planning.plan import MEMORY_ALONE, Plan, smaller_plan
 from edgeft.training.result import TrainResult
 from edgeft.training.step_down import less, step_down, taken
-from edgeft.training.train import work_folder
+from edgeft.training.work import work_folder
 
 LORA = {"tuner": "lora", "rank": 4, "base_precision": "fp32", "max_steps": 4, "epochs": 2.0, "batch_size": 16,
         "max_length": 200}  # fmt: skip

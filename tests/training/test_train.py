@@ -21,7 +21,7 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan
-from edgeft.training.train import work_folder
+from edgeft.training.work import work_folder
 
 
 @pytest.mark.parametrize(
