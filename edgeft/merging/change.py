@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,10 @@ from edgeft.merging.peft_folder import (
     read_adapter_config,
     token_indices,
 )
+from edgeft.merging.steps import Rows, Step, low_rank, multiply, replaced_by, rows_replaced, shift
 from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
-from edgeft.models.folding import folded, lengths
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
-
-# a range of a tensor's rows, fp32; a step turns the reader of W0 into the reader of Wft, given the number of rows
-Rows = Callable[[slice], torch.Tensor]
-Step = Callable[[Rows, int], Rows]
 
 Source = AdapterFile | Checkpoint
 
@@ -147,7 +142,7 @@ class Change:
         self.kind = config["peft_type"]
         if self.kind in BY_PEFT:
             for name, tensor in folded_by_peft(self.folder, self.base.folder).items():
-                self._add(name, tuple(tensor.shape), _stored(tensor))
+                self._add(name, tuple(tensor.shape), replaced_by(tensor))
             if self._tied and self.steps.keys() & {self.embedding, self._head}:
                 self._problems.append(f"{self.embedding}: {self.kind} on an embedding that is also the head")
             return True
@@ -197,14 +192,14 @@ class Change:
                 right = read("lora_A") * read("lora_E") if "lora_E" in have else read("lora_A")
                 return (right.T, read("lora_B").T) if transposed else (read("lora_B"), right)
 
-            step = _low_rank(factors, scale, magnitude, unit_is_row=not transposed)
+            step = low_rank(factors, scale, magnitude, unit_is_row=not transposed)
             shape = (inner, outer) if transposed else (outer, inner)
             self._add(weight, shape, step, 8 * rank * (inner + outer))
             if "lora_B.bias" in have:
-                self._add(module + ".bias", (outer,), _shift(lambda: read("lora_B.bias") * scale))
+                self._add(module + ".bias", (outer,), shift(lambda: read("lora_B.bias") * scale))
         elif have == {"lora_embedding_A", "lora_embedding_B"}:
             rank, tokens, width = *shapes["lora_embedding_A"], shapes["lora_embedding_B"][0]
-            step = _low_rank(
+            step = low_rank(
                 lambda: (read("lora_embedding_A").T, read("lora_embedding_B").T),
                 lora_scale(config, module, rank), magnitude, unit_is_row=False,
             )  # fmt: skip
@@ -214,10 +209,10 @@ class Change:
             length, axis = max(shapes["ia3_l"]), int(of_inputs != transposed)
             stored = self._stored_shape(self._find(weight))
             fits = len(stored) == 2 and stored[axis] == length
-            scales = _multiply(lambda: read("ia3_l").flatten(), axis)
+            scales = multiply(lambda: read("ia3_l").flatten(), axis)
             self._add(weight, stored if fits else shapes["ia3_l"], scales)
             if not of_inputs and self._find(module + ".bias"):
-                self._add(module + ".bias", (length,), _multiply(lambda: read("ia3_l").flatten(), 0))
+                self._add(module + ".bias", (length,), multiply(lambda: read("ia3_l").flatten(), 0))
         elif have == {"trainable_tokens_delta"}:
             indices = token_indices(config, module)
             stored = self._stored_shape(self._find(weight))
@@ -226,7 +221,7 @@ class Change:
             found = self._add(
                 weight,
                 stored if fits else (max(indices, default=0) + 1, width),
-                _rows_replaced(indices, lambda: read("trainable_tokens_delta")),
+                rows_replaced(indices, lambda: read("trainable_tokens_delta")),
             )
             self._follows |= {found} if found else set()
         else:
@@ -286,87 +281,3 @@ def _equal(one: tuple[Source, str], other: tuple[Source, str]) -> bool:
     return shape == second.shape(b) and all(
         torch.equal(first.read(a, part).double(), second.read(b, part).double()) for part in blocks(shape)
     )
-
-
-def _stored(tensor: torch.Tensor) -> Step:
-    """A tensor whose new value is at hand."""
-    return lambda rows, count: lambda part: tensor[part]
-
-
-def _low_rank(
-    factors: Callable[[], tuple[torch.Tensor, torch.Tensor]], scale: float,
-    magnitude: Callable[[], torch.Tensor] | None, *, unit_is_row: bool,
-) -> Step:  # fmt: skip
-    """W0 + scale L R with L (rows, r) and R (r, columns); DoRA scales each unit to its magnitude: m W / ||W||.
-
-    A unit is a row, or a column (Conv1D, embeddings), whose norm takes one pass over all rows.
-    """
-
-    def step(rows: Rows, count: int) -> Rows:
-        left, right = factors()
-
-        def added(part: slice) -> torch.Tensor:
-            return folded(rows(part), left[part], right, scale)
-
-        if magnitude is None:
-            return added
-        wanted = magnitude()
-        if unit_is_row:
-
-            def by_row(part: slice) -> torch.Tensor:
-                weight = added(part)
-                return weight.mul_((wanted[part] / lengths(weight))[:, None])
-
-            return by_row
-        squares = torch.zeros(right.shape[1], dtype=torch.float64)
-        for part in blocks((count, right.shape[1])):
-            squares += added(part).square_().sum(dim=0, dtype=torch.float64)
-        factor = wanted / squares.sqrt().float()
-        return lambda part: added(part).mul_(factor)
-
-    return step
-
-
-def _shift(by: Callable[[], torch.Tensor]) -> Step:
-    """A bias plus a vector."""
-
-    def step(rows: Rows, count: int) -> Rows:
-        vector = by()
-        return lambda part: rows(part) + vector[part]
-
-    return step
-
-
-def _multiply(by: Callable[[], torch.Tensor], axis: int) -> Step:
-    """IA3: every row (axis 0) or column (axis 1) times its own factor."""
-
-    def step(rows: Rows, count: int) -> Rows:
-        vector = by()
-
-        def scaled(part: slice) -> torch.Tensor:
-            block = rows(part)
-            if axis == 1:
-                return block * vector
-            return block * vector[part].reshape(-1, *[1] * (block.ndim - 1))
-
-        return scaled
-
-    return step
-
-
-def _rows_replaced(indices: list[int], values: Callable[[], torch.Tensor]) -> Step:
-    """Trained tokens: these rows have new values, all others keep theirs."""
-
-    def step(rows: Rows, count: int) -> Rows:
-        trained = values()
-
-        def replaced(part: slice) -> torch.Tensor:
-            block = rows(part).clone()
-            for index, row in zip(indices, trained, strict=True):
-                if part.start <= index < part.stop:
-                    block[index - part.start] = row
-            return block
-
-        return replaced
-
-    return step

@@ -21,9 +21,10 @@ from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.memory import disk, stages
 from edgeft.merging.beside import check_whole, write_beside
-from edgeft.merging.change import Change, Rows
+from edgeft.merging.change import Change
 from edgeft.merging.peft_folder import read_adapter_config
 from edgeft.merging.result import Merged, MergedCheckpoint, MergedForeign, Trained
+from edgeft.merging.steps import Rows
 from edgeft.models.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
 from edgeft.models.headers import blocks, lies_beside, refuse_beside
 from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
