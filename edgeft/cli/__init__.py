@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeft import __version__
-from edgeft.cli.commands import adapters, export, merge, plan, survival, train
+from edgeft.cli.commands import adapters, doctor, export, merge, plan, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
 from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.screen import say
@@ -46,7 +46,7 @@ def whole(
 
 
 # in the order of --help; `run` hands what follows to run.py
-for verb in (plan, train, merge, survival, export, adapters, run, verify, arm64, sign, report, data):
+for verb in (doctor, plan, train, merge, survival, export, adapters, run, verify, arm64, sign, report, data):
     app.command(**(PASSED_ON if verb is run else {}))(verb)
 app.command("show")(show_what)
 

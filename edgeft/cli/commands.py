@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 
-from edgeft.api import current, deploying, merging, plan_and_train
+from edgeft.api import current, deploying, doctoring, merging, plan_and_train
 from edgeft.cli.screen import (
     ColumnsOption,
     DataOption,
@@ -99,6 +99,34 @@ def _say_shortages(made: Plan, path: Path) -> None:
     folder = default_out(made.job.profile, "") if str(path) == "-" else path.parent
     for line in shortages(made.stages.disk, folder, cache_folder()):
         say(f"note: {line}")
+
+
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what is to be a base: a folder, or a GGUF file")],
+    base: Annotated[str | None, typer.Option(help="the model it was made from, for what it lacks")] = None,
+    repair: Annotated[
+        Path | None, typer.Option(help="write it here as a folder that trains, and how it was made")
+    ] = None,
+    values: Annotated[
+        bool, typer.Option("--values", help="also read every number, and name what is not finite")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a folder is, whether it can be trained, and what would put it right (exit 1 where it cannot).
+
+    Reads headers alone and runs nothing that lies in the folder.
+    """
+    from edgeft.reporting.diagnosis import diagnosis_text, repaired_text
+
+    with stopping("nothing was written"), Reporter(stderr) as progress:
+        if repair is not None:
+            made = doctoring.repair(folder, repair, base=base, progress=progress)
+            show(as_json, made, repaired_text(made, repair))
+            return
+        found = doctoring.doctor(folder, base=base, values=values, progress=progress)
+    show(as_json, found, diagnosis_text(found))
+    if found.verdict != "usable":
+        raise typer.Exit(1)
 
 
 def default_out(profile: str, stage: str) -> Path:

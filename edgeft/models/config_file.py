@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import BadInput
+from edgeft.models.doctor.kinds import Listing, adapter_base, forms_of, kind_of, models_below, refuse_pointer, see
 from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS
 
 
@@ -24,11 +25,23 @@ def config_path(model: str) -> Path:
         raise BadInput(model, "no such folder", hint)
     if (folder / "config.json").is_file():
         return folder / "config.json"
+    raise _no_config(model, folder, hint)
+
+
+def _no_config(model: str, folder: Path, hint: str) -> BadInput:
+    """The error for a folder without config.json: what it is instead, or where a model lies below it."""
     if (folder / "adapter_config.json").is_file():
-        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "an unnamed base"
-        hint = "give the base as the model, or merge the adapter into it first"
-        raise BadInput(model, f"is an adapter of {base}, not a model", hint)
-    raise BadInput(model, "has no config.json", hint)
+        base = adapter_base(folder) or "an unnamed base"
+        hint = "give the base as the model, or merge the adapter into it first: edgeft merge FOLDER --base BASE"
+        return BadInput(model, f"is an adapter of {base}, not a model", hint)
+    listing = Listing.read(folder)
+    kind, forms, below = kind_of(listing), forms_of(listing), models_below(folder)
+    if kind is not None or forms:
+        what = kind.words if kind is not None else f"{forms[0].words} without config.json"
+        return BadInput(model, f"is no model to train: {what}", f"{see(folder)} says what can be done")
+    if below:
+        return BadInput(model, "has no config.json, models lie below it", f"give one of them, such as {below[-1]}")
+    return BadInput(model, "has no config.json", hint)
 
 
 def _download(model: str) -> Path:
@@ -64,6 +77,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise BadInput(path, f"cannot be read: {problem.strerror}") from None
     except ValueError as problem:
+        refuse_pointer(path)
         raise BadInput(path, f"is not JSON: {problem}", COPY_AGAIN) from None
     if not isinstance(value, dict):
         raise BadInput(path, f"expected a JSON object, got {type(value).__name__}", COPY_AGAIN)

@@ -8,11 +8,12 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeft.errors import BadInput
+from edgeft.models.doctor.kinds import INDEX, Listing, forms_of, kind_of, refuse_pointer, see, words_of
 from edgeft.models.families import in_conv1d
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 # code in a safetensors header: its name in torch, and in config.json
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 FLOATING = ("F64", "F32", "F16", "BF16")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -39,7 +42,10 @@ OTHER_TOWER = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
 )
 PACKED = re.compile(r"(weight|packed|qzeros|blocks)[^.]*$")  # names of weights, and of what quantisers make of them
-WRAPPER = re.compile(r"(_orig_mod|module|_fsdp_wrapped_module|_forward_module|base_model\.model)\.")
+# what frameworks put into a model's own names, before them or before those of a part
+WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+OUTER = ("module.", "base_model.model.", "model.")  # the last only where every name has it, and goes on as a whole one
+WHOLE = ("model.", "lm_head.")
 LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.(.+)")
 LAYER_NUMBER = re.compile(r"(?<![^.])\d+\.")
 SHOWN = 8  # names in a message
@@ -52,6 +58,7 @@ class Header:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_pointer(path)
         try:
             with open(path, "rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
@@ -83,6 +90,14 @@ class Header:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.entries[name]["shape"])
 
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor, a few megabytes at a time."""
+        begin, end = self.entries[name]["data_offsets"]
+        with open(self.path, "rb") as file:
+            file.seek(self.start + begin)
+            for at in range(begin, end, 2**22):
+                yield file.read(min(2**22, end - at))
+
 
 Kind = TypeVar("Kind", bound=Header)
 
@@ -93,7 +108,13 @@ def lies_beside(folder: Path) -> str | None:
 
 
 def refuse_beside(folder: Path, what: str) -> None:
-    """Nothing. Raises BadInput for a folder with adapters beside its weights, which `what` would leave out."""
+    """Nothing. Raises BadInput for a folder with adapters beside its weights, which `what` would leave out.
+
+    PEFT's is not even left out: transformers loads it, over the base that it names.
+    """
+    if (folder / "adapter_config.json").is_file() and has_weights(folder):
+        problem = "holds an adapter beside its weights (adapter_config.json), which transformers would load instead"
+        raise BadInput(folder, problem, "move one of the two to a folder of its own")
     if (name := lies_beside(folder)) is not None:
         problem = f"holds adapters beside its weights ({name}), which {what} would leave out"
         raise BadInput(folder, problem, "use the base that they were trained on")
@@ -103,9 +124,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder in order. Raises BadInput with what to do when there are none."""
     if (folder / "model.safetensors").is_file():  # before the index, as transformers does
         return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        shards = sorted(set(_weight_map(index).values()))
+        shards = sorted(set(shard_map(index).values()))
         outside = [name for name in shards if Path(name).name != name]
         if outside:
             raise BadInput(index, "names files outside of its folder: " + ", ".join(outside), AGAIN)
@@ -113,16 +134,24 @@ def weight_files(folder: Path) -> list[Path]:
         if missing:
             raise BadInput(folder, "shards are missing: " + ", ".join(missing), "copy or download the whole checkpoint")
         return [folder / name for name in shards]
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        raise BadInput(folder, f"is an adapter of {base!r}, not a model", "give the base as --model, or merge it first")
-    if list(folder.glob("pytorch_model*.bin")):
-        hint = "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        raise BadInput(folder, "holds pickled weights (pytorch_model.bin), only safetensors are read", hint)
-    raise BadInput(folder, "holds no weights (model.safetensors)", "give a folder written by save_pretrained")
+    raise no_weights(folder)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def no_weights(folder: Path) -> BadInput:
+    """The error for a folder without safetensors: what it has in their place, and what leads on."""
+    listing = Listing.read(folder)
+    kind, forms = kind_of(listing), forms_of(listing)
+    if kind is not None:
+        return BadInput(folder, f"is {words_of(kind, folder)}, not a model", f"{see(folder)} says what can be done")
+    if not forms:
+        return BadInput(folder, "holds no weights (model.safetensors)", "give a folder written by save_pretrained")
+    names = ", ".join(listing.find(forms[0].marks, forms[0].unless)[:2])
+    problem = f"holds {forms[0].words} ({names}): only model.safetensors and its shards are read"
+    return BadInput(folder, problem, f"{see(folder)} says what can be done")
+
+
+def shard_map(index: Path) -> dict[str, str]:
+    """Which file of a sharded checkpoint has which tensor, as its index says. Raises BadInput."""
     try:
         named = json.loads(index.read_text())["weight_map"]
         return {str(name): str(shard) for name, shard in named.items()}
@@ -132,7 +161,17 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has weights at all: planning needs none."""
-    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return any((folder / name).is_file() for name in ("model.safetensors", INDEX))
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Nothing for a folder without any weights. Raises BadInput for other ones than safetensors.
+
+    They would be found out only when training begins.
+    """
+    listing = Listing.read(folder)
+    if not has_weights(folder) and (forms_of(listing) or kind_of(listing)):
+        raise no_weights(folder)
 
 
 def local_folder(model: str) -> Path:
@@ -164,17 +203,18 @@ def check_files(folder: Path, headers: Sequence[Header]) -> None:
     problems = [f"{name}: in {' and in '.join(places)}" for name, places in files.items() if len(places) > 1]
     if problems:
         raise refused(folder, "holds tensors twice", problems, "remove the files that are not of this checkpoint")
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file() and [header.path.name for header in headers] != ["model.safetensors"]:
-        told = _weight_map(index)
+        told = shard_map(index)
         problems = [f"{name}: not in {shard}" for name, shard in told.items() if files.get(name, [""])[0] != shard]
         if problems:
             raise refused(index, "names tensors that are not where it says", problems, AGAIN)
-    prefixes = Counter(match[0] for name in files if (match := WRAPPER.match(name)))
-    if prefixes:
-        prefix = prefixes.most_common(1)[0][0]
-        hint = f"save it again from the model inside, or rename its tensors: without {prefix!r}"
-        problem = f"{prefixes.total()} of {len(files)} tensors have names that begin with {prefix!r}"
+    plain = plain_names(files)
+    if prefixes := Counter(added(name, own) for name, own in plain.items() if name != own):
+        [(prefix, _)] = prefixes.most_common(1)
+        hint = f"{see(folder)} --repair OUT writes them without {prefix!r}"
+        how = "begin with" if any(name.startswith(prefix) for name in plain) else "hold"
+        problem = f"{prefixes.total()} of {len(files)} tensors have names that {how} {prefix!r}"
         raise BadInput(folder, f"{problem}: what wrapped the model was saved too", hint)
     packed = [
         f"{name}: {DTYPES[header.entries[name]['dtype']]}"
@@ -195,6 +235,29 @@ def read_headers(folder: Path, kind: Callable[[Path], Kind]) -> list[Kind]:
     return headers
 
 
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Every name, and the same without what frameworks wrap a model in."""
+    plain = {name: WRAPPER.sub("", name) for name in names}
+    while prefix := next((outer for outer in OUTER if _is_outer(outer, plain.values())), None):
+        plain = {name: own.removeprefix(prefix) for name, own in plain.items()}
+    return plain
+
+
+def _is_outer(prefix: str, names: Collection[str]) -> bool:
+    if prefix != "model.":
+        return any(name.startswith(prefix) for name in names)
+    insides = [name.removeprefix(prefix) for name in names]
+    return all(name.startswith(prefix) for name in names) and any(name.startswith(WHOLE) for name in insides)
+
+
+def added(name: str, own: str) -> str:
+    """What was put into a plain name, where it began with that, else the first piece of it."""
+    if name.endswith(own):
+        return name.removesuffix(own)
+    found = WRAPPER.search(name)
+    return found[0] if found else name
+
+
 def stored_dtype(headers: Sequence[Header]) -> str | None:
     """The floating dtype that most bytes are stored in, by its name in config.json."""
     counts: Counter[str] = Counter()
@@ -212,21 +275,13 @@ def check_tied(folder: Path, headers: Sequence[Header]) -> None:
     head = next((name for name in outside if name.endswith(HEADS)), None)
     if embedding is None or head is None:
         return
-    pair = [(outside[name], outside[name].entries[name]) for name in (embedding, head)]
-    same = pair[0][1]["shape"] == pair[1][1]["shape"] and pair[0][1]["dtype"] == pair[1][1]["dtype"]
-    if same and all(one == other for one, other in zip(*(_bytes(*each) for each in pair), strict=True)):
+    one, other = (outside[name].entries[name] for name in (embedding, head))
+    same = one["shape"] == other["shape"] and one["dtype"] == other["dtype"]
+    if same and all(a == b for a, b in zip(*(outside[n].blocks(n) for n in (embedding, head)), strict=True)):
         return
     hint = "say which is right: set tie_word_embeddings to false, or remove the head from the files"
     problem = f"config.json says that {head} and {embedding} are tied, the files hold two different tensors"
     raise BadInput(folder, problem, hint)
-
-
-def _bytes(header: Header, entry: dict[str, Any]) -> Iterator[bytes]:
-    begin, end = entry["data_offsets"]
-    with open(header.path, "rb") as file:
-        file.seek(header.start + begin)
-        for at in range(begin, end, 2**22):
-            yield file.read(min(2**22, end - at))
 
 
 def check_weights(folder: Path, spec: ModelSpec) -> str | None:
@@ -239,13 +294,21 @@ def check_weights(folder: Path, spec: ModelSpec) -> str | None:
     shapes = {name: header.shape(name) for header in headers for name in header.entries}
     if spec.tie_word_embeddings:
         check_tied(folder, headers)
-    if spec.counted_from == "config" and not any(OTHER_TOWER.search(name) for name in shapes):
-        problems = [*_layers(shapes, spec), *_around(shapes, spec)]
-        if not problems and (other := _count(shapes, spec)) != spec.total_parameters:
-            problems = [f"{other:,} parameters are stored, a model of this config has {spec.total_parameters:,}"]
-        if problems:
-            raise refused(folder, "does not hold the model of its config.json", problems, AGAIN)
+    if problems := shape_problems(shapes, spec):
+        raise refused(
+            folder, "does not hold the model of its config.json", problems, f"{AGAIN}; {see(folder)} says more"
+        )
     return stored_dtype(headers)
+
+
+def shape_problems(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> list[str]:
+    """What is missing, too many or of another shape among a model's tensors; [] where the config does not tell."""
+    if spec.counted_from != "config" or any(OTHER_TOWER.search(name) for name in shapes):
+        return []
+    problems = [*_layers(shapes, spec), *_around(shapes, spec)]
+    if not problems and (other := _count(shapes, spec)) != spec.total_parameters:
+        problems = [f"{other:,} parameters are stored, a model of this config has {spec.total_parameters:,}"]
+    return problems
 
 
 def refused(where: object, what: str, problems: list[str], hint: str) -> BadInput:

@@ -16,7 +16,7 @@ from edgeft.documents import Strict, invalid
 from edgeft.errors import BadInput
 from edgeft.models.config_file import check_kind, config_path, read_object, text_config
 from edgeft.models.families import COPY_AGAIN, ESSENTIAL, FAMILIES, SHAPE, SIZES, Family, Role, family_of
-from edgeft.models.headers import check_weights, has_weights
+from edgeft.models.headers import check_weights, has_weights, refuse_other_weights
 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}  # of an element in a checkpoint's files
 
@@ -91,7 +91,15 @@ def read_model_spec(model: str) -> ModelSpec:
     Where the folder has weights, their names and shapes must be those of the config, and their dtype is the spec's.
     """
     path = config_path(model)
-    config = read_object(path)
+    spec = spec_of(path, read_object(path), model)
+    if not has_weights(path.parent):
+        refuse_other_weights(path.parent)
+        return spec
+    return spec.model_copy(update={"dtype": check_weights(path.parent, spec) or spec.dtype})
+
+
+def spec_of(path: Path, config: dict[str, Any], model: str) -> ModelSpec:
+    """The spec of a config alone; of families that are not known, of the file in `path`. Raises BadInput."""
     check_kind(path, config)
     own = text_config(path, config)
     dtypes = [place.get(key) for place in (config, own) for key in ("dtype", "torch_dtype")]
@@ -105,12 +113,9 @@ def read_model_spec(model: str) -> ModelSpec:
     values["dtype"] = (told or ["float32"])[0]
     parts = (values["embedding_parameters"], values["head_parameters"], values["other_parameters"])
     try:
-        spec = ModelSpec(**values, total_parameters=sum(parts) + sum(values["layer_parameters"]))
+        return ModelSpec(**values, total_parameters=sum(parts) + sum(values["layer_parameters"]))
     except pydantic.ValidationError as problem:
         raise invalid(path, problem, ModelSpec) from None
-    if not has_weights(path.parent):
-        return spec
-    return spec.model_copy(update={"dtype": check_weights(path.parent, spec) or spec.dtype})
 
 
 def _from_family(path: Path, family: Family, config: dict[str, Any]) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def test_folder_without_config(tmp_path: Path) -> None:
 )
 def test_adapter_folder(base: str | None, shown: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    hint = "give the base as the model, or merge the adapter into it first"
+    hint = "give the base as the model, or merge the adapter into it first: edgeft merge FOLDER --base BASE"
     assert refused(str(tmp_path)) == f"{tmp_path}: is an adapter of {shown}, not a model\n\nhint: {hint}"
 
 
