@@ -12,6 +12,8 @@ python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: 
                             that parses, or none (exit 1)
 python run.py --batch FILE --out OUT   answers each line of a file, {"prompt": ...} or {"messages": ...}, into a line
                             of --json; what was killed goes on where it was; --serve: standard input, as it comes
+python run.py --serve 8080  OpenAI's /v1/chat/completions, /v1/completions and /v1/models, streamed where asked, on
+                            this machine alone unless a host is named; one answer at a time, 16 requests may wait
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
 python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
 
@@ -47,6 +49,7 @@ import json
 import math
 import os
 import platform
+import queue
 import stat
 import threading
 import time
@@ -2083,12 +2086,19 @@ def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = Non
         held = runner.labels is not None and not options.free
         if not held and options.min_probability is not None:
             raise RunError("--min-probability", "is for an answer that is held to labels, this one is not")
-        if runner.grammar is not None and not options.free and options.top_p < 1:
-            raise RunError("--top-p", "is for free answers, this one is held to a grammar", "--temperature draws it")
-        if held and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
-            raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
+        check_drawn(runner, options)
         runner.use(options.adapter)
     return runner
+
+
+def check_drawn(runner: Runner, options: argparse.Namespace) -> None:
+    """Raise RunError where an answer is to be drawn in a way that its form does not allow."""
+    if options.free:
+        return
+    if runner.grammar is not None and options.top_p < 1:
+        raise RunError("--top-p", "is for free answers, this one is held to a grammar", "--temperature draws it")
+    if runner.labels is not None and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
+        raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
 
 
 def continued(runner: Runner, options: argparse.Namespace, ids: list[int]) -> Iterator[int]:
@@ -2342,6 +2352,333 @@ def serve(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> i
     return 0
 
 
+HTTP_BYTES = 2**20  # of a request's body
+HTTP_SECONDS = 30  # that a client may take to send it
+ANSWER_SECONDS = 600  # after which an answer ends where it is
+MOST_WAITING, MOST_CONNECTIONS = 16, 64
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Of OpenAI's parameters: what an answer follows, what it does not depend on, and what may be sent at this value alone.
+FOLLOWED = ("messages", "prompt", "tools", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
+UNREAD = ("model", "user", "metadata", "store", "stream", "stream_options", "service_tier", "parallel_tool_calls")
+ALONE: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "stop": ([],), "logprobs": (False, 0), "frequency_penalty": (0,), "echo": (False,),
+    "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},), "tool_choice": ("auto",),
+}  # fmt: skip
+
+
+class Request:
+    """One request on its way through the thread that owns the model: `parts` are texts, then how it ended."""
+
+    def __init__(self, chat: bool, given: dict[str, Any]) -> None:
+        self.chat, self.given, self.created = chat, given, int(time.time())
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{os.urandom(12).hex()}"
+        self.parts: queue.Queue[Any] = queue.Queue()
+        self.gone = threading.Event()  # the client is: nobody waits for the rest
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.given.get("stream"))
+
+
+def checked(chat: bool, given: Any) -> dict[str, Any]:
+    """A request's body as one that can be answered. Raises RunError, which names what of it cannot."""
+    if not isinstance(given, dict):
+        raise RunError("body", f"is no JSON object: {given!r:.60}")
+    given = {key: value for key, value in given.items() if value is not None}
+    asked = "messages" if chat else "prompt"
+    for key, value in given.items():
+        if key not in (*FOLLOWED, *UNREAD) and not any(
+            value == each and isinstance(value, bool) == isinstance(each, bool) for each in ALONE.get(key, ())
+        ):
+            raise RunError(key, f"{value!r:.60} is not supported")
+    for key, kinds, lowest in (("temperature", (int, float), 0), ("top_p", (int, float), 0), ("seed", int, 0),
+                               ("max_tokens", int, 1), ("max_completion_tokens", int, 1)):  # fmt: skip
+        value = given.get(key, lowest)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value < float("inf"):
+            raise RunError(key, f"must be a number of at least {lowest}, got {value!r:.60}")
+    if asked not in given or ("prompt" in given) == ("messages" in given):
+        raise RunError(asked, "is missing" if asked not in given else "and the other kind are both there")
+    if not chat and not isinstance(given["prompt"], str):
+        raise RunError("prompt", f"must be a text, got {given['prompt']!r:.60}")
+    if "messages" in given:
+        given["messages"] = [
+            with_text(each) for each in as_messages("messages", given["messages"], None).messages or []
+        ]
+    return given
+
+
+def with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is a text, of parts of type text too."""
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+        raise RunError("messages", f"a content is no text: {content!r:.60}")
+    return {**message, "content": content}
+
+
+def handled(runner: Runner, options: argparse.Namespace, request: Request) -> None:
+    """Put a request's answer into its parts: texts as they come, then (why it ended, tokens, what else is said)."""
+    given, deadline = request.given, time.monotonic() + ANSWER_SECONDS
+    own = argparse.Namespace(**vars(options))
+    own.max_tokens = given.get("max_completion_tokens", given.get("max_tokens", options.max_tokens))
+    for key in ("temperature", "top_p", "seed"):
+        setattr(own, key, given.get(key, getattr(options, key)))
+    if not request.chat:
+        own.format = "plain"
+    check_drawn(runner, own)
+    tools = given.get("tools")
+    asked = as_messages("messages", given["messages"], tools) if request.chat else Asked(given["prompt"])
+    ids, made, said = prompt_ids(runner, own, asked), list[int](), dict[str, Any]()
+    if runner.labels is not None and not own.free:
+        said = choice(runner, own, ids)
+        made = said["ids"]
+        request.parts.put(said.pop("text"))
+    elif runner.grammar is not None and not own.free:
+        made = written(runner, own, ids)
+        request.parts.put(runner.decode(made))
+    else:
+        piece = runner.engine.decoder()
+        for token in continued(runner, own, ids):
+            made.append(token)
+            request.parts.put(piece(token))
+            if request.gone.is_set() or time.monotonic() > deadline:
+                break
+    held = (runner.labels or runner.grammar) and not own.free
+    most = min(own.max_tokens or MAX_TOKENS, runner.context_tokens - len(ids))
+    whole = held or (len(made) < most and time.monotonic() <= deadline)
+    usage = {"prompt_tokens": len(ids), "completion_tokens": len(made), "total_tokens": len(ids) + len(made)}
+    known = {key: said[key] for key in ("label", "probability", "runner_up") if key in said}
+    request.parts.put(("stop" if whole else "length", usage, known))
+
+
+def piece_of(request: Request, model: str, text: str | None, ended: Any = None, chunk: bool = False) -> dict[str, Any]:
+    """OpenAI's object for a whole answer, or for one chunk of it."""
+    why, usage, known = ended or (None, None, {})
+    choice: dict[str, Any] = {"index": 0, "finish_reason": why, **known}
+    if request.chat:
+        message = {} if text is None else {"role": "assistant", "content": text}
+        choice["delta" if chunk else "message"] = message
+        kind = "chat.completion.chunk" if chunk else "chat.completion"
+    else:
+        choice["text"], kind = text or "", "text_completion"
+    made = {"id": request.id, "object": kind, "created": request.created, "model": model, "choices": [choice]}
+    return made if chunk or usage is None else {**made, "usage": usage}
+
+
+def http_handler(name: str, host: str, waiting: queue.Queue[Request]) -> Any:
+    """The class that reads requests, hands them to the thread of the model, and writes what it makes of them."""
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version, timeout, server_version, sys_version = "HTTP/1.1", HTTP_SECONDS, "edgeft", ""
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing is written: what people ask is theirs."""
+
+        def do_GET(self) -> None:
+            listed = {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "edgeft"}]}
+            found = {"/v1/models": listed, "/health": {"status": "ok"}}.get(self.path.split("?")[0])
+            if self.is_ours():
+                self.send(200, found) if found else self.refuse(404, f"there is no {self.path!r:.80}")
+
+        def do_POST(self) -> None:
+            chat = {"/v1/chat/completions": True, "/v1/completions": False}.get(self.path.split("?")[0])
+            if not self.is_ours():
+                return
+            raw = self.body()
+            if raw is None:
+                return
+            if chat is None:
+                self.refuse(404, f"there is no {self.path!r:.80}")
+                return
+            try:
+                request = Request(chat, checked(chat, parse_json("body", raw, "")))
+            except RunError as problem:
+                self.refuse(400, f"{problem.where}: {problem.problem}")
+                return
+            try:
+                waiting.put_nowait(request)
+            except queue.Full:
+                self.refuse(503, f"{MOST_WAITING} requests are waiting already")
+                return
+            try:
+                self.answer(request)
+            except OSError:  # the client went away, or takes nothing any more
+                self.close_connection = True
+            finally:
+                request.gone.set()
+
+        def is_ours(self) -> bool:
+            """Whether the request is for this server: pages of the web must not reach it through a browser."""
+            origin = self.headers.get("Origin")
+            named = (self.headers.get("Host") or host).rpartition(":")[0].strip("[]") or self.headers.get("Host")
+            if origin is not None or (host in LOOPBACK and named not in LOOPBACK):
+                self.close_connection = True
+                self.refuse(403, "requests of web pages are not answered")
+                return False
+            return True
+
+        def body(self) -> bytes | None:
+            """What was sent; None after refusing it."""
+            length = self.headers.get("Content-Length", "")
+            if not length.isascii() or not length.isdigit():
+                self.close_connection = True
+                self.refuse(411, "a body needs a Content-Length")
+                return None
+            if int(length) > HTTP_BYTES:
+                self.close_connection = True
+                left = min(int(length), MOST_BYTES)
+                while left > 0 and (read := self.rfile.read(min(left, 2**16))):  # else the answer would not be read
+                    left -= len(read)
+                self.refuse(413, f"a body may have {HTTP_BYTES >> 20} MiB")
+                return None
+            return self.rfile.read(int(length))
+
+        def answer(self, request: Request) -> None:
+            texts: list[str] = []
+            while True:
+                try:
+                    part = request.parts.get(timeout=0.5)
+                except queue.Empty:
+                    if self.hung_up():
+                        return
+                    continue
+                if isinstance(part, RunError):
+                    self.fail(request, part, bool(texts))
+                    return
+                if not request.stream:
+                    if not isinstance(part, str):
+                        self.send(200, piece_of(request, name, "".join(texts), part))
+                        return
+                    texts.append(part)
+                    continue
+                if not texts:
+                    self.begin_events()
+                texts.append("")
+                if isinstance(part, str):
+                    self.event(piece_of(request, name, part, chunk=True))
+                    continue
+                self.event(piece_of(request, name, None, part, chunk=True))
+                if (request.given.get("stream_options") or {}).get("include_usage"):
+                    self.event({**piece_of(request, name, None, chunk=True), "choices": [], "usage": part[1]})
+                self.wfile.write(b"data: [DONE]\n\n")
+                return
+
+        def hung_up(self) -> bool:
+            import select
+            import socket
+
+            readable = select.select([self.connection], [], [], 0)[0]
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+
+        def fail(self, request: Request, problem: RunError, begun: bool) -> None:
+            text = f"{problem.where}: {problem.problem}"
+            if begun:
+                self.event({"error": {"message": text, "type": "server_error", "param": None, "code": None}})
+            else:
+                self.refuse(400, text)
+
+        def begin_events(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+
+        def event(self, made: dict[str, Any]) -> None:
+            self.wfile.write(b"data: " + json.dumps(made).encode("utf-8") + b"\n\n")
+            self.wfile.flush()
+
+        def refuse(self, status: int, problem: str) -> None:
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            self.send(status, {"error": {"message": problem, "type": kind, "param": None, "code": None}})
+
+        def send(self, status: int, made: dict[str, Any]) -> None:
+            raw = json.dumps(made).encode("utf-8")
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            if status == 503:
+                self.send_header("Retry-After", "1")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(raw)
+
+    return Handler
+
+
+def http_server(host: str, port: int, handler: Any) -> Any:
+    """A server with a thread a connection, of which there are so many at most. Raises RunError for a port in use."""
+    import socket
+    from http.server import ThreadingHTTPServer
+
+    free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, MOST_CONNECTIONS
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if free.acquire(blocking=False):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                free.release()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that went away while it was read or written to: nothing to say."""
+
+    try:
+        return Server((host, port), handler)
+    except (OSError, OverflowError) as problem:
+        raise RunError(f"--serve {host}:{port}", f"cannot listen there: {problem}", "name another port") from None
+
+
+def serve_http(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
+    """Answer OpenAI's requests until Ctrl-C. One thread owns the model; the others read, wait and write."""
+    host, port = options.serve
+    runner = ready(bundle, options, trusted)
+    if runner.task != "text-generation":
+        raise RunError("--serve", f"serves models that write text, this one does {runner.task}")
+    runner.keep_tokens = 1
+    waiting: queue.Queue[Request] = queue.Queue(MOST_WAITING)
+    server = http_server(host, port, http_handler(bundle.resolve().name, host, waiting))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving http://{shown}:{server.server_address[1]}/v1, Ctrl-C ends it", file=sys.stderr, flush=True)
+    try:
+        while True:
+            request = waiting.get()
+            if request.gone.is_set():
+                continue
+            try:
+                handled(runner, options, request)
+            except RunError as problem:
+                request.parts.put(problem)
+            except Exception as problem:  # one request must not end the server; what it was is told to who asked
+                request.parts.put(RunError("server", f"{type(problem).__name__}: {problem}"))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _served(text: str) -> tuple[str, int]:
+    """(host, port) of --serve: "8080", "127.0.0.1:8080", "[::1]:8080"."""
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port, or HOST:PORT, got {text!r}")
+    return host.strip("[]") or LOOPBACK[0], int(port)
+
+
 def _at_least(smallest: float, kind: type) -> Any:
     def read(text: str) -> Any:
         value = kind(text)
@@ -2383,7 +2720,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--messages", type=Path, help="instead of a prompt: a conversation as JSON, - reads it piped")
     action.add_argument("--batch", type=Path, help="answer a file of prompts or conversations, a line of JSON each")
     parser.add_argument("--out", type=Path, help="--batch: the file of the answers, in the same order")
-    action.add_argument("--serve", action="store_true", help="answer each line of standard input as it comes")
+    action.add_argument(
+        "--serve", nargs="?", const="-", metavar="[HOST:]PORT",
+        help="answer each line of standard input as it comes; with a port OpenAI's requests, on 127.0.0.1 unless named",
+    )  # fmt: skip
     parser.add_argument("--adapter", help="answer with this adapter of the bundle")
     parser.add_argument(
         "--max-tokens", type=_at_least(1, int), help=f"longest answer ({MAX_TOKENS}; held to a grammar: the context)"
@@ -2403,6 +2743,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--batch and --serve bring their prompts")
     if (options.batch is None) != (options.out is None):
         parser.error("--batch and --out belong together")
+    if options.serve not in (None, "-"):
+        try:
+            options.serve = _served(options.serve)
+        except argparse.ArgumentTypeError as problem:
+            parser.error(f"--serve {problem}")
     if options.no_check and (options.verify or options.public_key):
         parser.error("--no-check leaves out what --verify and --public-key ask for")
     return options
@@ -2440,6 +2785,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if options.batch:
             return answer_batch(options.bundle, options, trusted)
+        if options.serve is not None and options.serve != "-":
+            return serve_http(options.bundle, options, trusted)
         return (serve if options.serve else answer)(options.bundle, options, trusted)
     except RunError as problem:
         print(problem, file=sys.stderr)

@@ -18,7 +18,7 @@ from bundles import ROWS, bundle, reseal, save_tokenizer, script
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.exporting.artifact import ArtifactModel
-from edgeft.exporting.bundle import Bundle, readme
+from edgeft.exporting.bundle import Bundle, GoldenInput, readme
 from edgeft.machines import limits
 from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
@@ -619,5 +619,8 @@ def test_the_readme_says_how_to_run_it_and_how_to_keep_it_silent() -> None:
     text = (bundle("ort-int4") / "README.md").read_text(encoding="utf-8")
     assert "pip install onnxruntime-genai numpy" in text and 'python run.py "a prompt"' in text
     assert "ORT_DISABLE_TELEMETRY=1" in text and "system message" not in text
-    chat = readme(load_target("ort-int4"), "chat", "Be brief.\nBe kind.", ["a", "b"])
+    prompts = [{"role": "user", "content": said} for said in ("x" * 1001, "How large\n\nis it?")]
+    shown = [GoldenInput(messages=[each]) for each in prompts]
+    chat = readme(load_target("ort-int4"), "chat", "Be brief.\nBe kind.", ["a", "b"], (), shown)
+    assert "like this one:\n\n> How large\n>\n> is it?\n" in chat and "xxx" not in chat
     assert "> Be brief.\n> Be kind." in chat and "Adapters for `--adapter`: a, b." in chat

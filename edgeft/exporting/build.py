@@ -120,7 +120,7 @@ def build_bundle(
     with staging(out) as folder:
         reset_resident_peak()
         waiting = resident_bytes()
-        page = readme(target, prompt_format, system, [source.name for source in adapters], held_to)
+        page = readme(target, prompt_format, system, [source.name for source in adapters], held_to, prompts)
         with saving(out):
             answers = _hold(folder, held_to)
         filled = _fill(

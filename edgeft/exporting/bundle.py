@@ -156,10 +156,11 @@ def adapters_digest(train_sha256: Mapping[str, str]) -> str:
     return sha256_json(dict(train_sha256))
 
 
-SILENT = """run.py writes no file, but a batch's answers, and opens no connection. onnxruntime since 1.29 and
-onnxruntime-genai since 0.18 carry telemetry that is on by default; run.py switches it off. A program of your own that
-loads this model has to do that before it loads the runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment.
-`ORT_DISABLE_TELEMETRY=0` lets it on."""
+SILENT = """run.py writes no file, but a batch's answers, and opens no connection; with `--serve PORT` it listens, on
+this machine alone unless a host is named. onnxruntime since 1.29 and onnxruntime-genai since 0.18 carry telemetry that
+is on by default; run.py switches it off. A program of your own that loads this model has to do that before it loads the
+runtime: set `ORT_DISABLE_TELEMETRY=1` in its environment. `ORT_DISABLE_TELEMETRY=0` lets it on."""
+EXAMPLE_CHARACTERS = 1000  # of a prompt that is shown
 
 
 HELD = """It answers with one of {count} labels, the most probable one. `--json` adds its probability and the next best
@@ -171,23 +172,27 @@ within the context or `--max-tokens`). `--free` lets the model write what it wan
 
 
 def readme(
-    target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = (), held_to: HeldTo = ()
-) -> str:
-    """What a person who finds the folder on a device has to know, in a page."""
+    target: Target, prompt_format: PromptFormat, system: str | None, adapters: Sequence[str] = (), held_to: HeldTo = (),
+    prompts: Sequence[GoldenInput] = (),
+) -> str:  # fmt: skip
+    """What a person who finds the folder on a device has to know, in a page, one of the prompts as an example."""
     how = "a prompt goes through the model's chat template" if prompt_format == "chat" else "a text goes in as it is"
     lines = [
         "# A language model to run on a device",
         "",
         f"    pip install {' '.join(needed_packages(target, held_to))}",
         '    python run.py "a prompt"',
+        "    python run.py --serve 8080",
         "    python run.py --bench",
         "    python run.py --verify",
         "",
         f"Built for {target.runtime} ({target.name}); {how}. `python run.py --help` shows every option.",
     ]
+    if example := next(filter(None, map(_example, prompts)), None):
+        lines += ["", "It was trained on prompts like this one:", "", _quoted(example)]
     if system:
-        quoted = "\n".join(f"> {line}" for line in system.splitlines())
-        lines += ["", "It was trained with this system message, and run.py gives it (`--system ''`: none):", "", quoted]
+        lines += ["", "It was trained with this system message, and run.py gives it (`--system ''`: none):", ""]
+        lines += [_quoted(system)]
     if isinstance(held_to, Grammar):
         lines += ["", WRITTEN.format(file=held_to.file)]
     elif held_to:
@@ -196,6 +201,16 @@ def readme(
         lines += ["", "Adapters for `--adapter`: " + ", ".join(adapters) + "."]
     lines += ["", SILENT]
     return "\n".join(lines) + "\n"
+
+
+def _example(prompt: GoldenInput) -> str | None:
+    """What a user says in a prompt, where that is short enough to show."""
+    said = prompt.text if prompt.messages is None else prompt.messages[-1].get("content")
+    return said if isinstance(said, str) and said.strip() and len(said) <= EXAMPLE_CHARACTERS else None
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 
 class Bundle(Artifact):

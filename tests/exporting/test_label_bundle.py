@@ -255,3 +255,19 @@ def test_labels_need_training_data(checkpoint_folder: Path) -> None:
     with pytest.raises(BadInput, match="labels are the completions of the training data, and there is none"):
         edgeft.plan(model=str(checkpoint_folder), profile="cpu-8gb", answers="labels")
     assert Job.model_fields["answers"].default == "free"
+
+
+def test_a_served_label_comes_with_its_probability(line: Path) -> None:
+    runner, options = run.Runner(line / "bundle"), run.parse([])
+    prompt = rows_of(280, 1)[0]["prompt"]
+    alone = json.loads(answer(line / "bundle", prompt, "--json"))
+    request = run.Request(False, run.checked(False, {"prompt": prompt}))
+    run.handled(runner, options, request)
+    made = run.piece_of(request, "bundle", request.parts.get(), request.parts.get())
+    (choice,) = made["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (alone["text"], "stop")
+    assert {key: choice[key] for key in ("label", "probability", "runner_up")} == {
+        key: alone[key] for key in ("label", "probability", "runner_up")
+    }
+    with pytest.raises(run.RunError, match="labels are compared, not drawn"):
+        run.handled(runner, options, run.Request(False, run.checked(False, {"prompt": prompt, "temperature": 1})))
