@@ -107,16 +107,16 @@ def files(**content: str | bytes) -> Callable[[Path, Path], None]:
 # Trainer
 
 
-def trainer(base: Path, out: Path, **changes: Any) -> Path:
-    """What Trainer leaves in checkpoint-2: no tokenizer was given to it, its optimizer lies beside the weights."""
+def trainer(base: Path, out: Path, tokenizer: Any = None) -> Path:
+    """What Trainer leaves in checkpoint-2: its optimizer beside the weights, and a tokenizer where it was given one."""
     from transformers import Trainer, TrainingArguments
 
     ids = [{"input_ids": [3, 1, 4, 1], "labels": [3, 1, 4, 1]}] * 4
     arguments = TrainingArguments(
         output_dir=str(out.parent / "run"), max_steps=2, save_steps=2, per_device_train_batch_size=1, report_to=[],
-        use_cpu=True, disable_tqdm=True, logging_strategy="no", **changes,
+        use_cpu=True, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
-    Trainer(model=model_of(base), args=arguments, train_dataset=ids).train()
+    Trainer(model=model_of(base), args=arguments, train_dataset=ids, processing_class=tokenizer).train()
     (out.parent / "run" / "checkpoint-2").rename(out)
     return out
 

@@ -32,6 +32,7 @@ from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, stages
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.memory.train_step import Phase, Workload
+from edgeft.merging.ancestors import ancestors_of, provenance_of
 from edgeft.merging.merge import check_trained, verify_merged
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.peft_folder import lora_scale, read_adapter_config
@@ -148,7 +149,7 @@ def export(
         provenance={
             "merged.json": sha256_file(merged_folder / "merged.json"), "train.json": merged.input_sha256,
             "plan.json": merged.train.input_sha256, **merged.train.inputs, "device": profile.name if profile else "",
-        } | notes,
+        } | provenance_of(merged.ancestors) | notes,
         prove=prove, predicted_peak_bytes=expected_bytes, sources=made_from(merged.train, merged_folder),
         promotion=chosen.promotion if chosen else None, repair=chosen.repair if chosen else None,
         keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, rows=kept,
@@ -329,7 +330,8 @@ def export_adapters(
         device_bandwidth_bytes_per_second=profile.bandwidth_gb_per_second * 1e9 if profile else None,
         input_sha256=adapters_digest(digests),
         provenance={"base weights": results[first].base_sha256, "device": profile.name if profile else ""}
-        | {f"train.json of {name}": digest for name, digest in digests.items()},
+        | {f"train.json of {name}": digest for name, digest in digests.items()}
+        | provenance_of(ancestors_of(base)[0]),
         prove=prove,
         sources=list(components),
         adapters=sources,

@@ -20,6 +20,7 @@ from edgeft.documents import sha256_file, staging, versions
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.memory import disk, stages
+from edgeft.merging.ancestors import ancestors_of
 from edgeft.merging.beside import check_whole, write_beside
 from edgeft.merging.change import Change
 from edgeft.merging.peft_folder import read_adapter_config
@@ -160,8 +161,9 @@ def merge(
             untie_config(temporary)
         for _, done, count in write_checkpoint(source, temporary, changed):
             progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
+        ancestors, told = ancestors_of(folder)
         beside = write_beside(changed.change.beside, spec, temporary, shares)
-        notes += changed.notes(lies_beside(temporary), shares)
+        notes += told + changed.notes(lies_beside(temporary), shares)
         facts = {
             "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if tuned.result else ""),
             "versions": versions(),
@@ -179,6 +181,7 @@ def merge(
             "seconds": round(time.monotonic() - started, 2),
             "inputs": model_inputs(folder, weights=True),
             "files": written_files(temporary, "merged.json"),
+            "ancestors": ancestors,
             "notes": tuple(notes),
         }
         merged = tuned.merged(facts, out, sweep)

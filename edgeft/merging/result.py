@@ -20,6 +20,14 @@ class Trained(Strict):
     absolute: str
 
 
+class Ancestor(Strict):
+    """One folder that edgeft made and trained on: its record, and the hashes of what that was made from, by name."""
+
+    record: str
+    made: str
+    sha256: Inputs
+
+
 class Merged(Artifact):
     """merged.json: which share of which change was taken, and what it did to the weights."""
 
@@ -37,6 +45,7 @@ class Merged(Artifact):
     seconds: float
     inputs: Inputs  # of the base
     files: Inputs  # as they were written beside this document
+    ancestors: tuple[Ancestor, ...] = ()  # of the base, the nearest first
     notes: tuple[str, ...] = ()
 
     @property

@@ -187,7 +187,7 @@ def copy_side_files(source: Path, out: Path) -> None:
     """Copy config, tokenizer and template, everything of a checkpoint that is no weight."""
     for path in sorted(source.iterdir()):
         small = path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json")
-        if path.is_file() and small and path.name not in ("pretraining.json", "trainer_state.json"):
+        if path.is_file() and small and path.name not in ("pretraining.json", "trainer_state.json", "doctor.json"):
             shutil.copyfile(path, out / path.name)
 
 

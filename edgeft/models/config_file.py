@@ -88,7 +88,8 @@ def check_kind(path: Path, config: dict[str, Any]) -> None:
     """Raise BadInput for what is no causal language model in its original precision."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise BadInput(path, "missing model_type", 'add the family, as in "model_type": "llama"')
+        hint = f'add the family, as in "model_type": "llama"; {see(path.parent)} may know it'
+        raise BadInput(path, "missing model_type", hint)
     architecture, reason = next(iter(config.get("architectures") or ()), ""), ""
     if config.get("is_encoder_decoder"):
         reason = f"{kind} is an encoder-decoder"
@@ -101,7 +102,7 @@ def check_kind(path: Path, config: dict[str, Any]) -> None:
         raise BadInput(path, f"{reason}, so not a causal language model", hint)
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "method not named")
-        hint = "give the checkpoint it was quantised from; edgeft quantises in memory, and again on export"
+        hint = f"give the checkpoint it was quantised from; {see(path.parent)} says whether it can be unpacked"
         raise BadInput(path, f"is quantised ({method}); a merge needs the original-precision weights", hint)
 
 

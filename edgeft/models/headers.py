@@ -202,13 +202,15 @@ def check_files(folder: Path, headers: Sequence[Header]) -> None:
     files = {name: [h.path.name for h in headers if name in h.entries] for h in headers for name in h.entries}
     problems = [f"{name}: in {' and in '.join(places)}" for name, places in files.items() if len(places) > 1]
     if problems:
-        raise refused(folder, "holds tensors twice", problems, "remove the files that are not of this checkpoint")
+        hint = f"remove the files that are not of this checkpoint; {see(folder)} says whether it can be repaired"
+        raise refused(folder, "holds tensors twice", problems, hint)
     index = folder / INDEX
     if index.is_file() and [header.path.name for header in headers] != ["model.safetensors"]:
         told = shard_map(index)
         problems = [f"{name}: not in {shard}" for name, shard in told.items() if files.get(name, [""])[0] != shard]
         if problems:
-            raise refused(index, "names tensors that are not where it says", problems, AGAIN)
+            hint = f"{AGAIN}; {see(folder)} says whether it can be repaired"
+            raise refused(index, "names tensors that are not where it says", problems, hint)
     plain = plain_names(files)
     if prefixes := Counter(added(name, own) for name, own in plain.items() if name != own):
         [(prefix, _)] = prefixes.most_common(1)
@@ -222,7 +224,7 @@ def check_files(folder: Path, headers: Sequence[Header]) -> None:
         if header.entries[name]["dtype"] not in FLOATING and PACKED.search(name)
     ]  # fmt: skip
     if packed:
-        hint = "give the checkpoint it was quantised from; edgeft quantises in memory, and again on export"
+        hint = f"give the checkpoint it was quantised from; {see(folder)} says whether it can be unpacked"
         raise refused(folder, "holds packed bytes, not weights", packed, hint)
 
 
@@ -280,6 +282,7 @@ def check_tied(folder: Path, headers: Sequence[Header]) -> None:
     if same and all(a == b for a, b in zip(*(outside[n].blocks(n) for n in (embedding, head)), strict=True)):
         return
     hint = "say which is right: set tie_word_embeddings to false, or remove the head from the files"
+    hint += f"; {see(folder)} --repair OUT keeps both"
     problem = f"config.json says that {head} and {embedding} are tied, the files hold two different tensors"
     raise BadInput(folder, problem, hint)
 

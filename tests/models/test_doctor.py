@@ -56,8 +56,9 @@ def test_a_folder_is_named_and_refused_or_repaired(
     found = diagnose(folder)
     assert (found.verdict, case.says in found.reason) == (case.verdict, True), found
     if found.verdict != "usable" and not any(word in case.says for word in IN_TEXT):
-        with pytest.raises(BadInput):
+        with pytest.raises(BadInput) as refused:
             read_model_spec(str(folder))
+        assert not case.repair or "edgeft doctor" in str(refused.value) or "is not JSON" in str(refused.value)
     base = str(checkpoint_folder) if case.repair == "base" else None
     if not case.repair:
         if found.verdict == "not usable":

@@ -305,7 +305,10 @@ CAUSAL = (
             "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)" + AGAIN,
         ),
         ("[]", "expected a JSON object, got list" + AGAIN),
-        ("{}", 'missing model_type\n\nhint: add the family, as in "model_type": "llama"'),
+        (
+            "{}",
+            'missing model_type\n\nhint: add the family, as in "model_type": "llama"; edgeft doctor FOLDER may know it',
+        ),
         (
             {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
             "missing num_attention_heads\nmissing vocab_size" + AGAIN,
@@ -328,7 +331,7 @@ CAUSAL = (
             (
                 "is quantised (gptq); a merge needs the original-precision weights\n\n"
                 "hint: give the checkpoint it was quantised from; "
-                "edgeft quantises in memory, and again on export"
+                "edgeft doctor FOLDER says whether it can be unpacked"
             ),
         ),
         (
@@ -357,7 +360,7 @@ CAUSAL = (
 )
 def test_unusable_config(text: str | dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text if isinstance(text, str) else json.dumps(text))
-    assert refused(str(tmp_path)) == f"{tmp_path / 'config.json'}: {message}"
+    assert refused(str(tmp_path)) == f"{tmp_path / 'config.json'}: {message.replace('FOLDER', str(tmp_path))}"
 
 
 def test_model_type_that_transformers_does_not_know(tmp_path: Path) -> None:

@@ -110,8 +110,10 @@ def scaled(parts: Tensors, settings: dict[str, Any]) -> torch.Tensor:
 
 
 def blocks(parts: Tensors, settings: dict[str, Any]) -> torch.Tensor:
-    """A scale for each block of rows and columns; blocks at the edges are smaller."""
+    """A scale for each block of rows and columns, those at the edges smaller; or one for all."""
     stored, scales = parts["weight"].float(), parts["weight_scale_inv"].float()
+    if scales.ndim < 2:
+        return stored * scales
     rows, columns = settings.get("weight_block_size") or (128, 128)
     spread = scales.repeat_interleave(rows, 0)[: stored.shape[0]].repeat_interleave(columns, 1)[:, : stored.shape[1]]
     dense: torch.Tensor = stored * spread
