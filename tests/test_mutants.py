@@ -45,6 +45,7 @@ from edgeft.training.train import train
 
 TUNERS: dict[str, dict[str, Any]] = {
     "lora": {"tuner": "lora", "rank": 4},
+    "h-adapter": {"tuner": "h-adapter", "learning_rate": 0.1, "layers": "all"},
     "full": {"tuner": "full", "learning_rate": 3e-3},
     "lisa on nf4": {
         "tuner": "full", "layers": "lisa", "active_layers": 1, "base_precision": "nf4", "learning_rate": 3e-3
@@ -244,6 +245,16 @@ def learnt(change: Callable[[torch.Tensor, str, dict[str, torch.Tensor]], torch.
         tensors_of(place, each, "train/adapter_model.safetensors" if adapter else "train/changed*.safetensors")
 
     return plant
+
+
+def no_sum(files: str, ends: str) -> Any:
+    """Plants zeros for what is added to what attention gives, of the last layer."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        (name,) = [name for name in tensors if "layers.1." in name and name.endswith(ends)]
+        tensors[name] = torch.zeros_like(tensors[name])
+
+    return lambda place: tensors_of(place, change, files)
 
 
 def other_layer(move: torch.Tensor, name: str, moves: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -596,7 +607,7 @@ def faults_of_merging(tuner: str) -> list[Fault]:
 
 
 def faults() -> list[Fault]:
-    made = [fault for tuner in TUNERS for fault in faults_of_training(tuner)]
+    made = [fault for tuner in TUNERS if tuner != "h-adapter" for fault in faults_of_training(tuner)]
     made += [fault for tuner in ("lora", "full") for fault in faults_of_merging(tuner)]
     merged, stored = "merged against W0 + a (Wft - W0)", "stored against merged"
     run = {"ort-fp32": "artifact against merged", "ort-int4": "artifact against rounded",
@@ -612,6 +623,12 @@ def faults() -> list[Fault]:
         Fault("lora_alpha doubled before the merge", "lora", "ort-int4", merged, wrong_scale),
         Fault("the base changed after training", "lora", "ort-int4", "trained against train.json", another_base),
         Fault("the base changed after training", "lisa on nf4", "ort-int4", "trained against train.json", another_base),
+        Fault("attention's sum dropped", "h-adapter", "ort-fp32", "trained against train.json",
+              no_sum("train/adapter_model.safetensors", "hadamard.bias")),
+        Fault("merged: attention's sum dropped", "h-adapter", "ort-fp32", merged,
+              no_sum("merged/model.safetensors", "o_proj.bias")),
+        Fault("bundle: attention's sum dropped", "h-adapter", "ort-fp32", stored,
+              initializer("layers.1.", "o_proj.Add.bias", change=times(0.0))),
         Fault("bundle: another stop id", "lora", "ort-int4", "stop ids", other_stop),
         Fault("bundle: another tokenizer", "lora", "ort-int4", "tokenizer", other_words),
     ]  # fmt: skip
@@ -729,6 +746,10 @@ def test_a_sample_of_faults_is_stopped_by_the_rungs_that_own_them(lines: Lines, 
 def test_every_fault_is_stopped_by_the_rung_that_owns_it(lines: Lines, tmp_path: Path) -> None:
     assert len(FAULTS) >= 30
     judge(tried(lines, FAULTS, tmp_path))
+
+
+def test_what_attention_adds_is_missed_on_every_way(lines: Lines, tmp_path: Path) -> None:
+    judge(tried(lines, [fault for fault in FAULTS if fault.tuner == "h-adapter"], tmp_path))
 
 
 def test_an_adapter_of_another_run_is_stopped(lines: Lines, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def test_a_tuner_is_a_row(plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA whose factors begin as PEFT's option says: planned, trained, measured and merged by nothing but its row."""
     with pytest.raises(
-        BadInput, match="tuner: input should be 'lora', 'dora', 'ia3', 'adapter', 'prefix' or 'full', got 'plain'"
+        BadInput,
+        match="tuner: input should be 'lora', 'dora', 'ia3', 'h-adapter', 'adapter', 'prefix' or 'full', got 'plain'",
     ):
         make_job(model="any", tuner="plain")
     plain = replace(

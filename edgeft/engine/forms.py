@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeft.engine import adapted_linear, bottlenecks, dora, ia3, low_rank, pissa, prefixes
+from edgeft.engine import adapted_linear, bottlenecks, dora, hadamard, ia3, low_rank, pissa, prefixes
 from edgeft.models import bottleneck
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import PREFIX, saved_name
+from edgeft.settings.tuners import HADAMARD, PREFIX, saved_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ FORMS = {
     "less": Form(pissa.inject, pissa.written, pissa.as_written, low_rank.scale, low_rank.squared_change),
     "lengths": Form(dora.inject, low_rank.written, low_rank.same, dora.scale, dora.squared_change),
     "scales": Form(ia3.inject, ia3.written, low_rank.same, ia3.scale, ia3.squared_change),
+    "hadamard": Form(hadamard.inject, hadamard.written, low_rank.same, hadamard.scale, hadamard.squared_change),
     "after": Form(bottlenecks.after, bottlenecks.written, low_rank.same, bottleneck.scale),
     "beside": Form(bottlenecks.beside, bottlenecks.written, low_rank.same, bottleneck.scale),
     "past": Form(prefixes.inject, prefixes.written, low_rank.same, prefixes.scale, restore=prefixes.restore),
@@ -48,7 +49,8 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def is_adapted(module: nn.Module) -> bool:
-        return isinstance(module, BaseTunerLayer) or bottleneck.hangs_on(module) or PREFIX in module._modules
+        hung = PREFIX in module._modules or HADAMARD in module._modules
+        return hung or isinstance(module, BaseTunerLayer) or bottleneck.hangs_on(module)
 
     return ((name, each) for name, each in model.named_modules() if is_adapted(each))
 

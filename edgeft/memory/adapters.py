@@ -134,14 +134,19 @@ def _times(operations: Operations, x: Value, gain: Value, outputs: int) -> Value
 
 def _shifted(operations: Operations, x: Value, gain: Value) -> Value:
     """x + (1 - g) b."""
-    size, vector = x.size, gain.size
+    vector = gain.size
     shift = operations.one(operations.one(gain, vector, vector), vector, vector, saves_constant=True)
+    return _moved(operations, x, shift, vector)
+
+
+def _moved(operations: Operations, x: Value, shift: Value, vector: complex) -> Value:
+    """x + b, for a b that takes a gradient."""
 
     def back(tape: Tape, kept: list[Storage], own: list[Storage], wanted: list[bool]) -> list[Storage | None]:
         total = Storage(tape, vector) if wanted[1] else None
         return [own.pop(), total]
 
-    return operations.tape.run(size, [x, shift], [], back)
+    return operations.tape.run(x.size, [x, shift], [], back)
 
 
 def less_start(operations: Operations, x: Value, linear: Linear) -> Value:
@@ -178,6 +183,16 @@ def with_scales(operations: Operations, x: Value, linear: Linear) -> Value:
     return _scaled(operations, operations.base(x, linear), linear.out_features)
 
 
+def hadamard(operations: Operations, x: Value, linear: Linear) -> Value:
+    """w * W x + b, as `edgeft.engine.hadamard` computes it."""
+    result, outputs = operations.base(x, linear), linear.out_features
+    # one expression, as there: a name would hold on to the product
+    moved = _moved(
+        operations, _times(operations, result, operations.weight(0), outputs), operations.weight(0), 4j * outputs
+    )
+    return operations.narrowed(moved) if result.size == moved.size / 2 else moved
+
+
 def _scaled(operations: Operations, x: Value, width: int) -> Value:
     scaled = _times(operations, x, operations.weight(0), width)
     return operations.narrowed(scaled) if x.size == scaled.size / 2 else scaled
@@ -212,6 +227,7 @@ AROUND = {"beside": bottleneck}  # what is added to an MLP's output, of its inpu
 FORMS = {
     "after": after,
     "beside": beside,
+    "hadamard": hadamard,
     "product": product,
     "less": less_start,
     "lengths": with_lengths,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgeft.merging.beside import beside_problems
 from edgeft.merging.peft_folder import (
     BESIDE,
     BY_PEFT,
+    HADAMARD_KIND,
     PART,
     AdapterFile,
     adapter_file,
@@ -26,6 +28,9 @@ from edgeft.merging.steps import Rows, Step, low_rank, multiply, replaced_by, ro
 from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
 from edgeft.models.headers import EMBEDDINGS, HEADS, blocks
+from edgeft.models.output_biases import absent_biases
+from edgeft.models.spec import read_model_spec
+from edgeft.settings.tuners import GAIN, SHIFT, adapter_parts
 
 Source = AdapterFile | Checkpoint
 
@@ -48,6 +53,7 @@ class Change:
         self.steps: dict[str, list[Step]] = {}
         self.factor_bytes: dict[str, int] = {}  # fp32 bytes of adapter tensors that a change needs as a whole
         self.untied: str | None = None
+        self.added: dict[str, str] = {}  # biases that the base lacks and gets, with the weights that they go with
         self.beside: AdapterFile | None = None  # what no weight can hold
         self._whole: dict[str, tuple[Source, str]] = {}  # what replaces a tensor
         self._follows: set[str] = set()  # trained tokens: PEFT lets a tied head follow them
@@ -151,6 +157,9 @@ class Change:
             self.beside = source
             self._problems += beside_problems(source, self.base)
             return True
+        if self.kind == HADAMARD_KIND:
+            self._read_hadamard(source)
+            return True
         modules: dict[str, dict[str, str]] = {}
         whole: dict[str, str] = {}
         for key in source.entries:
@@ -165,6 +174,36 @@ class Change:
         for module, parts in modules.items():
             self._add_module(module, parts, source, config)
         return bool(config.get("ensure_weight_tying"))
+
+    def _read_hadamard(self, source: AdapterFile) -> None:
+        """w * h + b of a projection's output h: its rows and its bias times w, and b added to that."""
+        self.added = absent_biases(read_model_spec(str(self.base.folder)), self.base.owner)
+        axis = int(in_conv1d(_model_type(self.base.folder)))
+
+        def read(key: str) -> Callable[[], torch.Tensor]:
+            return lambda: source.read(key).float()
+
+        for module, parts in adapter_parts(source.entries).items():
+            if parts.keys() != {GAIN, SHIFT}:
+                self._problems.append(f"{module}: {GAIN} and {SHIFT} are wanted, there is {', '.join(parts)}")
+                continue
+            (outputs,) = source.shape(parts[GAIN])
+            found = self._find(f"{module}.weight")
+            stored = self._stored_shape(found)
+            fits = len(stored) == 2 and stored[axis] == outputs
+            self._add(f"{module}.weight", stored if fits else (outputs,), multiply(read(parts[GAIN]), axis))
+            bias = f"{str(found).removesuffix('weight')}bias"
+            steps = [multiply(read(parts[GAIN]), 0), shift(read(parts[SHIFT]))]
+            if bias in self.added:
+                self.steps[bias] = steps
+                continue
+            for step in steps if self._find(f"{module}.bias") else steps[:1]:
+                self._add(f"{module}.bias", (outputs,), step)
+
+    def give_biases(self) -> None:
+        """Let the base have the biases that it lacks, all zeros so far."""
+        for name, weight in self.added.items():
+            self.base.give_zeros(name, weight, _outputs(self.base, weight))
 
     def _add_module(self, module: str, parts: dict[str, str], source: AdapterFile, config: dict[str, Any]) -> None:
         """Add the steps of one adapted module: its weight's, and its bias's where that changes too."""
@@ -262,6 +301,10 @@ def _model_type(folder: Path) -> str:
         return str(json.loads((folder / "config.json").read_text()).get("model_type"))
     except (OSError, ValueError, AttributeError):
         return ""
+
+
+def _outputs(base: Checkpoint, weight: str) -> int:
+    return base.shape(weight)[int(in_conv1d(_model_type(base.folder)))]
 
 
 def _head_name(folder: Path) -> str:

@@ -31,6 +31,7 @@ from edgeft.models.headers import blocks, lies_beside, refuse_beside
 from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
 from edgeft.models.layer_shares import Shares, check_shares, layer_of
 from edgeft.models.metrics import Sweep
+from edgeft.models.output_biases import give_biases
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import Progress
 from edgeft.training.result import TrainResult
@@ -73,6 +74,8 @@ class Blend:
         """Of a fine-tune and its base, to which an untied head is added."""
         change = Change(tuned, base, tied=tied)
         untied = change.untied is not None and bool(shares.rest)
+        if not shares.nothing:
+            change.give_biases()
         if untied:
             add_head(base, str(change.untied), str(change.embedding))
         return cls(change, {n: shares.of(layer_of(n)) for n in change.steps.keys() & base.owner.keys()}, untied)
@@ -159,6 +162,8 @@ def merge(
         notes = tuned.notes + bring_text_files(trained, temporary)
         if changed.untied:
             untie_config(temporary)
+        if changed.change.added and not shares.nothing:
+            give_biases(temporary, spec)
         for _, done, count in write_checkpoint(source, temporary, changed):
             progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
         ancestors, told = ancestors_of(folder)

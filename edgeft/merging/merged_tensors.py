@@ -24,8 +24,10 @@ from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, KV_PREFIX, blo
 from edgeft.models.kv_prefix import PEFT_NAME
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
+from edgeft.models.output_biases import absent_biases, bias_key
+from edgeft.models.spec import read_model_spec
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import ELEMENTS, HANGING, LENGTHS, NARROW, SAVED, WIDE, adapter_parts
+from edgeft.settings.tuners import ELEMENTS, GAIN, HANGING, LENGTHS, NARROW, SAVED, SHIFT, WIDE, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
@@ -43,6 +45,7 @@ class Learnt:
     adapters: dict[str, dict[str, str]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)  # what no weight holds, by the names of the model
+    shifted: bool = False  # whether a bias is added to, which the base may not have
     prefix: bool = False  # keys and values before the text, which no weight holds either
     problems: list[str] = field(default_factory=list)
 
@@ -64,7 +67,10 @@ def read_learnt(trained: Path, base: Checkpoint, *, tied: bool) -> Learnt:
     adapters = adapter_parts(kept.entries)
     for module, keys in adapters.items():
         name = place(f"{module}.weight")
-        if ELEMENTS in keys:
+        if GAIN in keys and name is not None:
+            found.shifted = True
+            found.adapters |= {name: keys, f"{name.removesuffix('weight')}bias": keys}
+        elif ELEMENTS in keys:
             found.adapters |= {name: keys} if name is not None else {}
             biased = base.find(f"{module}.bias")
             if biased is not None and kept.shape(keys[ELEMENTS])[0] != 1:  # of outputs
@@ -91,6 +97,7 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
     config = _config(base_folder)
     learnt = read_learnt(trained, base, tied=bool(config.get("tie_word_embeddings", True)))
     problems = [*learnt.problems]
+    added = _given_zeros(base) if learnt.shifted and not shares.nothing else False
     problems += [f"{name}: missing" for name in sorted(base.owner.keys() - merged.owner.keys())]
     problems += [f"{name}: not in the base" for name in sorted(merged.owner.keys() - base.owner.keys())]
     shared = [name for name in base.owner if name in merged.owner]
@@ -100,7 +107,7 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
     problems += beside_problems(learnt, merged_folder, shares)
     wrong = len(problems)
     problems = problems[:SHOWN] + ([f"and {wrong - SHOWN} more"] if wrong > SHOWN else [])
-    problems += side_problems(base_folder, merged_folder)
+    problems += side_problems(base_folder, merged_folder, added=added)
     changed = len({*learnt.adapters, *learnt.whole} & set(shared))
     exact = "bit for bit" if not learnt.adapters else "the others bit for bit"
     sums = f"{len(learnt.adapters)} with an adapter to the error of fp32 sums, " if learnt.adapters else ""
@@ -192,7 +199,7 @@ def expected_blocks(
     kept = learnt.files["kept"]
     factors: Factors | Scales | None = None
     if name in learnt.adapters and share:
-        read = _scales if ELEMENTS in learnt.adapters[name] else _factors
+        read = _scales if {ELEMENTS, GAIN} & learnt.adapters[name].keys() else _factors
         factors = read(name, base, kept, learnt.adapters[name], training)
     for part in blocks(base.shape(name), AT_ONCE_BYTES):
         stored, old = merged.read(name, part), base.read(name, part)
@@ -245,22 +252,31 @@ class Factors(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What each element of some rows is multiplied by, or each column where it is one row; in fp64."""
+    """What each element of some rows is multiplied by, or each column where it is one row, and what is added; fp64."""
 
     factors: torch.Tensor
+    sums: torch.Tensor | None = None
 
     def of(self, rows: slice) -> Scales:
         """Those of some rows."""
-        return self if self.factors.shape[0] == 1 else Scales(self.factors[rows])
+        if self.factors.ndim == 2 and self.factors.shape[0] == 1:
+            return self
+        return Scales(self.factors[rows], None if self.sums is None else self.sums[rows])
 
     def changed(self, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(exact product, how far an fp32 one may be from it)."""
-        exact = old.double() * self.factors
-        return exact, EPSILON * 4 * (exact.abs() + old.double().abs())
+        product = old.double() * self.factors
+        exact = product if self.sums is None else product + self.sums
+        return exact, EPSILON * 4 * (exact.abs() + product.abs() + old.double().abs())
 
 
 def _scales(name: str, base: Checkpoint, kept: TensorFile, keys: dict[str, str], training: Training) -> Scales:
-    """What IA3 multiplies a stored tensor by: a bias, or a matrix, inputs x outputs as GPT-2's Conv1D holds it, too."""
+    """What IA3 or w * h + b does to a stored bias or matrix, inputs x outputs as GPT-2's Conv1D holds it, too."""
+    if GAIN in keys:
+        factors = kept.read(keys[GAIN]).double()
+        if len(base.shape(name)) == 1:
+            return Scales(factors, kept.read(keys[SHIFT]).double())
+        return Scales(factors[None] if in_conv1d(str(_config(base.folder).get("model_type"))) else factors[:, None])
     factors = kept.read(keys[ELEMENTS]).double()
     if len(base.shape(name)) == 1:
         return Scales(factors.flatten())
@@ -304,10 +320,24 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(kinds[tensor.element_size()])
 
 
-def side_problems(base: Path, merged: Path) -> list[str]:
-    """What a merged folder says of the model and its text otherwise than the base does."""
+def _given_zeros(base: Checkpoint) -> bool:
+    """Whether a base had to be given biases that its config can have: what a merge adds to is zeros there."""
+    spec = read_model_spec(str(base.folder))
+    outputs = {linear.name: linear.out_features for linear in spec.linears}
+    absent = absent_biases(spec, base.owner)
+    for name, weight in absent.items():
+        own = next(each for each in outputs if weight.endswith(f".{each}.weight"))
+        base.give_zeros(name, weight, outputs[own])
+    return bool(absent)
+
+
+def side_problems(base: Path, merged: Path, *, added: bool = False) -> list[str]:
+    """What a merged folder says of the model and its text otherwise than the base does, but for biases it was given."""
     problems = []
     ours, theirs = _config(merged), _config(base)
+    if added:
+        place = theirs.get("text_config") or theirs
+        place[str(bias_key(read_model_spec(str(base))))] = True
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             problems.append(f"config.json: {key} is {ours.get(key)!r}, the base's {theirs.get(key)!r}")

@@ -15,7 +15,8 @@ from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.models.checkpoint import TensorFile, load_plain
 
-MAY_FOLD = ("LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS")
+HADAMARD_KIND = "EDGEFT_HADAMARD"  # of `edgeft.engine.hadamard`
+MAY_FOLD = ("LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS", HADAMARD_KIND)
 # rarer kinds, which PEFT itself folds, with the whole base in memory; each is tested
 BY_PEFT = (
     "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING", "MISS", "C3A", "WAVEFT", "SHIRA", "DELORA",

@@ -160,6 +160,10 @@ class Line:
         self.base = Checkpoint(base)
         self.change = Change(tuned, self.base, tied=tied)
         self.model: Any = load_plain(base)
+        self.change.give_biases()
+        for name in self.change.added:
+            module = self.model.get_submodule(name.removesuffix(".bias"))
+            module.bias = torch.nn.Parameter(self.base.read(name).float())
         if self.change.untied is not None:
             head = self.model.get_output_embeddings()
             head.weight = torch.nn.Parameter(head.weight.detach().clone())

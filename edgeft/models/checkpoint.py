@@ -49,6 +49,8 @@ class TensorFile(Header):
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """One tensor, or a range of its rows, in memory of its own."""
         entry = self.entries[name]
+        if entry.get("zeros"):
+            return torch.zeros(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])[rows]
         begin, end = entry["data_offsets"]
         shape = list(entry["shape"])
         if shape and rows != slice(None):
@@ -129,6 +131,12 @@ class Checkpoint:
         if found is None:
             raise BadInput(self.folder, f"{name}: not in the checkpoint", "use the very base it was trained on")
         return found
+
+    def give_zeros(self, name: str, weight: str, outputs: int) -> None:
+        """Let the files have one more tensor: a zero for each output of a weight, beside it and of its dtype."""
+        file = self.owner[weight]
+        file.entries[name] = file.entries[weight] | {"shape": [outputs], "zeros": True}
+        self.owner[name] = file
 
     def __contains__(self, name: str) -> bool:
         return name in self.owner

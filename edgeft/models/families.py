@@ -28,6 +28,7 @@ class Gguf:
     windows: bool = False  # knows sliding windows
     no_window: bool = False  # has to be told that there is none
     rope_factors: bool = False  # reads a factor for each rotary frequency
+    output_bias: bool = False  # adds a bias to what attention gives
     square: bool = False  # takes heads x head_dim for the hidden size
     widest: int = 0  # layers of the largest model, whose attention llama.cpp scales by another width
 
@@ -130,7 +131,7 @@ _GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_att
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _LLAMA, _BIASED, ort_builds=True,
-        gguf=Gguf("llama", rotates_pairs=True, rope_factors=True)),
+        gguf=Gguf("llama", rotates_pairs=True, rope_factors=True, output_bias=True)),
     "mistral": Family("MistralForCausalLM", _LLAMA, _GROUPED | {
         "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         window_every=0, ort_builds=True, gguf=Gguf("llama", rotates_pairs=True, rope_factors=True)),

@@ -12,6 +12,7 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.layer_choice import layer_choices
+from edgeft.planning.output_bias import check_shift
 from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.prefix_tuner import check_prefix_tuner, tokens_of
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
@@ -101,6 +102,7 @@ def _check_form(job: Job, spec: ModelSpec) -> None:
         raise BadInput("init", f"{job.tuner} has nothing that could begin as {job.init} does", hint)
     if row.prefixed or job.prefix_tokens:
         check_prefix_tuner(job, spec, row)
+    check_shift(job, spec, row)
     form = form_of(job, row)
     missing = sorted(set(form.roles) - {linear.role for linear in spec.linears})
     if missing and row.needs_roles:

@@ -29,6 +29,7 @@ from edgeft.memory.train_step import Phase, Term, beside
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
 from edgeft.planning.expected import expected
+from edgeft.planning.output_bias import as_merged
 from edgeft.settings.job import Training
 from edgeft.targets.footprint import (
     LimitedBy,
@@ -91,7 +92,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     target, why = expected(spec, likely)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
-    weights = bundle_weights(spec, target, beside(spec, training))
+    weights = bundle_weights(as_merged(spec, training), target, beside(spec, training))
     context, limited_by = choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
     phases = [quantise(spec, training, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":

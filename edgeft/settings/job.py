@@ -82,8 +82,9 @@ class Job(Strict):
 
     tuner: Tuner | None = Field(
         None,
-        description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; adapter: small networks between "
-        "the parts; prefix: keys and values before the text; full: all weights",
+        description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; h-adapter: scales and sums "
+        "after attention; adapter: small networks between the parts; prefix: keys and values before the text; "
+        "full: all weights",
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank; an adapter's inner width")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division, see lora_scale")

@@ -16,10 +16,13 @@ ELEMENTS = "ia3_l"  # of IA3: what each output or input is multiplied by
 # of bottlenecks (`models.bottleneck`): on a module's output, or beside it from its input, by the name they hang under
 BOTTLENECKS = AFTER, BESIDE = "adapter", "parallel_adapter"
 NARROW, WIDE = "down.weight", "up.weight"
+HADAMARD = "hadamard"  # of what multiplies a module's output and is added to it, by the name it hangs under
+GAIN, SHIFT = f"{HADAMARD}.weight", f"{HADAMARD}.bias"
 PREFIX = "kv_prefix"  # of keys and values before the text (`models.kv_prefix`), by the name they hang under
 # Names in a saved adapter's file.
 SAVED = "base_model.model."
-PART = re.compile(rf"{re.escape(SAVED)}(?P<module>.+)\.(?P<part>lora_A|lora_B|{LENGTHS}|{ELEMENTS})(?:\.weight)?")
+PARTS = f"lora_A|lora_B|{LENGTHS}|{ELEMENTS}|{GAIN}|{SHIFT}"
+PART = re.compile(rf"{re.escape(SAVED)}(?P<module>.+)\.(?P<part>{PARTS})(?:\.weight)?")
 HANGING = re.compile(rf"(?P<module>.+)\.(?P<where>{AFTER}|{BESIDE})\.(?P<part>{NARROW}|{WIDE})")
 # What an adapter's product is multiplied by, of alpha and rank: rsLoRA's (arXiv 2312.03732), so that the same learning
 # rate serves every rank, and LoRA's as it was published.
@@ -59,6 +62,7 @@ class Tuning:
     chosen_by: str = "init"
     asks: bool = True  # whether the projection of queries is adapted, where it is one of its own
     needs_roles: bool = False  # whether it cannot do without a projection of each role
+    shifts: bool = False  # whether what it adds needs a bias of the attention's output
     ranked: bool = False  # whether a rank is chosen
     scaled: bool = False  # whether a scale is
     prefixed: bool = False  # whether it trains keys and values before the text: so many tokens in every layer
@@ -120,6 +124,20 @@ TUNERS: dict[str, Tuning] = {
         sentence="A factor for each element of keys, values and the MLP's inside (IA3) trains in {layers}; the model "
         "itself stays as it is",
     ),
+    # arXiv 2407.11033
+    "h-adapter": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (outputs, outputs),
+        forms={"random": Form("hadamard", made=(37, 8, 14, 14, 0), roles=("attention_out",))},
+        rate=lambda hidden: 3e-2,
+        needs_roles=True,
+        shifts=True,
+        title="Hadamard adapter",
+        short="Hadamard",
+        method="Hadamard adapters in {layers}",
+        sentence="A factor and a number to add for each element of what attention gives (Hadamard adapter) train in "
+        "{layers}; the model itself stays as it is",
+    ),
     # arXiv 1902.00751; beside the MLP: 2110.04366
     "adapter": Tuning(
         adapters=True,
@@ -171,7 +189,6 @@ TUNERS: dict[str, Tuning] = {
 ABSENT = {
     "prompt": "its virtual embeddings lie before every text; tuner=prefix trains their keys and values themselves",
     "adalora": "its ranks move from matrix to matrix while it trains, and no plan counts that",
-    "h-adapter": "it adds a vector after attention, and no weight of most models can hold one there",
 }
 # What is planned where none is named: adapters; the weights where ends train, or the model is small.
 ADAPTERS, WEIGHTS = "lora", "full"
@@ -184,7 +201,8 @@ def adapts(name: str | None) -> bool | None:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its name in the model, is an adapter's."""
-    return ADAPTER in name or is_scale(name) or is_prefix(name) or HANGING.fullmatch(name) is not None
+    ours = is_scale(name) or is_prefix(name) or f".{HADAMARD}." in name or HANGING.fullmatch(name) is not None
+    return ours or ADAPTER in name
 
 
 def is_scale(name: str) -> bool:

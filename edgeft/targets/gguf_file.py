@@ -21,6 +21,7 @@ from edgeft.models.spec import ModelSpec
 from edgeft.targets.gguf_tokenizer import write_vocabulary
 from edgeft.targets.grid import GGML, Encoded
 from edgeft.targets.matrices import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
+from edgeft.targets.runtimes import output_bias_problem
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, cod
 def _write(
     gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, path: Path, codes: Codes | None = None
 ) -> None:
-    family, config, checkpoint = _known(merged, spec), _config(merged), Checkpoint(merged)
+    family, config, checkpoint = _known(merged, target, spec), _config(merged), Checkpoint(merged)
     factors = _rope_factors(merged, config, family)
     placed = list(_place(gguf, checkpoint, target, spec, family))
     placed += [Placed("rope_freqs.weight", "", tuple(factors.shape), "F32")] if factors is not None else []
@@ -115,11 +116,13 @@ def read_weights(folder: Path) -> Weights:
     return Weights(stored, head, stored - (sizes["token_embd.weight"] if "output.weight" in sizes else 0))
 
 
-def _known(merged: Path, spec: ModelSpec) -> Gguf:
+def _known(merged: Path, target: Target, spec: ModelSpec) -> Gguf:
     family = spec.family.gguf
     if family is None:
         hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 and Phi-3"
         raise BadInput(merged, f"the GGUF writer does not know the model type {spec.model_type!r}", hint)
+    if problem := output_bias_problem(target, spec):
+        raise BadInput(merged / "config.json", problem, ORT)
     if family.square and spec.num_attention_heads * spec.head_dim != spec.hidden_size:
         what = f"{spec.num_attention_heads} heads of {spec.head_dim} are not the hidden size, {spec.hidden_size}"
         raise BadInput(merged / "config.json", f"{what}, as llama.cpp assumes for {family.name}", ORT)

@@ -152,6 +152,15 @@ def kv_bits_problem(target: Target) -> str:
     return f"kv_bits of runtime {target.runtime} must be {' or '.join(map(str, known))}"
 
 
+def output_bias_problem(target: Target, spec: ModelSpec) -> str:
+    """Why a target cannot add the bias that a model's attention output has, or nothing."""
+    biased = any(linear.has_bias for linear in spec.linears if linear.role == "attention_out")
+    gguf = spec.family.gguf
+    if runtime_of(target).grids != "ggml" or not biased or gguf is None or gguf.output_bias:
+        return ""
+    return f"llama.cpp adds no bias to what attention gives in {gguf.name}, and this model has one there"
+
+
 def genai_tables(spec: ModelSpec, target: Target) -> Tables:
     """In blocks along the input; an fp16 file counts as fp32, which it becomes on loading."""
     table = table_of(spec)

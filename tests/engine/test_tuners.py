@@ -51,6 +51,15 @@ WAYS: dict[str, dict[str, Any]] = {
         "active_layers": 1,
         "lisa_interval": 1,
     },
+    "h-adapter": {"tuner": "h-adapter", "rank": None, "weight_decay": 0.5},
+    "h-adapter, nf4, lisa": {
+        "tuner": "h-adapter",
+        "rank": None,
+        "base_precision": "nf4",
+        "layers": "lisa",
+        "active_layers": 1,
+        "lisa_interval": 1,
+    },
     "adapter": {"tuner": "adapter"},
     "adapter, nf4, lisa": {
         "tuner": "adapter",
@@ -81,6 +90,7 @@ SLOW = (
     "dora, sparse",
     "lora, lisa",
     "ia3, sparse",
+    "h-adapter",
 )  # each of kinds that others show
 
 
@@ -395,12 +405,17 @@ def test_a_tuner_of_the_field_that_is_not_there_says_why(name: str, plan_file: A
     assert f"| `{name}` | {ABSENT[name]} |" in page and name not in TUNERS
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-@pytest.mark.parametrize(("tuner", "form"), STARTS)
+@pytest.mark.parametrize(
+    ("tuner", "form", "kind"),
+    [(*start, kind) for start in STARTS for kind in ("gpt2", "llama" if TUNERS[start[0]].shifts else "qwen2")],
+)
 def test_transposed_matrices_and_biases_merge_as_they_compute(
     tuner: str, form: tuple[str, str], kind: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """GPT-2 holds matrices as inputs x outputs, square ones too; Qwen2 has biases, no part of a row's length."""
+    """GPT-2 holds matrices as inputs x outputs, square ones too; Qwen2 has biases, no part of a row's length.
+
+    What adds after attention finds a bias in GPT-2, and gets one in a Llama.
+    """
     spec = save_model(tmp_path / "base", kind, **({"n_inner": 192} if kind == "gpt2" else {}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "base" / name).write_bytes((tokenizer_folder / name).read_bytes())
