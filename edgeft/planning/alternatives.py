@@ -99,10 +99,16 @@ def frontier(question: Question, chosen: Training, looked_at: list[Training]) ->
     return tuple(sorted({*rows, mine}, key=lambda row: (row.quality_cost, -row.high_bytes)))
 
 
-def _frugal(training: Training) -> tuple[int, int, int, bool, int]:
+def smallest(of_each_quality: Iterable[Candidate], chosen: Candidate) -> Candidate:
+    """The way of at least the chosen one's quality that takes least memory."""
+    as_good = [row for row in of_each_quality if row.quality_cost <= chosen.quality_cost + 1e-6]
+    return min(as_good, key=lambda row: (row.high_bytes, row.seconds_per_step))
+
+
+def _frugal(training: Training) -> tuple[int, int, int, int, bool, int]:
     return (
-        training.micro_batch_size, -int(training.checkpointing), training.loss_chunk_tokens, training.malloc == "fast",
-        -training.cached_layers,
+        training.micro_batch_size, -int(training.checkpointing), training.kept_layers, training.loss_chunk_tokens,
+        training.malloc == "fast", -training.cached_layers,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from edgeft.planning.alternatives import (
     gave_up,
     length_hints,
     savings,
+    smallest,
     unused_budget,
 )  # fmt: skip
 from edgeft.planning.answers import Held, read_held
@@ -77,7 +78,9 @@ class Plan(Artifact):
     grammar: Grammar | None = None
     training: Training
     budget_bytes: int
-    peak_bytes: int
+    peak_bytes: int = Field(description="high estimate of the chosen way, which is the fastest of its quality")
+    need_bytes: int = Field(description="high estimate of the way that takes least memory at this quality or better")
+    need_seconds_per_step: float = Field(description="a step of that way")
     phases: tuple[train_step.Phase, ...]
     stages: Stages
     seconds_per_step: float
@@ -195,6 +198,8 @@ def _planned(asked: _Asked) -> Plan:
     notes += prefix_notes(question, training, asked.rows_tokens)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)
     stages, stage_notes = plan_stages(question, training)
+    of_each_quality = frontier(question, training, looked_at)
+    least = smallest(of_each_quality, question.candidate(training))
     return Plan(
         request_sha256=request_digest(job, cached_folder(job.model)),
         inputs=plan_inputs(job, cached_folder(job.model)),
@@ -208,6 +213,8 @@ def _planned(asked: _Asked) -> Plan:
         training=training,
         budget_bytes=question.budget_bytes,
         peak_bytes=question.high_bytes(training),
+        need_bytes=least.high_bytes,
+        need_seconds_per_step=least.seconds_per_step,
         phases=question.phases(training),
         stages=stages,
         seconds_per_step=round(question.seconds(training), 4),
@@ -219,7 +226,7 @@ def _planned(asked: _Asked) -> Plan:
         notes=(*notes, *stage_notes),
         gave_up=tuple(gave_up(question, best, training)) if better else (),
         looked_at=len(looked_at),
-        frontier=frontier(question, training, looked_at),
+        frontier=of_each_quality,
         alternatives=alternatives(question, training, looked_at),
         savings=savings(question, training),
         work=question.work,

@@ -43,7 +43,8 @@ class TrainingCell(Strict):
     micro_batch_size: int = 0
     checkpointing: bool = False
     max_length: int = Field(default=0, description="tokens of the longest sample planned for")
-    need_bytes: int | None = Field(description="high estimate of the plan, or of the smallest candidate when none fits")
+    need_bytes: int | None = Field(description="least memory at this quality; of the smallest candidate when none fits")
+    uses_bytes: int | None = Field(default=None, description="of the plan, the fastest way of that quality")
     budget_bytes: int
     seconds_per_million_tokens: float | None = Field(default=None, description="padded tokens; an estimate")
     gave_up: tuple[str, ...] = ()
@@ -254,7 +255,8 @@ def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -
         micro_batch_size=training.micro_batch_size,
         checkpointing=training.checkpointing,
         max_length=training.max_length,
-        need_bytes=plan.peak_bytes,
+        need_bytes=plan.need_bytes,
+        uses_bytes=plan.peak_bytes,
         budget_bytes=plan.budget_bytes,
         seconds_per_million_tokens=plan.seconds_per_step * 1e6 / (training.batch_size * training.max_length),
         gave_up=plan.gave_up,

@@ -18,7 +18,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.words import difference_text, percent, step_time
+from edgeft.reporting.words import difference_text, memory_line, percent, step_time, verdict
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
@@ -59,6 +59,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     """What runs on what, a line each: (name, text)."""
     training, spec = plan.training, plan.spec
     rows = [
+        ("verdict", verdict(plan)),
+        ("memory", memory_line(plan)),
         ("model", f"{plan.job.model}: {spec.architecture}, {show_count(spec.total_parameters)} parameters"),
         ("profile", f"{plan.profile.name}: {plan.profile.description}"),
     ]

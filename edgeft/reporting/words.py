@@ -20,12 +20,13 @@ def symbol(cell: TrainingCell | DeviceCell) -> str:
 
 
 def cell_text(cell: TrainingCell | DeviceCell) -> str:
-    """A cell in one line: `NF4 LoRA r64, all 32 layers, 11.8 of 14.0 GiB` or `does not fit: needs 22.1 of 14.0 GiB`."""
+    """A cell in one line: `NF4 LoRA r64, all 32 layers, 9.6 of 14.0 GiB; uses 11.8 GiB, 35 min/Mtok`, or why not."""
     memory = "" if cell.need_bytes is None else of_gib(cell.need_bytes, cell.budget_bytes)
     if isinstance(cell, TrainingCell):
         if cell.fits:
             rest = f"; {' and '.join(cell.elsewhere)} elsewhere" if cell.elsewhere else ""
-            return f"{cell.method}, {memory}, {show_pace(cell.seconds_per_million_tokens)}{rest}"
+            uses = f"uses {show_bytes(cell.uses_bytes or 0)}, {show_pace(cell.seconds_per_million_tokens)}"
+            return f"{cell.method}, {memory}; {uses}{rest}"
         shorter = f"; samples of {cell.fits_at_tokens:,} tokens fit" if cell.fits_at_tokens else ""
         return f"{cell.problem}: needs {memory}{shorter}" if memory else cell.problem
     if cell.fits:
@@ -79,6 +80,25 @@ def amount(value: float, unit: str) -> str:
     if unit == "bytes":
         return show_bytes(value)
     return show_seconds(value) if unit == "seconds" else f"{value:,.0f} {unit}"
+
+
+def verdict(plan: Plan) -> str:
+    """Whether a plan fits its machine, all stages of it, in a few words; where nothing fits there is no plan."""
+    elsewhere = plan.stages.too_large()
+    if not elsewhere:
+        return "fits"
+    stages = list(dict.fromkeys(name.partition(":")[0] for name in elsewhere))
+    most, host = max(elsewhere.values()), plan.stages.host_bytes or 0
+    return f"fits, but {' and '.join(stages)} elsewhere: {show_bytes(most)} of main memory, here {show_bytes(host)}"
+
+
+def memory_line(plan: Plan) -> str:
+    """What training needs at least at this quality, and what the chosen way uses of the budget."""
+    uses = f"{show_bytes(plan.peak_bytes)} of {show_bytes(plan.budget_bytes)}"
+    if plan.need_bytes >= plan.peak_bytes:
+        return f"needs {uses}; nothing smaller is as good"
+    slower = plan.need_seconds_per_step / plan.seconds_per_step - 1
+    return f"needs {show_bytes(plan.need_bytes)} at this quality ({slower:+.0%} time), uses {uses}"
 
 
 def step_time(plan: Plan) -> str:

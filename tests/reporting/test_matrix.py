@@ -26,7 +26,7 @@ from edgeft.reporting.matrix import (
     model_row,
     training_cell,
 )
-from edgeft.reporting.words import cell_text, of_gib, show_pace, show_rate
+from edgeft.reporting.words import cell_text, memory_line, of_gib, show_pace, show_rate, verdict
 from edgeft.settings.job import make_job
 from edgeft.targets.footprint import SMALLEST_CONTEXT, bundle_weights, predict
 from edgeft.targets.target import load_target
@@ -60,7 +60,9 @@ def test_a_cell_is_what_planning_says(matrix: Matrix) -> None:
                 assert (found.grade, found.need_bytes) == ("none", problem.need_bytes)
                 continue
             training = plan.training
-            assert (found.need_bytes, found.budget_bytes) == (plan.peak_bytes, plan.budget_bytes)
+            needs = plan.need_bytes, plan.peak_bytes, plan.budget_bytes
+            assert (found.need_bytes, found.uses_bytes, found.budget_bytes) == needs
+            assert plan.need_bytes <= plan.peak_bytes
             assert (found.base_precision, found.rank) == (training.base_precision, training.rank)
             assert (found.micro_batch_size, found.max_length) == (training.micro_batch_size, 2048)
             tokens = training.batch_size * training.max_length
@@ -238,3 +240,22 @@ def test_rates() -> None:
         "1,000",
         "12,345",
     ]
+
+
+def test_what_a_plan_needs_is_planned_and_fits_in_just_that() -> None:
+    """With no more memory than it needs a plan takes that way; with a byte less none of that quality."""
+    asked = {"model": str(CONFIGS / "llama-3.1-8b"), "profile": "t4", "target": "ort-int4"}
+    plan = make_plan(make_job(**asked))
+    assert 9 * GIB < plan.need_bytes < plan.peak_bytes <= plan.budget_bytes
+    held = make_plan(make_job(**asked, max_memory_bytes=plan.need_bytes))
+    assert held.need_bytes == held.peak_bytes == plan.need_bytes and held.training.rank == plan.training.rank
+    assert held.training.trained_layers == plan.training.trained_layers
+    less = make_plan(make_job(**asked, max_memory_bytes=plan.need_bytes - 1))
+    assert less.frontier[0].quality_cost == plan.frontier[0].quality_cost
+    assert min(row.quality_cost for row in less.frontier if row.fits) > min(
+        row.quality_cost for row in plan.frontier if row.fits
+    )
+    assert memory_line(held).endswith("nothing smaller is as good") and "% time), uses " in memory_line(plan)
+    assert verdict(plan) == "fits"
+    large = make_plan(make_job(**{**asked, "target": "ort-fp32"}))
+    assert verdict(large).startswith("fits, but export elsewhere: ") and verdict(large).endswith("here 16.0 GiB")
