@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234567\n"
 # reasons that are about text, which a plan without data does not read; and what is enough to plan
-IN_TEXT = ("tokenizer", "config.json without weights", "an adapter lies beside")
+IN_TEXT = ("tokenizer", "config.json without weights", "an adapter lies beside", "is a link")
 TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -62,11 +62,11 @@ def model_of(base: Path) -> Any:
     return load_plain(base)
 
 
-def rewritten(change: Callable[[Tensors], Tensors]) -> Callable[[Path, Path], None]:
+def rewritten(change: Callable[[Tensors], Tensors], written_as: str = "pt") -> Callable[[Path, Path], None]:
     def make(base: Path, out: Path) -> None:
         copied(base, out, "model.safetensors")
         changed = {name: tensor.contiguous().clone() for name, tensor in change(tensors_of(base)).items()}
-        save_file(changed, out / "model.safetensors", {"format": "pt"})
+        save_file(changed, out / "model.safetensors", {"format": written_as})
 
     return make
 
@@ -332,6 +332,12 @@ def pointers(*names: str) -> Callable[[Path, Path], None]:
     return make
 
 
+def link_lost(base: Path, out: Path) -> None:
+    """A folder of the hub's cache whose blob was removed."""
+    copied(base, out, "model.safetensors")
+    (out / "model.safetensors").symlink_to(out.parent / "blobs" / "0000")
+
+
 def below(base: Path, out: Path) -> None:
     for step in (500, 1000):
         copied(base, out / f"checkpoint-{step}")
@@ -374,6 +380,15 @@ CASES: dict[str, Case] = {
     "pickled": Case(pickled(), "repairable", "the weights are pickled weights", "self"),
     "pickled with other things": Case(pickled(lambda t: {"state_dict": t, "epoch": 3, "callback": Evil()}, "last.pt"),
                                       "repairable", "pickled weights under another name", "self"),
+    "Lightning's": Case(
+        pickled(lambda t: {"state_dict": {"model." + n: v for n, v in t.items()}, "loops": Evil()}, "last.ckpt"),
+        "repairable", "pickled weights under another name", "self"),
+    "a name of its own": Case(lambda b, o: copied(b, o).joinpath("model.safetensors").rename(o / "weights.safetensors"),
+                              "repairable", "safetensors under another name", "self"),
+    "MLX, unpacked": Case(rewritten(lambda tensors: tensors, "mlx"), "usable", ""),
+    "a classifier": Case(configured(architectures=["LlamaForSequenceClassification"]), "not usable",
+                         "is not a ...ForCausalLM"),
+    "a link that leads nowhere": Case(link_lost, "not usable", "model.safetensors is a link to what is not there"),
     "pickled shards": Case(pickled_shards, "repairable", "the weights are pickled weights", "self"),
     "FSDP, whole": Case(pickled(name="pytorch_model_fsdp.bin"), "repairable", "pickled weights of FSDP", "self"),
     "FSDP, shards": Case(dcp("pytorch_model_fsdp_0", lambda t: {"model": t}), "repairable",

@@ -48,8 +48,14 @@ class TextTokenizer:
     def _find_eos(self) -> list[int]:
         for source in ("generation_config.json", "config.json"):
             value = read_json(self.folder / source).get("eos_token_id")
-            if value is not None:
-                return list(value) if isinstance(value, list) else [value]
+            if value is None:
+                continue
+            ids = value if isinstance(value, list) else [value]
+            if not ids or not all(type(id) is int and 0 <= id < 2**31 for id in ids):
+                raise BadInput(
+                    self.folder / source, f"eos_token_id: expected an id or a list of them, got {value!r:.80}"
+                )
+            return list(ids)
         token = self.special("eos_token")
         found = self.backend.token_to_id(token) if token else None
         if found is None:
@@ -73,7 +79,7 @@ class TextTokenizer:
     def special(self, name: str) -> str:
         """The text of `bos_token`, `eos_token`, `pad_token` or `unk_token`; empty where there is none."""
         token = self.config.get(name) or self._specials_map.get(name) or ""
-        return str(token["content"] if isinstance(token, dict) else token)
+        return str(token.get("content") or "" if isinstance(token, dict) else token)
 
     @cached_property
     def prefix_text(self) -> str:
@@ -211,15 +217,20 @@ def token_at(encoding: Any, character: int, length: int) -> tuple[int, bool]:
 
 def find_template(folder: Path) -> str | None:
     """The chat template of a checkpoint, from wherever tools have kept it, with line ends as \\n."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        try:
+            return own.read_text(encoding="utf-8")
+        except ValueError as problem:
+            raise BadInput(own, f"is no text in UTF-8: {problem}") from None
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if template is None:  # a processor's way
         template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, dict):
         template = template.get("default")
     if isinstance(template, list):  # several named templates: the default one
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
     return None if template is None else str(template).replace("\r\n", "\n").replace("\r", "\n")
 
 

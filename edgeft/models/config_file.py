@@ -90,7 +90,10 @@ def check_kind(path: Path, config: dict[str, Any]) -> None:
     if not isinstance(kind, str):
         hint = f'add the family, as in "model_type": "llama"; {see(path.parent)} may know it'
         raise BadInput(path, "missing model_type", hint)
-    architecture, reason = next(iter(config.get("architectures") or ()), ""), ""
+    named = config.get("architectures") or [""]
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise BadInput(path, f"architectures: expected a list of names, got {named!r:.80}", COPY_AGAIN)
+    architecture, reason = named[0], ""
     if config.get("is_encoder_decoder"):
         reason = f"{kind} is an encoder-decoder"
     elif kind in ENCODERS:
@@ -101,7 +104,8 @@ def check_kind(path: Path, config: dict[str, Any]) -> None:
         hint = "edgeft trains decoder-only models that predict the next token; give one of those"
         raise BadInput(path, f"{reason}, so not a causal language model", hint)
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "method not named")
+        told = config["quantization_config"]
+        method = told.get("quant_method", "method not named") if isinstance(told, dict) else "method not named"
         hint = f"give the checkpoint it was quantised from; {see(path.parent)} says whether it can be unpacked"
         raise BadInput(path, f"is quantised ({method}); a merge needs the original-precision weights", hint)
 

@@ -67,11 +67,17 @@ class Header:
                 header = json.loads(file.read(length))
             if not isinstance(header, dict):
                 raise ValueError("its header is no object")
+            metadata = header.pop("__metadata__", None)
+            if odd := next((name for name, entry in header.items() if not _is_entry(entry)), None):
+                raise ValueError(f"its header says of {odd!r:.80} what no tensor has")
         except FileNotFoundError:
             raise BadInput(path.parent, f"{path.name} is missing", AGAIN) from None
-        except (ValueError, struct.error) as problem:
+        except OSError as problem:
+            raise BadInput(path, f"cannot be read: {problem.strerror}", "check its permissions") from None
+        except (ValueError, struct.error, RecursionError) as problem:
             raise BadInput(path, f"is not a whole safetensors file: {problem}", "copy or download it again") from None
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        told = metadata if isinstance(metadata, dict) else {}
+        self.metadata: dict[str, str] = {name: value for name, value in told.items() if isinstance(value, str)}
         self.entries: dict[str, dict[str, Any]] = header
         self.start = 8 + length
         end = self.start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -97,6 +103,16 @@ class Header:
             file.seek(self.start + begin)
             for at in range(begin, end, 2**22):
                 yield file.read(min(2**22, end - at))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry is one of a tensor: a dtype by its code, a shape, and where the bytes are."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    lists = [entry.get(key) for key in ("shape", "data_offsets")]
+    if not all(isinstance(each, list) and all(type(n) is int and 0 <= n < 2**63 for n in each) for each in lists):
+        return False
+    return len(entry["data_offsets"]) == 2 and entry["data_offsets"][0] <= entry["data_offsets"][1]
 
 
 Kind = TypeVar("Kind", bound=Header)
@@ -290,8 +306,7 @@ def check_tied(folder: Path, headers: Sequence[Header]) -> None:
 def check_weights(folder: Path, spec: ModelSpec) -> str | None:
     """The dtype that a folder's weights are stored in, after comparing every tensor's name and shape with the spec.
 
-    Raises BadInput naming tensors that are missing, too many or of another shape. Of families that are not known by
-    their config alone, and of models with other towers, only what `check_files` and `check_tied` look at.
+    Raises BadInput naming tensors that are missing, too many or of another shape, as far as `shape_problems` can tell.
     """
     headers = read_headers(folder, Header)
     shapes = {name: header.shape(name) for header in headers for name in header.entries}
@@ -305,9 +320,15 @@ def check_weights(folder: Path, spec: ModelSpec) -> str | None:
 
 
 def shape_problems(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> list[str]:
-    """What is missing, too many or of another shape among a model's tensors; [] where the config does not tell."""
-    if spec.counted_from != "config" or any(OTHER_TOWER.search(name) for name in shapes):
+    """What is missing, too many or of another shape among a model's tensors.
+
+    Of families that are not known only how many numbers there have to be, of models with other towers nothing.
+    """
+    if any(OTHER_TOWER.search(name) for name in shapes):
         return []
+    if spec.counted_from != "config":
+        less = spec.total_parameters - _count(shapes, spec)
+        return [f"{less:,} of the model's {spec.total_parameters:,} parameters are missing"] if less > 0 else []
     problems = [*_layers(shapes, spec), *_around(shapes, spec)]
     if not problems and (other := _count(shapes, spec)) != spec.total_parameters:
         problems = [f"{other:,} parameters are stored, a model of this config has {spec.total_parameters:,}"]

@@ -173,7 +173,7 @@ def _values(path: Path, family: Family, config: dict[str, Any]) -> dict[str, Any
     problems += [
         f"{name[key]}: expected a positive whole number, got {value[key]!r}"
         for key in SIZES
-        if value.get(key) is not None and (type(value[key]) is not int or value[key] < 1)
+        if value.get(key) is not None and (type(value[key]) is not int or not 1 <= value[key] < 2**31)
     ]
     if problems:
         raise BadInput(path, "\n".join(problems), COPY_AGAIN)

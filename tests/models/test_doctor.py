@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeft.api import doctoring
 from edgeft.documents import sha256_file
-from edgeft.errors import BadInput, DoesNotFit
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.doctor import repair as repairs
 from edgeft.models.doctor import stores
@@ -282,6 +284,77 @@ def test_what_a_repair_would_get_wrong_is_not_kept(
     with pytest.raises(BadInput, match=r"changed its shape|did not make a model"):
         doctoring.repair(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["shards", "pickled", "FSDP, shards", "ZeRO stage 2", "bitsandbytes, 4 bits"])
+def test_whatever_is_damaged_is_an_answer_or_an_error(kind: str, checkpoint_folder: Path, tmp_path: Path) -> None:
+    """Bytes changed, cut and doubled, values of JSON exchanged: no traceback, and nothing of it runs."""
+    CASES[kind].make(checkpoint_folder, tmp_path / "model")
+    files = sorted(path for path in (tmp_path / "model").rglob("*") if path.is_file())
+    for seed in range(60):
+        chance = random.Random(seed)
+        path = chance.choice(files)
+        whole = path.read_bytes()
+        path.write_bytes(damaged(whole, path.suffix, chance))
+        with contextlib.suppress(EdgeftError):
+            diagnose(tmp_path / "model")
+        path.write_bytes(whole)
+    assert diagnose(tmp_path / "model").verdict == CASES[kind].verdict and not list(tmp_path.rglob("was-run"))
+
+
+def damaged(whole: bytes, suffix: str, chance: random.Random) -> bytes:
+    if suffix == ".json":
+        document = json.loads(whole)
+        name = chance.choice(list(document) or [""])
+        document[name] = chance.choice([None, [], {}, "x", -1, 10**30, [1, None], {"a": 1}, True])
+        return json.dumps(document).encode()
+    if suffix == ".safetensors":
+        length = int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8 : 8 + length])
+        entry = header[chance.choice(list(header))]
+        entry[chance.choice(list(entry))] = chance.choice([None, [], {}, "x", -1, 10**30, [1, None], [3, 1]])
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+    at, content = chance.randrange(min(len(whole), 9000) or 1), bytearray(whole)
+    content[at : at + chance.randrange(9)] = bytes(chance.randrange(256) for _ in range(chance.randrange(9)))
+    return bytes(content)
+
+
+def test_a_disk_full_of_folders_is_not_searched_through(checkpoint_folder: Path, tmp_path: Path) -> None:
+    for name in range(30):
+        for inner in range(30):
+            (tmp_path / f"a{name}" / f"b{inner}").mkdir(parents=True)
+    copied(checkpoint_folder, tmp_path / "z" / "model")
+    looked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        scan = os.scandir
+        patch.setattr(os, "scandir", lambda path: (looked.append(path), scan(path))[1])
+        assert diagnose(tmp_path).verdict == "not usable"
+    assert 100 < len(looked) < 2500
+    assert diagnose(tmp_path / "z").findings[0].names == ("model",)
+
+
+def test_what_is_no_file_is_never_opened(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """A named pipe would wait for ever."""
+    folder = copied(checkpoint_folder, tmp_path / "model", "model.safetensors")
+    os.mkfifo(folder / "model.safetensors")
+    assert diagnose(folder).reason == "config.json without weights: enough to plan, not to train"
+
+
+@pytest.mark.parametrize("family", ["olmo", "starcoder2"])
+def test_a_family_that_only_transformers_knows_is_counted(family: str, tmp_path: Path) -> None:
+    from tiny import save_model
+
+    whole = save_model(tmp_path / "model", family)
+    assert whole.counted_from == "meta model"
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    lost = tensors.pop("model.layers.1.self_attn.o_proj.weight")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        BadInput, match=f"{lost.numel():,} of the model's {whole.total_parameters:,} parameters are missing"
+    ):
+        read_model_spec(str(tmp_path / "model"))
+    assert "1 tensors are not those of config.json" in [each.problem for each in diagnose(tmp_path / "model").findings]
 
 
 def test_two_shards_with_one_tensor(checkpoint_folder: Path, tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ class Patient:
         self.text = Text()
         self.findings: list[Finding] = []
         self.command = ""
+        if broken := self.listing.broken:
+            problem = f"{broken[0]} is a link to what is not there"
+            self.findings.append(Finding(code="link", problem=problem, names=broken, hint="copy or download it again"))
         if self.kind is None and self.forms:
             self._examine()
         else:

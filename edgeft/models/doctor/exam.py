@@ -14,7 +14,7 @@ from typing import Any
 from edgeft.errors import BadInput
 from edgeft.models.doctor.findings import Finding
 from edgeft.models.doctor.kinds import Form, Listing, is_pointer
-from edgeft.models.doctor.quantised import WORDS, Piece, cannot_unpack, plan_pieces
+from edgeft.models.doctor.quantised import WORDS, Piece, cannot_unpack, plan_pieces, settings_of
 from edgeft.models.doctor.stores import OPEN, SafeStore, Store, empty_tensors, small_json, weights_of
 from edgeft.models.families import COMPOSITE, FAMILIES, in_conv1d
 from edgeft.models.headers import (
@@ -111,7 +111,8 @@ class Exam:
 
     def _name_type(self) -> Finding:
         """A config without model_type: the class it names may tell."""
-        named = next(iter(self.config.get("architectures") or ()), "")
+        names = self.config.get("architectures")
+        named = names[0] if isinstance(names, list) and names else ""
         kind = next((kind for kind, family in FAMILIES.items() if family.architecture == named), None)
         problem = "config.json has no model_type"
         if kind is None:
@@ -174,7 +175,7 @@ class Exam:
         packed = {name: piece for name, piece in self.pieces.items() if piece.how != "copy"}
         left = [f"{name}: {piece.dtype}" for name, piece in self.pieces.items()
                 if piece.how == "copy" and piece.dtype not in FLOATING and PACKED.search(name)]  # fmt: skip
-        settings = dict(self.config.get("quantization_config") or self.config.get("quantization") or {})
+        settings = settings_of(self.config)
         self.config = {k: v for k, v in self.config.items() if k not in ("quantization_config", "quantization")}
         if not (packed or left or settings):
             return

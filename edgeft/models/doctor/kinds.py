@@ -15,6 +15,7 @@ from pathlib import Path
 from edgeft.errors import BadInput
 
 DEEP = 3  # folders below the one that was named in which a model is looked for
+FOLDERS = 200  # that are looked through for it: somebody may point at all of a disk
 MANY = 10_000  # names of one folder that are looked at
 INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -65,7 +66,8 @@ FORMS = (
     Form("gguf", "a GGUF file", ("*.gguf",), reads="gguf"),
     Form("original", "weights under the names of their first publisher",
          ("consolidated*.pth", "consolidated*.safetensors"), hint=ORIGINAL),
-    Form("named pickle", "pickled weights under another name", ("*.bin", "*.pt", "*.pth"), reads="pickle",
+    Form("named pickle", "pickled weights under another name", ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+         reads="pickle",
          unless=BESIDE),
     Form("onnx", "an ONNX model", ("*.onnx", "onnx/*.onnx"), hint="give the checkpoint it was exported from"),
     Form("openvino", "an OpenVINO model", ("openvino_*.xml",), hint="give the checkpoint it was exported from"),
@@ -104,17 +106,19 @@ MAKERS = (
 
 @dataclass(frozen=True)
 class Listing:
-    """The names in a folder and, with a slash, in the folders right below it."""
+    """The names in a folder and, with a slash, in the folders right below it; links that lead nowhere are `broken`."""
 
     folder: Path
     names: tuple[str, ...]
+    broken: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> Listing:
         """Raises BadInput for a folder that cannot be looked into."""
-        own = sorted(_names(folder))
+        broken: list[str] = []
+        own = sorted(_names(folder, broken))
         below = [f"{name}/{inner}" for name, is_folder in own if is_folder for inner in _below(folder / name)]
-        return cls(folder, (*(name + "/" * is_folder for name, is_folder in own), *below))
+        return cls(folder, (*(name + "/" * is_folder for name, is_folder in own), *below), tuple(sorted(broken)))
 
     def find(self, marks: Iterable[str], unless: Iterable[str] = ()) -> list[str]:
         """The files that one of the marks names."""
@@ -130,11 +134,15 @@ class Listing:
         return [name for name in self.names if "/" not in name]
 
 
-def _names(folder: Path) -> Iterator[tuple[str, bool]]:
+def _names(folder: Path, broken: list[str] | None = None) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a folder) of what is a file or a folder; nothing else is ever opened."""
     try:
         with os.scandir(folder) as entries:
             for entry, _ in zip(entries, range(MANY), strict=False):
-                yield entry.name, entry.is_dir()
+                if entry.is_dir() or entry.is_file():
+                    yield entry.name, entry.is_dir()
+                elif broken is not None and entry.is_symlink():
+                    broken.append(entry.name)
     except OSError as problem:
         raise BadInput(folder, f"cannot be looked into: {problem.strerror}", "check its permissions") from None
 
@@ -186,19 +194,31 @@ def made_by(listing: Listing) -> str:
     return next((name for name, marks in MAKERS if listing.find(marks)), "")
 
 
-def models_below(folder: Path, deep: int = DEEP) -> list[Path]:
-    """The nearest folders below one that hold a model, in order of name; of a hub cache the snapshots."""
-    found: list[Path] = []
-    for name, is_folder in sorted(_names(folder)) if deep else []:
-        if not is_folder or name.startswith((".git", ".cache")):
-            continue
-        try:
-            inner = Listing.read(folder / name)
-        except BadInput:
-            continue
-        weights = any(form.reads for form in forms_of(inner)) and "config.json" in inner.names
-        found += [folder / name] if weights or kind_of(inner) else models_below(folder / name, deep - 1)
+def models_below(folder: Path) -> list[Path]:
+    """The nearest folders below one that hold a model, checkpoint-1000 after checkpoint-500; of a cache snapshots."""
+    found, waiting, left = list[Path](), [(folder, 0)], FOLDERS
+    while waiting and left:
+        (place, deep), left = waiting.pop(0), left - 1
+        for name in _folders(place):
+            try:
+                inner = Listing.read(place / name)
+            except BadInput:
+                continue
+            if kind_of(inner) or ("config.json" in inner.names and any(form.reads for form in forms_of(inner))):
+                found.append(place / name)
+            elif deep + 1 < DEEP:
+                waiting.append((place / name, deep + 1))
     return sorted(found, key=_numbered)
+
+
+def _folders(folder: Path) -> list[str]:
+    """Folders in one, but for those of tools."""
+    try:
+        return [
+            name for name, is_folder in sorted(_names(folder)) if is_folder and not name.startswith((".git", ".cache"))
+        ]
+    except BadInput:
+        return []
 
 
 def _numbered(folder: Path) -> tuple[str, int, str]:

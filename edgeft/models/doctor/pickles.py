@@ -10,8 +10,9 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -108,9 +109,9 @@ class _Unpickler(pickle.Unpickler):
         self.reader = reader
 
     def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key = pid[0], pid[1], str(pid[2])
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"{kind!r} is no storage")
+        if not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage":
+            raise pickle.UnpicklingError("a piece that is no storage")
+        dtype, key = pid[1], str(pid[2])
         return Storage(dtype if isinstance(dtype, str) else "U8", key)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -141,7 +142,9 @@ class _Unpickler(pickle.Unpickler):
     def _tensor(self, storage: Storage, offset: int, shape: Any, stride: Any, *_: Any) -> Stored:
         if self.reader is None:
             raise pickle.UnpicklingError("a tensor where none can be")
-        return Stored(storage, storage.dtype, tuple(shape), tuple(stride), int(offset), self.reader)
+        if not all(type(n) is int and n >= 0 for n in (*shape, *stride, offset)) or len(shape) != len(stride):
+            raise pickle.UnpicklingError("a tensor without a shape")
+        return Stored(storage, storage.dtype, tuple(shape), tuple(stride), offset, self.reader)
 
 
 def unpickle(file: IO[bytes], reader: Reader | None, path: Path) -> Any:
@@ -172,7 +175,7 @@ class Reader:
                     self.tree = unpickle(file, self, path)
         except OSError as problem:
             raise BadInput(path, f"cannot be read: {problem.strerror}") from None
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error):
             raise BadInput(path, *_no_archive(path)) from None
 
     def read(self, stored: Stored, first: int = 0, count: int | None = None) -> torch.Tensor:
@@ -220,15 +223,3 @@ def state_dict(tree: Any) -> dict[str, Stored]:
     inside = next((tree[name] for name in INSIDE if isinstance(tree.get(name), dict)), None)
     deeper = state_dict(inside) if inside is not None else {}
     return deeper if len(deeper) > len(found) else found
-
-
-def stubs(tree: Any) -> Iterator[str]:
-    """The classes that a file names and nobody here knows."""
-    if isinstance(tree, Stub):
-        yield tree.named
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from stubs(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from stubs(value)

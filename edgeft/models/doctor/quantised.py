@@ -42,7 +42,7 @@ def _of_rows(role: str, axis: int) -> Callable[[dict[str, Shape], Settings], Sha
 
     def shape(shapes: dict[str, Shape], settings: Settings) -> Shape:
         sizes = list(shapes[role])
-        sizes[axis] = sizes[axis] * 32 // int(settings.get("bits", 4))
+        sizes[axis] = sizes[axis] * 32 // (settings.get("bits", 4) or 32)
         return tuple(sizes) if role in ("weight", "weight_packed") else tuple(sizes[::-1])
 
     return shape
@@ -79,13 +79,19 @@ ROLES = sorted({role for packing in PACKINGS for role in (*packing.needs, *packi
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """What config.json says of how weights are packed, under one name each; {} where it says nothing."""
-    told = dict(config.get("quantization_config") or config.get("quantization") or {})
-    if groups := told.get("config_groups"):  # compressed-tensors: one group for all linears, or none of it is known
-        weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+    said = config.get("quantization_config") or config.get("quantization")
+    if not said or not isinstance(said, dict):
+        return {"quant_method": str(said)} if said else {}
+    told = dict(said)
+    if isinstance(
+        groups := told.get("config_groups"), dict
+    ):  # compressed-tensors: one group for all linears, or none of it is known
+        found = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        weights = [each for each in found if isinstance(each, dict)]
         told |= {"bits": weights[0].get("num_bits", 4), "group_size": weights[0].get("group_size"),
                  "groups": len(weights)} if weights else {}  # fmt: skip
-    told["bits"] = told.get("bits") or told.get("w_bit") or 4
-    return told
+    bits = told.get("bits") or told.get("w_bit") or 4
+    return told | {"bits": bits if type(bits) is int and 1 <= bits <= 32 else 0}
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -100,7 +106,7 @@ def plan_pieces(entries: Entries, config: Mapping[str, Any], told: Callable[[str
     for name in entries:
         module, role = _split(name)
         modules.setdefault(module, {})[role] = name
-    settings, dtype = settings_of(config), dtype_of(config, entries)
+    settings, dtype = {"bits": 4} | settings_of(config), dtype_of(config, entries)
     pieces: dict[str, Piece] = {}
     for module, roles in modules.items():
         packing = next((each for each in PACKINGS if _is(each, roles, entries, settings)), None)
