@@ -18,6 +18,7 @@ from edgeft.models.doctor.quantised import WORDS, Piece, cannot_unpack, plan_pie
 from edgeft.models.doctor.stores import OPEN, SafeStore, Store, empty_tensors, small_json, weights_of
 from edgeft.models.families import COMPOSITE, FAMILIES, in_conv1d
 from edgeft.models.headers import (
+    AGAIN,
     EMBEDDINGS,
     FLOATING,
     HEADS,
@@ -131,7 +132,12 @@ class Exam:
             return
         if self.form.reads not in OPEN:
             raise BadInput(self.folder, f"holds {self.form.words}, which edgeft does not read", self.form.hint)
-        self.store = OPEN[self.form.reads](self.listing, self.form)
+        try:
+            self.store = OPEN[self.form.reads](self.listing, self.form)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as problem:
+            raise BadInput(
+                self.folder, f"holds {self.form.words} that are not whole: {problem!r:.120}", AGAIN
+            ) from None
         if self.form.name != "safetensors":
             problem = f"the weights are {self.form.words}"
             yield Finding(code="form", problem=problem, repair="written as safetensors", names=tuple(names[:8]))

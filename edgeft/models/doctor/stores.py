@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,18 +180,32 @@ class DcpStore:
         for offset, info in self.pieces.get(fqn, ()):
             if info.get("transform_descriptors"):
                 raise BadInput(self.folder, f"{name} is compressed: {info['transform_descriptors']}", "save it plain")
-            with open(self.folder / info["relative_path"], "rb") as file:
-                file.seek(info["offset"])
-                piece = torch.load(io.BytesIO(file.read(info["length"])), map_location="cpu", weights_only=True)
+            piece = self._piece(info, self.shapes[fqn])
             if out is None:
                 out = torch.empty(self.shapes[fqn], dtype=piece.dtype)
-            out[tuple(slice(at, at + n) for at, n in zip(offset or (0,) * piece.ndim, piece.shape, strict=True))] = (
-                piece
-            )
+            place = [(at, at + n) for at, n in zip(offset or (0,) * piece.ndim, piece.shape, strict=True)]
+            if any(end > size for (_, end), size in zip(place, out.shape, strict=True)):
+                raise BadInput(self.folder, f"{name}: a piece lies beyond its shape {tuple(out.shape)}", AGAIN)
+            out[tuple(slice(*each) for each in place)] = piece
             filled += piece.numel()
         if out is None or filled < out.numel():
             raise BadInput(self.folder, f"{name} is not whole in the shards", AGAIN)
         return out
+
+    def _piece(self, info: dict[str, Any], whole: tuple[int, ...]) -> torch.Tensor:
+        """One piece of a tensor, which torch reads without running anything. Raises BadInput for a damaged one."""
+        import torch
+
+        path = self.folder / str(info["relative_path"])
+        try:
+            with open(path, "rb") as file:
+                file.seek(info["offset"])
+                piece = torch.load(io.BytesIO(file.read(info["length"])), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, TypeError, pickle.UnpicklingError) as problem:
+            raise BadInput(path, f"cannot be read: {str(problem).splitlines()[0]:.200}", AGAIN) from None
+        if not isinstance(piece, torch.Tensor) or piece.ndim != len(whole):
+            raise BadInput(path, "holds something else than its .metadata says", AGAIN)
+        return piece
 
 
 def _state(stub: Any) -> dict[str, Any]:
