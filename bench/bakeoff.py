@@ -4,8 +4,9 @@
 
 LoRA on three bases: as it is stored, in NF4, and seen through the grid that is shipped (quantize_aware). What each
 becomes in the 4 bits of ort-int4 (blocks of 32, 8-bit head), or in NF4, which no on-device runtime here reads, is
-simulated in PyTorch with fp32 activations: the weights are those of the artifact, code for code. Differences are to
-the merged model of the first run, paired, with 95% intervals. What is done is kept in build/bakeoff.
+simulated in PyTorch with fp32 activations: the weights are those of the artifact, code for code. "Calibrated" is GPTQ
+alone; "scales too" what an export does, ranges and scales chosen with it. Differences are to the merged model of the
+first run, paired, with 95% intervals. What is done is kept in build/bakeoff.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from edgeft.data.samples import to_samples
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import EdgeftError
 from edgeft.exporting.calibrate import calibrate, put_codes
+from edgeft.exporting.compensation import RANGES, Rule, gptq_alone, least_change, solve_scales
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning.plan import Plan
+from edgeft.targets.grid import Encoded, Fitted, Grid
 from edgeft.targets.rounding import round_as_target
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
@@ -74,15 +78,42 @@ def nearest(merged: Path) -> Any:
     return model
 
 
-def by_calibration(merged: Path) -> Any:
-    """A merged model on the grid, by GPTQ on its training rows."""
+def by_calibration(merged: Path, rule: Rule = gptq_alone) -> Any:
+    """A merged model on the grid, by a rule on its training rows."""
     plan, target = Plan.read(merged.parent / "plan.json"), load_target(CALIBRATED)
     codes = merged.parent / "codes"
     codes.mkdir(exist_ok=True)
-    made = calibrate(merged, target, Data.read(plan).train, codes)
+    made = calibrate(merged, target, Data.read(plan).train, codes, rule=rule)
     model = load_plain(merged)
     put_codes(model, target, made)
     return model
+
+
+def scales_alone(weight: torch.Tensor, gram: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Encoded:
+    """Nearest codes in the range of each block whose own outputs change least, then scales solved; no compensation."""
+    best, least = grid.encode(weight), torch.full((1,), torch.inf)
+    own = torch.block_diag(*(gram[at : at + grid.block_size, at : at + grid.block_size]
+                             for at in range(0, len(gram), grid.block_size)))  # fmt: skip
+    for share in RANGES:
+        made = nearest_in(weight, grid, share)
+        moved = weight - made.weight()
+        cost = torch.stack([part.sum(dim=1) for part in ((moved @ own) * moved).split(grid.block_size, dim=1)], dim=1)
+        better = cost < least
+        wide = better.repeat_interleave(grid.block_size, dim=1)[:, : weight.shape[1]]
+        best = replace(
+            best, codes=torch.where(wide, made.codes, best.codes), scale=torch.where(better, made.scale, best.scale),
+            zero=torch.where(better, made.zero, best.zero),
+        )  # fmt: skip
+        least = torch.where(better, cost, least)
+    return solve_scales(weight, best, gram, grid)
+
+
+def nearest_in(weight: torch.Tensor, grid: Grid, share: float) -> Encoded:
+    """Nearest codes where each block's range is a share of its whole one."""
+    ranges = grid.encode(weight * share)
+    fitted = Fitted(ranges.scale, ranges.zero).wide()
+    blocks = weight.view(len(weight), -1, grid.block_size)
+    return replace(ranges, codes=grid.codes(blocks, fitted).view(weight.shape))
 
 
 def as_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -115,6 +146,8 @@ def policies(base: Path, merged: dict[str, Path]) -> dict[str, Callable[[], Any]
         "merged, not rounded": lambda: load_plain(merged["plain"]),
         "merged, nearest": lambda: nearest(merged["plain"]),
         "merged, calibrated": lambda: by_calibration(merged["plain"]),
+        "merged, scales alone": lambda: by_calibration(merged["plain"], scales_alone),
+        "merged, calibrated, scales too": lambda: by_calibration(merged["plain"], least_change),
         "NF4 run on the original base, not rounded": lambda: load_plain(merged["nf4"]),
         "NF4 run on the original base, nearest": lambda: nearest(merged["nf4"]),
         "NF4 run on the original base, calibrated": lambda: by_calibration(merged["nf4"]),

@@ -1,9 +1,7 @@
 """Which codes lose least of what a layer's outputs see on rows of the training data?
 
-GPTQ (arXiv 2210.17323) on the very grid that is shipped: the error of each column of a weight is made up for by the
-columns after it, weighed by H = X'X of the layer's inputs X. The first decoder layer first, each one's inputs made by
-layers that are rounded already; a layer's codes go to disk before the next one starts. No reordering of columns: a
-runtime's packed kernels know none.
+Each matrix by a rule of compensation.py, weighed by X'X of its inputs X. The first decoder layer first, each one's
+inputs made by layers that are rounded already; a layer's codes go to disk before the next one starts.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import torch
 
 from edgeft.data.samples import Sample
 from edgeft.errors import BadInput
+from edgeft.exporting.compensation import Rule, damped, inverse_factor, least_change
 from edgeft.exporting.layer_walk import LayerWalk, chosen_rows
 from edgeft.merging.change import find_tensor
 from edgeft.models.checkpoint import Checkpoint
@@ -26,17 +25,16 @@ from edgeft.models.parts import is_linear
 from edgeft.models.streamed import Alteration, alter
 from edgeft.progress import Progress, silent
 from edgeft.targets.codes import Codes
-from edgeft.targets.grid import Encoded, Fitted, Grid
+from edgeft.targets.grid import Encoded, Grid
 from edgeft.targets.rounding import grids_of, round_
 from edgeft.targets.target import Target, to_nearest
 
-DAMPING = 0.01  # of H's mean diagonal, added to its diagonal
-
 
 def calibrate(
-    merged: Path, target: Target, samples: Sequence[Sample], folder: Path, progress: Progress = silent
-) -> Codes:
-    """Calibrated codes of every matrix of the decoder layers, written into `folder`.
+    merged: Path, target: Target, samples: Sequence[Sample], folder: Path, progress: Progress = silent,
+    rule: Rule = least_change,
+) -> Codes:  # fmt: skip
+    """Calibrated codes of every matrix of the decoder layers, by a rule, written into `folder`.
 
     The same folder, target and rows give the same codes on the same kind of processor with as many threads. Raises
     BadInput for rows that hold nothing, and as `rounding.grid_of` does.
@@ -44,7 +42,7 @@ def calibrate(
     rows = chosen_rows(samples)
     if not rows:
         raise BadInput("calibration", "there are no rows to calibrate on", "give training data with tokens to train on")
-    walk = _Walk(merged, target, rows, Codes(folder))
+    walk = _Walk(merged, target, rows, Codes(folder), rule)
     count = len(walk.layers)
     for index in range(count):
         progress("calibrate", index, count, {})
@@ -59,9 +57,11 @@ class _Walk(LayerWalk):
     Of its weights, only those of one layer are in memory, in fp32.
     """
 
-    def __init__(self, merged: Path, target: Target, rows: Sequence[Sample], codes: Codes) -> None:
+    def __init__(
+        self, merged: Path, target: Target, rows: Sequence[Sample], codes: Codes, rule: Rule = least_change
+    ) -> None:
         super().__init__(merged)
-        self.codes, self.checkpoint = codes, Checkpoint(merged)
+        self.codes, self.checkpoint, self.rule = codes, Checkpoint(merged), rule
         grids = grids_of(self.model, to_nearest(target))
         self.grids = {key: grids[name] for key, name in self.names.items() if name in grids and key in self.last}
         self.begin(rows, lambda name, weight: round_(weight, grids[name]) if name in grids else None)
@@ -72,9 +72,10 @@ class _Walk(LayerWalk):
         found = dict[str, Encoded]()
         self.enter(index)
         for linears in self._groups(index):
-            factor = inverse_factor(self._hessian(index, linears[0]))
+            gram = damped(self._gram(index, linears[0]))
+            factor = inverse_factor(gram)
             for grid, members in groupby(linears, key=lambda linear: self.grids[id(linear.weight)]):
-                found |= self._round(list(members), factor, grid)
+                found |= self._round(list(members), gram, factor, grid)
         self.codes.write(f"layer-{index:04}", found)
         self.leave(index)
 
@@ -100,7 +101,7 @@ class _Walk(LayerWalk):
                 groups.append([linear])
         return groups
 
-    def _hessian(self, index: int, linear: Any) -> torch.Tensor:
+    def _gram(self, index: int, linear: Any) -> torch.Tensor:
         """X'X over the tokens of all rows, of what this linear reads while those before it are rounded."""
         total = torch.zeros(linear.in_features, linear.in_features)
         kept = torch.empty(0)
@@ -118,10 +119,10 @@ class _Walk(LayerWalk):
         hook.remove()
         return total
 
-    def _round(self, linears: list[Any], factor: torch.Tensor, grid: Grid) -> dict[str, Encoded]:
+    def _round(self, linears: list[Any], gram: torch.Tensor, factor: torch.Tensor, grid: Grid) -> dict[str, Encoded]:
         """The codes of linears that read the same, on one grid; the linears then hold what these decode to."""
         heights = [linear.weight.shape[0] for linear in linears]
-        whole = gptq(torch.cat([linear.weight.data for linear in linears]), factor, grid)
+        whole = self.rule(torch.cat([linear.weight.data for linear in linears]), gram, factor, grid)
         found, first = {}, 0
         for linear, height in zip(linears, heights, strict=True):
             part = whole.rows(slice(first, first + height))
@@ -156,39 +157,3 @@ def _decode(codes: Codes, stored: str, weight: torch.Tensor) -> None:
 
 class _Seen(Exception):
     """What was wanted of a layer's forward pass has been seen."""
-
-
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular, with U'U = inverse of the damped H; overwrites H. An input that is always 0 counts as 1."""
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal.add_(DAMPING * float(diagonal.mean()))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)  # type: ignore[no-any-return]
-
-
-def gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Encoded:
-    """Codes of a (rows, columns) weight, a column after the other, each error made up for by the columns after it.
-
-    A block's scale and zero point are fitted to what its weights have become when it is reached.
-    """
-    rows, columns = weight.shape
-    left = weight.T.contiguous()  # a column's weights side by side
-    codes = torch.empty_like(left)
-    fitted: list[Fitted] = []
-    for first in range(0, columns, grid.block_size):
-        last = min(first + grid.block_size, columns)
-        block = torch.zeros(rows, grid.block_size)
-        block[:, : last - first] = left[first:last].T
-        fitted.append(grid.stored(grid.fit(block)))
-        errors = torch.empty(last - first, rows)
-        for column in range(first, last):
-            codes[column] = grid.codes(left[column], fitted[-1])
-            error = left[column] - fitted[-1].values(codes[column].clone())
-            errors[column - first] = error.div_(factor[column, column])
-            left[column + 1 : last].addr_(factor[column, column + 1 : last], errors[column - first], alpha=-1)
-        left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
-    parts = [torch.stack(part, dim=1) if part[0] is not None else None for part in zip(*fitted, strict=True)]
-    scale, zero, least = parts
-    assert scale is not None and zero is not None
-    return Encoded(codes.T.contiguous(), scale, zero, grid.block_size, grid.bits, least)

@@ -1,4 +1,4 @@
-"""Calibrated codes: against an independent solution, the inputs that rounded layers really give, and built bundles."""
+"""Calibrated codes: from the inputs that rounded layers really give, and in built bundles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from edgeft.exporting import calibrate as calibrate_module
 from edgeft.exporting import layer_walk
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.calibrate import DAMPING, calibrate, gptq, inverse_factor, put_codes
+from edgeft.exporting.calibrate import calibrate, put_codes
+from edgeft.exporting.compensation import damped, inverse_factor, least_change
 from edgeft.exporting.export import export
 from edgeft.exporting.layer_walk import chosen_rows
 from edgeft.machines.profile import load_profile
@@ -34,7 +35,7 @@ from edgeft.planning.costs import Question
 from edgeft.settings.job import make_job
 from edgeft.targets.codes import Codes
 from edgeft.targets.gguf_file import build_model as build_gguf
-from edgeft.targets.grid import GGML, Grid, joined
+from edgeft.targets.grid import Grid, joined
 from edgeft.targets.nbits import packed
 from edgeft.targets.ort import matrices
 from edgeft.targets.rounding import grids_of, round_, round_model
@@ -43,13 +44,6 @@ from edgeft.targets.target import Target, load_target, to_nearest
 INT4 = load_target("ort-int4-calibrated")
 LAYER = {"qkv": 64 * (64 + 32 + 32), "o": 64 * 64, "mlp": 3 * 64 * 128, "norms": 2 * 64}  # weights of one layer
 EXACT = INT4.model_copy(update={"accuracy_level": 0})
-GRIDS = [Grid(4, 32, False, "rtn"), Grid(4, 32, True, "mlas"), Grid(8, 32, False, "rtn"), *GGML.values()]
-
-
-def correlated(rows: int, columns: int) -> torch.Tensor:
-    random = torch.Generator().manual_seed(3)
-    mixed = torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=random)
-    return torch.randn(rows, columns, generator=random) @ mixed
 
 
 def weights(rows: int, columns: int) -> torch.Tensor:
@@ -68,55 +62,6 @@ def tiny_codes() -> Codes:
     return calibrate(checkpoint(), INT4, samples(checkpoint()), folder)
 
 
-def one_by_one(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The code of each weight when, in fp64, all that are left are solved anew after each one is rounded.
-
-    The best w' of the columns left, given that column c moved by e: w' - w = -e inv(H)[c, left] / inv(H)[c, c].
-    """
-    left, damped = weight.double().clone(), hessian.double().clone()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-    codes = torch.zeros_like(weight)
-    for column in range(weight.shape[1]):
-        if column % grid.block_size == 0:
-            block = torch.zeros(len(left), grid.block_size)
-            part = left[:, column : column + grid.block_size].float()
-            block[:, : part.shape[1]] = part
-            fitted = grid.stored(grid.fit(block))
-        codes[:, column] = grid.codes(left[:, column].float(), fitted)
-        decoded = fitted.values(codes[:, column].clone()).double()
-        inverse = torch.linalg.inv(damped[column:, column:])
-        error = (left[:, column] - decoded) / inverse[0, 0]
-        left[:, column:] -= error[:, None] * inverse[0][None]
-    return codes
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_codes_are_those_of_solving_what_is_left_column_by_column(grid: Grid) -> None:
-    read, weight = correlated(300, 80), weights(24, 80)  # the last block is half full
-    hessian = read.T @ read
-    made = gptq(weight, inverse_factor(hessian.clone()), grid)
-    # a value between two codes falls to either side, and takes those after it in its row along
-    assert (made.codes != one_by_one(weight, hessian, grid)).float().mean() < 0.01
-    errors = [
-        float((read @ (form - weight).T).square().sum()) for form in (made.weight(), grid.encode(weight).weight())
-    ]
-    assert errors[0] < 0.75 * errors[1]
-
-
-@pytest.mark.parametrize("grid", GRIDS[:1] + list(GGML.values())[:1], ids=str)
-def test_inputs_that_say_nothing_of_each_other_leave_the_nearest_codes(grid: Grid) -> None:
-    weight = weights(16, 64)
-    made = gptq(weight, inverse_factor(torch.eye(64) * 7), grid)
-    assert (made.codes != grid.encode(weight).codes).sum() <= 2  # a scale as stored against one in fp64 or fp32
-
-
-def test_an_input_that_is_always_zero_is_harmless() -> None:
-    read, grid = correlated(100, 64), GRIDS[0]
-    read[:, 5] = 0
-    made = gptq(weights(8, 64), inverse_factor(read.T @ read), grid)
-    assert torch.isfinite(made.weight()).all()
-
-
 def test_every_layer_is_calibrated_on_what_the_rounded_ones_before_it_give() -> None:
     """The second layer's codes, from its inputs in a whole model that holds the first one's and rounded tables."""
     source, codes = checkpoint(), tiny_codes()
@@ -127,7 +72,7 @@ def test_every_layer_is_calibrated_on_what_the_rounded_ones_before_it_give() -> 
         if "layers." not in name:
             round_(model.get_parameter(name).data, grid)
 
-    def hessian_of(module: str) -> torch.Tensor:
+    def gram_of(module: str) -> torch.Tensor:
         total = torch.zeros(64, 64)
 
         def see(_: Any, arguments: Any) -> None:
@@ -143,7 +88,8 @@ def test_every_layer_is_calibrated_on_what_the_rounded_ones_before_it_give() -> 
 
     def expected(module: str) -> torch.Tensor:
         weight = model.get_submodule(module).weight.data
-        return gptq(weight, inverse_factor(hessian_of(module)), grids[f"{module}.weight"]).codes
+        gram = damped(gram_of(module))
+        return least_change(weight, gram, inverse_factor(gram), grids[f"{module}.weight"]).codes
 
     def differing(module: str) -> float:
         return float((codes.read(f"{module}.weight").codes != expected(module)).float().mean())
@@ -288,7 +234,7 @@ def test_a_fused_checkpoints_codes_are_taken_apart(tmp_path: Path) -> None:
     kv, query = spec.num_key_value_heads * spec.head_dim, spec.num_attention_heads * spec.head_dim
     heights = {"qkv_proj": query + 2 * kv, "gate_up_proj": 2 * spec.intermediate_size}
     prefix, codes = "model.layers.0", Codes(tmp_path)
-    whole = {name: GRIDS[0].encode(weights(rows, spec.hidden_size)) for name, rows in heights.items()}
+    whole = {name: Grid(4, 32, False, "rtn").encode(weights(rows, spec.hidden_size)) for name, rows in heights.items()}
     codes.write("layer-0000", {f"{prefix}.a.{name}.weight": each for name, each in whole.items()})
     found = {name.removeprefix("/model/layers.0/"): read() for name, read in matrices(codes, spec).items()}
     for name, parts in (("qkv_proj", "attn/q attn/k attn/v"), ("gate_up_proj", "mlp/gate mlp/up")):
