@@ -152,6 +152,19 @@ def _cut(sample: Sample, max_length: int | None, prefix_ids: list[int]) -> Sampl
     return Sample(ids[:max_length], labels[:max_length], start, excess)
 
 
+def validation_rows(valid: Sequence[Held], patience: int | None, most: int) -> tuple[list[Held], list[Held]]:
+    """(rows that are scored, rows that say when a run stops): with patience every second one, so that none is both.
+
+    Raises BadInput where there are too few for that.
+    """
+    if not patience:
+        return list(valid), []
+    if len(valid) < 2:
+        problem = f"{len(valid)} validation row cannot both stop a run and score it"
+        raise BadInput("patience", problem, "give --valid FILE with more rows, or leave patience out")
+    return list(valid[::2]), list(valid[1::2][:most])
+
+
 def hold_out(samples: Sequence[Held], share: float, seed: int) -> tuple[list[Held], list[Held]]:
     """(training, held-out) samples: every run with the same seed holds out the same ones, at least one, at most 500."""
     import random

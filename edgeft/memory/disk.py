@@ -90,6 +90,9 @@ def train_disk(spec: ModelSpec, training: Training) -> Disk:
     else:
         terms += [Term(name="result", bytes=result, formula=f"{result // 4} x 4 B")]
         peak = checkpoint + max(checkpoint, result)
+    if training.patience:
+        terms.append(Term(name="best", bytes=2 * result, formula="of the best step, and of one that is better"))
+        peak += 2 * result
     terms = [term for term in terms if term.bytes]
     return Disk(stage="train", where="out", terms=tuple(terms), peak_bytes=peak, kept_bytes=result)
 

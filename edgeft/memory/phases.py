@@ -21,6 +21,7 @@ from edgeft.memory.train_step import (
     Workload,
     adapter_bytes,
     dense_bytes,
+    optimizer_bytes,
     step_terms,
     weight_bytes,
     worst_sets,
@@ -183,11 +184,11 @@ def phases(
     """
     start, fixed = _beside_tensors(spec, training, work, baseline_bytes, data_bytes, head_buffers or {}, capability)
     sets, pool = worst_sets(spec, training), pool_size(spec, training, work).kept
-    evaluate = _evaluate(spec, training, [*fixed, *_kept(spec, training, sets)], scored, pool)
+    held = [*fixed, *_kept(spec, training, sets)]
+    evaluate = [_evaluate(spec, training, held, scored, pool), *_validate(spec, training, sets, held, scored, pool)]
     if more is not None:
         # a group has no more tokens than a micro-batch, and keeps less of each
-        high = evaluate.high_bytes + max(0, more.bytes)
-        evaluate = evaluate.model_copy(update={"high_bytes": high})
+        evaluate = [each.model_copy(update={"high_bytes": each.high_bytes + max(0, more.bytes)}) for each in evaluate]
     steps = max((step_terms(spec, one, work) for one in sets), key=_total)
     step = [*fixed, *steps, _pool_term(pool)]
     if more is not None:
@@ -196,7 +197,7 @@ def phases(
     return (
         phase("load", [*start, *_loading(spec, training)], spec, training),
         *_prefix(spec, training, fixed, pool),
-        evaluate,
+        *evaluate,
         phase("train", [term for term in step if term.bytes], spec, training, more is not None and more.exact),
     )
 
@@ -286,6 +287,20 @@ def _evaluate(
         most = scored_phase(answered).high_bytes
         evaluate = evaluate.model_copy(update={"high_bytes": max(evaluate.high_bytes, most)})
     return evaluate
+
+
+def _validate(
+    spec: ModelSpec, training: Training, sets: Sequence[Training], held: Sequence[Term], scored: Scoring | None,
+    pool: int,
+) -> list[Phase]:  # fmt: skip
+    """Losses of validation rows between two steps, beside the optimizer's states; no phase where none are validated."""
+    if not training.patience:
+        return []
+    losses = scoring_terms(spec, training, scored)[0]
+    states = max(optimizer_bytes(spec, one) for one in sets)
+    optimizer = Term(name="optimizer", bytes=states, formula="its states, kept between steps")
+    terms = [*held, optimizer, *losses, _pool_term(min(pool, _total(losses)))]
+    return [phase("validate", [term for term in terms if term.bytes], spec, training)]
 
 
 def _pool_term(kept: int) -> Term:

@@ -11,6 +11,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
+from edgeft.planning.early_stopping import cannot_keep, check_patience, steps_between
 from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.output_bias import check_shift
 from edgeft.planning.prefix_cache import check_prefix, prefixes
@@ -61,6 +62,7 @@ def check_job(job: Job, spec: ModelSpec) -> None:
     _check_form(job, spec)
     _check_ends(job, spec)
     _check_scores(job)
+    check_patience(job)
 
 
 def _check_layers(job: Job, spec: ModelSpec) -> None:
@@ -248,6 +250,9 @@ def candidates(
             refused = refused or reason
             continue
         first = _training(job, profile, spec, work, steps, method, rounding, executions[0])
+        if (reason := cannot_keep(first)) is not None:
+            refused = refused or reason
+            continue
         cuts = prefixes(job, spec, first, rows_tokens)
         pages = method.layers["layers"] != "lisa"  # see _pages_pile_up
         yield from (first.model_copy(update={**execution, **cut}) for cut in cuts for execution in executions
@@ -338,6 +343,8 @@ def _training(
         seed=job.seed,
         checkpoint_steps=job.checkpoint_steps,
         eval_rows=job.eval_rows,
+        patience=job.patience or 0,
+        valid_steps=steps_between(job, steps),
         quantize_aware=rounding,
         stored_dtype=spec.dtype if rounding else "",
     )

@@ -31,6 +31,7 @@ from edgeft.memory.timing import (
     seconds_per_step,
 )
 from edgeft.models.spec import ModelSpec
+from edgeft.planning.early_stopping import validating_seconds
 from edgeft.settings.job import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
 
 # expected quality points given up, by the evidence above; only their order decides
@@ -208,8 +209,9 @@ class Question:
         return limit is not None and self.all_seconds(training) > limit
 
     def all_seconds(self, training: Training) -> float:
-        """Seconds of all steps, and of making what they start from."""
-        return self.seconds(training) * training.steps + self.prefix_seconds(training)
+        """Seconds of all steps, of making what they start from, and of validating them."""
+        validating = validating_seconds(self.profile, self.spec, training, self.scored)
+        return self.seconds(training) * training.steps + self.prefix_seconds(training) + validating
 
 
 def quality_cost(spec: ModelSpec, training: Training) -> float:

@@ -46,6 +46,7 @@ from edgeft.planning.answers import Held, read_held
 from edgeft.planning.candidates import candidates, check_job, needs_importance, training_notes
 from edgeft.planning.choice import best_that_fits, choose
 from edgeft.planning.costs import Candidate, Question
+from edgeft.planning.early_stopping import patience_notes, rows_scored
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
@@ -195,6 +196,7 @@ def _planned(asked: _Asked) -> Plan:
     best, key = looked_at[0], question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
+    notes += patience_notes(training)
     notes += prefix_notes(question, training, asked.rows_tokens)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)
     stages, stage_notes = plan_stages(question, training)
@@ -327,7 +329,7 @@ def _read_lengths(job: Job, spec: ModelSpec, read: _Read | None) -> tuple[Length
 def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
     """The rows that a run scores before training and after it: of validation data the first, of test data all."""
     valid = sizes[1] if job.valid else hold_out(sizes[0], HELD_OUT_SHARE, job.seed)[1]
-    return (tuple(valid[: job.eval_rows]), *([tuple(sizes[-1])] if job.test else []))
+    return rows_scored(job, valid, sizes[-1] if job.test else None)
 
 
 def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeft.data.dataset import Measured
-from edgeft.data.samples import HELD_OUT_SHARE, hold_out
+from edgeft.data.samples import HELD_OUT_SHARE, hold_out, validation_rows
 from edgeft.documents import cache_folder
 from edgeft.errors import BadInput
 from edgeft.memory import train_step
@@ -51,7 +51,8 @@ def tokens_kept(job: Job, files: Mapping[str, Measured], most: int) -> int:
     train, valid = rows[job.data], rows[job.valid] if job.valid else []
     if not job.valid:
         train, valid = hold_out(train, HELD_OUT_SHARE, job.seed)
-    scored = [*valid[: job.eval_rows], *(rows[job.test] if job.test else [])]
+    valid, stopping = validation_rows(valid, job.patience, job.eval_rows)
+    scored = [*stopping, *valid[: job.eval_rows], *(rows[job.test] if job.test else [])]
     return sum(row.tokens for row in train if row.trained) + sum(row.tokens for row in scored)
 
 

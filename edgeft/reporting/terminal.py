@@ -18,7 +18,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.words import difference_text, memory_line, percent, step_time, verdict
+from edgeft.reporting.words import difference_text, kept_step, memory_line, percent, step_time, verdict
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
@@ -318,6 +318,7 @@ def train_text(result: TrainResult) -> RenderableType:
         lines.append(Text(f"exact match: the most probable of {len(result.plan.labels)} labels is the right one"))
     elif result.plan.grammar is not None:
         lines.append(Text(f"exact match: of answers {result.plan.grammar.line}"))
+    lines += map(Text, kept_step(result))
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
     if result.skipped_steps:

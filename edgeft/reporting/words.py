@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.planning.plan import Plan
 from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
 from edgeft.units import GIB, show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from edgeft.training.result import TrainResult
 
 SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
 
@@ -133,3 +137,12 @@ def attempt_cells(found: Attempt) -> tuple[str, str, str, str, str]:
     decided = found.reason if found.decision == "passes" else f"{found.decision}: {found.reason}"
     size, match = show_bytes(found.predicted_bytes), difference_text(found.exact_match, 100, 1)
     return found.name, size, difference_text(found.loss), match, decided
+
+
+def kept_step(result: TrainResult) -> list[str]:
+    """A line on the step that was kept, where steps were validated."""
+    if not result.best_step:
+        return []
+    steps, loss = result.plan.training.steps, dict(result.validations)[result.best_step]
+    ended = f", the run ended at step {result.steps} of {steps}" if result.steps < steps else ""
+    return [f"kept: step {result.best_step}, loss {loss:.4f} of rows that are not scored{ended}"]

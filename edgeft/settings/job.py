@@ -143,7 +143,11 @@ class Job(Strict):
     checkpoint_steps: int | None = Field(
         None, ge=1, description="steps between checkpoints; about a minute when absent"
     )
-    eval_rows: int = Field(200, ge=1, description="validation rows scored during training")
+    eval_rows: int = Field(200, ge=1, description="validation rows scored before and after training")
+    patience: int | None = Field(
+        None, ge=1, description="validations in a row without a lower loss that end a run; its best step is kept"
+    )
+    valid_steps: int | None = Field(None, ge=1, description="optimizer steps between two validations (patience)")
 
     quantize_aware: bool = Field(
         False, description="train what will be shipped: every product sees its weight rounded as the target does"
@@ -256,6 +260,8 @@ class Training(Strict):
     seed: int
     checkpoint_steps: int | None
     eval_rows: int
+    patience: int = 0  # validations in a row without a lower loss that end the run; 0: no step is validated
+    valid_steps: int = 0  # between two of them
     quantize_aware: Rounding | None = None  # products see the weights as this target will hold them
     stored_dtype: str = ""  # quantize_aware: what a merge rounds to before the target does
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgeft.data.dataset import Sample, TextTokenizer, hold_out, read_samples
 from edgeft.data.grammar import HeldTo
-from edgeft.data.samples import HELD_OUT_SHARE
+from edgeft.data.samples import HELD_OUT_SHARE, validation_rows
 from edgeft.errors import BadInput
 from edgeft.machines import meter
 from edgeft.models.headers import local_folder
@@ -25,6 +25,7 @@ class Data:
     test: list[Sample]
     tokenizer: TextTokenizer
     held_to: HeldTo = ()  # what answers are held to, labels or a grammar; nothing: they are free
+    stopping: list[Sample] = field(default_factory=list)  # validation rows that say when a run stops, none of `valid`
 
     @classmethod
     def read(cls, plan: Plan, *, train: bool = True) -> Data:
@@ -41,6 +42,7 @@ class Data:
         found = samples(plan.job.data) if train or not valid else []
         if not valid:
             found, valid = hold_out(found, HELD_OUT_SHARE, plan.training.seed)
+        valid, stopping = validation_rows(valid, plan.training.patience, plan.training.eval_rows)
         test = samples(plan.job.test) if plan.job.test else []
         if not train:
             return cls([], valid, test, tokenizer, plan.held_to)
@@ -49,4 +51,6 @@ class Data:
             hint = "raise max_length: every sample was cut before its first trained token"
             raise BadInput(plan.job.data, "no sample has a token to train on", hint)
         meter.give_back()  # what encoding took and left between the samples: half of their size again
-        return cls(found, valid, test, tokenizer, plan.held_to)
+        if plan.training.patience and not any(sample.trained_tokens for sample in stopping):
+            raise BadInput("patience", "no validation row has a token to score", "raise max_length, or leave it out")
+        return cls(found, valid, test, tokenizer, plan.held_to, stopping)

@@ -105,7 +105,7 @@ def find_or_make(
 
 def rows_of(data: Data, training: Training) -> list[Sample]:
     """All rows that a run trains on or scores."""
-    return [*data.train, *data.valid[: training.eval_rows], *data.test]
+    return [*data.train, *data.valid[: training.eval_rows], *data.stopping, *data.test]
 
 
 def probes(rows: Sequence[Sample], tokens: int) -> list[list[Sample]]:

@@ -66,6 +66,8 @@ class TrainResult(Artifact):
     measured_peak_bytes: int
     phase_peak_bytes: dict[str, int]
     loss_curve: tuple[tuple[int, float], ...]
+    validations: tuple[tuple[int, float], ...] = ()  # (step, mean loss) of the rows that say when a run stops
+    best_step: int = 0  # whose parameters are the result, where steps were validated; 0: the last one's
     cut_rows: int
     base_valid: Metrics
     valid: Metrics

@@ -50,6 +50,7 @@ from edgeft.training.promise import above, check_budget, highest, promise
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
 from edgeft.training.step_down import taken
 from edgeft.training.stop import Stop
+from edgeft.training.stopping import Stopping, facts
 from edgeft.training.work import open_work, work_folder
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -121,6 +122,7 @@ class Session:
     seconds: float
     interval_peaks: list[int]
     prefix: FrozenPrefix | None
+    stopping: Stopping
 
     @property
     def training(self) -> Training:
@@ -168,10 +170,12 @@ class Session:
             phases["resume"] = meter.peak_bytes(device)
             meter.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
+        stopping = Stopping(training, data.stopping, work)
+        stopping.go_on(before.get("validations", ()))
         return cls(
             plan, here, device, compute, deviations, data, work, progress, run, pool, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
-            before["seconds"], before["peaks"], prefix,
+            before["seconds"], before["peaks"], prefix, stopping,
         )  # fmt: skip
 
     def loop(self) -> None:
@@ -183,11 +187,13 @@ class Session:
             self.phases["train"] = max(self.phases.get("train", 0), meter.peak_bytes(device), *self.interval_peaks, 0)
             self.seconds = before + time.monotonic() - started
             return {"scores": self.scores, "resumed_at": self.resumed, "seconds": self.seconds, "phases": self.phases,
-                    "peaks": self.interval_peaks}  # fmt: skip
+                    "peaks": self.interval_peaks, "validations": self.stopping.state()}  # fmt: skip
 
         with Stop() as stop:
             last_saved = time.monotonic()
             for samples in remaining_steps(training, self.data.train, run.step):
+                if self.stopping.ends:
+                    break
                 if run.lisa is not None and run.lisa.due(run.step):
                     self.interval_peaks.append(meter.peak_bytes(device))
                     meter.reset_peak(device)
@@ -199,6 +205,8 @@ class Session:
                     "tokens_per_second": run.tokens / spent, "bytes_now": meter.bytes_now(device),
                     "seconds_left": spent / run.step * (training.steps - run.step),
                 })  # fmt: skip
+                if self.stopping.due(run.step):
+                    self.validate()
                 due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
                 if training.checkpoint_steps is not None:
                     due = run.step % training.checkpoint_steps == 0
@@ -211,9 +219,20 @@ class Session:
         if run.lisa is not None:
             self.interval_peaks.append(meter.peak_bytes(device))
             run.lisa.optimizer_bytes.append(state_bytes(run.optimizer))
+        self.stopping.take_best(run)
         run.optimizer.state.clear()  # scoring needs no optimizer states
         self.pool.give_back()  # its pages are as many as training made them
         hold_to(self.pool, self.here, "evaluate")
+
+    def validate(self) -> None:
+        """Score the rows that say when to stop, with a step's memory given back and the optimizer's states in place."""
+        self.phases["train"] = max(self.phases.get("train", 0), meter.peak_bytes(self.device))
+        meter.reset_peak(self.device)
+        hold_to(self.pool, self.here, "validate")
+        self.stopping.validate(self.run, lambda done, total: self.progress("validate", done, total, {}))
+        self.phases["validate"] = max(self.phases.get("validate", 0), meter.peak_bytes(self.device))
+        meter.reset_peak(self.device)
+        hold_to(self.pool, self.here, "train")
 
     def step(self, samples: list[Sample], note: Callable[[], dict[str, Any]]) -> float:
         """One step's loss. Where memory runs out before anything was updated, the steps so far are kept."""
@@ -300,6 +319,7 @@ class Session:
             "seconds": round(self.seconds, 2),
             "tokens_per_second": round(run.tokens / self.seconds, 1),
             "loss_curve": tuple(run.curve),
+            **facts(self.stopping),
             "cut_rows": sum(sample.cut_tokens > 0 for sample in self.data.train),
             "prefix_cache": str(self.prefix.cache.path.parent) if self.prefix else "",
             "prefix_seconds": self.prefix.seconds if self.prefix else 0.0,
