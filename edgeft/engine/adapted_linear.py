@@ -18,6 +18,7 @@ from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
 
 Gradient = torch.Tensor | None
+STORED = "stored"  # of a module whose weight stays in its file, in another dtype (`engine.streaming`)
 
 
 class _Adapted(torch.autograd.Function):
@@ -110,7 +111,7 @@ def _product(linear: Any, x: torch.Tensor) -> torch.Tensor:
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The (out, in) weight of a linear module; made dense where it is kept in 4 bits."""
-    weight: Any = linear.weight
+    weight: Any = getattr(linear, STORED, linear.weight).to(dtype) if hasattr(linear, STORED) else linear.weight
     if type(linear).__name__ == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit
 

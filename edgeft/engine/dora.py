@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgeft.engine import low_rank
+from edgeft.engine.adapted_linear import dense_weight
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.folding import folded, lengths
 from edgeft.models.parts import Parts
@@ -99,8 +100,7 @@ def _through(base: Any, rows: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = matmul_4bit(rows, base.weight, quant_state=base.weight.quant_state)
         return found.float()
     rows = rows.to(base.weight.dtype)
-    found = rows @ base.weight if _transposed(base) else nn.functional.linear(rows, base.weight)
-    return found.float()
+    return nn.functional.linear(rows, dense_weight(base, rows.dtype)).float()
 
 
 def scale(layer: Any, share: float) -> None:

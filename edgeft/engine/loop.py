@@ -343,7 +343,8 @@ def make_run(
     training: Training, device: torch.device, compute: torch.dtype, model: Any, parts: Parts, base: Path, work: Path
 ) -> Run:
     """What trains put into a loaded model, going on from the newest checkpoint in `work`; `base` holds its weights."""
-    chosen = apply_tuner(model, parts, training, Checkpoint(base) if training.base_precision == "nf4" else None)
+    away = training.base_precision == "nf4" or training.stream_layers
+    chosen = apply_tuner(model, parts, training, Checkpoint(base) if away else None)
     lisa = None
     if training.layers == "lisa" or training.densely:
         found = trained_units(model, parts, training)

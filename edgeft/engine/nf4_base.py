@@ -10,6 +10,7 @@ import torch
 
 from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.engine.nf4_codes import nf4_settings, quantise_on
+from edgeft.engine.streaming import load_streamed
 from edgeft.engine.tensor_by_tensor import fill, load_packed, multiply_in
 from edgeft.errors import BadInput
 from edgeft.machines import processes
@@ -37,6 +38,8 @@ def load_base(
     if training.base_precision != "nf4":
         # a half-precision base on a device that cannot compute in it is held in the compute dtype instead
         dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
+        if training.stream_layers:
+            return load_streamed(folder, training, dense)
         model = load_plain(folder, dense)
         leave_files(model, Checkpoint(folder))
         return model.to(device)
@@ -46,6 +49,8 @@ def load_base(
         if device.type != "cuda" or not quantise_on(folder, cached, device, progress):
             quantise_aside(folder, cached)
     try:
+        if training.stream_layers:
+            return load_streamed(cached, training, compute)
         return load_quantised(cached, compute, device)
     except BadInput as problem:
         raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None

@@ -85,7 +85,7 @@ def fill(weights: Iterable[Weight], files: Checkpoint, device: torch.device) -> 
     for weight in weights:
         name = files.name_of(weight.name)
         if weight.packed:
-            _fill_packed(weight.module, files, name, device)
+            fill_packed(weight.module, files, name, device)
             continue
         value = read_as(files, name, weight.dtype).to(device)
         if weight.key in weight.module._buffers:
@@ -105,13 +105,16 @@ def read_as(files: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
     return found
 
 
-def _fill_packed(linear: Any, files: Checkpoint, name: str, device: torch.device) -> None:
+def fill_packed(
+    linear: Any, files: Checkpoint, name: str, device: torch.device, codes: torch.Tensor | None = None
+) -> None:  # fmt: skip
+    """Give a 4-bit Linear its matrix: statistics from the files, and codes, unless they are given."""
     from bitsandbytes import nn as layers
 
     kinds: Any = layers
     stats = {own.removeprefix(f"{name}."): files.read(own) for own in files.owner if own.startswith(f"{name}.")}
     linear._parameters["weight"] = kinds.Params4bit.from_prequantized(
-        files.read(name), stats, device=device, module=linear
+        files.read(name) if codes is None else codes, stats, device=device, module=linear
     )
     multiply_in(linear, linear.compute_dtype)
 

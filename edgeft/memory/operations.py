@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edgeft.memory.adapters import FORMS
 from edgeft.memory.rounded import rounded_product, rounds
+from edgeft.memory.streamed import casts
 from edgeft.memory.tape import Storage, Tape, Value, parameter
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings.attention import repeats_groups
@@ -30,7 +31,7 @@ class Way:
     rank: int
     targets: tuple[str, ...]
     itemsize: int
-    nf4: bool
+    nf4: bool  # or as those: made dense for every product
     densely: bool
     cuda: bool
     flash: bool  # the kernel of CUDA devices from compute capability 8.0 on, and of CPUs: knows grouped queries
@@ -49,7 +50,7 @@ class Way:
         return cls(
             training.tuner, training.form.operation, training.rank, training.target_modules,
             4 if training.compute_dtype == "fp32" else 2,
-            training.base_precision == "nf4", training.densely, training.device == "cuda",
+            training.base_precision == "nf4" or casts(spec, training), training.densely, training.device == "cuda",
             not repeats_groups(training, spec.head_dim), longest if squares else 0, *rounds(spec, training),
             training.prefix_tokens, training.prefix_tokens * (rows or training.micro_batch_size),
         )  # fmt: skip
@@ -59,9 +60,8 @@ class Operations:
     """The operations of one part of a model, on a tape."""
 
     def __init__(self, tape: Tape, spec: ModelSpec, way: Way, trained: bool) -> None:
-        self.tape, self.spec, self.way = tape, spec, way
+        self.tape, self.spec, self.way, self.e, self.half = tape, spec, way, way.itemsize, way.itemsize == 2
         self.constant = Value(Storage(tape, 0, silently=True), 0)
-        self.e, self.half = way.itemsize, way.itemsize == 2
         # CUDA's autocast computes some functions in fp32 that a CPU's leaves alone
         self.widens = self.half and way.cuda
         self.full = trained and not adapts(way.tuner)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS, Answers, Scoring, Shape, Size, scoring
 from edgeft.memory.dataflow import is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
+from edgeft.memory.streamed import window_bytes
 from edgeft.memory.train_step import (
     DTYPE_BYTES,
     Phase,
@@ -226,13 +227,21 @@ def _weights(spec: ModelSpec, training: Training) -> Term:
     return Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}")
 
 
+def _window(spec: ModelSpec, training: Training) -> list[Term]:
+    """Pages of layers that are read as they compute."""
+    window, formula = window_bytes(spec, training), "pages of the layer that computes and of the next"
+    return [Term(name="streamed layers", bytes=window, formula=formula)] if window else []
+
+
 def _loading(spec: ModelSpec, training: Training) -> list[Term]:
     """The weights, and what they are made from while they are."""
     weights, nf4 = _weights(spec, training), training.base_precision == "nf4"
     stored = weights.bytes if nf4 else spec.stored_bytes
     if not spec.stacked and (nf4 or stored == weights.bytes):
         stored = 0  # 4-bit weights are read one at a time; those that stay as they are stored stay pages of their file
-    found = [weights]
+    found = [weights, *_window(spec, training)]
+    if training.stream_layers:
+        return found
     if training.device == "cuda" and nf4 and spec.stacked:
         # what stays dense is cast tensor by tensor, each beside its old self
         table = DTYPE_BYTES[training.compute_dtype] * spec.vocab_size * spec.hidden_size
@@ -267,6 +276,7 @@ def _kept(spec: ModelSpec, training: Training, sets: Sequence[Training]) -> list
     dense = max(dense_bytes(spec, one) for one in sets)
     return [
         _weights(spec, training),
+        *_window(spec, training),
         Term(name="adapters", bytes=adapter, formula="kept while scoring"),
         Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
     ]

@@ -16,6 +16,7 @@ from edgeft.machines.limits import memory_limit
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.disk import learnt_parameters
+from edgeft.memory.streamed import stored_as, window_bytes
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import STORED_BYTES, ModelSpec
@@ -43,8 +44,6 @@ NF4_FILE_BYTES = 2**29  # of one file of codes that a GPU made: what is kept in 
 # A merge computes in fp32, a block of rows at a time, so that a tensor of any size changes within a few times this
 # much. Blocks that exist while one is computed: W0, the product or norm, Wft, their difference.
 BLOCKS_AT_ONCE = 4
-
-STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Planned(Protocol):
@@ -172,7 +171,7 @@ def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
         terms.append(Term(name="weight file", bytes=file, formula="pages of the file") if spec.stacked else one)
     else:
         # tensors of the file's own dtype stay mapped from it; a cast makes new ones
-        same = STORED_AS[training.base_precision] == spec.dtype
+        same = stored_as(training) == spec.dtype
         dense = 0 if same else spec.total_parameters * DTYPE_BYTES[training.base_precision]
         terms += [_file(spec), Term(name="weights", bytes=dense, formula=f"cast to {training.base_precision}")]
     return stage("load", "host", terms, spec)
@@ -204,7 +203,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
     ]
     if training.device == "cpu":
         adapters = train_step.adapter_bytes(spec, training)
-        weights = train_step.weight_bytes(spec, training)
+        weights = train_step.weight_bytes(spec, training) + window_bytes(spec, training)
         terms += [
             Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
             Term(name="adapters", bytes=adapters, formula=f"{trained} x 4 B"),

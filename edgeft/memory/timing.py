@@ -14,6 +14,7 @@ from edgeft.data.scoring_groups import Scoring
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.launches import launches, loss_launches, optimizer_launches
+from edgeft.memory.streamed import casts, layer_file_bytes
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 
@@ -36,6 +37,7 @@ ROUNDED_BYTES = (
 )
 PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
 KEEPING = 1.25  # of a forward pass: its outputs are also written, hashed and compared; a guess
+READ_BYTES_PER_SECOND = 5e8  # of a file whose pages the system has not kept: what a SATA SSD gives; not measured
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
 
 
@@ -45,6 +47,7 @@ class Counted(NamedTuple):
     operations: float
     bytes: float
     launches: float = 0.0  # kernels that a host puts on a GPU; of the loss those of one chunk
+    read: float = 0.0  # bytes of layers that stay in their files
 
 
 def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.Workload:
@@ -59,9 +62,11 @@ def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.
 def seconds_per_step(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
     """Seconds per optimizer step of samples of `work`: what the device computes and moves, or what launching it takes.
 
-    A GPU works while its host launches what comes next: the slower of the two decides.
+    A GPU works while its host launches what comes next, a CPU while the next layer is read: the slower of the two
+    decides.
     """
-    return max(device_seconds(profile, training, work, counted), launch_seconds(profile, training, work, counted))
+    beside = max(launch_seconds(profile, training, work, counted), counted.read / READ_BYTES_PER_SECOND)
+    return max(device_seconds(profile, training, work, counted), beside)
 
 
 def launch_seconds(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
@@ -95,6 +100,9 @@ def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, score
     """Seconds of scoring the base before training and the tuned model after it, without answers that stay open."""
     layers = spec.num_hidden_layers - training.cached_layers
     forward = _forward_seconds(profile, spec, training, layers, scored.tokens, scored.trained_tokens)
+    if training.stream_layers:
+        groups = -(-scored.tokens // training.group_tokens)
+        forward = max(forward, groups * layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
     return 2 * forward
 
 
@@ -134,7 +142,7 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 COUNTED = attrgetter(
     "compute_dtype", "base_precision", "tuner", "init", "adapter_at", "rank", "target_modules", "layers",
     "trained_layers", "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length",
-    "checkpointing", "quantize_aware", "cached_layers",
+    "checkpointing", "quantize_aware", "cached_layers", "stream_layers",
 )  # fmt: skip
 
 
@@ -169,7 +177,7 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     per_token += trained * made(joined or training.form.made)
     moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
     splits = micro_batches(training, work)
-    if training.base_precision == "nf4":
+    if training.base_precision == "nf4" or casts(spec, training):
         moved += itemsize * weights * (layers + crossed + again) * splits
     if training.quantize_aware is not None:
         moved += ROUNDED_BYTES * weights * (trained + trained * again / max(1.0, crossed)) * splits
@@ -179,4 +187,5 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     if training.device == "cuda":
         put = splits * launches(spec, training, work, kept_layers)
         put += optimizer_launches(sum(train_step.trained_tensors(spec, training).values()))
-    return Counted(operations, moved, put)
+    read = layer_file_bytes(spec, training) * (layers + again) * splits if training.stream_layers else 0.0
+    return Counted(operations, moved + read, put, read)

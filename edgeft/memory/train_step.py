@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from edgeft.documents import Strict
 from edgeft.memory.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
+from edgeft.memory.streamed import away_bytes, layer_away_bytes, window_bytes
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings.job import ENDS, Training
@@ -59,13 +60,14 @@ class Workload:
 
 
 def weight_bytes(spec: ModelSpec, training: Training) -> int:
-    """Bytes of the base model as the plan keeps it; NF4 leaves embedding, head, norms and biases dense."""
+    """Bytes of the base model that the plan keeps in memory; NF4 leaves embedding, head, norms and biases dense."""
+    away = away_bytes(spec, training)
     if training.base_precision != "nf4":
-        return spec.total_parameters * DTYPE_BYTES[training.base_precision]
+        return spec.total_parameters * DTYPE_BYTES[training.base_precision] - away
     quantised = sum(linear.in_features * linear.out_features for linear in spec.linears) * spec.num_hidden_layers
     dense = spec.total_parameters - quantised
     codes = quantised * NF4_BYTES + NF4_PER_LINEAR * len(spec.linears) * spec.num_hidden_layers
-    return int(dense * DTYPE_BYTES[training.compute_dtype] + codes)
+    return int(dense * DTYPE_BYTES[training.compute_dtype] + codes) - away
 
 
 def dropped_bytes(spec: ModelSpec, training: Training) -> int:
@@ -94,6 +96,7 @@ def dense_bytes(spec: ModelSpec, training: Training) -> int:
         each = matrices * (4 - NF4_BYTES) - NF4_PER_LINEAR * len(spec.linears)
     else:
         each = matrices * (4 - DTYPE_BYTES[training.base_precision])
+    each += layer_away_bytes(spec, training)
     return int(each * len(training.trained_layers))
 
 
@@ -248,6 +251,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     trained = len(set(training.trained_layers))
     terms = [
         ("weights", weights, weights_formula(spec, training)),
+        ("streamed layers", window_bytes(spec, training), "pages of the layer that computes and of the next"),
         ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
         ("adapters", adapters, f"{adapters // 4} x 4 B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
@@ -262,6 +266,8 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
 def weights_formula(spec: ModelSpec, training: Training) -> str:
     """Which weights are there while a step runs."""
     without = f" without layers 0 to {training.cached_layers - 1}" if training.cached_layers else ""
+    if training.stream_layers:
+        without = " without the layers' matrices"
     return f"{spec.total_parameters} parameters{without} in {training.base_precision}"
 
 

@@ -8,8 +8,6 @@ what lies below is then used, and its weights can go.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,9 +16,9 @@ import torch
 from torch import nn
 
 from edgeft.data.samples import Sample
+from edgeft.machines import pages
 from edgeft.models.parts import Parts
 
-MADV_DONTNEED = 4
 States = Callable[[Sequence[Sample]], torch.Tensor]  # (B, S, h) of samples, padded on the right
 
 
@@ -133,9 +131,4 @@ def release_pages(tensor: torch.Tensor) -> None:
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        advise(first, size, MADV_DONTNEED)
+    pages.release_within(tensor.data_ptr(), tensor.nbytes)

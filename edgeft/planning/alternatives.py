@@ -33,7 +33,7 @@ class Saving(Strict):
 
 
 CHOICES = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "loss_chunk_tokens",
-           "optimizer", "malloc", "prefix_cache")  # fmt: skip
+           "optimizer", "malloc", "stream_layers", "prefix_cache")  # fmt: skip
 
 
 def describe(training: Training, name: str) -> str:
@@ -137,6 +137,8 @@ def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
         if not chosen.adapts:
             whole |= {"embedding": "on", "norm": "on", "head": "on", "base_precision": "fp32"}
         ways.append((f"layers: {describe(chosen, 'layers')}", f"all {count} layers", whole))
+    if chosen.stream_layers:
+        ways.append(("layers read from their files", "all of them in memory", {"stream_layers": False}))
     if chosen.cached_layers:
         ways.append((f"outputs of layers 0 to {chosen.cached_layers - 1} on disk", "those layers in memory",
                      {"cached_layers": 0}))  # fmt: skip

@@ -11,6 +11,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
+from edgeft.planning import streaming
 from edgeft.planning.early_stopping import cannot_keep, check_patience, steps_between
 from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.output_bias import check_shift
@@ -244,6 +245,7 @@ def candidates(
     rounding = rounding_of(job, spec)
     executions = _executions(job, profile, spec, optimizers)
     refused: BadInput | None = None
+    first: Training | None = None
     left = False
     for method in methods:
         if (reason := refusal(profile, method.tuner, method.precision, method.compute, method.layers)) is not None:
@@ -253,13 +255,15 @@ def candidates(
         if (reason := cannot_keep(first)) is not None:
             refused = refused or reason
             continue
-        cuts = prefixes(job, spec, first, rows_tokens)
+        cuts = [{}] if job.stream_layers else prefixes(job, spec, first, rows_tokens)
+        runs = streaming.executions(job, spec, first, executions)
         pages = method.layers["layers"] != "lisa"  # see _pages_pile_up
-        yield from (first.model_copy(update={**execution, **cut}) for cut in cuts for execution in executions
+        yield from (first.model_copy(update={**execution, **cut}) for cut in cuts for execution in runs
                     if pages or execution["optimizer"] != "paged_adamw8bit")  # fmt: skip
-        left = left or bool(cuts)
-    if job.prefix_cache and not left:
-        check_prefix(spec, first, rows_tokens)
+        left = left or bool(cuts and runs)
+    if first is not None and not left:
+        streaming.check_streaming(job, spec, first)
+        check_prefix(job, spec, first, rows_tokens)
     if refused is not None and not left:
         raise refused
 

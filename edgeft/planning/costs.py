@@ -56,6 +56,7 @@ class Candidate(Strict):
     loss_chunk_tokens: int
     optimizer: Optimizer
     malloc: Malloc = "tight"
+    stream_layers: bool = False
     cached_layers: int = 0
     quality_cost: float
     seconds_per_step: float
@@ -118,7 +119,12 @@ class Question:
 
     def most_kept(self, training: Training) -> int:
         """How many layers could keep their activations while others recompute; what is set when the user set it."""
-        if not training.checkpointing or self.job.checkpointing is not None or self.job.kept_layers is not None:
+        if (
+            not training.checkpointing
+            or training.stream_layers
+            or self.job.checkpointing is not None
+            or self.job.kept_layers is not None
+        ):
             return training.kept_layers
         crossed = self.spec.num_hidden_layers - (0 if training.embedding == "on" else min(training.trained_layers))
         return max(training.kept_layers, crossed - 1)
@@ -152,15 +158,18 @@ class Question:
 
     def seconds(self, training: Training, kept_layers: int | None = None) -> float:
         """Seconds per optimizer step of typical batches; with another number of layers that keep their activations."""
+        return seconds_per_step(self.profile, training, self.mean_work, self.counted(training, kept_layers))
+
+    def counted(self, training: Training, kept_layers: int | None = None) -> Counted:
+        """What a step of typical batches computes and moves."""
         key = (training.kept_layers if kept_layers is None else kept_layers, *COUNTED(training))
         if key not in self.counts:
             self.counts[key] = count(self.spec, training, self.mean_work, key[0])
-        return seconds_per_step(self.profile, training, self.mean_work, self.counts[key])
+        return self.counts[key]
 
     def launches(self, training: Training) -> int:
         """Kernels of a step, or what costs the host as much, where launching them decides its time; else 0."""
-        self.seconds(training)
-        counted = self.counts[(training.kept_layers, *COUNTED(training))]
+        counted = self.counted(training)
         host = launch_seconds(self.profile, training, self.mean_work, counted)
         waits = host > device_seconds(self.profile, training, self.mean_work, counted)
         return round(host / self.profile.seconds_per_launch) if waits else 0
@@ -172,8 +181,9 @@ class Question:
         """
         from edgeft.simulation.simulate import simulate  # imports torch: for such families alone
 
-        found = simulate(self.spec, training, self.work).live_peak_bytes
-        sets = train_step.worst_sets(self.spec, training)
+        resident = training.model_copy(update={"stream_layers": False})  # what streams is in the closed form
+        found = simulate(self.spec, resident, self.work).live_peak_bytes
+        sets = train_step.worst_sets(self.spec, resident)
         closed = max(sum(term.bytes for term in train_step.step_terms(self.spec, one, self.work)) for one in sets)
         self.simulated[training] = Simulated(found - closed, True)
         self.heights.clear()

@@ -52,6 +52,7 @@ from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
+from edgeft.planning.streaming import streaming_notes
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 from edgeft.units import show_bytes
@@ -63,7 +64,7 @@ DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
 DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
 Scored = tuple[tuple[Size, ...], ...]
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
-        "loss_chunk_tokens", "optimizer", "malloc", "prefix_cache")  # fmt: skip
+        "loss_chunk_tokens", "optimizer", "malloc", "stream_layers", "prefix_cache")  # fmt: skip
 
 
 class Plan(Artifact):
@@ -116,7 +117,7 @@ def _of_model(job: Job, folder: Path) -> Inputs:
 
 
 # of a plan's choices those that change what a step holds, and nothing that it computes but the order of sums
-MEMORY_ALONE = ("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_tokens", "malloc")
+MEMORY_ALONE = ("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_tokens", "malloc", "stream_layers")
 
 
 def request_digest(job: Job, model_folder: Path | None) -> str:
@@ -180,9 +181,12 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
     job = plan.job.model_copy(update=open_again | {"max_memory_bytes": most_bytes})
     asked = _ask(job, plan.importance, plan.spec, plan.profile)
     taken = {name: getattr(plan.training, name) for name in MEMORY_ALONE}
-    same = [way for way in asked.looked_at if way.model_copy(update=taken) == plan.training]
-    training, _ = choose(asked.question, same)
-    if training is None:
+    for ways in (asked.looked_at, _streamed(asked.question, asked)):
+        same = [way for way in ways if way.model_copy(update=taken) == plan.training]
+        training, _ = choose(asked.question, same)
+        if training is not None:
+            break
+    else:
         problem = f"no way of training the same needs at most {show_bytes(most_bytes)}"
         raise DoesNotFit("plan", problem, "plan another way: edgeft plan --max-memory ...")
     return _planned(asked._replace(looked_at=same)).model_copy(update={"budget_bytes": plan.budget_bytes})
@@ -191,13 +195,16 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
 def _planned(asked: _Asked) -> Plan:
     question, looked_at, spec, job = asked.question, asked.looked_at, asked.question.spec, asked.question.job
     training, said = choose(question, looked_at)
+    if training is None and (streamed := _streamed(asked.question, asked)):
+        training, said = choose(question, streamed)
+        looked_at = sorted([*looked_at, *streamed], key=question.key)
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(asked))
     best, key = looked_at[0], question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
     notes += patience_notes(training)
-    notes += prefix_notes(question, training, asked.rows_tokens)
+    notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)
     stages, stage_notes = plan_stages(question, training)
     of_each_quality = frontier(question, training, looked_at)
@@ -234,6 +241,19 @@ def _planned(asked: _Asked) -> Plan:
         work=question.work,
         importance=_with_choice(asked.importance, training, spec) if asked.importance else None,
     )
+
+
+def _streamed(question: Question, asked: _Asked) -> list[Training]:
+    """The candidates whose layers stay in their files, where nobody has said whether they shall."""
+    job = question.job
+    if job.stream_layers is not None or question.profile.device != "cpu":
+        return []
+    try:
+        asking = job.model_copy(update={"stream_layers": True})
+        scores = asked.importance.scores if asked.importance else None
+        return list(candidates(asking, question.profile, question.spec, question.work, asked.steps, scores))
+    except BadInput:
+        return []
 
 
 def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profile: Profile | None) -> _Asked:
@@ -373,7 +393,7 @@ def _unpinned(asked: _Asked) -> str | None:
             check_job(other.job, other.spec)
             found = candidates(other.job, other.profile, other.spec, other.work, asked.steps, scores,
                                asked.rows_tokens)  # fmt: skip
-            return best_that_fits(other, list(found)) is not None
+            return best_that_fits(other, [*found, *_streamed(other, asked)]) is not None
         except BadInput:
             return False
 

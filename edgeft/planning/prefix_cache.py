@@ -71,10 +71,10 @@ def fits_disk(spec: ModelSpec, training: Training) -> bool:
     return prefix_disk(spec, training).peak_bytes <= free_bytes(cache_folder())
 
 
-def check_prefix(spec: ModelSpec, training: Training, rows_tokens: int) -> None:
+def check_prefix(job: Job, spec: ModelSpec, training: Training, rows_tokens: int) -> None:
     """Raise BadInput where outputs are to be kept and cannot be."""
     why, hint = obstacle(spec, training, rows_tokens)
-    if why:
+    if job.prefix_cache and why:
         raise BadInput("prefix_cache", f"no outputs of lower layers can be kept: {why}", hint)
 
 

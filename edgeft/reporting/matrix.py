@@ -278,7 +278,8 @@ def method(plan: Plan) -> str:
     way = TUNERS[training.tuner].short.format(rank=training.rank, tokens=training.prefix_tokens)
     layers = training.active_layers or len(training.trained_layers)
     which = "all" if layers == count else f"{'LISA ' if training.layers == 'lisa' else ''}{layers} of"
-    return f"{training.base_precision.upper()} {way}, {which} {count} layers"
+    streamed = ", from their files" if training.stream_layers else ""
+    return f"{training.base_precision.upper()} {way}, {which} {count} layers{streamed}"
 
 
 def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | str = AUTO) -> DeviceCell:

@@ -129,6 +129,9 @@ class Job(Strict):
         None, description="freed memory of a CPU run: fast keeps small blocks for reuse, tight returns all at once"
     )
 
+    stream_layers: bool | None = Field(
+        None, description="frozen layers stay in their files and are read when they compute (CPU); if nothing else fits"
+    )
     prefix_cache: bool | None = Field(
         None, description="outputs of the layers below all that train are kept on disk, computed once for each row"
     )
@@ -250,6 +253,7 @@ class Training(Strict):
     loss_chunk_tokens: int
     optimizer: Optimizer
     malloc: Malloc = "tight"
+    stream_layers: bool = False  # frozen matrices stay in their files and are read when their layer computes
     cached_layers: int = 0  # the lowest ones, whose outputs are on disk for every row; 0: all are computed
     cached_tokens: int = 0  # of those rows
     learning_rate: float
@@ -294,7 +298,7 @@ class Training(Strict):
     @property
     def densely(self) -> bool:
         """Whether layers that train are dense fp32 ones in a base of another precision (`engine.fp32_layers`)."""
-        return not self.adapts and self.layers != "all" and self.base_precision != "fp32"
+        return not self.adapts and self.layers != "all" and (self.base_precision != "fp32" or self.stream_layers)
 
     def recomputes(self, layer: int, layers: int) -> bool:
         """Whether a layer of a model with so many recomputes its activations, if autograd sees it at all."""

@@ -1,0 +1,211 @@
+"""How does a model compute, and train, whose frozen layers stay in their files?
+
+The matrices of its layers are pages of mapped files: base safetensors, or the codes of their NF4 form. When a layer
+runs, forwards or recomputed on the way back, a thread reads the next one, and what neither needs is given back. No
+memory is ever filled anew: whoever still holds a matrix, as autograd's contexts do, reads the very same bytes, so that
+a mistake here costs memory or time and never a gradient. What is kept in another dtype than it is stored in is cast
+when it multiplies, as 4-bit weights are unpacked: inside of what is recomputed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from edgeft.engine.adapted_linear import STORED, dense_weight
+from edgeft.engine.tensor_by_tensor import empty_weights, fill, fill_packed, holds, model_without_weights
+from edgeft.errors import BadInput
+from edgeft.machines import pages
+from edgeft.models.boundary import Weight
+from edgeft.models.checkpoint import SAFETENSORS_DTYPES, Checkpoint, TensorFile
+from edgeft.models.parts import find_parts, is_linear
+from edgeft.settings.job import Training
+
+
+class Span(NamedTuple):
+    """Where a matrix lies in a mapped file, and who computes with it as long as `own` is still theirs."""
+
+    module: Any
+    own: Any
+    address: int
+    size: int
+
+    @property
+    def used(self) -> bool:
+        return self.module._parameters.get("weight") is self.own
+
+
+class Window:
+    """Which layers' pages are here: those of the layer that runs, and of the one that comes next."""
+
+    def __init__(self, layers: Sequence[nn.Module], spans: Sequence[list[Span]], files: Maps) -> None:
+        self.spans, self.files, self.here = spans, files, set[int]()
+        self.at = -1
+        self.reader = ThreadPoolExecutor(1, "edgeft-layers")
+        self.reading: Future[None] | None = None
+        for number, layer in enumerate(layers):
+            layer.forward = self._layer(number, layer.forward)  # type: ignore[method-assign]
+
+    def _layer(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.enter(number)
+            return forward(*args, **kwargs)
+
+        return run
+
+    def enter(self, number: int) -> None:
+        """Let a layer run: forwards the next one is that above, when layers are recomputed that below."""
+        if self.reading is not None:
+            self.reading.result()
+        up = number == 0 or number > self.at
+        following, self.at = number + (1 if up else -1), number
+        wanted = {number, following} & set(range(len(self.spans)))
+        for gone in self.here - wanted:
+            self._each(pages.release, gone)
+        self.here = wanted
+        self.reading = self.reader.submit(self._each, pages.read, following) if following in wanted else None
+
+    def _each(self, advise: Callable[[int, int], None], number: int) -> None:
+        for span in self.spans[number]:
+            if span.used:
+                advise(span.address, span.size)
+
+    def leave(self) -> None:
+        """Give everything back, as before something else needs the memory."""
+        if self.reading is not None:
+            self.reading.result()
+        for gone in self.here:
+            self._each(pages.release, gone)
+        self.here, self.reading = set(), None
+
+
+class Maps:
+    """Tensors of safetensors files as pages of them, which nobody can write to."""
+
+    def __init__(self) -> None:
+        self.maps: dict[Path, mmap.mmap] = {}
+
+    def tensor(self, file: TensorFile, name: str) -> torch.Tensor:
+        """One tensor; raises BadInput where it lies so that no processor could read its numbers in place."""
+        entry = file.entries[name]
+        begin, end = entry["data_offsets"]
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        if (file.start + begin) % dtype.itemsize:
+            raise BadInput(file.path, f"{name}: lies at no multiple of {dtype.itemsize} bytes", _AGAIN)
+        if file.path not in self.maps:
+            with open(file.path, "rb") as opened:
+                self.maps[file.path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot be written to is what is wanted
+            flat = torch.frombuffer(
+                self.maps[file.path], dtype=dtype, offset=file.start + begin, count=(end - begin) // dtype.itemsize
+            )
+        return flat.view(entry["shape"])
+
+
+_AGAIN = "save the checkpoint again with save_pretrained, or plan with --set stream_layers=false"
+
+
+def load_streamed(folder: Path, training: Training, kept: torch.dtype) -> Any:
+    """The model of a folder, on the CPU, whose layers' matrices are pages of its files; all else in `kept`.
+
+    An embedding that neither trains nor is the head too has its rows read as they are asked.
+
+    It computes what a model does that holds them in `kept`, or packed in 4 bits. Raises BadInput for tensors that are
+    not in the files as the model has them.
+    """
+    packed = training.base_precision == "nf4"
+    model, files = model_without_weights(folder, kept, packed=packed), Checkpoint(folder, packed=packed)
+    weights = list(empty_weights(model))
+    if missing := [weight.name for weight in weights if not holds(files, weight)]:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise BadInput(folder, f"{some}: not in the files as the model has them, so no layer can stay there", _AGAIN)
+    parts = find_parts(model)
+    layers = list(parts.layers)
+    owner = {id(module): n for n, layer in enumerate(layers) for module in layer.modules() if is_linear(module)}
+    streamed = [weight for weight in weights if id(weight.module) in owner and weight.key == "weight"]
+    table = [] if parts.tied or training.embedding != "off" else [w for w in weights if w.module is parts.embedding]
+    there = {weight.name for weight in (*streamed, *table)}
+    fill((weight for weight in weights if weight.name not in there), files, torch.device("cpu"))
+    maps, spans = Maps(), [list[Span]() for _ in layers]
+    for weight in table:
+        name = files.name_of(weight.name)
+        _rows_as_asked(weight.module, maps.tensor(files.owner[name], name), kept)
+    for weight in streamed:
+        name = files.name_of(weight.name)
+        mapped = maps.tensor(files.owner[name], name)
+        _give(weight, mapped, files, name, kept)
+        own = weight.module._parameters["weight"]
+        spans[owner[id(weight.module)]].append(Span(weight.module, own, mapped.data_ptr(), mapped.nbytes))
+    model.tie_weights()
+    model.edgeft_window = Window(layers, spans, maps)
+    return model
+
+
+def _give(weight: Weight, mapped: torch.Tensor, files: Checkpoint, name: str, kept: torch.dtype) -> None:
+    """A linear module's matrix as it lies in the file: itself, its codes, or what is cast when it multiplies."""
+    linear = weight.module
+    if weight.packed:
+        fill_packed(linear, files, name, torch.device("cpu"), mapped)
+    elif mapped.dtype == kept:
+        linear._parameters["weight"] = nn.Parameter(mapped, requires_grad=False)
+    else:
+        _cast_on_use(linear, mapped, kept)
+
+
+def _cast_on_use(linear: Any, mapped: torch.Tensor, kept: torch.dtype) -> None:
+    """Let a module multiply with what it has in a file in another dtype. Its own weight is no number, and takes none:
+
+    whoever reads that by mistake gets no healthy loss.
+    """
+    nothing = torch.full((), float("nan"), dtype=kept).expand(mapped.shape)
+    own = linear._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
+    setattr(linear, STORED, mapped)
+    forward = linear.forward
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if linear.weight is not own:  # the layer trains now
+            return forward(x)  # type: ignore[no-any-return]
+        return _Cast.apply(x, linear, kept)  # type: ignore[no-any-return, no-untyped-call]
+
+    linear.forward = run
+
+
+def _rows_as_asked(table: Any, mapped: torch.Tensor, kept: torch.dtype) -> None:
+    """Let an embedding look rows up in its file and give the pages back at once."""
+    if type(table).forward is not nn.Embedding.forward:
+        raise BadInput(type(table).__name__, "an embedding that computes in a way of its own", _AGAIN)
+    nothing = torch.full((), float("nan"), dtype=kept).expand(mapped.shape)
+    table._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        found = nn.functional.embedding(ids, mapped, table.padding_idx).to(kept)
+        pages.release(mapped.data_ptr(), mapped.nbytes)
+        return found
+
+    table.forward = run
+
+
+class _Cast(torch.autograd.Function):
+    """x W^T + b with a frozen W that is cast for the product, forth and back, and not kept between."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, linear: nn.Module, kept: torch.dtype) -> torch.Tensor:
+        context.linear, context.kept = linear, kept
+        bias: Any = linear.bias
+        return nn.functional.linear(x, dense_weight(linear, kept), bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        if not context.needs_input_grad[0]:
+            return None, None, None
+        weight = dense_weight(context.linear, context.kept)
+        rows = gradient.reshape(-1, weight.shape[0]) @ weight
+        return rows.view(*gradient.shape[:-1], weight.shape[1]), None, None

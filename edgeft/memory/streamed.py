@@ -1,0 +1,68 @@
+"""Which bytes of a base are in memory, and which are read, where its layers' matrices stay in their files?
+
+The table of embeddings stays there too, unless the head is tied to it or it trains.
+"""
+
+from __future__ import annotations
+
+from edgeft.models.spec import STORED_BYTES, ModelSpec
+from edgeft.settings.job import Training
+
+STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+KEPT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+NF4_CODES = 0.5  # bytes of a weight that stay in the file; its scales do not
+ROW_BYTES = 2**16  # of a mapped file that become resident where one byte is looked at, on Linux
+
+
+def casts(spec: ModelSpec, training: Training) -> bool:
+    """Whether matrices are stored in another dtype than the plan keeps them in, and are cast for every product."""
+    return training.stream_layers and training.base_precision != "nf4" and stored_as(training) != spec.dtype
+
+
+def stored_as(training: Training) -> str:
+    """The dtype of files whose pages are weights as the plan keeps them."""
+    return STORED_AS[training.base_precision]
+
+
+def matrices(spec: ModelSpec) -> int:
+    """Weights of one layer that stay in the file."""
+    return sum(linear.in_features * linear.out_features for linear in spec.linears)
+
+
+def layer_file_bytes(spec: ModelSpec, training: Training) -> int:
+    """Bytes of one layer that are read from the file each time it computes."""
+    itemsize = NF4_CODES if training.base_precision == "nf4" else STORED_BYTES.get(spec.dtype, 4)
+    return int(itemsize * matrices(spec))
+
+
+def layer_away_bytes(spec: ModelSpec, training: Training) -> int:
+    """What of one layer, held as the plan says, is not in memory."""
+    if not training.stream_layers:
+        return 0
+    itemsize = NF4_CODES if training.base_precision == "nf4" else KEPT_BYTES[training.base_precision]
+    return int(itemsize * matrices(spec))
+
+
+def table_streams(spec: ModelSpec, training: Training) -> bool:
+    """Whether rows of the embedding are read as they are asked."""
+    return training.stream_layers and not spec.tie_word_embeddings and training.embedding == "off"
+
+
+def away_bytes(spec: ModelSpec, training: Training) -> int:
+    """What of a base, held as the plan says, is not in memory."""
+    dense = training.compute_dtype if training.base_precision == "nf4" else training.base_precision
+    table = KEPT_BYTES[dense] * spec.embedding_parameters if table_streams(spec, training) else 0
+    return layer_away_bytes(spec, training) * spec.num_hidden_layers + table
+
+
+def window_bytes(spec: ModelSpec, training: Training) -> int:
+    """Pages of the layer that computes, of the one that comes next, of rows of the embedding; nothing without streams.
+
+    Of a row that is looked at, what lies around it comes along.
+    """
+    if not training.stream_layers:
+        return 0
+    most = STORED_BYTES.get(spec.dtype, 4) * spec.embedding_parameters
+    rows = min(most, ROW_BYTES * training.micro_batch_size * training.max_length)
+    two = min(2, spec.num_hidden_layers) * layer_file_bytes(spec, training)
+    return two + (rows if table_streams(spec, training) else 0)

@@ -1,0 +1,81 @@
+"""When do frozen layers stay in their files, why not, and what does it take?
+
+It is looked at where nothing fits whose weights are all in memory, or where a user asks for it: it costs reading every
+layer twice in a micro-batch, and changes no result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeft.errors import BadInput
+from edgeft.memory.streamed import away_bytes, layer_file_bytes, window_bytes
+from edgeft.memory.timing import READ_BYTES_PER_SECOND
+from edgeft.models.spec import ModelSpec
+from edgeft.planning.costs import Question
+from edgeft.settings.job import Job, Training
+from edgeft.units import show_bytes
+
+
+def obstacle(spec: ModelSpec, training: Training) -> tuple[str, str]:
+    """(why a way of training cannot leave its layers in their files, what to do about it); empty where it can."""
+    if training.device != "cpu":
+        return f"files are mapped for a CPU, and this is a {training.device} profile", "drop stream_layers"
+    if spec.stacked:
+        return f"{spec.stacked[0]} and its like are put together from several tensors of the files", ""
+    if not training.adapts and training.layers == "all":
+        return "all weights train, none is only read", "use tuner=lora, or layers=sparse"
+    if not training.adapts and training.layers == "lisa":
+        hint = "use tuner=lora, whose layers take turns too, or layers=sparse"
+        return "layers that have had their turn are not what the files hold", hint
+    if training.quantize_aware is not None:
+        return "rounded weights are copies in memory", "drop quantize_aware"
+    return "", ""
+
+
+def executions(job: Job, spec: ModelSpec, training: Training, ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the `ways` to compute a step those that a way of training has as the job asks; none where it cannot stream."""
+    if not job.stream_layers:
+        return ways
+    if job.prefix_cache or obstacle(spec, training)[0]:
+        return []
+    return [
+        {**way, "stream_layers": True} for way in ways
+        if way["checkpointing"] and not way["kept_layers"] and way["malloc"] == "tight"
+    ]  # fmt: skip
+
+
+def check_streaming(job: Job, spec: ModelSpec, training: Training) -> None:
+    """Raise BadInput where layers are to stay in their files and cannot."""
+    if not job.stream_layers:
+        return
+    why, hint = obstacle(spec, training)
+    if not why and job.prefix_cache:
+        why, hint = "the outputs of the lower ones are to be kept on disk", "leave out prefix_cache or stream_layers"
+    if not why and (job.checkpointing is False or job.kept_layers):
+        why, hint = "each is read once more when it is recomputed, and not all are to be", "drop checkpointing=false"
+        hint = "drop kept_layers" if job.kept_layers else hint
+    if not why and job.malloc == "fast":
+        why, hint = "malloc=fast counts what is resident, and their pages come and go", "drop malloc=fast"
+    if why:
+        raise BadInput("stream_layers", f"no layers can stay in their files: {why}", hint)
+
+
+def streaming_notes(question: Question, training: Training) -> list[str]:
+    """What streaming takes and saves: one line, where layers stream."""
+    if not training.stream_layers:
+        return []
+    spec, resident = question.spec, training.model_copy(update={"stream_layers": False})
+    counted = question.counted(training)
+    asked = "as set" if question.job.stream_layers else "nothing fits with all weights in memory"
+    away, window = away_bytes(spec, training), window_bytes(spec, training)
+    reading = (
+        f"{show_bytes(round(counted.read))} are read in a step, at {READ_BYTES_PER_SECOND / 1e9:g} GB/s if the system "
+        "keeps none of them"
+    )
+    what = f"{show_bytes(away - window)} less memory than with all of them there"
+    slower = question.seconds(training) / question.seconds(resident) - 1
+    return [
+        f"layers stay in their files ({asked}): two of {spec.num_hidden_layers} are there at a time, "
+        f"{show_bytes(layer_file_bytes(spec, training))} each, {what}; {reading}: {slower:+.0%} time"
+    ]

@@ -1,0 +1,130 @@
+"""When do layers stay in their files, what does a plan count for it, what does it refuse?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import CONFIGS, plan_of
+
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.machines.profile import load_profile
+from edgeft.memory import streamed, train_step
+from edgeft.memory.timing import READ_BYTES_PER_SECOND, count
+from edgeft.models.spec import read_model_spec
+from edgeft.planning.plan import Plan, make_plan, smaller_plan
+from edgeft.reporting.matrix import method
+from edgeft.settings.job import make_job
+from edgeft.units import GIB
+
+LLAMA = str(CONFIGS / "llama-3.1-8b")
+SMALL = str(CONFIGS / "tinyllama-1.1b")
+LAPTOP = load_profile("laptop-16gb").model_copy(update={"name": "laptop-8gb", "memory_gib": 7.7})
+
+
+def plan(model: str = LLAMA, **settings: Any) -> Plan:
+    values = {"model": model, "profile": "laptop-16gb", "max_length": 512, "target": "ort-int4", **settings}
+    return make_plan(make_job(**values), profile=LAPTOP)
+
+
+def terms(made: Plan, phase: str) -> dict[str, int]:
+    return {term.name: term.bytes for each in made.phases if each.name == phase for term in each.terms}
+
+
+def test_an_8b_model_trains_on_a_laptop_of_8_gib() -> None:
+    """Of 7.7 GiB the desktop keeps 4: its weights in 4 bits alone are twice what is left."""
+    with pytest.raises(DoesNotFit, match="it fits when stream_layers is left to the planner"):
+        plan(stream_layers=False)
+    made = plan()
+    training, spec = made.training, made.spec
+    assert training.stream_layers and training.base_precision == "nf4" and training.tuner == "lora"
+    assert training.checkpointing and not training.kept_layers and training.malloc == "tight"
+    assert (
+        made.peak_bytes
+        <= made.budget_bytes
+        < 4 * GIB
+        < 0.6 * train_step.weight_bytes(spec, training.model_copy(update={"stream_layers": False}))
+    )
+    [note] = [note for note in made.notes if note.startswith("layers stay in their files")]
+    assert (
+        "(nothing fits with all weights in memory): two of 32 are there at a time, 104 MiB each, 4.97 GiB less" in note
+    )
+    assert method(made).endswith("layers, from their files")
+    assert [row for row in made.frontier if row.stream_layers and row.fits]
+    [resident] = [each for each in made.alternatives if each.setting == "stream_layers"]
+    assert (resident.value, resident.fits) == ("False", False) and resident.more_bytes > 4 * GIB
+
+
+def test_nothing_streams_where_something_fits() -> None:
+    made = make_plan(make_job(model=SMALL, profile="laptop-16gb", max_length=512))
+    assert not made.training.stream_layers and not any(row.stream_layers for row in made.frontier)
+    assert not [note for note in made.notes if "stay in their files" in note]
+    asked = make_plan(make_job(model=SMALL, profile="laptop-16gb", max_length=512, stream_layers=True))
+    assert asked.training.stream_layers and asked.training.base_precision == "fp32"
+    [note] = [note for note in asked.notes if note.startswith("layers stay in their files")]
+    assert "(as set): two of 22" in note
+    assert terms(asked, "load")["weights"] < 0.1 * terms(made, "load")["weights"]
+
+
+@pytest.mark.parametrize(("precision", "itemsize", "file_itemsize"), [("fp32", 4, 2), ("nf4", 0.5, 0.5)])
+def test_two_layers_and_what_is_outside_of_them_are_counted(
+    precision: str, itemsize: float, file_itemsize: float
+) -> None:
+    spec = read_model_spec(SMALL)
+    training = plan_of(
+        spec, range(22), base_precision=precision, checkpointing=True, max_length=512, stream_layers=True
+    )
+    resident = training.model_copy(update={"stream_layers": False})
+    layer = sum(linear.in_features * linear.out_features for linear in spec.linears)
+    away = train_step.weight_bytes(spec, resident) - train_step.weight_bytes(spec, training)
+    assert away == pytest.approx(22 * itemsize * layer + 4 * spec.vocab_size * spec.hidden_size, rel=1e-6)
+    rows = min(2 * spec.vocab_size * spec.hidden_size, 2 * 512 * 2**16)
+    assert streamed.window_bytes(spec, training) == 2 * int(file_itemsize * layer) + rows
+    assert streamed.window_bytes(spec, resident) == streamed.away_bytes(spec, resident) == 0
+    assert streamed.casts(spec, training) == (precision == "fp32") and not streamed.casts(spec, resident)
+    work = train_step.Workload(512, 512)
+    held = {term.name: term.bytes for term in train_step.step_terms(spec, training, work)}
+    assert held["streamed layers"] == streamed.window_bytes(spec, training)
+    # forwards and recomputed; the batch in one piece
+    read = count(spec, training, work, 0).read
+    assert read == pytest.approx(44 * file_itemsize * layer) and count(spec, resident, work, 0).read == 0
+    upper = training.model_copy(update={"trained_layers": tuple(range(18, 22)), "layers": "sparse"})
+    assert count(spec, upper, work, 0).read == pytest.approx(26 * file_itemsize * layer)
+
+
+def test_reading_binds_where_little_is_computed() -> None:
+    made = plan(SMALL, stream_layers=True, max_length=8, batch_size=1)
+    read = count(made.spec, made.training, made.work, 0).read
+    assert made.seconds_per_step == pytest.approx(read / READ_BYTES_PER_SECOND, rel=1e-3)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"tuner": "full", "layers": "all", "base_precision": "fp32"}, "all weights train, none is only read"),
+    ({"tuner": "full", "layers": "lisa", "active_layers": 2}, "layers that have had their turn are not what the files"),
+    ({"checkpointing": False}, "each is read once more when it is recomputed"),
+    ({"kept_layers": 2}, "each is read once more when it is recomputed"),
+    ({"malloc": "fast"}, "malloc=fast counts what is resident"),
+    ({"prefix_cache": True, "layers": "sparse", "active_layers": 2}, "the outputs of the lower ones are to be kept"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), REFUSED)
+def test_what_cannot_stream_is_refused_with_its_reason(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadInput, match=f"stream_layers: no layers can stay in their files: {reason}"):
+        plan(SMALL, stream_layers=True, **settings)
+
+
+def test_gpus_and_experts_are_refused() -> None:
+    with pytest.raises(BadInput, match="files are mapped for a CPU, and this is a cuda profile"):
+        make_plan(make_job(model=SMALL, profile="t4", stream_layers=True))
+    with pytest.raises(BadInput, match="put together from several tensors of the files"):
+        plan(str(CONFIGS / "mixtral-8x7b"), stream_layers=True)
+
+
+def test_a_step_down_goes_to_streaming_where_nothing_smaller_is_left() -> None:
+    made = make_plan(make_job(model=SMALL, profile="laptop-16gb", max_length=512, rank=16, base_precision="fp32"))
+    less = smaller_plan(made, 3 * GIB)
+    assert less.training.stream_layers and less.peak_bytes <= 3 * GIB
+    same = dict.fromkeys(("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_tokens", "malloc"))
+    same["stream_layers"] = None
+    assert less.training.model_dump(exclude=set(same)) == made.training.model_dump(exclude=set(same))

@@ -1,0 +1,56 @@
+"""Is a run whose layers stay in their files the resident one from plan to result, and does it go on bit for bit?"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny import qwen3_folder, run, write_plan
+from torch import equal
+
+from edgeft.planning.plan import Plan
+from edgeft.progress import silent
+
+WAY = {"tuner": "lora", "checkpointing": True, "kept_layers": 0, "malloc": "tight", "micro_batch_size": 2}
+
+
+@pytest.fixture
+def planned(checkpoint_folder: Path, tmp_path: Path) -> Any:
+    model = qwen3_folder(tmp_path / "model", checkpoint_folder, 4)
+
+    def make(name: str, **settings: Any) -> Path:
+        (tmp_path / name).mkdir()
+        return write_plan(tmp_path / name, model, **{**WAY, **settings})
+
+    return make
+
+
+def adapters(out: Path) -> dict[str, Any]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def test_scores_losses_and_adapters_are_those_of_the_resident_run(planned: Any, tmp_path: Path) -> None:
+    """Also where the run was stopped half way."""
+    plain = run(planned("plain"), tmp_path / "plain" / "train")
+    path = planned("streamed", stream_layers=True)
+    made = Plan.read(path)
+    assert made.training.stream_layers and "stay in their files" in " ".join(made.notes)
+
+    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(path, tmp_path / "streamed" / "train", progress=stop)
+    streamed = run(path, tmp_path / "streamed" / "train", progress=silent)
+    assert streamed.resumed_at in ((5,), (6,))
+    assert streamed.loss_curve == plain.loss_curve
+    assert (streamed.base_valid, streamed.valid) == (plain.base_valid, plain.valid)
+    ours, theirs = adapters(tmp_path / "streamed" / "train"), adapters(tmp_path / "plain" / "train")
+    assert ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((tmp_path / "streamed" / "train" / "train.json").read_text())["plan"]["training"]["stream_layers"]
