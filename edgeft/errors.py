@@ -13,10 +13,17 @@ class EdgeftError(Exception):
     """
 
     exit_code = 1
+    told = False  # whether somebody was told already: of several processes one says it
 
     def __init__(self, where: object, problem: str, hint: str = "") -> None:
         self.where, self.problem, self.hint = str(where), problem, hint
         super().__init__(f"{where}: {problem}" + (f"\n\nhint: {hint}" if hint else ""))
+
+
+class WrongStart(EdgeftError):
+    """A command that must be started in another way (exit 2)."""
+
+    exit_code = 2
 
 
 class BadInput(EdgeftError):

@@ -96,37 +96,67 @@ def train(
     made, digest = plans.Plan.read(plan_file), sha256_file(plan_file)
     folder = Path(out) if out is not None else plan_file.parent / "train"
     record = folder / "train.json"
-    if (old := current.held(record, digest)) and current.same_training(folder, old, say):
+
+    def is_current() -> bool:
+        old = current.held(record, digest)
+        return bool(old) and current.same_training(folder, old, say)
+
+    several = made.training.processes > 1  # one of them looks, for all
+    if not several and is_current():
         say(f"{folder} is up to date")
         return TrainResult.at(record, trainings.TrainResult.read(record))
-    current.replaceable(folder, "train.json")
-    from edgeft.exporting.rehearsal import rehearse
-    from edgeft.reporting.terminal import rehearsal_line
-    from edgeft.targets.footprint import choose_cache
-    from edgeft.targets.target import candidates
+    from edgeft.training.join import together
     from edgeft.training.prepare import choose_device
     from edgeft.training.promise import MORE_MEMORY
-    from edgeft.training.step_down import step_down, taken, told
     from edgeft.training.train import train as carry_out
-    from edgeft.training.work import work_folder
 
-    _, _, deviations = choose_device(made, device)
-    _announce(made, deviations, say)
-    if smaller:
-        before = taken(work_folder(folder), made, digest).plan
-        say(told(before, step_down(work_folder(folder), made, digest)))
-    rehearsed = trainings.NOT_REHEARSED
-    if rehearsal:
-        named = made.job.target if target in (None, ALL_THAT_FIT) else target
-        first = candidates(str(named), beside=not made.training.folds)[0]
-        cached = choose_cache(first, made.spec, made.job.kv_bits, made.stages.target_bytes)
-        rehearsed = rehearse(made, cached, work_folder(folder), digest)
-        say(rehearsal_line(rehearsed))
-    result = carry_out(made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed)
+    here, _, deviations = choose_device(made, device)
+    with together(made, here, plan_file) as ranks:
+        say = say if ranks.first else quiet
+        if several and ranks.told(is_current):
+            say(f"{folder} is up to date")
+            return TrainResult.at(record, trainings.TrainResult.read(record))
+        rehearsed = trainings.NOT_REHEARSED
+        if ranks.first:
+            current.replaceable(folder, "train.json")
+            _announce(made, deviations, say)
+            if smaller:
+                _step_down(made, folder, digest, say)
+            if rehearsal:
+                rehearsed = _rehearse(made, folder, digest, target, say)
+        ranks.wait()
+        result = carry_out(
+            made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed, ranks=ranks
+        )
     for deviation in result.deviations:
         if deviation.what == MORE_MEMORY:
             say(f"WARNING: training took {deviation.done}, {deviation.planned} were planned: report this plan.json")
     return TrainResult.at(record, result)
+
+
+def _step_down(made: plans.Plan, folder: Path, digest: str, say: Say) -> None:
+    """Let the run go on in the next smaller way."""
+    from edgeft.training.step_down import step_down, taken, told
+    from edgeft.training.work import work_folder
+
+    before = taken(work_folder(folder), made, digest).plan
+    say(told(before, step_down(work_folder(folder), made, digest)))
+
+
+def _rehearse(made: plans.Plan, folder: Path, digest: str, target: str | None, say: Say) -> trainings.Rehearsal:
+    """Let two layers go the whole way to the bundle."""
+    from edgeft.exporting.rehearsal import rehearse
+    from edgeft.reporting.terminal import rehearsal_line
+    from edgeft.targets.footprint import choose_cache
+    from edgeft.targets.target import candidates
+    from edgeft.training.work import work_folder
+
+    named = made.job.target if target in (None, ALL_THAT_FIT) else target
+    first = candidates(str(named), beside=not made.training.folds)[0]
+    cached = choose_cache(first, made.spec, made.job.kv_bits, made.stages.target_bytes)
+    rehearsed = rehearse(made, cached, work_folder(folder), digest)
+    say(rehearsal_line(rehearsed))
+    return rehearsed
 
 
 def _plan_file(plan: Plan | str | Path, out: str | Path | None) -> Path:

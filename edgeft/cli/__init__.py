@@ -18,7 +18,7 @@ from edgeft import __version__
 from edgeft.cli.commands import adapters, doctor, export, merge, plan, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
 from edgeft.cli.lists import data, report, show_what
-from edgeft.cli.screen import say
+from edgeft.cli.screen import complain, say
 from edgeft.errors import BadInput, EdgeftError
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def main() -> None:
     except EdgeftError as problem:
         if os.environ.get("EDGEFT_TRACEBACK"):
             raise
-        say(f"edgeft: {problem}")
+        complain(problem)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         say("\nstopped")

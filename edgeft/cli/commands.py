@@ -53,6 +53,7 @@ def plan(
     max_seconds: Annotated[
         float | None, typer.Option(help="time limit for all training steps, by the estimate")
     ] = None,
+    processes: Annotated[int, typer.Option(help="how many share each step's samples, under torchrun")] = 1,
     verify_here: Annotated[
         bool, typer.Option("--verify", help="measure the plan's own steps here, with random weights")
     ] = False,
@@ -74,6 +75,8 @@ def plan(
         values["max_memory_bytes"] = parse_bytes(max_memory)
     if max_seconds is not None:
         values["max_seconds"] = max_seconds
+    if processes != 1:
+        values["processes"] = processes
     values |= {"model": model, "profile": profile, **by_role(data or [], valid or [], test or [], columns)}
     path = out or default_out(profile, "plan.json")
     written = None if str(path) == "-" else path

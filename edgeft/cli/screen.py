@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from edgeft.documents import Artifact
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, EdgeftError
+from edgeft.machines.launcher import launched
 from edgeft.units import show_bytes, show_seconds
 
 # one width for logs and pipes; a terminal has its own
@@ -33,7 +34,12 @@ ColumnsOption = Annotated[
 ]
 
 
+speaks = launched().first  # of several processes one, but for what ends another
+
+
 def show(as_json: bool, artifact: Artifact, text: RenderableType) -> None:
+    if not speaks:
+        return
     if as_json:
         sys.stdout.write(artifact.model_dump_json() + "\n")
     else:
@@ -41,7 +47,16 @@ def show(as_json: bool, artifact: Artifact, text: RenderableType) -> None:
 
 
 def say(message: str) -> None:
-    stderr.print(message, soft_wrap=True, markup=False)
+    if speaks:
+        stderr.print(message, soft_wrap=True, markup=False)
+
+
+def complain(problem: EdgeftError) -> None:
+    """An error's message, with its process where there are several."""
+    here = launched()
+    who = f"edgeft, process {here.rank} of {here.size}" if here.size > 1 else "edgeft"
+    if not problem.told:
+        stderr.print(f"{who}: {problem}", soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,16 @@ def micro_batches(
             yield group
             group, trained = [], sample.trained_tokens
         group.append(sample)
-    yield group
+    if group:
+        yield group
+
+
+def shares(samples: Sequence[Sample], processes: int) -> list[list[Sample]]:
+    """The samples of one step as each of several processes computes them: long and short ones dealt out evenly."""
+    if processes == 1:
+        return [list(samples)]
+    longest_first = sorted(samples, key=lambda sample: -len(sample))
+    return [longest_first[rank::processes] for rank in range(processes)]
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

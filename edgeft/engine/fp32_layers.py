@@ -29,6 +29,8 @@ class DenseTurns:
     stream fp32. In fp32 compute every parameter of the layer trains.
     """
 
+    writes = True  # of several processes one does, which all read
+
     def __init__(
         self, model: nn.Module, parts: Parts, base: Checkpoint, folder: Path, compute: torch.dtype,
         ends: Mapping[str, Named] | None = None,
@@ -87,6 +89,8 @@ class DenseTurns:
         """Write what the unit learnt, in fp32 under the base's names, to its file."""
         from safetensors.torch import save_file
 
+        if not self.writes:
+            return self.file(unit)
         trained = self._learnt(unit)
         with saving(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,7 @@ class Lisa:
     state: str = "drop"
     folder: Path | None = None
     turns: Turns | None = None
+    writes: bool = True  # to `folder`: of several processes one does, which all read
     group_of: Callable[[str, nn.Parameter], int] = lambda name, parameter: 0
     active: tuple[str, ...] = ()
     steps: dict[str, int] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Lisa:
         Raises EdgeftError when the checkpoint trained other units than this plan would have.
         """
         self.active = self.at(max(0, step - 1))
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             if files is not None and files.is_dir():
@@ -182,7 +183,7 @@ class Lisa:
         for _, parameter in self.units[unit]:
             parameter.grad = None
             parameter.requires_grad_(False)
-        if self.state == "park" and self.folder is not None:
+        if self.state == "park" and self.folder is not None and self.writes:
             with saving(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 temporary = self.folder / f".{unit}.state.tmp"

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from edgeft.data.batches import epoch_order, micro_batches, steps_per_epoch
+from edgeft.data.batches import epoch_order, micro_batches, shares, steps_per_epoch
 from edgeft.data.dataset import Sample
 from edgeft.documents import staging
 from edgeft.engine import adapted_linear
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import Lisa, Named
 from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_frozen
+from edgeft.engine.ranks import ALONE, Ranks
 from edgeft.engine.trainable import apply_tuner, make_lisa, trained_units
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
@@ -50,6 +51,7 @@ class Run:
     chosen: Named
     lisa: Lisa | None = None
     work: Path | None = None
+    ranks: Ranks = ALONE
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     counters: dict[str, Any] | None = field(init=False, default=None)
@@ -58,6 +60,7 @@ class Run:
     padded_tokens: int = 0
     micro_batches: int = 0
     skipped_steps: int = 0  # fp16: updates that overflowed and were made again at a smaller scale
+    asked: bool = False  # to stop after this step; after a step: whether any process was
     updating: bool = False  # parameters may be between two steps
     curve: list[tuple[int, float]] = field(default_factory=list)
     newest: Path | None = None  # checkpoint
@@ -65,10 +68,11 @@ class Run:
     def __post_init__(self) -> None:
         found = newest_checkpoint(self.work) if self.work else None
         if self.lisa is not None:
-            if found is None:
-                self.lisa.start()
-            else:
-                self.lisa.start(found.counters["step"], found.counters["lisa"], found.folder / "layers")
+            with self.ranks.in_turn():
+                if found is None:
+                    self.lisa.start()
+                else:
+                    self.lisa.start(found.counters["step"], found.counters["lisa"], found.folder / "layers")
             self.chosen = self.lisa.parameters()
         groups = optimizer_groups(self.training, self.model, self.chosen)
         if self.lisa is not None:
@@ -99,7 +103,7 @@ class Run:
                 raise not_finite_gradients(self.step, skipped, self.training)
             loss = self._gradients(samples)
         self.step += 1
-        for micro in self._micro_batches(samples):
+        for micro in (micro for share in shares(samples, self.ranks.size) for micro in self._micro_batches(share)):
             self.padded_tokens += len(micro) * max(len(sample) for sample in micro)
             self.micro_batches += 1
         self.tokens += sum(len(sample) for sample in samples)
@@ -111,16 +115,20 @@ class Run:
         return micro_batches(samples, size, most, size * training.max_trained, before)
 
     def _gradients(self, samples: list[Sample]) -> float:
-        """The mean loss of `samples`; its gradients, scaled, are in the parameters."""
+        """The mean loss of `samples`, of all processes; its gradients, scaled, are in the parameters."""
         total, tokens = 0.0, sum(sample.trained_tokens for sample in samples)
-        for micro in self._micro_batches(samples):
+        for micro in self._micro_batches(self.ranks.share(samples)):
             chunk = self.training.loss_chunk_tokens
             loss = token_losses(self.model, self.parts, micro, self.device, self.compute, chunk) / tokens
             total += float(loss.detach())
             if not math.isfinite(total):
-                raise not_finite(self.step, total, self.training)
+                break
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             del loss
+        total, asked = self.ranks.add_gradients([p for _, p in self.chosen], total, float(self.asked))
+        self.asked = asked > 0
+        if not math.isfinite(total):
+            raise not_finite(self.step, total, self.training)
         return total
 
     def _update(self) -> bool:
@@ -340,8 +348,9 @@ def _calmer(training: Training) -> str:
 
 
 def make_run(
-    training: Training, device: torch.device, compute: torch.dtype, model: Any, parts: Parts, base: Path, work: Path
-) -> Run:
+    training: Training, device: torch.device, compute: torch.dtype, model: Any, parts: Parts, base: Path, work: Path,
+    ranks: Ranks = ALONE,
+) -> Run:  # fmt: skip
     """What trains put into a loaded model, going on from the newest checkpoint in `work`; `base` holds its weights."""
     away = training.base_precision == "nf4" or training.stream_layers
     chosen = apply_tuner(model, parts, training, Checkpoint(base) if away else None)
@@ -356,10 +365,13 @@ def make_run(
         elif training.densely:
             turns = DenseTurns(model, parts, *args)
         lisa = make_lisa(model, parts, training, turns, work / "layers")
+        lisa.writes = ranks.first
+        if turns is not None:
+            turns.writes = ranks.first
     if training.quantize_aware is not None:
         check_stored(Checkpoint(base), model, parts, training)
         round_frozen(model, parts, training)
-    return Run(training, device, compute, model, parts, chosen, lisa, work)
+    return Run(training, device, compute, model, parts, chosen, lisa, work, ranks)
 
 
 def remaining_steps(training: Training, samples: list[Sample], done: int) -> Iterator[list[Sample]]:

@@ -43,11 +43,7 @@ def load_base(
         model = load_plain(folder, dense)
         leave_files(model, Checkpoint(folder))
         return model.to(device)
-    cached = quantised_folder(folder)
-    if not has_weights(cached):
-        disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
-        if device.type != "cuda" or not quantise_on(folder, cached, device, progress):
-            quantise_aside(folder, cached)
+    cached = keep_base(folder, training, device, progress)
     try:
         if training.stream_layers:
             return load_streamed(cached, training, compute)
@@ -63,6 +59,18 @@ def load_quantised(folder: Path, compute: torch.dtype, device: torch.device) -> 
         found = load_whole(folder, dtype=compute, device_map={"": device})
         compute_in(found, compute)
     return found
+
+
+def keep_base(folder: Path, training: Training, device: torch.device, progress: Progress = silent) -> Path:
+    """Where what a plan loads of its base is: the folder itself, or its NF4 form's, which is made where it is not."""
+    if training.base_precision != "nf4":
+        return folder
+    cached = quantised_folder(folder)
+    if not has_weights(cached):
+        disk.require(disk.nf4_disk(read_model_spec(str(folder)), training), cached)
+        if device.type != "cuda" or not quantise_on(folder, cached, device, progress):
+            quantise_aside(folder, cached)
+    return cached
 
 
 def quantise_aside(folder: Path, out: Path) -> None:

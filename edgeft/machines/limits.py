@@ -75,6 +75,13 @@ def memory_limit(proc: Path | None = None, cgroup: Path | None = None) -> Limit:
     return Limit(max(0, room + held), reason)
 
 
+def part_of(limit: Limit, processes: int, proc: Path | None = None) -> Limit:
+    """What one of several processes may hold where they share what a limit leaves beside what this one holds."""
+    held = kib_lines((proc or PROC) / "self/status").get("RssAnon", 0)
+    room = max(0, limit.bytes - held) // processes
+    return Limit(room + held, f"its part for one of {processes} processes; {limit.reason}")
+
+
 def usable_cores(proc: Path | None = None, cgroup: Path | None = None) -> int:
     """Cores this process may keep busy: its affinity and each cgroup's quota, rounded down; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,12 +6,13 @@ inherits the variables that keep packages from calling home.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from edgeft.machines.launcher import alone
 
 HERE = str(Path(__file__).resolve().parent.parent)  # where this very edgeft is, installed or not
 
@@ -26,7 +27,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code to its end in a process of its own; its output is kept."""
     return subprocess.run(
-        command(code, *arguments), env=os.environ | dict(environment or {}), capture_output=True, text=True,
+        command(code, *arguments), env=alone() | dict(environment or {}), capture_output=True, text=True,
         errors="replace", check=False,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS, Answers, Scoring, Shape, Size, scoring
 from edgeft.memory.dataflow import is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
+from edgeft.memory.several import GLOO_BYTES
 from edgeft.memory.streamed import window_bytes
 from edgeft.memory.train_step import (
     DTYPE_BYTES,
@@ -216,6 +217,8 @@ def _beside_tensors(
         ]
         return fixed, fixed
     start = [Term(name="process", bytes=baseline_bytes, formula="Python, torch, transformers, one tiny step")]
+    if training.processes > 1:
+        start.append(Term(name="gloo", bytes=GLOO_BYTES, formula=f"what connects {training.processes} processes"))
     if data_bytes:
         start.append(Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"))
     tokens = work.longest * training.micro_batch_size

@@ -14,6 +14,7 @@ from edgeft.data.scoring_groups import Scoring
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.launches import launches, loss_launches, optimizer_launches
+from edgeft.memory.several import added_up, adding_seconds
 from edgeft.memory.streamed import casts, layer_file_bytes
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
@@ -48,6 +49,7 @@ class Counted(NamedTuple):
     bytes: float
     launches: float = 0.0  # kernels that a host puts on a GPU; of the loss those of one chunk
     read: float = 0.0  # bytes of layers that stay in their files
+    added_up: float = 0.0  # bytes of gradients that several processes add up
 
 
 def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.Workload:
@@ -66,7 +68,8 @@ def seconds_per_step(profile: Profile, training: Training, work: train_step.Work
     decides.
     """
     beside = max(launch_seconds(profile, training, work, counted), counted.read / READ_BYTES_PER_SECOND)
-    return max(device_seconds(profile, training, work, counted), beside)
+    slower = max(device_seconds(profile, training, work, counted), beside)
+    return slower + adding_seconds(training, counted.added_up)
 
 
 def launch_seconds(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
@@ -86,6 +89,7 @@ def device_seconds(profile: Profile, training: Training, work: train_step.Worklo
     moved = counted.bytes / (of_bandwidth * profile.bandwidth_gb_per_second * 1e9)
     slower = 1 + PER_MICRO_BATCH * (micro_batches(training, work) - 1) + 1e-4 * 1024 / training.loss_chunk_tokens
     slower *= 1.1 if training.optimizer == "paged_adamw8bit" else 1.0
+    slower *= training.neighbours if training.device == "cpu" else 1  # each has its part of the cores
     return (counted.operations / (of_rate * rate) + moved) * slower
 
 
@@ -135,14 +139,14 @@ def _widths_made(spec: ModelSpec, training: Training, made: tuple[float, ...]) -
 def micro_batches(training: Training, work: train_step.Workload) -> float:
     """How many a step takes: short samples fill one up to the tokens of the longest."""
     at_once = training.micro_batch_size * max(1.0, training.max_length / work.longest)
-    return max(1.0, training.batch_size / at_once)
+    return max(1.0, training.share / at_once)
 
 
 # what `count` reads of a plan, but for the layers that keep their activations
 COUNTED = attrgetter(
     "compute_dtype", "base_precision", "tuner", "init", "adapter_at", "rank", "target_modules", "layers",
     "trained_layers", "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length",
-    "checkpointing", "quantize_aware", "cached_layers", "stream_layers",
+    "checkpointing", "quantize_aware", "cached_layers", "stream_layers", "processes",
 )  # fmt: skip
 
 
@@ -159,7 +163,7 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         crossed -= (trained - training.active_layers) / (training.active_layers + 1)
         trained = training.active_layers
     again = max(0.0, crossed - kept_layers) * training.checkpointing
-    tokens, loss_tokens = training.batch_size * work.longest, training.batch_size * work.longest_trained
+    tokens, loss_tokens = training.share * work.longest, training.share * work.longest_trained
     weights = sum(linear.in_features * linear.out_features for linear in spec.linears)
     parameters = train_step.trained_parameters(spec, training)
     full = not training.adapts
@@ -188,4 +192,4 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         put = splits * launches(spec, training, work, kept_layers)
         put += optimizer_launches(sum(train_step.trained_tensors(spec, training).values()))
     read = layer_file_bytes(spec, training) * (layers + again) * splits if training.stream_layers else 0.0
-    return Counted(operations, moved + read, put, read)
+    return Counted(operations, moved + read, put, read, added_up(spec, training))

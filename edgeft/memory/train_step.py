@@ -283,7 +283,7 @@ class Moment(NamedTuple):
 def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss_tokens: int) -> list[Moment]:
     """Every moment that can be the highest: each part of the model forwards and backwards, the optimizer."""
     e, tokens = way.itemsize, training.micro_batch_size * work.longest
-    again, on = training.batch_size > training.micro_batch_size, training.embedding == "on"
+    again, on = training.share > training.micro_batch_size, training.embedding == "on"
     parts, embedded_is_kept = _parts(spec, training, work, way, loss_tokens, again)
     table, positions = (e * spec.embedding_parameters, e * position_parameters(spec)) if on else (0, 0)
     there = sum(part.gradients for part in parts) + table + positions if again else 0.0  # from the micro-batch before
@@ -309,7 +309,19 @@ def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss
         # its own gradient, to which a tied head's is added in place
         height = e * spec.hidden_size * tokens + table + positions
         moments.append(Moment("backward, embedding", 0, (there or made) + waiting, height))
-    return [*moments, Moment("optimizer", 0, there or made + table + positions, 0)]
+    gradients = there or made + table + positions
+    return [*moments, *_added_up(spec, training, gradients), Moment("optimizer", 0, gradients, 0)]
+
+
+def _added_up(spec: ModelSpec, training: Training, gradients: float) -> list[Moment]:
+    """The moment when gradients go into the buffer that several processes add up; none of one process.
+
+    A CPU's pages of the buffer come as each gradient goes; a GPU's allocator has both in full.
+    """
+    if training.processes == 1:
+        return []
+    largest = trained_itemsize(training) * max(trained_tensors(spec, training), default=0)
+    return [Moment("adding up", 0, gradients, gradients if training.device == "cuda" else largest)]
 
 
 def lowest_trained(spec: ModelSpec, training: Training) -> int:

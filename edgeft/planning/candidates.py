@@ -301,7 +301,8 @@ def _ranks(job: Job, spec: ModelSpec, tuner: Tuner) -> list[int]:
 
 def _executions(job: Job, profile: Profile, spec: ModelSpec, optimizers: list[Optimizer]) -> list[dict[str, Any]]:
     """The fields of Training that say how a step is computed: they change memory and time, and nothing else."""
-    batches = [2**k for k in range(job.batch_size.bit_length())][::-1]
+    share = -(-job.batch_size // job.processes)
+    batches = [2**k for k in range(share.bit_length())][::-1]
     return [
         {"micro_batch_size": batch, "checkpointing": checkpointing, "kept_layers": kept, "loss_chunk_tokens": chunk,
          "optimizer": optimizer, "malloc": malloc}
@@ -337,6 +338,8 @@ def _training(
         **method.layers,
         **execution,
         batch_size=job.batch_size,
+        processes=job.processes,
+        machines=job.machines,
         max_length=work.longest,
         max_trained=work.longest_trained,
         learning_rate=job.learning_rate or default_learning_rate(spec, method.tuner),

@@ -50,6 +50,7 @@ from edgeft.planning.early_stopping import patience_notes, rows_scored
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
+from edgeft.planning.processes import budget_of_one, check_processes, process_notes
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.planning.streaming import streaming_notes
@@ -205,6 +206,7 @@ def _planned(asked: _Asked) -> Plan:
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
     notes += patience_notes(training)
     notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training)
+    notes += process_notes(question, training)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)
     stages, stage_notes = plan_stages(question, training)
     of_each_quality = frontier(question, training, looked_at)
@@ -269,7 +271,8 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
     lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)
     held = read_held(job, files, read.tokenizer if read else None)
     length, length_note = _max_length(job, spec, lengths)
-    budget = min(profile.budget_bytes, job.max_memory_bytes or profile.budget_bytes)
+    check_processes(job, profile)
+    budget = budget_of_one(job, profile)
     steps = _steps(job, lengths)
     work = train_step.Workload(length, min(length, lengths.longest_trained if lengths else length))
     check_job(job, spec)

@@ -91,12 +91,14 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     likely = [each for each in found if each.weight_bits <= max(8, found[0].weight_bits)]
     target, why = expected(spec, likely)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
-    host_bytes = host_memory(profile, question.budget_bytes, usable_memory() if gpu else None)
+    together = question.budget_bytes * (1 if profile.device == "cuda" else training.neighbours)
+    host_bytes = host_memory(profile, together, usable_memory() if gpu else None)
     weights = bundle_weights(as_merged(spec, training), target, beside(spec, training))
     context, limited_by = choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
     phases = [quantise(spec, training, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
-        phases += [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
+        each = [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
+        phases += [times(phase, training.neighbours) for phase in each]
     phases += [
         resume(spec, training, has, data_bytes),
         merge(spec, training, has),
@@ -120,6 +122,18 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     if any(phase.name == "export: prove" and streams(phase) for phase in phases):
         said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
     return stages, said + stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+
+
+def times(phase: Phase, processes: int) -> Phase:
+    """A phase of the host's memory as all processes of a machine have it at once."""
+    if processes == 1:
+        return phase
+    others = phase.expected_bytes * (processes - 1)
+    more = Term(name="other processes", bytes=others, formula=f"{processes - 1} x {show_bytes(phase.expected_bytes)}")
+    return phase.model_copy(update={
+        "terms": (*phase.terms, more), "low_bytes": phase.low_bytes * processes,
+        "expected_bytes": phase.expected_bytes * processes, "high_bytes": phase.high_bytes * processes,
+    })  # fmt: skip
 
 
 def cache_notes(

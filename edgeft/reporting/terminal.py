@@ -146,7 +146,8 @@ def _budget(plan: Plan) -> str:
     """The training device's budget and which limit decided it."""
     reason, whole = plan.profile.budget_reason, plan.profile.budget_bytes
     if plan.budget_bytes < whole:
-        reason = f"as asked for; without, {show_bytes(whole)}: {reason}"
+        said = "each process's" if plan.training.processes > 1 else "as asked for"
+        reason = f"{said}; without, {show_bytes(whole)}: {reason}"
     return f"{show_bytes(plan.budget_bytes)}: {reason}"
 
 

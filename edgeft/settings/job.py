@@ -117,7 +117,9 @@ class Job(Strict):
     )
     base_precision: Precision | None = Field(None, description="how the frozen weights are kept in memory")
     micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass; more where they are short")
-    batch_size: int = Field(16, ge=1, description="samples per optimizer step")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step, of all processes together")
+    processes: int = Field(1, ge=1, description="processes that share each step, started by torchrun")
+    machines: int = Field(1, ge=1, description="machines that the processes are on, as many on each")
     max_length: int | None = Field(None, ge=8, description="longest sample in tokens; longer ones are cut and counted")
     checkpointing: bool | None = Field(None, description="recompute activations in the backward pass")
     kept_layers: int | None = Field(
@@ -164,7 +166,9 @@ class Job(Strict):
         "auto", description="of each key and value that the device keeps; auto: 8 where it would hold less context else"
     )
 
-    max_memory_bytes: int | None = Field(None, gt=0, description="memory budget; the profile's when absent")
+    max_memory_bytes: int | None = Field(
+        None, gt=0, description="memory budget of a process; the profile's when absent"
+    )
     max_seconds: float | None = Field(None, gt=0, description="time limit for all training steps, by the estimate")
 
 
@@ -246,6 +250,8 @@ class Training(Strict):
     layer_weights: tuple[float, ...] = ()  # lisa_schedule=weighted: one per trained layer
     micro_batch_size: int
     batch_size: int
+    processes: int = 1  # that share each step's samples
+    machines: int = 1  # that those are on
     max_length: int
     max_trained: int = Field(description="trained tokens of the sample that has most")
     checkpointing: bool
@@ -268,6 +274,16 @@ class Training(Strict):
     valid_steps: int = 0  # between two of them
     quantize_aware: Rounding | None = None  # products see the weights as this target will hold them
     stored_dtype: str = ""  # quantize_aware: what a merge rounds to before the target does
+
+    @property
+    def share(self) -> int:
+        """Samples of a step that one process computes, at most."""
+        return -(-self.batch_size // self.processes)
+
+    @property
+    def neighbours(self) -> int:
+        """Processes of one machine."""
+        return self.processes // self.machines
 
     @property
     def adapts(self) -> bool:

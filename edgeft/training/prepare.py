@@ -21,6 +21,7 @@ from edgeft.models.evaluate import autocast, token_losses
 from edgeft.models.parts import Parts, find_parts, repeat_groups
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
+from edgeft.planning.processes import budget_of_one
 from edgeft.progress import Progress, silent
 from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import Training
@@ -68,7 +69,7 @@ def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
     if training.device == plan.training.device:
         return plan
     machine, data_bytes = detect(load_profile("cpu")), plan.stages.data_bytes
-    budget = machine.budget_bytes
+    budget = budget_of_one(plan.job, machine)
     scorings = {(training.group_tokens, training.max_length): plan.scoring}
     question = Question(
         plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget, scorings=scorings

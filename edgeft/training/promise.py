@@ -34,13 +34,16 @@ def above(plan: Plan, measured: dict[str, int], *, going_on: bool = False) -> li
     return [Deviation(what=MORE_MEMORY, planned=planned, done=done)]
 
 
-def check_budget(plan: Plan, device: torch.device, *, going_on: bool = False) -> None:
+def check_budget(plan: Plan, device: torch.device, *, going_on: bool = False, neighbours: int = 1) -> None:
     """Raise DoesNotFit when this process can really have less than the plan's high estimate.
 
-    `going_on`: from a checkpoint, whose reading on a CPU is held to the same limit.
+    `going_on`: from a checkpoint, whose reading on a CPU is held to the same limit. `neighbours`: processes of this
+    machine that start now, and share its memory.
     """
     on_gpu = device.type == "cuda"  # of a MIG slice, mem_get_info gives the slice's
     have = limits.Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if on_gpu else limits.memory_limit()
+    if neighbours > 1 and not on_gpu:
+        have = limits.part_of(have, neighbours)
     need = promise(plan, going_on=going_on)
     if need > have.bytes:
         hint = f"plan for what is there: edgeft plan --max-memory {have.bytes // 2**20}MiB ..."

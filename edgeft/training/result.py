@@ -75,6 +75,7 @@ class TrainResult(Artifact):
     test: Metrics | None
     scored_as: str = Field(default="", description="the target whose rounding `valid` and `test` saw; none: unrounded")
     units: tuple[UnitRecord, ...]
+    process_peak_bytes: tuple[int, ...] = ()  # of each of several processes, before scores
     interval_peak_bytes: tuple[int, ...] = ()  # lisa: the highest bytes of each interval
     interval_optimizer_bytes: tuple[int, ...] = ()  # lisa: optimizer state at the end of each interval
     prefix_cache: str = ""  # folder with the outputs of layers that did not train; none: every step computed them

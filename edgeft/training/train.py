@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 import traceback
@@ -20,9 +19,11 @@ from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
+from edgeft.engine.nf4_base import keep_base
 from edgeft.engine.quantized_layers import settle
+from edgeft.engine.ranks import Ended, Ranks
 from edgeft.engine.trainable import save_tuned, trained_units, unit_changes
-from edgeft.errors import BadInput, EdgeftError
+from edgeft.errors import EdgeftError
 from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
@@ -32,9 +33,10 @@ from edgeft.models.identity import Inputs, written_files
 from edgeft.models.metrics import Metrics, UnitRecord
 from edgeft.models.parts import Parts, units
 from edgeft.planning.plan import Plan
-from edgeft.progress import Progress
+from edgeft.progress import Progress, silent
 from edgeft.settings.job import Training
 from edgeft.training.job_data import Data
+from edgeft.training.join import check_agree, check_folder, check_same, digest, together
 from edgeft.training.out_of_memory import capped, explained, is_out_of_memory
 from edgeft.training.prefix import FrozenPrefix
 from edgeft.training.prepare import (
@@ -58,21 +60,27 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 def train(
     plan: Plan, out: Path, *, plan_sha256: str, progress: Progress, wanted_device: str | None = None,
-    rehearsal: Rehearsal = NOT_REHEARSED, emulate: bool = False,
+    rehearsal: Rehearsal = NOT_REHEARSED, emulate: bool = False, ranks: Ranks | None = None,
 ) -> TrainResult:  # fmt: skip
     """Run a plan and write `out`/train.json beside what was trained; `rehearsal` is what came of one, to be recorded.
 
     `emulate` runs a GPU's plan on the CPU in the plan's own dtypes (autocast, scaled gradients): slow, for tests.
+    `ranks`: the processes that this one is of, where it has joined them already; all give what the first one wrote.
     Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory or disk than
     the plan needs or memory runs out, EdgeftError when loss, gradients or scores are not finite, KeyboardInterrupt
     after saving when asked to stop.
     """
-    disk.require(disk.train_disk(plan.spec, plan.training), out, there=disk.size_of(work_folder(out)))
     meter.import_all()
     meter.control_malloc()
     started = time.monotonic()
-    refuse_several_processes()
     device, compute, deviations = choose_device(plan, wanted_device, emulate=emulate)
+    if ranks is None:
+        with together(plan, device, out.parent / "plan.json") as ranks:
+            return train(plan, out, plan_sha256=plan_sha256, progress=progress, wanted_device=wanted_device,
+                         rehearsal=rehearsal, emulate=emulate, ranks=ranks)  # fmt: skip
+    if ranks.first:
+        disk.require(disk.train_disk(plan.spec, plan.training), out, there=disk.size_of(work_folder(out)))
+    progress = progress if ranks.first else silent
     smaller = taken(work_folder(out), plan, plan_sha256)
     here, phase = carried_out(smaller.plan, deviations), ["start"]
     deviations = [*deviations, *smaller.deviations]
@@ -82,23 +90,20 @@ def train(
         progress(stage, done, total, numbers)
 
     with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device), pool_ends():
-        session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
-        if not session.scores:  # every checkpoint there was had become unreadable
-            shutil.rmtree(session.work)
+        session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks)
+        scored = bool(session.scores)
+        if not ranks.told(lambda: scored):  # every checkpoint there was had become unreadable
+            if ranks.first:
+                shutil.rmtree(session.work)
             del session
-            session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations)
+            session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks)
         session.loop()
-        result = session.finish(out, plan_sha256, rehearsal)
+        session.compare()
+        result = session.finish(out, plan_sha256, rehearsal) if ranks.first else None
         del session
+        ranks.wait()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
-    return result
-
-
-def refuse_several_processes() -> None:
-    """Raise BadInput under torchrun and its like: each process would train, and write, the same run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problem = f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE), training runs in one"
-        raise BadInput("train", problem, "start it without torchrun, accelerate launch or mpirun")
+    return result or TrainResult.read(out / "train.json")
 
 
 @dataclass
@@ -123,6 +128,8 @@ class Session:
     interval_peaks: list[int]
     prefix: FrozenPrefix | None
     stopping: Stopping
+    ranks: Ranks
+    process_peaks: tuple[int, ...] = ()
 
     @property
     def training(self) -> Training:
@@ -131,17 +138,20 @@ class Session:
     @classmethod
     def open(
         cls, plan: Plan, here: Plan, out: Path, plan_sha256: str, progress: Progress, device: torch.device,
-        compute: torch.dtype, deviations: list[Deviation],
+        compute: torch.dtype, deviations: list[Deviation], ranks: Ranks,
     ) -> Session:  # fmt: skip
         """Data, model and the newest checkpoint; the base is scored when there is none."""
         training = here.training
-        going_on = any(work_folder(out).glob("step-*"))
-        check_budget(here, device, going_on=going_on)
-        folder = local_folder(plan.job.model)
+        work, folder = work_folder(out), local_folder(plan.job.model)
+        check_budget(here, device, going_on=any(work.glob("step-*")), neighbours=ranks.local_size)
         data = Data.read(plan)
-        work = work_folder(out)
-        inputs = open_work(work, plan, plan_sha256, folder)
+        with ranks.in_turn():
+            inputs = open_work(work, plan, plan_sha256, folder, writes=ranks.first)
+        check_folder(ranks, work)
+        check_same(ranks, plan_sha256, inputs, device)
         progress("load", 0, 1, {})
+        with ranks.in_turn():
+            keep_base(folder, training, device, progress)
         model, parts = prepare(here, device, compute, folder, progress)
         check_head(model, parts, data.train[0], device, compute)
         phases = {"load": meter.peak_bytes(device)}
@@ -150,10 +160,11 @@ class Session:
         prefix = None
         if training.cached_layers:
             meter.reset_peak(device)
-            prefix = FrozenPrefix.open(here, data, model, parts, folder, device, compute, progress)
+            with ranks.in_turn():
+                prefix = FrozenPrefix.open(here, data, model, parts, folder, device, compute, progress)
             parts = prefix.above(parts)
             phases["prefix"] = meter.peak_bytes(device)
-        if not any(work.glob("step-*")):
+        if ranks.first and not any(work.glob("step-*")):
             meter.reset_peak(device)
             score = scorer(model, parts, data, training, device, compute, progress, prefix)
             fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
@@ -164,7 +175,9 @@ class Session:
             pool.give_back()
         meter.reset_peak(device)
         hold_to(pool, here, "train")
-        run = make_run(training, device, compute, model, parts, folder, work)
+        ranks.wait()  # for scores
+        run = make_run(training, device, compute, model, parts, folder, work, ranks)
+        check_agree(ranks, "steps behind it", str(run.step))
         resumed = [run.step] if run.step else []
         if resumed:
             phases["resume"] = meter.peak_bytes(device)
@@ -175,7 +188,7 @@ class Session:
         return cls(
             plan, here, device, compute, deviations, data, work, progress, run, pool, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
-            before["seconds"], before["peaks"], prefix, stopping,
+            before["seconds"], before["peaks"], prefix, stopping, ranks,
         )  # fmt: skip
 
     def loop(self) -> None:
@@ -190,15 +203,18 @@ class Session:
                     "peaks": self.interval_peaks, "validations": self.stopping.state()}  # fmt: skip
 
         with Stop() as stop:
-            last_saved = time.monotonic()
+            last_saved, first = time.monotonic(), run.step + 1
             for samples in remaining_steps(training, self.data.train, run.step):
                 if self.stopping.ends:
                     break
                 if run.lisa is not None and run.lisa.due(run.step):
                     self.interval_peaks.append(meter.peak_bytes(device))
                     meter.reset_peak(device)
+                run.asked = stop.asked
                 loss = self.step(samples, note)
                 run.curve.append((run.step, round(loss, 6)))
+                if run.step == first and not self.ranks.alone:
+                    check_agree(self.ranks, "weights", digest(run.chosen))
                 spent = before + time.monotonic() - started
                 self.progress("train", run.step, training.steps, {
                     "loss": loss, "learning_rate": learning_rate(training, run.step - 1),
@@ -210,10 +226,12 @@ class Session:
                 due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
                 if training.checkpoint_steps is not None:
                     due = run.step % training.checkpoint_steps == 0
-                if ((due or run.replaced) and run.step < training.steps) or stop.asked:
+                asked = stop.asked if self.ranks.alone else run.asked  # all stop after the same step
+                if self.ranks.first and (((due or run.replaced) and run.step < training.steps) or asked):
                     run.save(self.work, note())
                     last_saved = time.monotonic()
-                if stop.asked:
+                if asked:
+                    self.ranks.wait()  # a process that ends first would have this one ended
                     raise KeyboardInterrupt
         note()
         if run.lisa is not None:
@@ -235,16 +253,29 @@ class Session:
         hold_to(self.pool, self.here, "train")
 
     def step(self, samples: list[Sample], note: Callable[[], dict[str, Any]]) -> float:
-        """One step's loss. Where memory runs out before anything was updated, the steps so far are kept."""
+        """One step's loss. Where memory, or another process, is lost before an update, the steps so far are kept."""
         run = self.run
         turning = run.lisa is not None and run.lisa.due(run.step)
         try:
             return run.train_step(samples)
-        except (MemoryError, RuntimeError) as problem:
-            if run.step and is_out_of_memory(problem) and not run.updating and not turning:
+        except (MemoryError, RuntimeError, Ended) as problem:
+            lost = is_out_of_memory(problem) or isinstance(problem, Ended)
+            if run.step and lost and not run.updating and not turning and self.ranks.first:
                 traceback.clear_frames(problem.__traceback__)  # they hold the step's tensors
                 run.save(self.work, note())
             raise
+
+    def compare(self) -> None:
+        """Note what each process took, and whether any has other weights than the first one."""
+        peaks = self.ranks.gathered(self.phases)
+        digests = self.ranks.gathered(digest(self.run.chosen) if not self.ranks.alone else "")
+        self.phases = highest(*peaks)
+        if len(peaks) > 1:
+            self.process_peaks = tuple(max(each.values()) for each in peaks)
+        apart = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if apart:
+            done = f"process {apart[0]} has others than process 0, whose are kept"
+            self.deviations.append(Deviation(what="trained weights", planned="the same in all processes", done=done))
 
     def finish(self, out: Path, plan_sha256: str, rehearsal: Rehearsal) -> TrainResult:
         """Score what was trained and write it, whole or not at all."""
@@ -336,6 +367,7 @@ class Session:
             "predicted_expected_bytes": max(phase.expected_bytes for phase in self.here.phases),
             "measured_peak_bytes": max(self.phases.values()),
             "phase_peak_bytes": self.phases,
+            "process_peak_bytes": self.process_peaks,
             "interval_peak_bytes": tuple(self.interval_peaks),
             "interval_optimizer_bytes": () if lisa is None else tuple(lisa.optimizer_bytes),
         }

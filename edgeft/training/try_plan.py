@@ -66,7 +66,7 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
         meter.reset_peak(device)
         for _ in range(STEPS):
             started = time.monotonic()
-            run.train_step([sample] * plan.training.batch_size)
+            run.train_step([sample] * plan.training.share)
         seconds = time.monotonic() - started
         measured = meter.peak_bytes(device)
     phase = next(phase for phase in plan.phases if phase.name == "train")

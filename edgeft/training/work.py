@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from edgeft.documents import saving
+from edgeft.errors import BadInput
 from edgeft.models.identity import WEIGHTS, Inputs, changed, differences, weights_sha256
 from edgeft.planning.plan import Plan
 
@@ -16,18 +17,36 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.work")
 
 
-def open_work(work: Path, plan: Plan, plan_sha256: str, base: Path) -> Inputs:
+PROCESSES = "processes"  # a file: how many made the checkpoints
+
+
+def open_work(work: Path, plan: Plan, plan_sha256: str, base: Path, *, writes: bool = True) -> Inputs:
     """The hashes of what a run reads, kept in its work folder, whose checkpoints are this plan's or gone.
 
-    Raises BadInput when they were made from other files.
+    Of several processes one `writes`. Raises BadInput when checkpoints were made from other files, or by another
+    number of processes.
     """
+    inputs = plan.inputs | {WEIGHTS: weights_sha256(base)}
+    if not writes:
+        return inputs
     with saving(work):
         work.mkdir(parents=True, exist_ok=True)
+        check_processes(work, plan.training.processes)
         if (work / "plan.sha256").exists() and (work / "plan.sha256").read_text() != plan_sha256:
             for old in work.glob("step-*"):  # checkpoints of another plan
                 shutil.rmtree(old)
         (work / "plan.sha256").write_text(plan_sha256)
-        return settle_inputs(work, plan.inputs | {WEIGHTS: weights_sha256(base)}, base)
+        (work / PROCESSES).write_text(str(plan.training.processes))
+        return settle_inputs(work, inputs, base)
+
+
+def check_processes(work: Path, processes: int) -> None:
+    """Raise BadInput where another number of processes made the checkpoints: sums would be taken in another order."""
+    kept = work / PROCESSES
+    before = int(kept.read_text()) if kept.is_file() else 1
+    if before != processes and any(work.glob("step-*")):
+        hint = f"plan with --processes {before} to go on, or remove {work} to start over"
+        raise BadInput(work, f"{before} processes made the checkpoint there, this plan is for {processes}", hint)
 
 
 def settle_inputs(work: Path, inputs: Inputs, base: Path) -> Inputs:

@@ -333,9 +333,3 @@ def test_lisa_with_ends_in_half_precision_is_refused(deep_folder: Path) -> None:
         make_plan(
             make_job(model=str(deep_folder), profile="t4", **{**LISA, "embedding": "on", "base_precision": "fp16"})
         )
-
-
-def test_several_processes_are_refused(planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match=r"train: 2 processes were started \(WORLD_SIZE\), training runs in one"):
-        run(planned(**LISA), tmp_path / "train")

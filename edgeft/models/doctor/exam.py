@@ -134,9 +134,9 @@ class Exam:
             raise BadInput(self.folder, f"holds {self.form.words}, which edgeft does not read", self.form.hint)
         try:
             self.store = OPEN[self.form.reads](self.listing, self.form)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as problem:
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as damage:
             raise BadInput(
-                self.folder, f"holds {self.form.words} that are not whole: {problem!r:.120}", AGAIN
+                self.folder, f"holds {self.form.words} that are not whole: {damage!r:.120}", AGAIN
             ) from None
         if self.form.name != "safetensors":
             problem = f"the weights are {self.form.words}"

@@ -1,0 +1,361 @@
+"""Several processes: they train what one does, go on as one run, end together; what would differ is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm
+from safetensors.torch import load_file
+from tiny import FULL, NF4, qwen3_folder, run, write_plan
+
+from edgeft.data.batches import shares
+from edgeft.engine.ranks import ALONE
+from edgeft.errors import BadInput, WrongStart
+from edgeft.machines import processes
+from edgeft.machines.launcher import alone, launched, torchrun
+from edgeft.models.metrics import Importance
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.settings.job import make_job
+from edgeft.training.result import TrainResult
+from edgeft.training.work import work_folder
+
+# What a process runs: its fault is planted first, if it has one
+CHILD = """if True:
+    import sys
+    from pathlib import Path
+    from edgeft.documents import sha256_file
+    from edgeft.engine import loop, ranks
+    from edgeft.errors import EdgeftError
+    from edgeft.planning.plan import Plan
+    from edgeft.progress import silent
+    from edgeft.training.train import train
+    path, out = map(Path, sys.argv[1:3])
+    exec(sys.argv[3])
+    try:
+        train(Plan.read(path), out, plan_sha256=sha256_file(path), progress=silent)
+    except EdgeftError as problem:
+        if not problem.told:
+            print(problem, file=sys.stderr)
+        sys.exit(problem.exit_code)
+"""
+LISA = {"layers": "lisa", "active_layers": 1, "lisa_interval": 3}
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": FULL,
+    "lisa uniform": {**LISA, "tuner": "full", "lisa_schedule": "uniform", "lisa_state": "park"},
+    "lisa weighted": {**LISA, "lisa_schedule": "weighted", "layer_score": "gradient"},
+    "sparse": {"layers": "sparse", "active_layers": 2, "tuner": "full", "prefix_cache": True},
+    "lisa on nf4": {**LISA, **NF4, "tuner": "full"},
+}
+SLOW = {"lisa uniform", "sparse", "full"}
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers, whose turns can come and go."""
+    return qwen3_folder(tmp_path_factory.mktemp("qwen3"), tokenizer_folder, 4)
+
+
+def plan_for(folder: Path, model: Path, count: int, **settings: Any) -> Path:
+    """The plan of 20 steps in so many processes."""
+    values = {"max_steps": 20, "epochs": 3.0, "learning_rate": 1e-4, "checkpoint_steps": 7, "batch_size": 5} | settings
+    folder.mkdir(parents=True, exist_ok=True)
+    if values.get("layer_score") != "gradient":
+        return write_plan(folder, model, processes=count, **values)
+    path = write_plan(folder, model, processes=count, **{**values, "layer_score": "top", "lisa_schedule": "cycle"})
+    job = make_job(**Plan.read(path).job.model_dump() | settings)
+    scores = (4.0, 1.0, 2.0, 3.0)
+    found = Importance(method="gradient", scores=scores, rows=1, tokens=1, device="cpu", seconds=0.0, peak_bytes=1)
+    make_plan(job, found).write(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def start(count: int, path: Path, out: Path, faults: dict[int, str] | None = None) -> list[Any]:
+    """What so many processes said and how they ended, told by variables who they are, as torchrun tells them."""
+    port = free_port()
+
+    def one(rank: int) -> Any:
+        variables = {
+            "RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+        }  # fmt: skip
+        command = processes.command(CHILD, path, out, (faults or {}).get(rank, ""))
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        return warm.run(command, env=environment, capture_output=True, text=True)
+
+    warm.run(processes.command("pass"))  # the server that forks them is one
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def together(count: int, path: Path, out: Path, faults: dict[int, str] | None = None) -> TrainResult:
+    """What a run of so many processes leaves."""
+    for done in start(count, path, out, faults):
+        assert done.returncode == 0, done.stderr
+    return TrainResult.read(out / "train.json")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_training(some: Path, other: Path) -> None:
+    """The same layers drawn, the same losses, and weights within what another order of sums gives."""
+    a, b = (TrainResult.read(folder / "train.json") for folder in (some, other))
+    assert [(unit.unit, unit.steps) for unit in a.units] == [(unit.unit, unit.steps) for unit in b.units]
+    assert (a.steps, a.trained_tokens) == (b.steps, b.trained_tokens)
+    curves = [torch.tensor([loss for _, loss in result.loss_curve]) for result in (a, b)]
+    torch.testing.assert_close(*curves, rtol=0, atol=2e-5)
+    one, two = weights(some), weights(other)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def marked(way: str, count: int) -> Any:
+    return pytest.param(way, count, marks=pytest.mark.slow if way in SLOW or count == 4 else (), id=f"{way}, {count}")
+
+
+@pytest.mark.parametrize(("way", "count"), [marked(way, 2) for way in WAYS] + [marked(way, 4) for way in WAYS])
+def test_processes_train_what_one_does(way: str, count: int, model: Path, tmp_path: Path) -> None:
+    run(plan_for(tmp_path / "one", model, 1, **WAYS[way]), tmp_path / "one" / "train")
+    found = together(count, plan_for(tmp_path / "all", model, count, **WAYS[way]), tmp_path / "all" / "train")
+    assert found.plan.training.processes == count == len(found.process_peak_bytes)
+    assert not found.deviations and not work_folder(tmp_path / "all" / "train").exists()
+    assert_same_training(tmp_path / "one" / "train", tmp_path / "all" / "train")
+
+
+# Faults, each a few lines that a process runs before it trains
+OWN_TOKENS = """
+gradients = loop.Run._gradients
+def own(self, samples):
+    every = sum(s.trained_tokens for s in samples) / self.ranks.size
+    mine, losses = sum(s.trained_tokens for s in self.ranks.share(samples)), loop.token_losses
+    loop.token_losses = lambda *a: losses(*a) * (every / mine)
+    try:
+        return gradients(self, samples)
+    finally:
+        loop.token_losses = losses
+loop.Run._gradients = own
+"""
+UNAWARE = """
+from edgeft.training import train as stage
+stage.check_agree = lambda *a: None
+"""
+KEEPS_ITS_OWN = """
+add = ranks.Ranks.add_gradients
+def alone(self, parameters, *numbers):
+    kept = [p.grad.clone() for p in parameters]
+    sums = add(self, parameters, *numbers)
+    for p, own in zip(parameters, kept):
+        p.grad = own
+    return sums
+ranks.Ranks.add_gradients = alone
+"""
+OVERFLOWS_ONCE = """
+add, calls = ranks.Ranks.add_gradients, []
+def high(self, parameters, *numbers):
+    if not calls:
+        parameters[0].grad.fill_(float("inf"))
+    calls.append(1)
+    return add(self, parameters, *numbers)
+ranks.Ranks.add_gradients = high
+"""
+KILLED = """
+import os, signal
+step = loop.Run.train_step
+def killed(self, samples):
+    if self.step == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, samples)
+loop.Run.train_step = killed
+"""
+STOPPED = """
+import os, signal
+step = loop.Run.train_step
+def stopped(self, samples):
+    if self.step == {at}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, samples)
+loop.Run.train_step = stopped
+"""
+
+
+@pytest.fixture(scope="module")
+def one(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process trains: LoRA of all layers."""
+    folder = tmp_path_factory.mktemp("one")
+    run(plan_for(folder, model, 1), folder / "train")
+    return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes train of it."""
+    folder = tmp_path_factory.mktemp("two")
+    together(2, plan_for(folder, model, 2), folder / "train")
+    return folder / "train"
+
+
+@pytest.mark.parametrize("way", ["divides by its own tokens", "keeps its own gradients"])
+def test_a_process_that_does_not_add_up_is_caught(way: str, one: Path, two: Path, tmp_path: Path) -> None:
+    assert_same_training(one, two)
+    path = Path(shutil.copy(two.parent / "plan.json", tmp_path))
+    fault = OWN_TOKENS if way.startswith("divides") else KEEPS_ITS_OWN
+    together(2, path, tmp_path / "train", dict.fromkeys((0, 1), UNAWARE + fault))
+    with pytest.raises(AssertionError):
+        assert_same_training(one, tmp_path / "train")
+
+
+def test_processes_whose_weights_part_end_after_the_first_step(two: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(two.parent / "plan.json", tmp_path))
+    first, second = start(2, path, tmp_path / "train", {1: KEEPS_ITS_OWN})
+    assert first.returncode == second.returncode == 1
+    assert "process 1 has other weights than process 0" in first.stderr + second.stderr
+    assert not (tmp_path / "train").exists()
+
+
+def test_weights_that_part_later_are_recorded(two: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(two.parent / "plan.json", tmp_path))
+    found = together(2, path, tmp_path / "train", {0: UNAWARE, 1: UNAWARE + KEEPS_ITS_OWN})
+    (deviation,) = found.deviations
+    assert (deviation.what, deviation.done) == (
+        "trained weights",
+        "process 1 has others than process 0, whose are kept",
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(rank: int, two: Path, tmp_path: Path) -> None:
+    path, out = Path(shutil.copy(two.parent / "plan.json", tmp_path)), tmp_path / "train"
+    done = start(2, path, out, {rank: KILLED.format(at=9)})
+    assert done[rank].returncode == -signal.SIGKILL
+    other = done[1 - rank]
+    assert other.returncode == 1
+    if rank == 1:
+        assert "train: another of 2 processes ended" in other.stderr
+        assert "hint: run the same command again: it goes on from the last checkpoint" in other.stderr
+    else:
+        assert "train:" not in other.stderr, "the first one speaks for all"
+    assert not out.exists()
+    kept = max(folder.name for folder in work_folder(out).glob("step-*"))
+    assert kept == ("step-00000009" if rank else "step-00000007"), "what is left is kept by the first process"
+    found = together(2, path, out)
+    assert found.resumed_at == (int(kept[-8:]),)
+    assert (out / "adapter_model.safetensors").read_bytes() == (two / "adapter_model.safetensors").read_bytes()
+    assert found.loss_curve == TrainResult.read(two / "train.json").loss_curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["lisa uniform", "lisa on nf4"])
+def test_layers_in_turn_go_on_bit_for_bit(way: str, model: Path, tmp_path: Path) -> None:
+    path = plan_for(tmp_path, model, 2, **WAYS[way])
+    whole, out = together(2, path, tmp_path / "whole"), tmp_path / "train"
+    start(2, path, out, {1: KILLED.format(at=17)})
+    assert together(2, path, out).resumed_at
+    assert weights(out).keys() == weights(tmp_path / "whole").keys()
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(tmp_path / "whole").items())
+    assert TrainResult.read(out / "train.json").loss_curve == whole.loss_curve
+
+
+def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_step(two: Path, tmp_path: Path) -> None:
+    path, out = Path(shutil.copy(two.parent / "plan.json", tmp_path)), tmp_path / "train"
+    assert all(done.returncode for done in start(2, path, out, {1: STOPPED.format(at=4)}))
+    (kept,) = work_folder(out).glob("step-*")
+    assert json.loads((kept / "counters.json").read_text())["step"] in (5, 6)
+
+
+def test_another_number_of_processes_is_refused(two: Path, one: Path, tmp_path: Path) -> None:
+    path, out = Path(shutil.copy(two.parent / "plan.json", tmp_path)), tmp_path / "train"
+    start(2, path, out, {1: KILLED.format(at=9)})
+    with pytest.raises(WrongStart, match="the plan is for 2 processes, one was started") as wrong:
+        run(path, out)
+    assert wrong.value.exit_code == 2 and wrong.value.hint.endswith(f"-m edgeft train {path}")
+    with pytest.raises(BadInput, match="2 processes made the checkpoint there, this plan is for 1") as refused:
+        run(one.parent / "plan.json", out)
+    assert "plan with --processes 2 to go on" in refused.value.hint
+    assert any(work_folder(out).glob("step-*")), "it is kept"
+
+
+def test_started_as_others_than_planned(one: Path, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    problem = (
+        r"train: 4 processes were started \(WORLD_SIZE\), the plan is for 2\n\nhint: .*torchrun --nproc-per-node 2"
+    )
+    with pytest.raises(WrongStart, match=problem):
+        run(two.parent / "plan.json", tmp_path / "train")
+    with pytest.raises(WrongStart, match=r"the plan is for 1\n\nhint: start it without torchrun"):
+        run(one.parent / "plan.json", tmp_path / "train")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(WrongStart) as wrong:
+        run(two.parent / "plan.json", tmp_path / "train")
+    assert wrong.value.told, "the first one has said it"
+
+
+def test_a_process_with_other_files_is_named(two: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(two.parent / "plan.json", tmp_path))
+    other = "from edgeft.training import join\njoin.versions = lambda: {'torch': '1.0', 'edgeft': '0'}"
+    done = start(2, path, tmp_path / "train", {1: other})
+    said = done[0].stderr + done[1].stderr
+    assert {one.returncode for one in done} == {1}
+    assert "processes have other things than process 0" in said and "torch 1.0, process 0 has " in said
+
+
+def test_a_folder_that_is_not_shared_is_named(two: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(two.parent / "plan.json", tmp_path))
+    done = start(2, path, tmp_path / "train", {1: "out = out.parent / 'elsewhere' / 'train'"})
+    assert {one.returncode for one in done} == {1}
+    assert "process 1 does not see the folder that process 0 writes to" in done[0].stderr + done[1].stderr
+
+
+def test_of_fp16_gradients_that_overflow_every_process_knows(model: Path, tmp_path: Path) -> None:
+    """Emulated on a CPU: where one process's gradients overflow, both take the step again."""
+    path = plan_for(tmp_path, model, 2, profile="t4", base_precision="fp16", max_steps=3, batch_size=4)
+    emulated = "inner = train\ntrain = lambda *a, **k: inner(*a, emulate=True, **k)\n"
+    found = together(2, path, tmp_path / "train", {0: emulated, 1: emulated + OVERFLOWS_ONCE})
+    assert (found.skipped_steps, found.steps) == (1, 3)
+    assert not [deviation for deviation in found.deviations if deviation.what == "trained weights"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "train").values())
+
+
+def test_shares_are_even_and_lose_nothing() -> None:
+    from edgeft.data.samples import Sample
+
+    samples = [Sample([1] * length, [1] * length, 0) for length in (3, 9, 5, 7, 2)]
+    assert shares(samples, 1) == [samples]
+    assert [[len(sample) for sample in share] for share in shares(samples, 2)] == [[9, 5, 2], [7, 3]]
+    assert [len(share) for share in shares(samples[:1], 3)] == [1, 0, 0]
+
+
+def test_who_a_process_is_by_its_variables() -> None:
+    assert launched({}) == launched({"RANK": "3", "WORLD_SIZE": "1"}) == (0, 1, 0, 1)
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "HOME": "/"}
+    assert launched(variables) == (5, 8, 1, 4) and not launched(variables).first
+    assert alone(variables) == {"HOME": "/"}
+    assert torchrun(2, 1, Path("a plan.json")) == "torchrun --nproc-per-node 2 -m edgeft train 'a plan.json'"
+    assert torchrun(8, 2, Path("p"), 3).startswith("OMP_NUM_THREADS=3 torchrun --nnodes 2 --nproc-per-node 4 --rdzv")
+
+
+def test_a_process_that_is_alone_does_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = kept = torch.ones(2)
+    assert ALONE.add_gradients([weight], 2.5) == [2.5] and weight.grad is kept
+    assert ALONE.told(lambda: 3) == 3 and ALONE.gathered("x") == ["x"]
+    with ALONE.in_turn():
+        ALONE.wait()
