@@ -22,7 +22,8 @@ from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import ModelSpec
-from edgeft.planning.candidates import candidates, check_job
+from edgeft.planning.candidates import candidates
+from edgeft.planning.job_checks import check_job
 from edgeft.settings.job import Training, make_job
 from edgeft.settings.tuners import TUNERS
 from edgeft.simulation.simulate import simulate

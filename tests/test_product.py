@@ -26,7 +26,8 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
-from edgeft.planning.candidates import candidates, check_job
+from edgeft.planning.candidates import candidates
+from edgeft.planning.job_checks import check_job
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.settings.job import make_job
 from edgeft.settings.tuners import TUNERS

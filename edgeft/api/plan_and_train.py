@@ -32,7 +32,7 @@ def plan(
     With `out` it is written there as plan.json, or read where it is current. Needs no torch, except for layers that
     are chosen by what they do on the data. Raises BadInput, and DoesNotFit when nothing fits.
     """
-    from edgeft.planning.candidates import needs_importance
+    from edgeft.planning.job_checks import needs_importance
 
     job = make_job(**settings)
     path = None if out is None else Path(out)

@@ -85,7 +85,7 @@ def plan(
     with stopping("no plan was made"), Reporter(stderr) as progress:
         made = plan_and_train.plan(out=written, simulate=simulate, progress=progress, say=say, **values)
     _say_shortages(made, path)
-    from edgeft.reporting.terminal import explain_text
+    from edgeft.reporting.explain import explain_text
 
     show(as_json, made, Group(made.text(), explain_text(made)) if explain else made.text())
     if written is not None and verify_here:

@@ -19,7 +19,8 @@ from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.memory import disk, stages
 from edgeft.models.metrics import Rung
-from edgeft.planning.plan import DATA_BYTES, Plan
+from edgeft.planning.plan import Plan
+from edgeft.planning.rows_read import DATA_BYTES
 from edgeft.progress import silent
 from edgeft.targets.target import Target, Tolerance, to_nearest
 from edgeft.training.result import Failure, Rehearsal

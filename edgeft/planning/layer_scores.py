@@ -23,7 +23,7 @@ from edgeft.models.headers import local_folder
 from edgeft.models.identity import data_inputs, model_inputs
 from edgeft.models.metrics import Importance
 from edgeft.models.spec import read_model_spec
-from edgeft.planning.candidates import check_job, needs_importance
+from edgeft.planning.job_checks import check_job, needs_importance
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import Progress
 from edgeft.settings.job import Job

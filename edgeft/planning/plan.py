@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
+from edgeft.data.dataset import Lengths
 from edgeft.data.grammar import Grammar, HeldTo, grammar_file
 from edgeft.data.labels import Label
 from edgeft.data.samples import HELD_OUT_SHARE
-from edgeft.data.scoring_groups import Scoring, Size
+from edgeft.data.scoring_groups import Scoring
 from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
-from edgeft.models.headers import has_weights, local_folder, refuse_beside
+from edgeft.models.headers import has_weights, refuse_beside
 from edgeft.models.identity import Inputs, cached_folder, data_inputs, model_inputs
 from edgeft.models.metrics import Importance
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -43,27 +43,23 @@ from edgeft.planning.alternatives import (
     unused_budget,
 )  # fmt: skip
 from edgeft.planning.answers import Held, read_held
-from edgeft.planning.candidates import candidates, check_job, needs_importance, training_notes
+from edgeft.planning.candidates import candidates, training_notes
 from edgeft.planning.choice import best_that_fits, choose
 from edgeft.planning.costs import Candidate, Question
-from edgeft.planning.early_stopping import patience_notes, rows_scored
+from edgeft.planning.early_stopping import patience_notes
+from edgeft.planning.job_checks import check_job, needs_importance
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes
 from edgeft.planning.quantize_aware import rounding_notes
+from edgeft.planning.rows_read import DEFAULT_LENGTH, read_data, read_lengths
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.planning.streaming import streaming_notes
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 from edgeft.units import show_bytes
 
-DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
-# Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
-# takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
-# back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
-DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
-Scored = tuple[tuple[Size, ...], ...]
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
         "loss_chunk_tokens", "optimizer", "malloc", "stream_layers", "prefix_cache")  # fmt: skip
 
@@ -140,12 +136,6 @@ def _without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def samples_bytes(files: Sequence[Lengths], vocabulary: int) -> int:
-    """What the rows of all files and a tokenizer of so many entries take in a process that has read them."""
-    rows = sum(BYTES_PER_TOKEN * file.tokens + BYTES_PER_ROW * file.rows for file in files)
-    return DATA_BYTES + BYTES_PER_ENTRY * vocabulary + rows
 
 
 class _Asked(NamedTuple):
@@ -266,9 +256,9 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
     refuse_beside(Path(job.model), "training")
-    read = _read_data(job, Path(job.model) if Path(job.model).is_dir() else None)
+    read = read_data(job, Path(job.model) if Path(job.model).is_dir() else None)
     files = read.files if read else {}
-    lengths, data_bytes, scored, notes = _read_lengths(job, spec, read)
+    lengths, data_bytes, scored, notes = read_lengths(job, spec, read)
     held = read_held(job, files, read.tokenizer if read else None)
     length, length_note = _max_length(job, spec, lengths)
     check_processes(job, profile)
@@ -315,52 +305,6 @@ def _with_choice(importance: Importance, training: Training, spec: ModelSpec) ->
         "random": random_layers(training.seed, spec.num_hidden_layers, count),
     }
     return importance.model_copy(update=choices)
-
-
-class _Read(NamedTuple):
-    """What a plan has read of its data: each file once, training, validation and test data in this order."""
-
-    tokenizer: TextTokenizer
-    files: dict[str, Measured]
-
-
-def _read_data(job: Job, folder: Path | None) -> _Read | None:
-    """The job's data files; None where it has none. A hub model's tokenizer is fetched to measure them."""
-    if job.data is None:
-        return None
-    tokenizer = TextTokenizer(folder or local_folder(job.model))
-    sources = filter(None, (job.data, job.valid, job.test))
-    return _Read(tokenizer, {source: measure(source, tokenizer, job.max_length) for source in sources})
-
-
-def _read_lengths(job: Job, spec: ModelSpec, read: _Read | None) -> tuple[Lengths | None, int, Scored, list[str]]:
-    """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
-    if read is None:
-        note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
-        return None, 0, (), [note]
-    sources = [source for source in (job.data, job.valid, job.test) if source]
-    every, sizes = zip(*(read.files[source][:2] for source in sources), strict=True)
-    notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
-             for entry in every if entry.cut_rows]  # fmt: skip
-    notes += [sentence for entry in every for sentence in entry.said]
-    for entry in every:
-        check_vocabulary(entry, spec)
-    data_bytes = samples_bytes(every, read.tokenizer.backend.get_vocab_size())
-    return every[0], data_bytes, _scored(job, sizes), notes
-
-
-def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
-    """The rows that a run scores before training and after it: of validation data the first, of test data all."""
-    valid = sizes[1] if job.valid else hold_out(sizes[0], HELD_OUT_SHARE, job.seed)[1]
-    return rows_scored(job, valid, sizes[-1] if job.test else None)
-
-
-def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:
-    """Raise BadInput for data with a token that the model's embedding has no row for."""
-    if lengths.highest_id >= spec.vocab_size:
-        problem = f"token {lengths.highest_id} is in it, the model's embedding has {spec.vocab_size} rows"
-        hint = "the tokenizer has more tokens than the model: give it rows with model.resize_token_embeddings"
-        raise BadInput(lengths.path, problem, hint)
 
 
 def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int, list[str]]:

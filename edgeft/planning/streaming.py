@@ -21,6 +21,8 @@ def obstacle(spec: ModelSpec, training: Training) -> tuple[str, str]:
     """(why a way of training cannot leave its layers in their files, what to do about it); empty where it can."""
     if training.device != "cpu":
         return f"files are mapped for a CPU, and this is a {training.device} profile", "drop stream_layers"
+    if training.processes > 1:
+        return "several processes would read the same files against one another", "plan with --processes 1"
     if spec.stacked:
         return f"{spec.stacked[0]} and its like are put together from several tensors of the files", ""
     if not training.adapts and training.layers == "all":

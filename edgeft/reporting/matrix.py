@@ -17,7 +17,8 @@ from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
 from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.planning.plan import DEFAULT_LENGTH, Plan, make_plan
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.planning.rows_read import DEFAULT_LENGTH
 from edgeft.progress import Progress, silent
 from edgeft.settings.job import AUTO, make_job, parse_kv_bits
 from edgeft.settings.tuners import TUNERS

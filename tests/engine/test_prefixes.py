@@ -30,7 +30,8 @@ from edgeft.models.parts import find_parts
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.models.streamed import load_streamed
 from edgeft.models.tree_pass import Begun, TreeReader
-from edgeft.planning.candidates import candidates, check_job
+from edgeft.planning.candidates import candidates
+from edgeft.planning.job_checks import check_job
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.planning.prefix_cache import obstacle
 from edgeft.progress import silent

@@ -233,7 +233,8 @@ def test_stacked_experts_are_known_before_training(family: str, tmp_path: Path) 
 
     from edgeft.machines.profile import load_profile
     from edgeft.memory.train_step import Workload
-    from edgeft.planning.candidates import candidates, check_job
+    from edgeft.planning.candidates import candidates
+    from edgeft.planning.job_checks import check_job
     from edgeft.settings.job import Job
 
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if family == "Qwen3Moe" else {"num_local_experts": 4}

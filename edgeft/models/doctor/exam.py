@@ -135,9 +135,7 @@ class Exam:
         try:
             self.store = OPEN[self.form.reads](self.listing, self.form)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as damage:
-            raise BadInput(
-                self.folder, f"holds {self.form.words} that are not whole: {damage!r:.120}", AGAIN
-            ) from None
+            raise BadInput(self.folder, f"holds {self.form.words} that are not whole: {damage!r:.120}", AGAIN) from None
         if self.form.name != "safetensors":
             problem = f"the weights are {self.form.words}"
             yield Finding(code="form", problem=problem, repair="written as safetensors", names=tuple(names[:8]))

@@ -1,0 +1,75 @@
+"""What does a plan read of its data: lengths, what the rows take in memory, and which of them are scored?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
+from edgeft.data.samples import HELD_OUT_SHARE
+from edgeft.data.scoring_groups import Size
+from edgeft.errors import BadInput
+from edgeft.models.headers import local_folder
+from edgeft.models.spec import ModelSpec
+from edgeft.planning.early_stopping import rows_scored
+from edgeft.settings.job import Job
+
+DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
+# Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
+# takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
+# back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
+DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
+Scored = tuple[tuple[Size, ...], ...]
+
+
+class Read(NamedTuple):
+    """What a plan has read of its data: each file once, training, validation and test data in this order."""
+
+    tokenizer: TextTokenizer
+    files: dict[str, Measured]
+
+
+def read_data(job: Job, folder: Path | None) -> Read | None:
+    """The job's data files; None where it has none. A hub model's tokenizer is fetched to measure them."""
+    if job.data is None:
+        return None
+    tokenizer = TextTokenizer(folder or local_folder(job.model))
+    sources = filter(None, (job.data, job.valid, job.test))
+    return Read(tokenizer, {source: measure(source, tokenizer, job.max_length) for source in sources})
+
+
+def read_lengths(job: Job, spec: ModelSpec, read: Read | None) -> tuple[Lengths | None, int, Scored, list[str]]:
+    """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
+    if read is None:
+        note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
+        return None, 0, (), [note]
+    sources = [source for source in (job.data, job.valid, job.test) if source]
+    every, sizes = zip(*(read.files[source][:2] for source in sources), strict=True)
+    notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
+             for entry in every if entry.cut_rows]  # fmt: skip
+    notes += [sentence for entry in every for sentence in entry.said]
+    for entry in every:
+        check_vocabulary(entry, spec)
+    data_bytes = samples_bytes(every, read.tokenizer.backend.get_vocab_size())
+    return every[0], data_bytes, _scored(job, sizes), notes
+
+
+def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
+    """The rows that a run scores before training and after it: of validation data the first, of test data all."""
+    valid = sizes[1] if job.valid else hold_out(sizes[0], HELD_OUT_SHARE, job.seed)[1]
+    return rows_scored(job, valid, sizes[-1] if job.test else None)
+
+
+def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:
+    """Raise BadInput for data with a token that the model's embedding has no row for."""
+    if lengths.highest_id >= spec.vocab_size:
+        problem = f"token {lengths.highest_id} is in it, the model's embedding has {spec.vocab_size} rows"
+        hint = "the tokenizer has more tokens than the model: give it rows with model.resize_token_embeddings"
+        raise BadInput(lengths.path, problem, hint)
+
+
+def samples_bytes(files: Sequence[Lengths], vocabulary: int) -> int:
+    """What the rows of all files and a tokenizer of so many entries take in a process that has read them."""
+    rows = sum(BYTES_PER_TOKEN * file.tokens + BYTES_PER_ROW * file.rows for file in files)
+    return DATA_BYTES + BYTES_PER_ENTRY * vocabulary + rows
