@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -119,7 +119,7 @@ arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify
 test-arm64: .venv/installed-dev  ## the tests that run a bundle on an emulated Raspberry Pi 5 (after make arm64)
 	OMP_NUM_THREADS=1 $(py) -m pytest -m arm64
 
-bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of real training runs, 72 of them random
 	$(py) bench/planner.py
@@ -138,6 +138,9 @@ bench-lisa: .venv/installed  ## memory of layers in turn at every interval, on a
 
 bench-prefix: .venv/installed  ## later epochs from kept outputs of frozen layers against without, 135M, on a quiet machine
 	$(py) bench/prefix_cache.py
+
+bench-stream: .venv/installed  ## layers that stay in their files: time beside a resident run, 1.1B in 2 GiB, on a quiet machine
+	$(py) bench/stream.py
 
 bench-sparse: .venv/installed  ## which layers to train: full, LoRA, sparse by each score, random, LISA
 	$(py) bench/sparse.py
