@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from edgeft import __version__
-from edgeft.cli.commands import adapters, doctor, export, merge, plan, survival, train
+from edgeft.cli.bases import doctor
+from edgeft.cli.commands import adapters, export, merge, plan, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
 from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.screen import complain, say

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 
-from edgeft.api import current, deploying, doctoring, merging, plan_and_train
+from edgeft.api import current, deploying, merging, plan_and_train
 from edgeft.cli.screen import (
     ColumnsOption,
     DataOption,
@@ -102,34 +102,6 @@ def _say_shortages(made: Plan, path: Path) -> None:
     folder = default_out(made.job.profile, "") if str(path) == "-" else path.parent
     for line in shortages(made.stages.disk, folder, cache_folder()):
         say(f"note: {line}")
-
-
-def doctor(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what is to be a base: a folder, or a GGUF file")],
-    base: Annotated[str | None, typer.Option(help="the model it was made from, for what it lacks")] = None,
-    repair: Annotated[
-        Path | None, typer.Option(help="write it here as a folder that trains, and how it was made")
-    ] = None,
-    values: Annotated[
-        bool, typer.Option("--values", help="also read every number, and name what is not finite")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a folder is, whether it can be trained, and what would put it right (exit 1 where it cannot).
-
-    Reads headers alone and runs nothing that lies in the folder.
-    """
-    from edgeft.reporting.diagnosis import diagnosis_text, repaired_text
-
-    with stopping("nothing was written"), Reporter(stderr) as progress:
-        if repair is not None:
-            made = doctoring.repair(folder, repair, base=base, progress=progress)
-            show(as_json, made, repaired_text(made, repair))
-            return
-        found = doctoring.doctor(folder, base=base, values=values, progress=progress)
-    show(as_json, found, diagnosis_text(found))
-    if found.verdict != "usable":
-        raise typer.Exit(1)
 
 
 def default_out(profile: str, stage: str) -> Path:
@@ -244,15 +216,20 @@ def survival(
     show(as_json, found, survival_text(found))
 
 
+ExportTarget = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: the smallest that keeps the fine-tune; a name in export/ or a TOML file; all-that-fit: compare "
+        "them; the plan's when absent"
+    ),
+]
+
+
 def export(
-    merged: Annotated[Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote")],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="auto: the smallest that keeps the fine-tune; a name in export/ or a TOML file; all-that-fit: compare "
-            "them; the plan's when absent"
-        ),
-    ] = None,
+    merged: Annotated[
+        Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote; with --add a bundle of adapters")
+    ],
+    target: ExportTarget = None,
     device: Annotated[
         str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
     ] = None,
@@ -276,6 +253,9 @@ def export(
     trained: Annotated[
         Path | None, typer.Option("--train", help="the folder that was merged, where MERGED does not say where it lies")
     ] = None,
+    add: Annotated[
+        str | None, typer.Option(metavar="NAME=TRAIN", help="put one more LoRA adapter into the bundle, and no more")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -283,6 +263,9 @@ def export(
 
     MERGED may be the folder of an encoder (classifier or embedding model), which a portable target takes as it is.
     """
+    if add is not None:
+        _add_adapter(merged, add, out, as_json)
+        return
     if _is_encoder(merged):
         _export_encoder(merged, target or "onnx-portable-fp32", out, texts, device, as_json)
         return
@@ -337,13 +320,7 @@ def adapters(
     as_json: JsonOption = False,
 ) -> None:
     """Build one bundle of a base model and LoRA adapters that run.py --adapter NAME switches between, each proven."""
-    folders: dict[str, Path] = {}
-    for text in trained:
-        name, equals, place = text.partition("=")
-        if not equals or not name or not place or name in folders:
-            raise BadInput("adapters", f"cannot use {text!r}", "give each one as NAME=TRAIN, with a name of its own")
-        folders[name] = Path(place)
-        need(folders[name] / "train.json", "edgeft train PLAN")
+    folders = _named("adapters", trained)
     from edgeft.exporting.bundle import adapters_digest, measurement_of
     from edgeft.machines.profile import load_profile
     from edgeft.targets.target import load_target
@@ -365,6 +342,31 @@ def adapters(
     with Reporter(stderr) as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
     show(as_json, bundle, adapters_text(bundle, measurement_of(folder)))
+
+
+def _named(where: str, given: list[str]) -> dict[str, Path]:
+    """Training results by the names that they are given as NAME=TRAIN. Raises BadInput."""
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not equals or not name or not place or name in folders:
+            raise BadInput(where, f"cannot use {text!r}", "give each one as NAME=TRAIN, with a name of its own")
+        folders[name] = Path(place)
+        need(folders[name] / "train.json", "edgeft train PLAN")
+    return folders
+
+
+def _add_adapter(bundle: Path, given: str, out: Path | None, as_json: bool) -> None:
+    need(bundle / "bundle.json", "edgeft adapters NAME=TRAIN ...")
+    [(name, folder)] = _named("--add", [given]).items()
+    if out is not None:
+        current.replaceable(out, "bundle.json")
+    from edgeft.exporting.add_adapter import add_adapter
+    from edgeft.reporting.bundle_tables import adapters_text
+
+    with Reporter(stderr) as progress:
+        made = add_adapter(bundle, name, folder, out or bundle, progress)
+    show(as_json, made, adapters_text(made, None))
 
 
 def _export_all(merged: Path, out: Path | None, device: str | None, trained: Path | None, as_json: bool) -> None:

@@ -72,6 +72,23 @@ def add_adapters(
         return inputs, {source.name: _write(folder, source, packed[source.name]) for source in sources}
 
 
+def write_adapter(folder: Path, spec: ModelSpec, source: AdapterSource, inputs: Mapping[str, list[int]]) -> Written:
+    """An adapter's file for a graph that has its inputs already, which is only read.
+
+    Raises BadInput for an adapter of a weight that has no input there.
+    """
+    import onnx
+
+    parts = _pack(source, _matmuls(onnx.load(str(folder / "model.onnx"), load_external_data=False).graph), spec)
+    lost = [place for place in parts if not all(name in inputs for name in _names(place))]
+    if lost:
+        problem = f"changes {len(lost)} products that the bundle's graph has no inputs for:\n" + "\n".join(lost[:8])
+        hint = "train the modules that its adapters train, or export all of them again: edgeft adapters NAME=TRAIN ..."
+        raise BadInput(source.folder, problem, hint)
+    with saving(folder):
+        return _write(folder, source, parts)
+
+
 def _matmuls(graph: Any) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer's matmuls by the place where they are, as in layers.3.attn.qkv_proj."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}

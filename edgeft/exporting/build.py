@@ -220,7 +220,7 @@ def _fill(
         prefix = _bring_prefix(merged, folder)
         shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
         (folder / README).write_text(page, encoding="utf-8")
-    weights = _with_adapters(backend.read_weights(folder), written)
+    weights = with_adapters(backend.read_weights(folder), written)
     context_tokens, limited_by = choose_context(
         spec, target, weights, device_memory_bytes, prefix.tokens if prefix else 0
     )
@@ -253,7 +253,7 @@ def _proven(
     golden = record(load_shipped(folder), tokenizer, prompts)
     bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": filled.adapter_inputs})
     bundle.write(folder / MANIFEST)
-    bundle = bundle.model_copy(update={"adapters": _prove_adapters(folder, bundle, adapters, filled.adapters)})
+    bundle = bundle.model_copy(update={"adapters": prove_adapters(folder, bundle, adapters, filled.adapters)})
     bundle.write(folder / MANIFEST)
     if prove is None:
         return bundle
@@ -301,7 +301,7 @@ def _give_back() -> None:
     meter.give_back()
 
 
-def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:
+def with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:
     """All adapters may be loaded at a time; a token reads those of one."""
     sizes = [sum(4 * rows * columns for rows, columns in each.parameters.values()) for each in written.values()]
     if not sizes:
@@ -309,7 +309,7 @@ def _with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:
     return Weights(weights.stored_bytes + sum(sizes), weights.head_bytes, weights.bytes_per_token + max(sizes))
 
 
-def _prove_adapters(
+def prove_adapters(
     folder: Path, bundle: Bundle, sources: Sequence[AdapterSource], written: Mapping[str, Written]
 ) -> dict[str, BundledAdapter]:
     """What each adapter answers and how near that is to what was trained, all of them by one loaded model."""

@@ -77,6 +77,28 @@ def bill_of_materials(
     return json.dumps(bill, indent=1, ensure_ascii=False) + "\n"
 
 
+def extended(bill: str, files: Mapping[str, str], sources: Sequence[Component]) -> str:
+    """A bundle's bill with these files of it (name to sha256), new or changed, and what else it was made from."""
+    told = json.loads(bill)
+    licence = _package("edgeft", "made by").licence
+    entries = [
+        *(_entry(Component("file", name, "in the bundle", sha256=digest, licence=licence if name in OURS else ""))
+          for name, digest in sorted(files.items())),
+        *map(_entry, sources),
+    ]  # fmt: skip
+    kept = {entry["bom-ref"]: entry for entry in told["components"]}
+    for entry in entries:
+        before = kept.get(entry["bom-ref"])
+        if before is not None and entry["name"] in files:
+            before["hashes"] = entry["hashes"]
+        elif before is None or before.get("hashes") != entry.get("hashes"):
+            entry["bom-ref"] += f" ({len(kept)})" if before is not None else ""  # data of two adapters with one name
+            kept[entry["bom-ref"]] = entry
+    told["components"] = list(kept.values())
+    told["dependencies"] = [{"ref": "bundle", "dependsOn": sorted(kept)}]
+    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+
+
 def _entry(component: Component) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "type": component.kind,

@@ -23,6 +23,7 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
 from edgeft.exporting.adapters import AdapterSource, add_adapters
+from edgeft.exporting.add_adapter import add_adapter
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle
@@ -415,3 +416,69 @@ def test_adapters_are_refused_where_the_runtime_is_llama_cpp(tmp_path: Path) -> 
     anything: Any = [None]
     with pytest.raises(BadInput, match=r"target gguf-q8_0: runs in llama\.cpp, .*\n\nhint: choose an ort- target"):
         build_bundle(checkpoint(), load_target("gguf-q8_0"), tmp_path / "b", prompts=[], adapters=anything)
+
+
+# one more, into a bundle that is out there
+
+
+def add(bundle: Path, name: str, trained: Path, out: Path | None = None) -> Bundle:
+    return add_adapter(bundle, name, trained, out or bundle, silent)
+
+
+def test_one_more_adapter_comes_into_a_bundle_and_nothing_else_changes(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    """As if all of them had been exported together, but for the graph, which only has to have the inputs."""
+    place = tmp_path / "b"
+    export_adapters({"docs": trained["docs"]}, load_target("ort-fp32"), place, device=None, progress=silent)
+    before = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    golden = json.loads(before["bundle.json"])["adapters"]["docs"]
+    made = add(place, "libs", trained["libs"])
+    after = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    assert {name for name in after if before.get(name) != after[name]} == {
+        "bundle.json", "README.md", "sbom.cdx.json", "adapters/libs.onnx_adapter"}  # fmt: skip
+    assert RUNNER.verify(place) == [] and json.loads(after["bundle.json"])["adapters"]["docs"] == golden
+    proof = made.adapters["libs"].proof
+    assert proof is not None and proof.rungs[-1].mean_kl_nats < 1e-6 and made.adapters["libs"].golden
+    both = export_adapters(trained, load_target("ort-fp32"), tmp_path / "both", device=None, progress=silent)
+    assert made.adapters["libs"].parameters == both.adapters["libs"].parameters
+    assert made.weight_bytes_per_token == both.weight_bytes_per_token
+    assert made.predicted.weights_bytes == both.predicted.weights_bytes
+    model = ArtifactModel(place)
+    ids = model._runner.encode("Package: lib3\nSection:", plain=True)
+    for name, answer in (("docs", " doc"), ("libs", " libs"), ("docs", " doc")):
+        model.use(name)
+        assert model._runner.decode(model.greedy(ids, 3, [0])).startswith(answer)
+    bill = json.loads(after["sbom.cdx.json"])
+    assert {"libs.jsonl", "adapters/libs.onnx_adapter"} < {entry["name"] for entry in bill["components"]}
+    assert "docs, libs" in after["README.md"].decode()
+
+
+def test_an_adapter_that_breaks_the_contract_is_not_added(
+    trained: dict[str, Path], plan_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "b"
+    run(plan_file(layers="sparse", trained_layers="1", epochs=1.0), tmp_path / "narrow")
+    export_adapters({"narrow": tmp_path / "narrow"}, load_target("ort-fp32"), place, device=None, progress=silent)
+    whole = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match=r"products that the bundle's graph has no inputs for:\nlayers\.0\."):
+        add(place, "libs", trained["libs"])
+    with pytest.raises(BadInput, match="has an adapter 'narrow' already"):
+        add(place, "narrow", tmp_path / "narrow")
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeft.exporting.add_adapter.environment", lambda runtime: Bundle.read(
+            place / "bundle.json").environment.model_copy(update={"cpu": "another"}))  # fmt: skip
+        with pytest.raises(BadInput, match="its golden vectors would be of two kinds"):
+            add(place, "more", tmp_path / "narrow")
+    manifest = json.loads((place / "bundle.json").read_text())
+    other = Bundle.model_validate(manifest | {"provenance": manifest["provenance"] | {"base weights": "00" * 32}})
+    shutil.copytree(place, tmp_path / "other")
+    other.write(tmp_path / "other" / "bundle.json")
+    with pytest.raises(BadInput, match=r"is not as it was exported|was trained on the base"):
+        add(tmp_path / "other", "more", tmp_path / "narrow")
+    (tmp_path / "other" / "genai_config.json").write_text("{}")
+    with pytest.raises(BadInput, match="is not as it was exported"):
+        add(tmp_path / "other", "more", tmp_path / "narrow")
+    with pytest.raises(BadInput, match="takes no adapters: it was built for one model"):
+        add(bundle("ort-int4"), "more", tmp_path / "narrow")
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == whole
