@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234567\n"
 # reasons that are about text, which a plan without data does not read; and what is enough to plan
-IN_TEXT = ("tokenizer", "config.json without weights", "an adapter lies beside", "is a link")
+IN_TEXT = ("tokenizer", "config.json without weights", "an adapter lies beside")
 TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

@@ -29,7 +29,7 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         if not (folder / "tokenizer.json").is_file():
-            hint = "save the model's tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            hint = "take it from the model this was made from: edgeft doctor FOLDER --base MODEL --repair OUT"
             raise BadInput(folder, "there is no tokenizer.json", hint)
         try:
             self.backend = Tokenizer.from_file(str(folder / "tokenizer.json"))

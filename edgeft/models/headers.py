@@ -8,12 +8,13 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeft.errors import BadInput
 from edgeft.models.doctor.kinds import INDEX, Listing, forms_of, kind_of, refuse_pointer, see, words_of
+from edgeft.models.doctor.names import added, plain_names
 from edgeft.models.families import in_conv1d
 
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ OTHER_TOWER = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
 )
 PACKED = re.compile(r"(weight|packed|qzeros|blocks)[^.]*$")  # names of weights, and of what quantisers make of them
-# what frameworks put into a model's own names, before them or before those of a part
-WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-OUTER = ("module.", "base_model.model.", "model.")  # the last only where every name has it, and goes on as a whole one
-WHOLE = ("model.", "lm_head.")
 LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.(.+)")
 LAYER_NUMBER = re.compile(r"(?<![^.])\d+\.")
 SHOWN = 8  # names in a message
@@ -186,6 +183,8 @@ def refuse_other_weights(folder: Path) -> None:
     They would be found out only when training begins.
     """
     listing = Listing.read(folder)
+    if listing.broken:
+        raise BadInput(folder, f"{listing.broken[0]} is a link to what is not there", AGAIN)
     if not has_weights(folder) and (forms_of(listing) or kind_of(listing)):
         raise no_weights(folder)
 
@@ -251,29 +250,6 @@ def read_headers(folder: Path, kind: Callable[[Path], Kind]) -> list[Kind]:
     for header in headers:
         header.entries = {n: e for n, e in header.entries.items() if not is_buffer(n, tuple(e["shape"]))}
     return headers
-
-
-def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Every name, and the same without what frameworks wrap a model in."""
-    plain = {name: WRAPPER.sub("", name) for name in names}
-    while prefix := next((outer for outer in OUTER if _is_outer(outer, plain.values())), None):
-        plain = {name: own.removeprefix(prefix) for name, own in plain.items()}
-    return plain
-
-
-def _is_outer(prefix: str, names: Collection[str]) -> bool:
-    if prefix != "model.":
-        return any(name.startswith(prefix) for name in names)
-    insides = [name.removeprefix(prefix) for name in names]
-    return all(name.startswith(prefix) for name in names) and any(name.startswith(WHOLE) for name in insides)
-
-
-def added(name: str, own: str) -> str:
-    """What was put into a plain name, where it began with that, else the first piece of it."""
-    if name.endswith(own):
-        return name.removesuffix(own)
-    found = WRAPPER.search(name)
-    return found[0] if found else name
 
 
 def stored_dtype(headers: Sequence[Header]) -> str | None:

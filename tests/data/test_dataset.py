@@ -623,7 +623,7 @@ def test_an_end_token_is_needed(variant: Callable[..., Path]) -> None:
 def test_a_folder_without_tokenizer_and_broken_ones(tmp_path: Path, variant: Callable[..., Path]) -> None:
     with pytest.raises(BadInput) as caught:
         TextTokenizer(tmp_path)
-    hint = "save the model's tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+    hint = "take it from the model this was made from: edgeft doctor FOLDER --base MODEL --repair OUT"
     assert str(caught.value) == f"{tmp_path}: there is no tokenizer.json\n\nhint: {hint}"
     folder = variant(tokenizer_config__json="{")
     with pytest.raises(BadInput, match=r"tokenizer_config\.json: is not JSON: "):

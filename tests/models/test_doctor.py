@@ -15,9 +15,11 @@ import torch
 from broken_folders import (
     CASES,
     IN_TEXT,
+    TEXT,
     UP,
     configured,
     copied,
+    dcp,
     not_finite,
     pickled,
     renamed,
@@ -117,6 +119,33 @@ def test_a_head_is_taken_from_the_base_or_tied_as_there(
     doctoring.repair(folder, tmp_path / "tied", base=str(tmp_path / "base"))
     model = load_plain(tmp_path / "tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_several_faults_are_repaired_at_once(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """What Trainer leaves of a compiled model under FSDP: shards alone, no config, no tokenizer."""
+    folder, base = tmp_path / "checkpoint-2", str(checkpoint_folder)
+    dcp("pytorch_model_fsdp_0", lambda t: {"model": {f"_orig_mod.{n}": v for n, v in t.items()}})(
+        checkpoint_folder, folder)  # fmt: skip
+    for name in ("config.json", "generation_config.json", *TEXT):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "trainer_state.json").write_text("{}")
+    found = diagnose(folder)
+    assert [each.code for each in found.wrong] == ["config", "form", "names", "tokenizer"]
+    assert found.command.endswith("checkpoint-2 --base MODEL --repair OUT") and found.kind.endswith("by Trainer")
+    made = doctoring.repair(folder, tmp_path / "out", base=base)
+    assert torch.equal(logits(load_plain(tmp_path / "out")), logits(load_plain(checkpoint_folder)))
+    assert {"config.json", "tokenizer.json"} <= made.base_sources.keys() and made.exact
+
+
+def test_a_base_of_other_shapes_repairs_nothing(
+    checkpoint_folder: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    CASES["no config"].make(checkpoint_folder, tmp_path / "model")
+    other = copied(bases["gpt2"], tmp_path / "gpt2")
+    shutil.copyfile(checkpoint_folder / "tokenizer.json", other / "tokenizer.json")
+    with pytest.raises(BadInput, match=r"cannot be repaired: \d+ tensors are not those of config\.json"):
+        doctoring.repair(tmp_path / "model", tmp_path / "out", base=str(other))
+    assert not (tmp_path / "out").exists()
 
 
 # text

@@ -14,6 +14,7 @@ from typing import Any
 from edgeft.errors import BadInput
 from edgeft.models.doctor.findings import Finding
 from edgeft.models.doctor.kinds import Form, Listing, is_pointer
+from edgeft.models.doctor.names import added, plain_names
 from edgeft.models.doctor.quantised import WORDS, Piece, cannot_unpack, plan_pieces, settings_of
 from edgeft.models.doctor.stores import OPEN, SafeStore, Store, empty_tensors, small_json, weights_of
 from edgeft.models.families import COMPOSITE, FAMILIES, in_conv1d
@@ -25,9 +26,7 @@ from edgeft.models.headers import (
     LAYER,
     PACKED,
     Header,
-    added,
     check_tied,
-    plain_names,
     shape_problems,
 )
 from edgeft.models.spec import ModelSpec, spec_of
