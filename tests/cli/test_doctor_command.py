@@ -44,7 +44,7 @@ def test_errors_are_said_as_everywhere(tmp_path: Path) -> None:
 
 
 def test_looking_needs_no_torch(checkpoint_folder: Path) -> None:
-    code = "import sys\nfrom edgeft.api.doctoring import doctor\nprint(doctor(sys.argv[1]).verdict)\n"
+    code = "import sys\nimport edgeft\nprint(edgeft.doctor(sys.argv[1]).verdict)\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(checkpoint_folder)], capture_output=True, text=True)
     assert done.stdout == "usable\n", done.stderr

@@ -137,6 +137,18 @@ def test_several_faults_are_repaired_at_once(checkpoint_folder: Path, tmp_path: 
     assert {"config.json", "tokenizer.json"} <= made.base_sources.keys() and made.exact
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_in_another_order_are_another_model(stage: int, checkpoint_folder: Path, tmp_path: Path) -> None:
+    """The comparison of logits sees what no header tells: two ranks' files exchanged."""
+    zero(stage)(checkpoint_folder, tmp_path / "model")
+    first, second = sorted((tmp_path / "model" / "global_step2").glob("*_optim_states.pt"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    doctoring.repair(tmp_path / "model", tmp_path / "out")
+    assert not torch.equal(logits(load_plain(tmp_path / "out")), logits(load_plain(checkpoint_folder)))
+
+
 def test_a_base_of_other_shapes_repairs_nothing(
     checkpoint_folder: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
