@@ -18,6 +18,7 @@ import torch
 from edgeft.data.samples import Sample
 from edgeft.errors import BadInput
 from edgeft.exporting.compensation import Rule, damped, inverse_factor, least_change
+from edgeft.exporting.input_weights import weigh
 from edgeft.exporting.layer_walk import LayerWalk, chosen_rows
 from edgeft.merging.change import find_tensor
 from edgeft.models.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ def calibrate(
     merged: Path, target: Target, samples: Sequence[Sample], folder: Path, progress: Progress = silent,
     rule: Rule = least_change,
 ) -> Codes:  # fmt: skip
-    """Calibrated codes of every matrix of the decoder layers, by a rule, written into `folder`.
+    """Calibrated codes of every matrix of the decoder layers, by a rule, or what inputs count, written into `folder`.
 
     The same folder, target and rows give the same codes on the same kind of processor with as many threads. Raises
     BadInput for rows that hold nothing, and as `rounding.grid_of` does.
@@ -42,6 +43,8 @@ def calibrate(
     rows = chosen_rows(samples)
     if not rows:
         raise BadInput("calibration", "there are no rows to calibrate on", "give training data with tokens to train on")
+    if target.calibration == "imatrix":
+        return weigh(merged, rows, folder, progress)
     walk = _Walk(merged, target, rows, Codes(folder), rule)
     count = len(walk.layers)
     for index in range(count):

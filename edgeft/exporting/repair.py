@@ -171,6 +171,8 @@ class Climb:
 
     def simulate(self, step: Step) -> Form | None:
         """What a model with the artifact's very weights says of the rows; None where torch does not know them."""
+        if step.target.method == "k_quant":
+            return None
         codes = self.codes_of(step.target) if step.target.calibration != "none" else None
         self.progress(f"repair: {step.name}", 0, 1, {})
         model = self.load(step.target)

@@ -152,7 +152,7 @@ def export_disk(spec: ModelSpec, target: Target, code_sets: int = 1) -> Disk:
     first, what = runtime.scratch(spec, target, stored)
     if runtime.casts_half and target.weight_bits == 16:
         stored //= 2
-    codes = 0 if target.calibration == "none" else int(code_sets * CODE_BYTES * linear_weights(spec))
+    codes = 0 if target.calibration != "gptq" else int(code_sets * CODE_BYTES * linear_weights(spec))
     terms = (
         Term(name="weights", bytes=stored, formula="as stored in the bundle"),
         Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most"),

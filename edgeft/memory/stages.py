@@ -256,18 +256,18 @@ def build(planned: Planned, target: Target) -> Phase:
 
 
 def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
-    """Choosing a target's codes on training rows, or its cache's scales, layer by layer in fp32; none for others.
+    """Choosing a target's codes, input weights or cache's scales on training rows, layer by layer; none for others.
 
     Highest while rows are looked up in the embedding, or in the matrices whose codes take most: H with its factors,
-    weights of one input with their transpose, codes and decoded form; for scales, in one layer's activations. Weights
+    weights of one input with their transpose, codes and decoded form; else in one layer's activations. Weights
     that were read stay pages of their file.
     """
-    coded = target.calibration != "none"
-    if not coded and not target.has_cache_scales:
+    coded = target.calibration == "gptq"
+    if target.calibration == "none" and not target.has_cache_scales:
         return ()
     spec, lengths = planned.spec, planned.lengths
     mean = lengths.mean if lengths else planned.work.longest
-    tokens = min(CALIBRATION_TOKENS if coded else CACHE_TOKENS, int(CALIBRATION_ROWS * mean))
+    tokens = min(CALIBRATION_TOKENS if target.calibration != "none" else CACHE_TOKENS, int(CALIBRATION_ROWS * mean))
     widest = max(linear.in_features for linear in spec.linears)
     largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
     working = CALIBRATION_COPIES * 4 * (widest**2 + largest) if coded else 4 * CACHE_COPIES * CALIBRATION_BATCH * widest

@@ -205,8 +205,10 @@ class Rounding(Strict):
     method: Literal["rtn", "k_quant"] = Field(
         default="rtn", description="how weights are rounded: to nearest, or fitted"
     )
-    calibration: Literal["none", "gptq"] = Field(
-        default="none", description="gptq: codes chosen for what the layers' outputs see on training rows"
+    calibration: Literal["none", "gptq", "imatrix"] = Field(
+        default="none",
+        description="on training rows; gptq: codes chosen for what the layers' outputs see, imatrix: k_quant's scales "
+        "weighted by its inputs' mean squares",
     )
     block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
         description="weights that share one scale; 0: all of an output"

@@ -10,6 +10,8 @@ import torch
 
 from edgeft.targets.grid import Encoded
 
+INPUTS = "inputs.safetensors"
+
 
 class Codes:
     """A folder of calibrated codes, a file a decoder layer, by the names of tensors in the checkpoint."""
@@ -44,6 +46,18 @@ class Codes:
         block_size, bits = map(int, parts.pop("kind"))
         codes, scale, zero = parts["codes"].float(), parts["scale"], parts["zero"]
         return Encoded(codes, scale, zero, block_size, bits, parts.get("least"))  # type: ignore[arg-type]
+
+    def write_input_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """What each input of a matrix counts, by the names of tensors: in the place of codes, for k-quants."""
+        from safetensors.torch import save_file
+
+        save_file(weights, self.folder / INPUTS)
+
+    def input_weights(self) -> dict[str, torch.Tensor]:
+        """The same as it was written."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / INPUTS)
 
     def write(self, file: str, encoded: dict[str, Encoded]) -> None:
         """One file of the folder."""

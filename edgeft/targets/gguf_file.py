@@ -12,12 +12,11 @@ import numpy
 import torch
 
 from edgeft.documents import saving
-from edgeft.errors import BadInput, EdgeftError, MissingExtra
-from edgeft.machines import processes
-from edgeft.machines.limits import resident_bytes
+from edgeft.errors import BadInput, MissingExtra
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
 from edgeft.models.families import Gguf
 from edgeft.models.spec import ModelSpec
+from edgeft.targets import k_quants
 from edgeft.targets.gguf_tokenizer import write_vocabulary
 from edgeft.targets.grid import GGML, Encoded
 from edgeft.targets.matrices import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 MODEL = "model.gguf"
 ORT = "export with an ort- target"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
-K_QUANTS = {4: 15, 5: 17, 6: 18}  # llama.cpp's file types Q4_K_M, Q5_K_M, Q6_K
 PROJECTIONS = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj", "attn_qkv": "qkv_proj",
     "ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj",
@@ -56,7 +54,8 @@ class Placed(NamedTuple):
 
 
 def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, codes: Codes | None = None) -> int:
-    """model.gguf in `folder`, written tensor by tensor, in this process. Calibrated `codes` are written as they are.
+    """model.gguf in `folder`, written tensor by tensor, in this process. Calibrated `codes` are written as they are; of
+    k_quant they are what its quantiser weighs inputs by.
 
     Returns the highest resident bytes of llama.cpp's quantiser, 0 where it is not asked or no /proc tells them.
 
@@ -73,7 +72,8 @@ def build_model(merged: Path, target: Target, spec: ModelSpec, folder: Path, cod
         update={"method": "rtn", "weight_bits": 16, "head_bits": 16, "embedding_bits": 16, "symmetric": True}
     )
     _write(gguf, merged, half, spec, plain)
-    peak = _k_quantise(plain, path, K_QUANTS[target.weight_bits])
+    weights = None if codes is None else _weights(gguf, merged, half, spec, codes.input_weights())
+    peak = k_quants.quantise(plain, path, target.weight_bits, weights)
     plain.unlink()
     return peak
 
@@ -106,6 +106,14 @@ def _write(
             assert values is not None
             writer.write_tensor_data(_encode(_arrange(tensor, values, spec, family), tensor.type))
         writer.close()
+
+
+def _weights(
+    gguf: ModuleType, merged: Path, target: Target, spec: ModelSpec, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What each input counts, by the tensors' names in the file."""
+    placed = _place(gguf, Checkpoint(merged), target, spec, _known(merged, target, spec))
+    return {tensor.name: weights[tensor.source] for tensor in placed if tensor.source in weights}
 
 
 def read_weights(folder: Path) -> Weights:
@@ -300,23 +308,3 @@ def write_limits(folder: Path, context_tokens: int, stop_ids: list[int]) -> None
     field = next(field for name, field in reader.fields.items() if name.endswith(".context_length"))
     field.parts[field.data[0]][0] = context_tokens
     reader.data.flush()
-
-
-def _k_quantise(source: Path, out: Path, file_type: int) -> int:
-    """Let llama.cpp's own quantiser write `out`, in a process of its own: its highest resident bytes, 0 if not told."""
-    code = (
-        "import ctypes, os, shutil, sys, llama_cpp as l; p = l.llama_model_quantize_default_params(); "
-        "p.ftype = int(sys.argv[3]); p.nthread = 0; "
-        "code = l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)); "
-        "os.path.exists('/proc/self/status') and shutil.copyfile('/proc/self/status', sys.argv[4]); "
-        "sys.exit(code != 0)"
-    )
-    status = source.with_suffix(".status")
-    done = processes.run(code, source, out, file_type, status)
-    if "No module named 'llama_cpp'" in done.stderr:
-        raise MissingExtra("llama-cpp-python", "is not installed", 'pip install "edgeft[llama]"')
-    if done.returncode != 0 or not out.is_file():
-        raise EdgeftError(source, "llama.cpp's quantiser failed: " + processes.reason(done.returncode, done.stderr, 3))
-    peak = resident_bytes(highest=True, status=status)
-    status.unlink(missing_ok=True)
-    return peak

@@ -63,7 +63,9 @@ class Target(Rounding):
             raise ValueError("mixed_layers and eight_bit promote to 8 bits: weight_bits must be less")
         runtime = RUNTIMES[self.runtime]
         codes = self.method == "rtn" and self.weight_bits < 16 and runtime.calibrates
-        if self.calibration != "none" and not codes:
+        if self.calibration == "imatrix" and self.method != "k_quant":
+            raise ValueError("calibration imatrix weighs inputs for llama.cpp's own quantiser: it needs method k_quant")
+        if self.calibration == "gptq" and not codes:
             names = " or ".join(name for name, each in RUNTIMES.items() if each.calibrates)
             raise ValueError(f"calibration needs method rtn, weight_bits below 16, and runtime {names}")
         if problem := runtime.problem(self) or kv_bits_problem(self):
@@ -89,6 +91,8 @@ def to_nearest(target: Target) -> Target:
 def calibrated(target: Target) -> Target | None:
     """The target on the same grids with calibrated codes: as small, nearer to the model. None where there is none."""
     name = f"{target.name}-calibrated"
+    if target.method == "k_quant" and target.calibration == "none":
+        return target.model_copy(update={"name": name, "calibration": "imatrix"})
     shipped = next((each for each in list_targets() if each.name == name), None)
     of_layers = target.weight_bits == 4 and target.method == "rtn" and not target.mixed_layers
     known = shipped is not None or runtime_of(target).climbs_calibrated
