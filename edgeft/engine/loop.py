@@ -352,8 +352,7 @@ def make_run(
     ranks: Ranks = ALONE,
 ) -> Run:  # fmt: skip
     """What trains put into a loaded model, going on from the newest checkpoint in `work`; `base` holds its weights."""
-    away = training.base_precision == "nf4" or training.stream_layers
-    chosen = apply_tuner(model, parts, training, Checkpoint(base) if away else None)
+    chosen = apply_tuner(model, parts, training, Checkpoint(base) if training.holds_others else None)
     lisa = None
     if training.layers == "lisa" or training.densely:
         found = trained_units(model, parts, training)

@@ -21,7 +21,7 @@ def apply_tuner(
 ) -> list[tuple[str, nn.Parameter]]:
     """Freeze everything, then give back what trains as (name, parameter), adapters built where the plan wants them.
 
-    `stored` holds the base's weights as they were before they were rounded to 4 bits. Under LISA that is everything
+    `stored` holds the base's weights where its modules do not (`Training.holds_others`). Under LISA that is everything
     which may train; `make_lisa` says what does at a time.
 
     Adapters are fp32 also under half-precision compute: updates of a few 1e-4 relative vanish in bf16. Autocast runs

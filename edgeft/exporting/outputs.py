@@ -259,7 +259,8 @@ def load_as_trained(trained: Path, result: TrainResult, load: Load = load_plain)
         put_adapters(model, parts, trained, training, WHOLE, Checkpoint(folder))
     else:
         apply_tuner(model, parts, training)
-        if training.densely and not is_original(training, here) and training.quantize_aware is None:
+        dense = training.stream_layers or not is_original(training, here)
+        if training.densely and dense and training.quantize_aware is None:
             put_dense_layers(model, parts, trained, training, result, Checkpoint(folder), here)
         else:
             put_changed(model, trained, WHOLE)
@@ -335,7 +336,7 @@ def put_adapters(
     """Hang trained adapters on a model, each scaled by its layer's share; `stored` as for `apply_tuner`."""
     meter.import_all()
     training = form_of(training).as_written(training)
-    chosen = apply_tuner(model, parts, training, stored if training.base_precision == "nf4" else None)
+    chosen = apply_tuner(model, parts, training, stored if training.holds_others else None)
     restore(model, parts, training, TensorFile(trained / "adapter_model.safetensors"), chosen)
     for name, module in adapted(model):
         form_of(training).scale(module, shares.of(layer_of(name + ".")))

@@ -318,6 +318,11 @@ class Training(Strict):
         """Whether layers that train are dense fp32 ones in a base of another precision (`engine.fp32_layers`)."""
         return not self.adapts and self.layers != "all" and (self.base_precision != "fp32" or self.stream_layers)
 
+    @property
+    def holds_others(self) -> bool:
+        """Whether the modules of a base hold something else than its weights: 4-bit codes, or what lies in files."""
+        return self.base_precision == "nf4" or self.stream_layers
+
     def recomputes(self, layer: int, layers: int) -> bool:
         """Whether a layer of a model with so many recomputes its activations, if autograd sees it at all."""
         return self.checkpointing and layer < layers - self.kept_layers

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from tiny import qwen3_folder, run, write_plan
 from torch import equal
 
+from edgeft.exporting.outputs import load_as_trained, observe_model
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
+from edgeft.training.job_data import Data
 
 WAY = {"tuner": "lora", "checkpointing": True, "kept_layers": 0, "malloc": "tight", "micro_batch_size": 2}
 
@@ -54,3 +56,15 @@ def test_scores_losses_and_adapters_are_those_of_the_resident_run(planned: Any, 
     ours, theirs = adapters(tmp_path / "streamed" / "train"), adapters(tmp_path / "plain" / "train")
     assert ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "streamed" / "train" / "train.json").read_text())["plan"]["training"]["stream_layers"]
+
+
+@pytest.mark.parametrize("way", ["dora", "sparse"])
+def test_what_was_trained_is_loaded_again_as_it_was_scored(way: str, planned: Any, tmp_path: Path) -> None:
+    """By the proof of an export, which reads layers as training did: lengths of rows, layers that train densely."""
+    tuner = {"tuner": "dora"} if way == "dora" else {"tuner": "full", "layers": "sparse", "active_layers": 1}
+    result = run(planned(way, stream_layers=True, **tuner), tmp_path / way / "train")
+    model, compute = load_as_trained(tmp_path / way / "train", result)
+    assert hasattr(model, "edgeft_window")
+    rows = Data.read(result.plan).valid[: result.plan.training.eval_rows]
+    form = observe_model("trained", model, rows, compute=compute, group_tokens=result.plan.training.group_tokens)
+    assert form.loss == pytest.approx(result.valid.loss, abs=1e-5) != pytest.approx(result.base_valid.loss, abs=1e-3)
