@@ -85,6 +85,8 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
         values |= {"rank": 0, "target_modules": ()}
     if values["tuner"] == "ia3":
         values |= {"rank": 0, "target_modules": target_modules(spec, "ia3")}
+    if values["tuner"] == "adalora":
+        values |= {"target_rank": 2}
     if values["tuner"] == "h-adapter":
         values |= {"rank": 0, "target_modules": target_modules(spec, "h-adapter")}
     if values["tuner"] == "adapter":

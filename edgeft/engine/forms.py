@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeft.engine import adapted_linear, bottlenecks, dora, hadamard, ia3, low_rank, pissa, prefixes
+from edgeft.engine import adalora, adapted_linear, bottlenecks, dora, hadamard, ia3, low_rank, pissa, prefixes
 from edgeft.models import bottleneck
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts
@@ -36,6 +36,7 @@ FORMS = {
     "product": Form(adapted_linear.inject, low_rank.written, low_rank.same, low_rank.scale, low_rank.squared_change),
     "less": Form(pissa.inject, pissa.written, pissa.as_written, low_rank.scale, low_rank.squared_change),
     "lengths": Form(dora.inject, low_rank.written, low_rank.same, dora.scale, dora.squared_change),
+    "triplets": Form(adalora.inject, adalora.written, low_rank.same, low_rank.scale, adalora.squared_change),
     "scales": Form(ia3.inject, ia3.written, low_rank.same, ia3.scale, ia3.squared_change),
     "hadamard": Form(hadamard.inject, hadamard.written, low_rank.same, hadamard.scale, hadamard.squared_change),
     "after": Form(bottlenecks.after, bottlenecks.written, low_rank.same, bottleneck.scale),

@@ -19,6 +19,7 @@ from edgeft.data.batches import epoch_order, micro_batches, shares, steps_per_ep
 from edgeft.data.dataset import Sample
 from edgeft.documents import staging
 from edgeft.engine import adapted_linear
+from edgeft.engine.adalora import Pruning, pruning_of
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import Lisa, Named
 from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_frozen
@@ -33,6 +34,7 @@ from edgeft.settings.tuners import TUNERS, is_prefix, is_scale
 
 COUNTED = ("step", "tokens", "padded_tokens", "micro_batches", "skipped_steps")
 SKIPPED_IN_A_ROW = 20  # fp16: by then the scale is a millionth of what it was, and no scale will do
+PRUNING = "pruning.safetensors"  # of a checkpoint: what AdaLoRA knows of its triplets
 PARAMETERS = "parameters.safetensors"  # of a checkpoint: read and written one tensor at a time
 
 
@@ -55,6 +57,7 @@ class Run:
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     counters: dict[str, Any] | None = field(init=False, default=None)
+    pruning: Pruning | None = field(init=False)
     step: int = 0
     tokens: int = 0
     padded_tokens: int = 0
@@ -74,6 +77,7 @@ class Run:
                 else:
                     self.lisa.start(found.counters["step"], found.counters["lisa"], found.folder / "layers")
             self.chosen = self.lisa.parameters()
+        self.pruning = pruning_of(self.training, self.model)
         groups = optimizer_groups(self.training, self.model, self.chosen)
         if self.lisa is not None:
             self.lisa.group_of = partial(group_of, self.training, tables_of(self.model))
@@ -135,10 +139,14 @@ class Run:
         """Whether the parameters took the gradients, which are gone then in either case: only finite ones are taken."""
         self.updating = True
         self.scaler.unscale_(self.optimizer)
+        if self.pruning is not None:
+            self.pruning.straighten()
         trained = [p for _, p in self.chosen]
         finite = math.isfinite(float(torch.nn.utils.clip_grad_norm_(trained, self.training.max_grad_norm)))
         if finite:
             self.scaler.step(self.optimizer)
+            if self.pruning is not None:
+                self.pruning.allocate(self.step + 1)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updating = False
@@ -150,6 +158,8 @@ class Run:
         with staging(folder / f"step-{self.step:08d}") as temporary:
             kept = self.chosen if self.lisa is None else self.lisa.in_memory()
             write_tensors(temporary / PARAMETERS, {name: p.detach() for name, p in kept})
+            if self.pruning is not None:
+                write_tensors(temporary / PRUNING, dict(self.pruning.tensors()))
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -182,6 +192,8 @@ class Run:
         with torch.no_grad():
             for name in found.parameters.entries:
                 own[name].copy_(found.parameters.read(name))
+        if self.pruning is not None:
+            self.pruning.restore(TensorFile(found.folder / PRUNING))
         self.optimizer.load_state_dict(found.state.pop("optimizer"))
         page_states(self.optimizer)
         self.scaler.load_state_dict(found.state["scaler"])

@@ -257,7 +257,7 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
     from edgeft.engine.trainable import apply_tuner, save_tuned
     from edgeft.models.checkpoint import load_plain
     from edgeft.models.parts import find_parts
-    from edgeft.settings.tuners import DOWN, NARROW, SHIFT, UP, WIDE, is_adapter
+    from edgeft.settings.tuners import BETWEEN, DOWN, NARROW, SHIFT, UP, WIDE, is_adapter
 
     model = load_plain(base)
     parts = find_parts(model)
@@ -270,6 +270,8 @@ def change_at_random(base: Path, training: Training, out: Path) -> None:
                 parameter.copy_(noise * ADAPTER_RMS)
             elif name.endswith(WIDE) and is_adapter(name):
                 parameter.copy_(noise * BESIDE_RMS)
+            elif f".{BETWEEN}." in name:
+                parameter.copy_(noise)
             elif name.endswith(SHIFT):  # zeros: a share of them would be none
                 parameter.copy_(noise * WEIGHT_SHARE)
             elif DOWN not in name and not (name.endswith(NARROW) and is_adapter(name)):

@@ -183,6 +183,16 @@ def with_scales(operations: Operations, x: Value, linear: Linear) -> Value:
     return _scaled(operations, operations.base(x, linear), linear.out_features)
 
 
+def triplets(operations: Operations, x: Value, linear: Linear) -> Value:
+    """W x + s P (L Q x), as `edgeft.engine.adalora` computes it."""
+    rank, result = operations.way.rank, operations.base(x, linear)
+    down, up = (linear.model_copy(update={width: rank}) for width in ("out_features", "in_features"))
+    low = operations.matmul(x, down, operations.weight(rank * linear.in_features, copied=True))
+    low = _scaled(operations, low, rank)
+    return operations.add(result, operations.scaled(
+        operations.matmul(low, up, operations.weight(rank * linear.out_features, copied=True))))  # fmt: skip
+
+
 def hadamard(operations: Operations, x: Value, linear: Linear) -> Value:
     """w * W x + b, as `edgeft.engine.hadamard` computes it."""
     result, outputs = operations.base(x, linear), linear.out_features
@@ -232,4 +242,5 @@ FORMS = {
     "less": less_start,
     "lengths": with_lengths,
     "scales": with_scales,
+    "triplets": triplets,
 }

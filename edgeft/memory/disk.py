@@ -75,7 +75,9 @@ def train_disk(spec: ModelSpec, training: Training) -> Disk:
     share: each once, and those that are replaced once more while a checkpoint holds them.
     """
     checkpoint = checkpoint_bytes(spec, training)
-    result = max(4 * learnt_parameters(spec, training), train_step.adapter_bytes(spec, training))
+    result = 4 * learnt_parameters(spec, training)
+    if not training.target_rank:  # whose adapters hold what is not written
+        result = max(result, train_step.adapter_bytes(spec, training))
     what = f"{CHECKPOINTS_KEPT}, one of them being written: what trains and its states"
     terms = [Term(name="checkpoints", bytes=CHECKPOINTS_KEPT * checkpoint, formula=what)]
     if turns_in_files(training):
@@ -135,7 +137,9 @@ def checkpoint_bytes(spec: ModelSpec, training: Training) -> int:
     tensors = layers * (
         len(spec.linears) * len(TUNERS[training.tuner].sizes(1, 1, 1, False)) + spec.norms_per_layer + 2
     )
-    return int(learnt * itemsize + with_states * states) + TENSOR_BYTES * tensors
+    # of AdaLoRA: how much each number matters
+    beside = train_step.adapter_bytes(spec, training) - 4 * learnt if training.target_rank else 0
+    return int(learnt * itemsize + with_states * states) + beside + TENSOR_BYTES * tensors * (2 if beside else 1)
 
 
 def merge_disk(spec: ModelSpec, files_bytes: int | None = None) -> Disk:

@@ -27,7 +27,7 @@ from edgeft.models.metrics import Rung
 from edgeft.models.output_biases import absent_biases, bias_key
 from edgeft.models.spec import read_model_spec
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import ELEMENTS, GAIN, HANGING, LENGTHS, NARROW, SAVED, SHIFT, WIDE, adapter_parts
+from edgeft.settings.tuners import BETWEEN, ELEMENTS, GAIN, HANGING, LENGTHS, NARROW, SAVED, SHIFT, WIDE, adapter_parts
 
 ADAPTER = "adapter_model.safetensors"
 EPSILON = 2.0**-24  # half the distance of neighbouring fp32 values, relative
@@ -286,6 +286,7 @@ def _scales(name: str, base: Checkpoint, kept: TensorFile, keys: dict[str, str],
 def _factors(name: str, base: Checkpoint, kept: TensorFile, keys: dict[str, str], training: Training) -> Factors:
     """What an adapter adds to a stored matrix, inputs x outputs as GPT-2's Conv1D holds it, too."""
     left, right = (kept.read(keys[part]).double() for part in ("lora_B", "lora_A"))
+    right = right * kept.read(keys[BETWEEN]).double() if BETWEEN in keys else right
     wanted = kept.read(keys[LENGTHS]).double() if LENGTHS in keys else None
     transposed = in_conv1d(str(_config(base.folder).get("model_type")))
     if transposed:

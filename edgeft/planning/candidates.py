@@ -22,6 +22,7 @@ from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.prefix_tuner import tokens_of
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
+from edgeft.planning.rank_budget import target_rank
 from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Rounding, Training, Tuner
 from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, Form, adapts
 
@@ -92,23 +93,6 @@ def refusal(
         problem = f"trains in fp32, but this plan computes in {compute}"
         return BadInput(end, problem, f"leave {end} off, or base_precision to the planner")
     return None
-
-
-def training_notes(spec: ModelSpec, training: Training) -> list[str]:
-    """What the chosen way amounts to where its name promises more."""
-    lines = []
-    if training.layers == "lisa":
-        rotating = sum(getattr(training, end) == "rotate" for end in ENDS)
-        if training.active_layers >= len(training.trained_layers) + rotating:
-            lines.append("lisa: only one draw is possible, every layer trains all the time")
-        elif training.lisa_interval >= training.steps:
-            lines.append(
-                f"lisa never switches: the run has {training.steps} steps, an interval {training.lisa_interval}; "
-                f"the first {training.active_layers} layers that are drawn train alone"
-            )
-    if training.compute_dtype == "fp16" and overflows_fp16(spec.model_type):
-        lines.append(f"{spec.model_type} overflows in fp16: drop --set base_precision=fp16, and it computes in fp32")
-    return lines
 
 
 class _Method(NamedTuple):
@@ -219,6 +203,7 @@ def _training(
         base_precision=method.precision,
         compute_dtype=method.compute,  # type: ignore[arg-type]
         rank=method.rank,
+        target_rank=target_rank(job, row, method.rank),
         lora_alpha=(job.lora_alpha or LORA_ALPHA) if row.scaled else 0.0,
         lora_scale=job.lora_scale,
         lora_plus=job.lora_plus if row.faster else 1.0,

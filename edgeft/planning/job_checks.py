@@ -8,6 +8,7 @@ from edgeft.planning.early_stopping import check_patience
 from edgeft.planning.output_bias import check_shift
 from edgeft.planning.prefix_tuner import check_prefix_tuner
 from edgeft.planning.quantize_aware import rounding_of
+from edgeft.planning.rank_budget import check_target_rank
 from edgeft.settings.job import ENDS, Job
 from edgeft.settings.tuners import ADAPTERS, TUNERS, Form, Tuning, adapts
 
@@ -89,6 +90,7 @@ def _check_form(job: Job, spec: ModelSpec) -> None:
     if row.prefixed or job.prefix_tokens:
         check_prefix_tuner(job, spec, row)
     check_shift(job, spec, row)
+    check_target_rank(job, row)
     form = form_of(job, row)
     missing = sorted(set(form.roles) - {linear.role for linear in spec.linears})
     if missing and row.needs_roles:

@@ -43,12 +43,13 @@ from edgeft.planning.alternatives import (
     unused_budget,
 )  # fmt: skip
 from edgeft.planning.answers import Held, read_held
-from edgeft.planning.candidates import candidates, training_notes
+from edgeft.planning.candidates import candidates
 from edgeft.planning.choice import best_that_fits, choose
 from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.early_stopping import patience_notes
 from edgeft.planning.job_checks import check_job, needs_importance
 from edgeft.planning.layer_choice import random_layers, top_layers
+from edgeft.planning.notes import training_notes
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes

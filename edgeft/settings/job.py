@@ -82,11 +82,13 @@ class Job(Strict):
 
     tuner: Tuner | None = Field(
         None,
-        description="lora: low-rank adapters; dora: and lengths of rows; ia3: scales; h-adapter: scales and sums "
+        description="lora: low-rank adapters; dora: and lengths of rows; adalora: whose ranks go "
+        "where they matter least; ia3: scales; h-adapter: scales and sums "
         "after attention; adapter: small networks between the parts; prefix: keys and values before the text; "
         "full: all weights",
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank; an adapter's inner width")
+    target_rank: int | None = Field(None, ge=1, description="rank that AdaLoRA leaves on average; half of rank")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division, see lora_scale")
     lora_scale: LoraScale = Field(
         "rslora", description="what lora_alpha is divided by: rslora: the root of the rank, plain: the rank"
@@ -230,6 +232,7 @@ class Training(Strict):
     base_precision: Precision
     compute_dtype: Literal["fp32", "bf16", "fp16"]
     rank: int = 0
+    target_rank: int = 0  # that is left on average when a run ends; 0: no rank goes
     lora_alpha: float = 0.0
     lora_scale: LoraScale = "rslora"
     lora_plus: float = 1.0  # learning rate of the second factors, in times all others'
@@ -340,4 +343,5 @@ class Training(Strict):
     @property
     def adapter_scale(self) -> float:
         """What an adapter's product is multiplied by."""
-        return float(SCALES[self.lora_scale](self.lora_alpha, self.rank)) if self.rank else 0.0
+        scale = TUNERS[self.tuner].scale or SCALES[self.lora_scale]
+        return float(scale(self.lora_alpha, self.rank)) if self.rank else 0.0

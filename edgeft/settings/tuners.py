@@ -21,7 +21,8 @@ GAIN, SHIFT = f"{HADAMARD}.weight", f"{HADAMARD}.bias"
 PREFIX = "kv_prefix"  # of keys and values before the text (`models.kv_prefix`), by the name they hang under
 # Names in a saved adapter's file.
 SAVED = "base_model.model."
-PARTS = f"lora_A|lora_B|{LENGTHS}|{ELEMENTS}|{GAIN}|{SHIFT}"
+BETWEEN = "lora_E"  # of AdaLoRA: the number between a row of one factor and a column of the other
+PARTS = f"lora_A|lora_B|{BETWEEN}|{LENGTHS}|{ELEMENTS}|{GAIN}|{SHIFT}"
 PART = re.compile(rf"{re.escape(SAVED)}(?P<module>.+)\.(?P<part>{PARTS})(?:\.weight)?")
 HANGING = re.compile(rf"(?P<module>.+)\.(?P<where>{AFTER}|{BESIDE})\.(?P<part>{NARROW}|{WIDE})")
 # What an adapter's product is multiplied by, of alpha and rank: rsLoRA's (arXiv 2312.03732), so that the same learning
@@ -65,6 +66,8 @@ class Tuning:
     shifts: bool = False  # whether what it adds needs a bias of the attention's output
     ranked: bool = False  # whether a rank is chosen
     scaled: bool = False  # whether a scale is
+    scale: Callable[[float, int], float] | None = None  # its own, of alpha and rank; none: `lora_scale` says which
+    pruned: bool = False  # whether ranks go while it trains
     prefixed: bool = False  # whether it trains keys and values before the text: so many tokens in every layer
     folds: bool = True  # whether a weight can hold what it learnt; else it lies beside the weights, on the device too
     shared: bool = True  # whether a share of what it learnt is between base and fine-tune
@@ -110,6 +113,28 @@ TUNERS: dict[str, Tuning] = {
         sentence="Small adapter matrices of rank {rank} and the lengths of the weights' rows (DoRA) train in {layers}; "
         "the model itself stays as it is",
     ),
+    # arXiv 2303.10512
+    "adalora": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs, rank),
+        ranked=True,
+        scaled=True,
+        faster=UP,
+        scale=lambda alpha, rank: alpha / (rank + 1e-5),  # as PEFT has it, of the rank that it begins with
+        pruned=True,
+        # how important each number is and how much that varies, which triplets are left, PEFT's rank
+        forms={
+            "random": Form(
+                "triplets", made=(46, 18, 20, 22, 38), beside=lambda i, o, rank: 2 * rank * (i + o + 1) + rank + 1
+            )
+        },
+        rate=lambda hidden: 2e-3 * (2000 / hidden) ** 0.775,  # ten times LoRA's, compared with nothing: docs/methods.md
+        title="AdaLoRA",
+        short="AdaLoRA r{rank}",
+        method="AdaLoRA from rank {rank} in {layers}",
+        sentence="Small adapter matrices that begin at rank {rank} and lose what matters least (AdaLoRA) train in "
+        "{layers}; the model itself stays as it is",
+    ),
     # arXiv 2205.05638
     "ia3": Tuning(
         adapters=True,
@@ -129,7 +154,7 @@ TUNERS: dict[str, Tuning] = {
         adapters=True,
         sizes=lambda inputs, outputs, rank, last: (outputs, outputs),
         forms={"random": Form("hadamard", made=(37, 8, 14, 14, 0), roles=("attention_out",))},
-        rate=lambda hidden: 3e-2,
+        rate=lambda hidden: 3e-2,  # IA3's, compared with no other: docs/methods.md
         needs_roles=True,
         shifts=True,
         title="Hadamard adapter",
@@ -188,7 +213,6 @@ TUNERS: dict[str, Tuning] = {
 # Tuners of the field that are not there, and why: what to say to somebody who asks for one by its name.
 ABSENT = {
     "prompt": "its virtual embeddings lie before every text; tuner=prefix trains their keys and values themselves",
-    "adalora": "its ranks move from matrix to matrix while it trains, and no plan counts that",
 }
 # What is planned where none is named: adapters; the weights where ends train, or the model is small.
 ADAPTERS, WEIGHTS = "lora", "full"

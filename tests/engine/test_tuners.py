@@ -31,7 +31,7 @@ from edgeft.models.parts import find_parts
 from edgeft.models.streamed import load_streamed
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
-from edgeft.settings.tuners import ABSENT, TUNERS
+from edgeft.settings.tuners import ABSENT, TUNERS, adapter_parts
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
 
@@ -46,6 +46,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "dora": {"tuner": "dora"},
     "dora, nf4, lisa": {
         "tuner": "dora",
+        "base_precision": "nf4",
+        "layers": "lisa",
+        "active_layers": 1,
+        "lisa_interval": 1,
+    },
+    "adalora": {"tuner": "adalora"},
+    "adalora, nf4, lisa": {
+        "tuner": "adalora",
         "base_precision": "nf4",
         "layers": "lisa",
         "active_layers": 1,
@@ -91,6 +99,7 @@ SLOW = (
     "lora, lisa",
     "ia3, sparse",
     "h-adapter",
+    "adalora, nf4, lisa",
 )  # each of kinds that others show
 
 
@@ -192,6 +201,7 @@ FOLDED: dict[str, dict[str, Any]] = {
     "ia3": {"tuner": "ia3", "rank": None, "learning_rate": 0.05},
     "ia3, nf4": {"tuner": "ia3", "rank": None, "learning_rate": 0.05, "base_precision": "nf4"},
     "dora": {"tuner": "dora"},
+    "adalora": {"tuner": "adalora", "learning_rate": 0.05},
     "dora, sparse": {"tuner": "dora", "layers": "sparse", "trained_layers": "1"},
     "dora, nf4": {"tuner": "dora", "base_precision": "nf4"},
 }
@@ -311,7 +321,8 @@ def test_how_far_a_layer_moved_is_what_the_merge_says(trained: Path, checkpoint_
     result = TrainResult.read(trained / "train.json")
     merge(trained, tmp_path / "merged", wise_alpha=1.0, progress=silent)
     before, after = Checkpoint(checkpoint_folder), Checkpoint(tmp_path / "merged")
-    names = [name for name in _moved(checkpoint_folder, tmp_path / "merged") if "layers.1." in name]
+    saved = adapter_parts(load_file(trained / "adapter_model.safetensors"))  # AdaLoRA may leave a matrix nothing
+    names = [f"{module}.weight" for module in saved if "layers.1." in module]
     moved = sum(float(torch.dist(after.read(name), before.read(name))) ** 2 for name in names)
     whole = sum(float(before.read(name).norm()) ** 2 for name in names)
     recorded = {unit.unit: unit.relative_change for unit in result.units}

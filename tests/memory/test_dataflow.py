@@ -33,6 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "PiSSA, bf16": {**PISSA, **HALF},
     "IA3": {"tuner": "ia3"},
     "IA3, bf16, recomputed": {"tuner": "ia3", **HALF, "checkpointing": True},
+    "AdaLoRA": {"tuner": "adalora"},
+    "AdaLoRA, bf16, recomputed": {"tuner": "adalora", **HALF, "checkpointing": True},
+    "AdaLoRA, NF4, bf16": {"tuner": "adalora", **NF4, "compute_dtype": "bf16"},
     "Hadamard": {"tuner": "h-adapter"},
     "Hadamard, bf16, recomputed": {"tuner": "h-adapter", **HALF, "checkpointing": True},
     "Hadamard, NF4, bf16": {"tuner": "h-adapter", **NF4, "compute_dtype": "bf16"},
@@ -97,12 +100,14 @@ def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, ever
     config = AutoConfig.from_pretrained(tmp_path)
     dora, ia3 = {"tuner": "dora"}, {"tuner": "ia3"}
     after, beside = ({"tuner": "adapter", "adapter_at": where} for where in ("both", "parallel"))
+    adalora = {"tuner": "adalora"}
     prefix, hadamard = {"tuner": "prefix"}, {"tuner": "h-adapter"}
     for way in ({}, {**NF4, "compute_dtype": "bf16"}, {"checkpointing": True}, {**FULL, "checkpointing": True},
                 dora, {**dora, **HALF}, {**dora, **NF4}, {**dora, "checkpointing": True},
                 ia3, {**ia3, **HALF}, {**ia3, **NF4}, {**ia3, "checkpointing": True},
                 after, {**after, **HALF}, {**after, **NF4, "compute_dtype": "bf16"}, {**after, "checkpointing": True},
                 beside, {**beside, **HALF}, {**beside, **NF4}, {**beside, "checkpointing": True},
+                adalora, {**adalora, **HALF}, {**adalora, **NF4}, {**adalora, "checkpointing": True},
                 hadamard, {**hadamard, **HALF}, {**hadamard, **NF4}, {**hadamard, "checkpointing": True},
                 prefix, {**prefix, **HALF}, {**prefix, **NF4}, {**prefix, "checkpointing": True},
                 PISSA, {**PISSA, **HALF}, {**PISSA, **NF4}, {**PISSA, "checkpointing": True}):  # fmt: skip
@@ -117,7 +122,7 @@ def test_a_llamas_operations_are_the_traced_ones_one_by_one(tmp_path: Path, ever
 
 
 @pytest.mark.parametrize(
-    "adapter", [{}, PISSA, *({"tuner": name} for name in ("dora", "ia3", "h-adapter", "adapter", "prefix"))]
+    "adapter", [{}, PISSA, *({"tuner": name} for name in ("dora", "adalora", "ia3", "h-adapter", "adapter", "prefix"))]
 )
 def test_adapters_that_rest_compute_and_keep_less(adapter: dict[str, Any], tmp_path: Path, every_height: None) -> None:
     """LISA's other layers, operation by operation: above the lowest that trains gradients pass, below none does."""

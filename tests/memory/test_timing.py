@@ -45,6 +45,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[complex]]:
     ("idle", "idle", {}), ("through", "through", {}), ("lora, random", "trained", {}),
     ("lora, pissa", "trained", {"init": "pissa"}),
     ("dora, random", "trained", {"tuner": "dora"}), ("ia3, random", "trained", {"tuner": "ia3"}),
+    ("adalora, random", "trained", {"tuner": "adalora"}),
     ("h-adapter, random", "trained", {"tuner": "h-adapter"}),
     ("adapter, both", "trained", {"tuner": "adapter"}),
     ("adapter, mlp", "trained", {"tuner": "adapter", "adapter_at": "mlp"}),

@@ -115,6 +115,12 @@ WAYS: dict[str, tuple[range, int, dict[str, Any]]] = {
     "PiSSA, NF4, bf16": (TOP, 47, {"init": "pissa", **NF4, "compute_dtype": "bf16"}),
     "IA3, two micro-batches": (ALL, 47, {"tuner": "ia3", "batch_size": 4}),
     "IA3, NF4, bf16, recomputed": (TOP, 47, {"tuner": "ia3", **NF4, "compute_dtype": "bf16", "checkpointing": True}),
+    "AdaLoRA, two micro-batches": (ALL, 47, {"tuner": "adalora", "batch_size": 4}),
+    "AdaLoRA, NF4, bf16, recomputed": (
+        TOP,
+        47,
+        {"tuner": "adalora", **NF4, "compute_dtype": "bf16", "checkpointing": True},
+    ),
     "Hadamard, two micro-batches": (ALL, 47, {"tuner": "h-adapter", "batch_size": 4}),
     "Hadamard, NF4, bf16, recomputed": (
         TOP,
