@@ -36,6 +36,8 @@ def test_only_the_model_is_required() -> None:
         "lisa_schedule": "cycle",
         "lisa_state": "drop",
         "batch_size": 16,
+        "processes": 1,
+        "machines": 1,
         "epochs": 3.0,
         "warmup_fraction": 0.05,
         "weight_decay": 0.0,
