@@ -282,6 +282,12 @@ def gguf(base: Path, out: Path) -> None:
     gguf_file.build_model(base, load_target("gguf-f16"), read_model_spec(str(base)), out)
 
 
+def gguf_cut(base: Path, out: Path) -> None:
+    gguf(base, out)
+    whole = (out / "model.gguf").read_bytes()
+    (out / "model.gguf").write_bytes(whole[: len(whole) - 5000])
+
+
 def lora(base: Path, out: Path) -> None:
     import peft
 
@@ -427,6 +433,7 @@ CASES: dict[str, Case] = {
     "bitsandbytes, 8 bits": Case(bitsandbytes(8), "repairable", "packed by bitsandbytes, 8 bits", "self",
                                  as_transformers_unpacks, exact=False),
     "GGUF": Case(gguf, "repairable", "the weights are a GGUF file", "self", in_half),
+    "a truncated GGUF": Case(gguf_cut, "not usable", "model.gguf: is no whole GGUF file"),
     "an adapter": Case(lora, "not usable", "it is an adapter of "),
     "an adapter beside the weights": Case(adapter_beside, "not usable", "an adapter lies beside the weights"),
     "an encoder": Case(encoder, "not usable", "is an encoder, so not a causal language model"),

@@ -21,9 +21,23 @@ def check_gguf(folder: Path, names: list[str]) -> None:
         if any("-of-" in name for name in names):
             hint = "put its parts together: llama-gguf-split --merge"
         raise BadInput(folder, f"holds {len(names)} GGUF files: {', '.join(names[:4])}", hint)
-    with open(folder / names[0], "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadInput(folder / names[0], "is no whole GGUF file", "copy or download it again")
+    path = folder / names[0]
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF" or not _is_whole(path):
+        raise BadInput(path, "is no whole GGUF file", "copy or download it again")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every tensor of a file lies in it; without the package gguf nobody can tell."""
+    try:
+        import gguf
+    except ImportError:
+        return True
+    try:
+        return bool(gguf.GGUFReader(str(path)).tensors)
+    except Exception:  # of a file that is cut or changed the reader raises whatever comes first
+        return False
 
 
 def write(folder: Path, name: str, out: Path) -> None:
