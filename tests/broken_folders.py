@@ -294,6 +294,15 @@ def lora(base: Path, out: Path) -> None:
     peft.get_peft_model(model_of(base), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(out))
 
 
+def lora_inside(base: Path, out: Path) -> None:
+    """The state_dict of a model that PEFT has wrapped, adapter and all."""
+    import peft
+
+    text_of(base, out)
+    wrapped = peft.get_peft_model(model_of(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    save_file({n: t.clone() for n, t in wrapped.state_dict().items()}, out / "model.safetensors", {"format": "pt"})
+
+
 def encoder(base: Path, out: Path) -> None:
     from transformers import BertConfig, BertModel
 
@@ -436,6 +445,8 @@ CASES: dict[str, Case] = {
     "a truncated GGUF": Case(gguf_cut, "not usable", "model.gguf: is no whole GGUF file"),
     "an adapter": Case(lora, "not usable", "it is an adapter of "),
     "an adapter beside the weights": Case(adapter_beside, "not usable", "an adapter lies beside the weights"),
+    "an adapter inside the weights": Case(lora_inside, "not usable",
+                                          "6 tensors are of an adapter that was saved inside"),
     "an encoder": Case(encoder, "not usable", "is an encoder, so not a causal language model"),
     "sentence-transformers": Case(lambda b, o: (encoder(b, o), (o / "modules.json").write_text("[]")), "not usable",
                                   "it is an encoder of sentence-transformers"),

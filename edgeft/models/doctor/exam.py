@@ -6,6 +6,7 @@ Each step looks at what the steps before would have made of the folder: names wi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from edgeft.models.headers import (
 )
 from edgeft.models.spec import ModelSpec, spec_of
 
+UNMERGED = re.compile(r"\.(base_layer|original_module|modules_to_save|lora_[AB]|lora_embedding_[AB])\.")
 MERGE = "for weights of a part of the model: edgeft merge {} --base MODEL"
 
 
@@ -163,6 +165,10 @@ class Exam:
             problem = f"{len(wrapped)} of {len(self.plain)} tensors have {prefix!r} in their names: "
             yield Finding(code="names", problem=problem + "what wrapped the model was saved too", names=tuple(wrapped),
                           repair=f"written without {prefix!r}")  # fmt: skip
+        if inside := [name for name in self.plain if UNMERGED.search(name)]:
+            hint = "merge it where it was trained: model.merge_and_unload().save_pretrained(...)"
+            problem = f"{len(inside)} tensors are of an adapter that was saved inside the model"
+            yield Finding(code="unmerged", problem=problem, names=tuple(inside), hint=hint)
         if len(set(self.plain.values())) < len(self.plain):
             raise BadInput(self.folder, "several tensors have one name without their wrappers", "save the model inside")
 
