@@ -20,7 +20,7 @@ py := .venv/bin/python
 edgeft := $(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -135,6 +135,9 @@ bench-trainer: .venv/installed  ## time and memory beside PEFT + Trainer, the sa
 
 bench-lisa: .venv/installed  ## memory of layers in turn at every interval, on a 135M shape
 	$(py) bench/lisa.py
+
+bench-ranks: .venv/installed  ## memory of each of several processes against its plan, on a 135M shape, on a quiet machine
+	$(py) bench/ranks.py
 
 bench-prefix: .venv/installed  ## later epochs from kept outputs of frozen layers against without, 135M, on a quiet machine
 	$(py) bench/prefix_cache.py

@@ -114,6 +114,7 @@ def train(
     with together(made, here, plan_file) as ranks:
         say = say if ranks.first else quiet
         if several and ranks.told(is_current):
+            ranks.part()
             say(f"{folder} is up to date")
             return TrainResult.at(record, trainings.TrainResult.read(record))
         rehearsed = trainings.NOT_REHEARSED

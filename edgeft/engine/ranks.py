@@ -25,6 +25,7 @@ from edgeft.errors import EdgeftError
 # A process may wait in a step for the first one to write a checkpoint, however slow its disk is.
 STEP_SECONDS = 3600.0
 LOOKING_SECONDS = 0.05  # between two looks at the store, for what may take hours: scores, quantising
+PARTING_SECONDS = 60.0  # that the first process stays for the others to hear that all is done
 REASON_SECONDS = 3.0  # in which one that ended tells why, if it can
 FAILED = "failed"
 Json = TypeVar("Json")
@@ -103,6 +104,20 @@ class Ranks:
     def wait(self) -> None:
         """Go on once the first process has come here."""
         self.told(lambda: None)
+
+    def part(self) -> None:
+        """Wait for the first process for the last time: it goes, and the store with it, once the others know."""
+        if self.alone:
+            return
+        self.wait()
+        name = self._next("parted")
+        with self._store():
+            if not self.first:
+                self.store.add(name, 1)
+                return
+            until = time.monotonic() + PARTING_SECONDS
+            while self.store.add(name, 0) < self.size - 1 and time.monotonic() < until:
+                time.sleep(LOOKING_SECONDS)
 
     def gathered(self, value: Json) -> list[Json]:
         """The values of JSON of all processes, in order."""

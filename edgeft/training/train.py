@@ -101,7 +101,7 @@ def train(
         session.compare()
         result = session.finish(out, plan_sha256, rehearsal) if ranks.first else None
         del session
-        ranks.wait()
+        ranks.part()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
     return result or TrainResult.read(out / "train.json")
 
@@ -231,7 +231,7 @@ class Session:
                     run.save(self.work, note())
                     last_saved = time.monotonic()
                 if asked:
-                    self.ranks.wait()  # a process that ends first would have this one ended
+                    self.ranks.part()  # a process that ends first would have this one ended
                     raise KeyboardInterrupt
         note()
         if run.lisa is not None:

@@ -7,6 +7,10 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,7 +71,7 @@ def model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def plan_for(folder: Path, model: Path, count: int, **settings: Any) -> Path:
     """The plan of 20 steps in so many processes."""
-    values = {"max_steps": 20, "epochs": 3.0, "learning_rate": 1e-4, "checkpoint_steps": 7, "batch_size": 5} | settings
+    values = {"max_steps": 20, "epochs": 3.0, "learning_rate": 5e-5, "checkpoint_steps": 7, "batch_size": 5} | settings
     folder.mkdir(parents=True, exist_ok=True)
     if values.get("layer_score") != "gradient":
         return write_plan(folder, model, processes=count, **values)
@@ -359,3 +363,102 @@ def test_a_process_that_is_alone_does_nothing() -> None:
     assert ALONE.told(lambda: 3) == 3 and ALONE.gathered("x") == ["x"]
     with ALONE.in_turn():
         ALONE.wait()
+
+
+def agent(path: Path, *options: object, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """A real torchrun that carries a plan out."""
+    command = [*before, sys.executable, "-m", "torch.distributed.run", *map(str, options), "-m", "edgeft", "train"]
+    environment = alone() | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        [*command, str(path), "--no-rehearsal"], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def end_of(started: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code and all that was said."""
+    out, err = started.communicate(timeout=300)
+    return started.returncode, out + err
+
+
+def children_of(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+def test_torchrun_ends_when_a_process_is_killed_and_goes_on_when_it_runs_again(two: Path, tmp_path: Path) -> None:
+    path, out = Path(shutil.copy(two.parent / "plan.json", tmp_path)), tmp_path / "train"
+    started = agent(path, "--nproc-per-node", 2)
+    until = time.monotonic() + 200
+    while not any(work_folder(out).glob("step-*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(children_of(started.pid)[1], signal.SIGKILL)
+    code, said = end_of(started)
+    assert code == 1, said
+    assert "edgeft, process 0 of 2: train: another of 2 processes ended" in said, said
+    assert "hint: run the same command again: it goes on from the last checkpoint" in said
+    code, said = end_of(agent(path, "--nproc-per-node", 2))
+    assert code == 0, said
+    assert said.count("peak memory: predicted") == 1, "one of the processes speaks"
+    found = TrainResult.read(out / "train.json")
+    assert found.resumed_at and found.loss_curve == TrainResult.read(two / "train.json").loss_curve
+    assert (out / "adapter_model.safetensors").read_bytes() == (two / "adapter_model.safetensors").read_bytes()
+
+
+def two_agents(path: Path, endpoint: str, own: list[tuple[str, ...]], before: list[tuple[str, ...]]) -> None:
+    """Two torchruns, which find each other at an address, carry a plan of two machines out."""
+    how = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", 7, "--rdzv-endpoint", endpoint)
+    started = [agent(path, *how, *options, before=each) for options, each in zip(own, before, strict=True)]
+    for code, said in map(end_of, started):
+        assert code == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+def test_two_agents_train_what_one_process_does(one: Path, model: Path, tmp_path: Path) -> None:
+    path = plan_for(tmp_path, model, 2, machines=2)
+    assert "--nnodes 2 --nproc-per-node 1" in " ".join(Plan.read(path).notes)
+    two_agents(path, f"127.0.0.1:{free_port()}", [(), ()], [(), ()])
+    assert_same_training(one, tmp_path / "train")
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces that see each other and nothing else, as two machines on a wire."""
+    names = [f"edgeft{os.getpid()}{end}" for end in "ab"]
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add eth-a netns {names[0]} type veth peer name eth-b netns {names[1]}",
+        *(f"ip netns exec {name} ip address add 10.99.0.{n}/24 dev eth-{end}"
+          for n, name, end in zip((1, 2), names, "ab", strict=True)),
+        *(f"ip netns exec {name} ip link set {link} up" for name, end in zip(names, "ab", strict=True)
+          for link in ("lo", f"eth-{end}")),
+    ]  # fmt: skip
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {command}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (iproute2)")
+def test_two_machines_find_each_other_over_a_network(
+    namespaces: list[str], one: Path, model: Path, tmp_path: Path
+) -> None:
+    path = plan_for(tmp_path, model, 2, machines=2)
+    before = [
+        ("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=eth-{end}", "NO_COLOR=1")
+        for name, end in zip(namespaces, "ab", strict=True)
+    ]
+    # by its name a namespace would not know that the address is its own
+    own = [("--local-addr", f"10.99.0.{n}", "--rdzv-conf", f"is_host={n == 1}") for n in (1, 2)]
+    two_agents(path, "10.99.0.1:29400", own, before)
+    assert_same_training(one, tmp_path / "train")
