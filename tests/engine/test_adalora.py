@@ -98,7 +98,6 @@ def test_what_is_written_has_the_ranks_that_are_left(plan_file: Any, tmp_path: P
     saved = load_file(tmp_path / "train" / "adapter_model.safetensors")
     left = [int(tensor.count_nonzero()) for name, tensor in saved.items() if name.endswith("lora_E")]
     assert sum(left) == 2 * len(left) and result.training.target_rank == 2
-    assert result.measured_peak_bytes <= result.predicted_peak_bytes
 
 
 def test_a_plan_counts_how_much_each_number_matters(plan_file: Any) -> None:
