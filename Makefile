@@ -119,7 +119,7 @@ arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify
 test-arm64: .venv/installed-dev  ## the tests that run a bundle on an emulated Raspberry Pi 5 (after make arm64)
 	OMP_NUM_THREADS=1 $(py) -m pytest -m arm64
 
-bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of real training runs, 72 of them random
 	$(py) bench/planner.py
