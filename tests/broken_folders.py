@@ -456,6 +456,7 @@ CASES: dict[str, Case] = {
     "a training result": Case(files(**{"train.json": "{}", "adapter_config.json": "{}"}), "not usable",
                               "it is a training result of edgeft"),
     "empty": Case(files(), "not usable", "the folder is empty"),
+    "rows of training data": Case(files(**{"train.json": "[]"}), "not usable", "it holds no weights in any form"),
     "other files": Case(files(**{"notes.txt": "hello"}), "not usable", "it holds no weights in any form that is known"),
     "a config alone": Case(without_files("model.safetensors"), "not usable", "config.json without weights"),
     "models below": Case(below, "not usable", "the model lies in a folder below"),

@@ -41,6 +41,7 @@ class Kind:
     words: str
     marks: tuple[str, ...]
     unless: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ("*",)  # of which one lies there too
     command: str = ""
     hint: str = ""
 
@@ -86,7 +87,8 @@ FULL = tuple(mark for form in FORMS if form.name in ("safetensors", "pickle", "z
 KINDS = (
     Kind("edgeft bundle", "a bundle that edgeft exported", ("bundle.json",),
          hint="give the merged folder it was made from"),
-    Kind("edgeft training", "a training result of edgeft", ("train.json",), command="edgeft merge {folder}"),
+    Kind("edgeft training", "a training result of edgeft", ("train.json",),
+         beside=("adapter_config.json", "*.safetensors"), command="edgeft merge {folder}"),
     Kind("adapter", "an adapter", ("adapter_config.json",), unless=FULL, command="edgeft merge {folder} --base {base}"),
     Kind("MLX adapter", "an adapter of MLX", ("adapters.safetensors", "adapters.npz"), unless=("config.json",),
          hint="fuse it there: mlx_lm.fuse --de-quantize"),
@@ -161,7 +163,11 @@ def _any(name: str, marks: Iterable[str]) -> bool:
 
 def kind_of(listing: Listing) -> Kind | None:
     """What a folder is that is no plain model; None for a model, and for what is not known."""
-    return next((kind for kind in KINDS if listing.find(kind.marks) and not listing.find(kind.unless)), None)
+
+    def fits(kind: Kind) -> bool:
+        return bool(listing.find(kind.marks) and listing.find(kind.beside)) and not listing.find(kind.unless)
+
+    return next(filter(fits, KINDS), None)
 
 
 def words_of(kind: Kind, folder: Path) -> str:
