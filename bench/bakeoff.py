@@ -5,8 +5,9 @@
 LoRA on three bases: as it is stored, in NF4, and seen through the grid that is shipped (quantize_aware). What each
 becomes in the 4 bits of ort-int4 (blocks of 32, 8-bit head), or in NF4, which no on-device runtime here reads, is
 simulated in PyTorch with fp32 activations: the weights are those of the artifact, code for code. "Calibrated" is GPTQ
-alone; "scales too" what an export does, ranges and scales chosen with it. Differences are to the merged model of the
-first run, paired, with 95% intervals. What is done is kept in build/bakeoff.
+alone; "scales too" what an export does, ranges and scales chosen with it. AutoRound is left out where its package is
+not installed. Differences are to the merged model of the first run, paired, with 95% intervals. What is done is kept in
+build/bakeoff.
 """
 
 from __future__ import annotations
@@ -22,22 +23,26 @@ from typing import Any
 import smollm2
 import torch
 from run import BASE, ROOT, SECTIONS, Kept, pins, record, verb
+from transformers import AutoTokenizer
 
 from edgeft.data.rows import read_rows
 from edgeft.data.samples import to_samples
 from edgeft.data.tokenizer import TextTokenizer
-from edgeft.errors import EdgeftError
+from edgeft.errors import EdgeftError, MissingExtra
 from edgeft.exporting.calibrate import calibrate, put_codes
-from edgeft.exporting.compensation import RANGES, Rule, gptq_alone, least_change, solve_scales
+from edgeft.exporting.compensation import RANGES, Rule, gptq_alone, least_change, lesser, solve_scales
+from edgeft.exporting.layer_walk import chosen_rows
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.parts import find_parts, is_linear
 from edgeft.planning.plan import Plan
 from edgeft.targets.grid import Encoded, Fitted, Grid
-from edgeft.targets.rounding import round_as_target
+from edgeft.targets.rounding import grids_of, round_, round_as_target
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 
 FOLDER = ROOT / "build" / "bakeoff"
+PIECE = 256  # tokens of training rows that auto-round sees at once
+AUTOROUND_STEPS = {"example": 200, "smollm2": 50}  # of each layer; 200 are auto-round's own default
 NEAREST, CALIBRATED = "ort-int4", "ort-int4-calibrated"
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {}, "nf4": {"base_precision": "nf4"}, "aware": {"quantize_aware": "true", "target": NEAREST},
@@ -91,21 +96,19 @@ def by_calibration(merged: Path, rule: Rule = gptq_alone) -> Any:
 
 def scales_alone(weight: torch.Tensor, gram: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Encoded:
     """Nearest codes in the range of each block whose own outputs change least, then scales solved; no compensation."""
-    best, least = grid.encode(weight), torch.full((1,), torch.inf)
-    own = torch.block_diag(*(gram[at : at + grid.block_size, at : at + grid.block_size]
-                             for at in range(0, len(gram), grid.block_size)))  # fmt: skip
-    for share in RANGES:
-        made = nearest_in(weight, grid, share)
-        moved = weight - made.weight()
-        cost = torch.stack([part.sum(dim=1) for part in ((moved @ own) * moved).split(grid.block_size, dim=1)], dim=1)
-        better = cost < least
-        wide = better.repeat_interleave(grid.block_size, dim=1)[:, : weight.shape[1]]
-        best = replace(
-            best, codes=torch.where(wide, made.codes, best.codes), scale=torch.where(better, made.scale, best.scale),
-            zero=torch.where(better, made.zero, best.zero),
-        )  # fmt: skip
-        least = torch.where(better, cost, least)
-    return solve_scales(weight, best, gram, grid)
+    shape = (len(weight), -1, grid.block_size)  # blocks are full in both models
+    own = torch.stack([gram[at : at + shape[2], at : at + shape[2]] for at in range(0, len(gram), shape[2])])
+    tried = [nearest_in(weight, grid, share) for share in RANGES]
+    moved = torch.stack([(weight - each.weight()).view(shape) for each in tried])
+    best = (torch.einsum("tnbi,bij->tnbj", moved, own) * moved).sum(dim=-1).argmin(dim=0)
+
+    def pick(parts: list[torch.Tensor]) -> torch.Tensor:
+        each = torch.stack(parts).view(len(parts), *best.shape, -1)
+        return each.gather(0, best[None, ..., None].expand(1, *each.shape[1:]))[0].view(parts[0].shape)
+
+    codes, scale, zero = (pick([getattr(each, of) for each in tried]) for of in ("codes", "scale", "zero"))
+    made = solve_scales(weight, replace(tried[0], codes=codes, scale=scale, zero=zero), gram, grid)
+    return lesser(weight, gram, made, grid.encode(weight))
 
 
 def nearest_in(weight: torch.Tensor, grid: Grid, share: float) -> Encoded:
@@ -139,7 +142,30 @@ def on_nf4(base: Path, merged: Path, again: bool) -> Any:
     return model
 
 
-def policies(base: Path, merged: dict[str, Path]) -> dict[str, Callable[[], Any]]:
+def by_autoround(merged: Path, model: str) -> Any:
+    """A merged model on the grid, by auto-round on the same rows, laid end to end. Raises MissingExtra without it."""
+    try:
+        from auto_round import AutoRound
+    except ImportError as problem:
+        raise MissingExtra("auto-round", f"cannot be imported: {problem}", 'pip install "edgeft[autoround]"') from None
+    plan, target = Plan.read(merged.parent / "plan.json"), load_target(NEAREST)
+    ids = [token for row in chosen_rows(Data.read(plan).train) for token in row.ids]
+    pieces = [torch.tensor([ids[first : first + PIECE]]) for first in range(0, len(ids) - PIECE + 1, PIECE)]
+    made = AutoRound(
+        load_plain(merged), AutoTokenizer.from_pretrained(merged), bits=target.weight_bits, sym=target.symmetric,
+        group_size=target.block_size, scale_dtype="fp32", dataset=pieces, seqlen=PIECE, nsamples=len(pieces),
+        iters=AUTOROUND_STEPS[model], batch_size=4, device_map="cpu", amp=False, enable_torch_compile=False, seed=0,
+    ).quantize()[0]  # fmt: skip
+    for name, grid in grids_of(made, target).items():
+        weight = made.get_parameter(name).data
+        if "layers." not in name:
+            round_(weight, grid)
+        elif any(len(block.unique()) > 2**grid.bits for block in weight[:32].reshape(-1, grid.block_size)):
+            raise EdgeftError(name, "is not on the target's grid")
+    return made
+
+
+def policies(base: Path, merged: dict[str, Path], model: str) -> dict[str, Callable[[], Any]]:
     """The model that each policy makes, by what it is called in the table."""
     return {
         "base": lambda: load_plain(base),
@@ -148,6 +174,7 @@ def policies(base: Path, merged: dict[str, Path]) -> dict[str, Callable[[], Any]
         "merged, calibrated": lambda: by_calibration(merged["plain"]),
         "merged, scales alone": lambda: by_calibration(merged["plain"], scales_alone),
         "merged, calibrated, scales too": lambda: by_calibration(merged["plain"], least_change),
+        "merged, AutoRound": lambda: by_autoround(merged["plain"], model),
         "NF4 run on the original base, not rounded": lambda: load_plain(merged["nf4"]),
         "NF4 run on the original base, nearest": lambda: nearest(merged["nf4"]),
         "NF4 run on the original base, calibrated": lambda: by_calibration(merged["nf4"]),
@@ -165,11 +192,18 @@ def bench(model: str, rows: int) -> dict[str, Any]:
     merged = {name: trained(model, name, base, files) for name in RUNS}
     tokenizer = TextTokenizer(base)
     samples = to_samples(read_rows(str(test), tokenizer)[:rows], tokenizer, None)
-    kept, forms = Kept(f"bakeoff-{model}-{len(samples)}"), policies(base, merged)
-    for name, make in forms.items():
-        if name not in kept.rows:
-            print(f"{model}, {name}: {len(samples)} rows", file=sys.stderr, flush=True)
-            kept.add({"run": name, "scores": smollm2.score(samples, tokenizer.stop_ids, smollm2.by_torch(make()))})
+    kept, forms = Kept(f"bakeoff-{model}-{len(samples)}"), policies(base, merged, model)
+    for name, make in list(forms.items()):
+        if name in kept.rows:
+            continue
+        print(f"{model}, {name}: {len(samples)} rows", file=sys.stderr, flush=True)
+        try:
+            made = make()
+        except MissingExtra as problem:
+            print(f"{model}, {name}: left out: {problem}", file=sys.stderr, flush=True)
+            del forms[name]
+            continue
+        kept.add({"run": name, "scores": smollm2.score(samples, tokenizer.stop_ids, smollm2.by_torch(made))})
     return {
         "model": model, "rows": len(samples), "settings": SETTINGS[model], "runs": RUNS,
         "policies": {name: smollm2.to_merged(kept.rows["merged, not rounded"], kept.rows[name]) for name in forms},

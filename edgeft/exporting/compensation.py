@@ -63,7 +63,7 @@ def _of_rows(
     weight: torch.Tensor, gram: torch.Tensor, factor: torch.Tensor, grid: Grid, ranges: tuple[float, ...]
 ) -> Encoded:
     made = solve_scales(weight, gptq(weight, factor, grid, ranges), gram, grid)
-    return _lesser(weight, gram, made, grid.encode(weight))
+    return lesser(weight, gram, made, grid.encode(weight))
 
 
 def gptq_alone(weight: torch.Tensor, gram: torch.Tensor, factor: torch.Tensor, grid: Grid) -> Encoded:
@@ -136,7 +136,7 @@ def solve_scales(weight: torch.Tensor, encoded: Encoded, gram: torch.Tensor, gri
     given = torch.stack([part for part in (encoded.scale, encoded.least) if part is not None], dim=-1)
     unknown = torch.where(basis.any(dim=-1), unknown, given)  # all codes at zero: any scale will do
     scale, _, least = grid.stored(Fitted(unknown[..., 0], encoded.zero, unknown[..., 1] if parts == 2 else None))
-    return _lesser(weight, gram, replace(encoded, scale=scale, least=least), encoded)
+    return lesser(weight, gram, replace(encoded, scale=scale, least=least), encoded)
 
 
 def _basis(encoded: Encoded) -> torch.Tensor:
@@ -168,7 +168,7 @@ def _filled(values: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, columns - values.shape[-1]))
 
 
-def _lesser(weight: torch.Tensor, gram: torch.Tensor, one: Encoded, other: Encoded) -> Encoded:
+def lesser(weight: torch.Tensor, gram: torch.Tensor, one: Encoded, other: Encoded) -> Encoded:
     """Of two forms of a weight the one with the smaller error, output by output."""
     better = (output_error(weight, one, gram) < output_error(weight, other, gram))[:, None]
 
