@@ -70,7 +70,8 @@ def both(folder: Path, training: Training, work: Path) -> tuple[Run, Run]:
     for step in range(3):
         if step == 2:  # adapters begin where half of their gradients are nothing
             first, second = (gradients(run) for run in runs)
-            assert first.keys() == second.keys() and all(value.abs().sum() for value in first.values())
+            moved = sum(bool(value.any()) for value in first.values())  # adalora has none where ranks have gone
+            assert first.keys() == second.keys() and moved > 0.5 * len(first)
             assert [name for name in first if not torch.equal(first[name], second[name])] == []
         losses = [run.train_step(SAMPLES) for run in runs]
         assert losses[0] == losses[1]
@@ -120,7 +121,7 @@ def test_layers_larger_than_any_cache(form: str, tmp_path: Path) -> None:
 
 TUNERS: dict[str, dict[str, Any]] = {
     "dora": {"tuner": "dora"}, "pissa": {"init": "pissa"}, "ia3": {"tuner": "ia3"}, "adapter": {"tuner": "adapter"},
-    "prefix": {"tuner": "prefix"},
+    "prefix": {"tuner": "prefix"}, "adalora": {"tuner": "adalora"}, "h-adapter": {"tuner": "h-adapter"},
     "lora in turns": {"layers": "lisa", "active_layers": 2, "lisa_interval": 1, "lisa_schedule": "uniform"},
 }  # fmt: skip
 
