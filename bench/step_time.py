@@ -1,8 +1,8 @@
-"""How far is the estimated time of a training step from the measured one? Sixteen plans on this CPU.
+"""How far is the estimated time of a training step from the measured one? Twenty plans on this CPU.
 
     make bench-time
 
-Four shapes x four ways to train, 4 samples of 256 tokens a step. Each plan's own step runs with random weights
+Four shapes x five ways to train, 4 samples of 256 tokens a step. Each plan's own step runs with random weights
 (`edgeft plan --verify`); the third is timed. Nothing else may run beside it: the estimate counts operations against the
 matrix rate that was measured when the machine was quiet. What was measured is kept in build/bench-time.jsonl: a changed
 estimate is compared with the same runs (remove it to measure again).
@@ -18,17 +18,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from planner import FITTED_ON, SHAPES
+from planner import SHAPES
 from run import Kept, pins, random_model, record, verb
 
 from edgeft.planning.plan import make_plan
 from edgeft.settings.job import make_job
 
+FITTED_ON = ("deep", "vocabulary, tied")  # of the shapes, what a process takes beside its tensors
+PLAIN, AWARE = "LoRA", "LoRA, quantize_aware"
 WAYS: dict[str, dict[str, Any]] = {
-    "LoRA": {"tuner": "lora", "rank": 16, "base_precision": "fp32"},
+    PLAIN: {"tuner": "lora", "rank": 16, "base_precision": "fp32"},
     "LoRA, recomputed": {"tuner": "lora", "rank": 16, "base_precision": "fp32", "checkpointing": True},
     "LoRA on NF4": {"tuner": "lora", "rank": 16, "base_precision": "nf4"},
     "full": {"tuner": "full"},
+    AWARE: {"tuner": "lora", "rank": 16, "base_precision": "fp32", "quantize_aware": True, "target": "ort-int4"},
 }
 COMMON = {"max_length": 256, "batch_size": 4, "micro_batch_size": 4, "checkpointing": False}
 
@@ -65,9 +68,12 @@ def main() -> None:
                 print(f"{name:40} estimated {estimated:.2f} s, measured {measured:.2f} s, ratio {ratio}", flush=True)
     summary = {name: of([row for row in rows if not row["fitted_on"] or name == "all"])
                for name in ("all", "not fitted on")}  # fmt: skip
-    print(json.dumps(summary), file=sys.stderr)
+    seconds = {row["run"]: row["measured_seconds"] for row in rows}
+    aware = {shape: round(seconds[f"{shape}; {AWARE}"] / seconds[f"{shape}; {PLAIN}"], 3) for shape in SHAPES}
+    print(json.dumps({**summary, "quantize_aware_to_plain": aware}), file=sys.stderr)
     probes = sorted((Path.home() / ".cache" / "edgeft").glob("probe-*.json"))
-    record("time", {"summary": summary, "probe": json.loads(probes[-1].read_text()) if probes else None, "runs": rows})
+    record("time", {"summary": summary, "quantize_aware_to_plain": aware,
+                    "probe": json.loads(probes[-1].read_text()) if probes else None, "runs": rows})  # fmt: skip
 
 
 if __name__ == "__main__":
