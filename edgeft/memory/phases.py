@@ -49,6 +49,8 @@ CPU_HEAP = 24 * MIB
 CPU_BUFFERS, CPU_BYTES_PER_DOUBLING = 11_300_000, 1_460_000  # up to 128 tokens, and for each doubling of them
 CPU_BYTES_PER_ADAPTER, CPU_BYTES_PER_NF4, CPU_RECOMPUTING = 100_000, 36_000, 4_650_000  # of each linear; of a run
 
+HEAD_CHECK_TOKENS = 64  # of the sample whose loss is computed both ways before training
+
 # malloc=fast (`machines.pool`): what may lie free between tensors, of what a step makes and frees; beyond it free pages
 # are given back before the next layer runs. The heap's size is address space, not memory.
 POOL_SHARE, POOL_RESERVE = 0.25, 2.0
@@ -236,6 +238,15 @@ def _window(spec: ModelSpec, training: Training) -> list[Term]:
     return [Term(name="streamed layers", bytes=window, formula=formula)] if window else []
 
 
+def _first_look(spec: ModelSpec, training: Training) -> list[Term]:
+    """What checking the head takes, the first time that layers compute: a dense matrix, logits of 64 tokens twice."""
+    way = Way.of(spec, training, HEAD_CHECK_TOKENS)
+    largest = max(linear.in_features * linear.out_features for linear in spec.linears)
+    dense = way.itemsize * largest if way.nf4 else 0
+    logits = 2 * 4 * HEAD_CHECK_TOKENS * spec.vocab_size
+    return [Term(name="forward", bytes=dense + logits, formula=f"{HEAD_CHECK_TOKENS} tokens, to check the head")]
+
+
 def _loading(spec: ModelSpec, training: Training) -> list[Term]:
     """The weights, and what they are made from while they are."""
     weights, nf4 = _weights(spec, training), training.base_precision == "nf4"
@@ -244,7 +255,7 @@ def _loading(spec: ModelSpec, training: Training) -> list[Term]:
         stored = 0  # 4-bit weights are read one at a time; those that stay as they are stored stay pages of their file
     found = [weights, *_window(spec, training)]
     if training.stream_layers:
-        return found
+        return [*found, *_first_look(spec, training)]
     if training.device == "cuda" and nf4 and spec.stacked:
         # what stays dense is cast tensor by tensor, each beside its old self
         table = DTYPE_BYTES[training.compute_dtype] * spec.vocab_size * spec.hidden_size

@@ -15,7 +15,7 @@ from edgeft.errors import BadInput
 from edgeft.machines.pool import Pool
 from edgeft.machines.profile import detect, load_profile
 from edgeft.memory import stages, train_step
-from edgeft.memory.phases import CPU_HEAP, pool_size
+from edgeft.memory.phases import CPU_HEAP, HEAD_CHECK_TOKENS, pool_size
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.evaluate import autocast, token_losses
 from edgeft.models.parts import Parts, find_parts, repeat_groups
@@ -102,7 +102,7 @@ def check_head(model: Any, parts: Parts, sample: Sample, device: torch.device, c
 
     It catches a model that does something to its hidden states or logits that edgeft does not know of.
     """
-    short = Sample(sample.ids[:64], [IGNORED, *sample.ids[1:64]], 0)
+    short = Sample(sample.ids[:HEAD_CHECK_TOKENS], [IGNORED, *sample.ids[1:HEAD_CHECK_TOKENS]], 0)
     with torch.no_grad(), autocast(device, compute):
         logits = model(input_ids=torch.tensor([short.ids], device=device), use_cache=False).logits[0, :-1].float()
     targets = torch.tensor(short.ids[1:], device=device)
