@@ -40,6 +40,7 @@ def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoin
         if is_adapter(name):
             parameter.data = parameter.data.float()
     for layer in low_rank.layers(model):
+        layer.ranknum["default"].data = layer.ranknum["default"].data.float()  # PEFT gives it the base's dtype
         for part in PARTS:
             own = getattr(layer, part)["default"]
             for kind in ("importance", "varies"):
