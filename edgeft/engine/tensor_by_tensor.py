@@ -20,7 +20,7 @@ from edgeft.models.parts import cap_scores
 def model_without_weights(folder: Path, dtype: torch.dtype, *, packed: bool) -> Any:
     """The model of a folder's config, its parameters on the meta device, what it computes for itself in memory.
 
-    `packed`: with the matrices that transformers packs as its 4-bit Linears.
+    `packed`: with the matrices that transformers packs as its 4-bit Linears, which multiply in `dtype` too.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,6 +37,11 @@ def model_without_weights(folder: Path, dtype: torch.dtype, *, packed: bool) -> 
             quantizer = kind(nf4_settings(), pre_quantized=True)
             quantizer.preprocess_model(model=model, device_map={"": "cpu"})
             quantizer.postprocess_model(model)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = dtype
+            if module.bias is not None:
+                module.bias.data = module.bias.data.to(dtype)
     model.config.use_cache = False
     cap_scores(model)
     return model

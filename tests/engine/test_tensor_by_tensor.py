@@ -36,18 +36,25 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_every_tensor_is_what_transformers_loads(kind: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tied", "compute"),
+    [(kind, tied, torch.float32) for kind in FAMILIES for tied in (False, True)]
+    + [(kind, True, torch.bfloat16) for kind in FAMILIES],
+)
+def test_every_tensor_is_what_transformers_loads(kind: str, tied: bool, compute: torch.dtype, tmp_path: Path) -> None:
     save_model(tmp_path / "model", kind, **{**FAMILIES[kind], "tie_word_embeddings": tied})
     quantise(tmp_path / "model", tmp_path / "nf4")
-    whole = load_whole(tmp_path / "nf4", dtype=torch.float32, device_map={"": CPU})
-    compute_in(whole, torch.float32)
-    ours = load_packed(tmp_path / "nf4", torch.float32, CPU)
+    whole = load_whole(tmp_path / "nf4", dtype=compute, device_map={"": CPU})
+    compute_in(whole, compute)
+    ours = load_packed(tmp_path / "nf4", compute, CPU)
     found, expected = tensors(ours), tensors(whole)
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in expected.items()}
+    multiplied = [{name: (module.compute_dtype, module.weight.quant_state.dtype, module.training)
+                   for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+                  for model in (ours, whole)]  # fmt: skip
+    assert multiplied[0] == multiplied[1] and set(multiplied[0].values()) == {(compute, compute, True)}
     assert ours.is_loaded_in_4bit and ours.is_quantized and not ours.config.use_cache
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
