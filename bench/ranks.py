@@ -19,11 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from prefix_cache import SMALL, own_cache, rows_of
+from prefix_cache import SMALL, rows_of
 from run import ROOT, Kept, pins, random_135m, random_model, record, verb
 
 from edgeft.planning.plan import Plan
 
+# set before the machine is measured: what its matrix library keeps is of each thread
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 COMMON = {"batch_size": 8, "eval_rows": 4, "max_steps": 4, "malloc": "tight", "prefix_cache": False}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA, 2 processes": (2, {"tuner": "lora", "rank": 16, "base_precision": "fp32"}),
@@ -42,8 +44,7 @@ def one_run(folder: Path, model: Path, data: tuple[Path, Path], count: int, sett
          *pins(COMMON | settings), "--out", str(path))  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "edgeft", "train",
                str(path), "--no-rehearsal", "--json"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     result = json.loads((folder / "train" / "train.json").read_text())
     plan = Plan.read(path)
     expected = max(phase.expected_bytes for phase in plan.phases)
@@ -63,7 +64,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         scratch = Path(place)
-        own_cache(scratch)
+        os.environ |= ONE_THREAD | {"XDG_CACHE_HOME": str(scratch / "cache")}
         model = random_model(scratch / "model", SMALL) if options.small else random_135m(scratch / "model")
         data = rows_of(scratch, 64)
         for name, (count, settings) in CASES.items():
