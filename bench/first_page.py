@@ -37,7 +37,7 @@ def picture() -> str:
 def main() -> None:
     page = ROOT / "README.md"
     shown = re.sub(
-        r"```\nmodel .*?```", lambda _: f"```\n{output()}\n```", page.read_text(encoding="utf-8"), flags=re.S
+        r"```\nverdict .*?```", lambda _: f"```\n{output()}\n```", page.read_text(encoding="utf-8"), flags=re.S
     )
     page.write_text(shown, encoding="utf-8")
     (ROOT / "docs" / "plan.svg").write_text(picture(), encoding="utf-8")

@@ -228,8 +228,8 @@ def bad(tmp_path: Path, model: Path, case: str) -> tuple[list[object], int, str]
         rows.write_text("")
         return [*plan, model, "--data", rows], 1, f"edgeft: {rows}: there are no rows in it"
     if case == "wrong columns":
-        rows.write_text('{"question": "a", "answer": "b"}\n')
-        return [*plan, model, "--data", rows], 1, "line 1: has none of the known columns, got ['answer', 'question']"
+        rows.write_text('{"body": "a", "answer": "b"}\n')
+        return [*plan, model, "--data", rows], 1, "line 1: has none of the known columns, got ['answer', 'body']"
     if case == "one broken line":
         rows.write_text(good * 3210 + '{"prompt": "a", "compl\n' + good * 2789)
         return [*plan, model, "--data", rows], 1, "1 of 6000 rows cannot be used\nline 3211: not JSON: "

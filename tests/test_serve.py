@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from bundles import ROWS, bundle
+from test_batch import ctrl_c_as_usual
 
 from edgeft.targets.runner import runner_module
 
@@ -32,7 +33,9 @@ class Served:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         command = [sys.executable, str(folder / "run.py"), "--serve", "0", "--max-tokens", "6", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=ctrl_c_as_usual
+        )
         assert self.process.stderr is not None
         self.said = self.process.stderr.readline()
         self.port = int(self.said.split("/v1")[0].rpartition(":")[2])

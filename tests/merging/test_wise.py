@@ -17,6 +17,7 @@ import edgeft
 from edgeft.errors import BadInput
 from edgeft.machines.meter import LiveBytes
 from edgeft.merging.merge import merge
+from edgeft.merging.peft_folder import HADAMARD_KIND
 from edgeft.merging.wise import LINEAR, wise
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.progress import silent
@@ -75,7 +76,7 @@ def test_wise_is_the_merged_checkpoint(case: str, inject: bool, bases: Bases, tm
 
 
 def test_every_kind_that_counts_as_linear_is_tested() -> None:
-    assert set(OTHERS) | {"LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS"} == set(LINEAR)
+    assert set(OTHERS) | {"LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS", HADAMARD_KIND} == set(LINEAR)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -251,13 +251,13 @@ def test_three_files_are_written_whole(
 def test_the_largest_and_the_smallest(matrix: Matrix) -> None:
     cpu, t4 = (largest_trained(matrix, i) for i in range(2))
     assert [model and model.name for model in t4["largest"]] == ["smollm2-135m", "llama-3.1-8b", None]
-    assert (cpu["fits"], t4["fits"]) == (2, 3)
+    assert (cpu["fits"], t4["fits"]) == (3, 3)  # 8B on 8 GB with its layers left in their files
     pi = largest_run(matrix, 0)
     assert [model and model.name for model in pi["largest"]] == ["llama-3.1-8b", "smollm2-135m"]
     by_name = {model.name: smallest_machine(model) for model in matrix.models}
     assert by_name["smollm2-135m"]["first"].machine == "cpu-8gb"
     assert by_name["smollm2-135m"]["fastest"].machine == "t4"
-    assert by_name["llama-3.1-8b"]["first"].machine == "t4" and by_name["llama-3.1-8b"]["best"] is None
+    assert by_name["llama-3.1-8b"]["first"].machine == "cpu-8gb" and by_name["llama-3.1-8b"]["best"] is None
     assert by_name["qwen2.5-72b"]["first"] is None and by_name["qwen2.5-72b"]["why"] == ""
     assert by_name["gpt2"]["why"] == "the runtime's builder cannot build GPT2LMHeadModel"
 

@@ -364,7 +364,6 @@ def test_a_tokenizer_llama_cpp_would_not_reproduce_is_refused(tmp_path: Path, ch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "olmo2"}, "the GGUF writer does not know the model type 'olmo2'"),
         ({"model_type": "qwen2"}, "does not hold the model of its config.json"),  # Qwen3's norms are left over
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling 'dynamic'"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99, llama.cpp computes with 32"),
@@ -377,6 +376,13 @@ def test_a_model_llama_cpp_would_not_reproduce_is_refused(tmp_path: Path, change
     (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(BadInput, match=message):
         build_model(folder, load_target("gguf-q8_0"), read_model_spec(str(folder)), tmp_path)
+
+
+def test_a_family_that_the_writer_does_not_know_is_refused(tmp_path: Path) -> None:
+    given = SHAPE | {"vocab_size": save_tokenizer(tmp_path), "model_type": "olmo2"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="the GGUF writer does not know the model type 'olmo2'"):
+        build_model(tmp_path, load_target("gguf-q8_0"), read_model_spec(str(tmp_path)), tmp_path)
 
 
 def test_heads_wider_than_llama_cpp_assumes_are_refused(tmp_path: Path) -> None:
