@@ -82,8 +82,8 @@ class Job(Strict):
 
     tuner: Tuner | None = Field(
         None,
-        description="lora: low-rank adapters; dora: and lengths of rows; adalora: whose ranks go "
-        "where they matter least; ia3: scales; h-adapter: scales and sums "
+        description="lora: low-rank adapters; dora: and lengths of rows; adalora: whose ranks are "
+        "taken away where they matter least; ia3: scales; h-adapter: scales and sums "
         "after attention; adapter: small networks between the parts; prefix: keys and values before the text; "
         "full: all weights",
     )
