@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,11 @@ def script(
         [sys.executable, str(folder / "run.py"), *arguments], input=stdin, capture_output=True, text=True,
         stdin=subprocess.DEVNULL if stdin is None else None, cwd=cwd, env=kept | environment, check=False,
     )  # fmt: skip
+
+
+def ctrl_c_as_usual() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, and so do the tests that it runs there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -16,17 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import ROWS, bundle, script
+from bundles import ROWS, bundle, ctrl_c_as_usual, script
 
 from edgeft.targets.runner import runner_module
 
 run = runner_module()
 SYSTEM = "Name the section of the package. Answer with its name alone, as in these: " + ROWS[0]
-
-
-def ctrl_c_as_usual() -> None:
-    """A shell lets what it runs in the background ignore Ctrl-C, and so do the tests that it runs there."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rows(count: int) -> list[dict[str, Any]]:

@@ -19,8 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from bundles import ROWS, bundle
-from test_batch import ctrl_c_as_usual
+from bundles import ROWS, bundle, ctrl_c_as_usual
 
 from edgeft.targets.runner import runner_module
 
