@@ -16,7 +16,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 README = " ".join(" ".join(page.read_text(encoding="utf-8") for page in PAGES).split())
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # made before a record named its commit; each leaves this list when it is made again
-WITHOUT_COMMIT = {"closed_form", "cuda", "decode", "large", "lisa", "methods", "rates", "sparse", "stages", "sweep",
+WITHOUT_COMMIT = {"closed_form", "cuda", "large", "lisa", "methods", "rates", "sparse", "stages", "sweep",
                   "time"}  # fmt: skip
 # drawn from the results of another file
 PICTURES = {"planner": "planner", "sparse": "sparse", "sweep": "sweep", "survival": "sweep"}
@@ -49,6 +49,23 @@ def test_a_make_target_makes_every_result_again(path: Path) -> None:
     assert environment["cpu"] and environment["cores"] and {"torch", "transformers"} <= environment["versions"].keys()
     if path.stem not in WITHOUT_COMMIT:
         assert re.fullmatch(r"[0-9a-f]{7,40}", environment["git"]["commit"])
+
+
+def on_the_device() -> Iterator[str]:
+    """What docs/device.md says of speed beside llama.cpp."""
+    decode = result("decode")["shapes"]["135m"]
+    rows = {(row["form"], row["threads"]): row for row in decode["rows"]}
+    full, small = "ort-int4", "ort-int4, cache of 8 bits"
+
+    def ratio(form: str, threads: int, kind: str) -> str:
+        return f"{rows[form, threads][f'{kind}_per_second_of_gguf-q4_0']['median']:.2f}"
+
+    one, two = ([ratio(full, threads, kind) for kind in ("decode", "prefill")] for threads in (1, 2))
+    yield f"`ort-int4` decodes at {one[0]} and reads a prompt at {one[1]} times its speed on one thread"
+    yield f"{two[0]} and {two[1]} on two"
+    yield f"KV cache of 8 bits it decodes at {ratio(small, 1, 'decode')} and {ratio(small, 2, 'decode')}"
+    peaks = {row["form"]: f"{row['peak_bytes'] / 2**20:.0f}" for row in decode["contexts"] if row["tokens"] == 4096}
+    yield f"takes {peaks[full]} MiB, {peaks[small]} with that cache, llama.cpp {peaks['gguf-q4_0']}"
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -147,10 +164,7 @@ def sentences() -> Iterator[str]:
     yield f"`make bench-planner` has {cases} cases"
     steps = result("time")["summary"]["all"]
     yield f"typically off by a factor of {steps['typical_factor']:.1f} in {steps['runs']} runs"
-    decode = next(row for row in result("decode")["rows"] if (row["form"], row["threads"]) == ("ort-int4", 1))
-    speed, prompt = (decode[f"{kind}_per_cpu_second_of_gguf-q4_0"]["median"] for kind in ("decode", "prefill"))
-    yield f"`ort-int4` decodes at {speed:.2f} and reads a prompt at {prompt:.2f} times the speed"
-    yield f"in {decode['peak_bytes'] / mib:.0f} MiB (`make bench-decode`"
+    yield from on_the_device()
     swept = result("sweep")["sweep"]
     points = {point["wise_alpha"]: point["rounded_general"]["loss"] for point in swept["points"]}
     taken = swept["wise_alpha"]
