@@ -2401,9 +2401,8 @@ def checked(chat: bool, given: Any) -> dict[str, Any]:
     if not chat and not isinstance(given["prompt"], str):
         raise RunError("prompt", f"must be a text, got {given['prompt']!r:.60}")
     if "messages" in given:
-        given["messages"] = [
-            with_text(each) for each in as_messages("messages", given["messages"], None).messages or []
-        ]
+        asked_for = as_messages("messages", given["messages"], given.get("tools"))
+        given["messages"] = [with_text(each) for each in asked_for.messages or []]
     return given
 
 
@@ -2427,8 +2426,7 @@ def handled(runner: Runner, options: argparse.Namespace, request: Request) -> No
     if not request.chat:
         own.format = "plain"
     check_drawn(runner, own)
-    tools = given.get("tools")
-    asked = as_messages("messages", given["messages"], tools) if request.chat else Asked(given["prompt"])
+    asked = Asked(given.get("prompt"), given.get("messages"), given.get("tools") or None)
     ids, made, said = prompt_ids(runner, own, asked), list[int](), dict[str, Any]()
     if runner.labels is not None and not own.free:
         said = choice(runner, own, ids)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import killed_at
 
 from edgeft.data.dataset import Sample
 from edgeft.documents import sha256_file
@@ -131,9 +132,7 @@ def goes_through(combination: dict[str, Any], model: Path, data: Path, out: Path
     out.mkdir(parents=True)
     make_plan(job).write(out / "plan.json")
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 3:
-            raise KeyboardInterrupt
+    stop = killed_at(3)
 
     def run(progress: Any) -> Any:
         plan, digest = Plan.read(out / "plan.json"), sha256_file(out / "plan.json")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,26 @@ def run(path: Path, out: Path, **options: Any) -> TrainResult:
     return train(
         Plan.read(path), out, plan_sha256=sha256_file(path), progress=options.pop("progress", silent), **options
     )
+
+
+def killed_at(step: int) -> Callable[..., None]:
+    """Progress that ends a run behind a step with nothing saved since its last checkpoint, as a kill does."""
+
+    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def asked_to_stop_at(step: int) -> Callable[..., None]:
+    """Progress that asks a run to stop behind a step, as Ctrl-C does."""
+
+    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage == "train" and done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return stop
 
 
 def job_data(merged: Path) -> Data:

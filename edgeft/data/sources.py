@@ -47,8 +47,7 @@ class Part:
 
 def parts(source: str) -> list[Part]:
     """What a source names, in its order. Raises BadInput for one that names nothing."""
-    texts = [source] if Path(source).exists() else source.split(JOIN)
-    return [part for text in texts for part in _parts(text.strip(), source)]
+    return [part for text in _texts(source) for part in _parts(text.strip(), source)]
 
 
 def files(source: str) -> list[Path]:
@@ -110,13 +109,17 @@ def splits(source: str) -> dict[str, str]:
 
 
 def _with_columns(source: str, columns: str) -> str:
-    texts = [source] if Path(source).exists() else source.split(JOIN)
     made = []
-    for text in texts:
+    for text in _texts(source):
         given = _parsed(text)
         count = f"#{given['count']}{given['times'] or ''}" if given["count"] else ""
         made.append(text if given["columns"] else f"{given['place']}[{columns}]{count}")
     return JOIN.join(made)
+
+
+def _texts(source: str) -> list[str]:
+    """What is joined in a source; a path that is there as it is written is one."""
+    return [source] if Path(source).exists() else source.split(JOIN)
 
 
 def _parsed(text: str) -> dict[str, str | None]:

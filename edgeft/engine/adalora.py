@@ -21,7 +21,7 @@ from edgeft.engine import low_rank
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import is_adapter, saved_name
+from edgeft.settings.tuners import is_adapter
 
 SMOOTHING = 0.85  # of importance, and of how much it varies: PEFT's beta1 and beta2
 ORTHOGONAL = 0.5  # weight of the term of the loss: PEFT's orth_reg_weight
@@ -90,8 +90,7 @@ def scale_of(layer: Any) -> float:
 
 def written(model: nn.Module, parts: Parts, training: Training) -> tuple[Any, dict[str, torch.Tensor]]:
     """What a saved adapter holds: PEFT's config, and every triplet, the numbers of those that went at zero."""
-    found = {saved_name(name): p.detach().cpu() for name, p in model.named_parameters() if is_adapter(name)}
-    return _config(model, parts, training), found
+    return _config(model, parts, training), low_rank.tensors_of(model)
 
 
 def squared_change(layer: Any, weight: torch.Tensor, parts: dict[str, torch.Tensor], scale: float) -> float:

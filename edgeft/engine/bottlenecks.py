@@ -6,21 +6,20 @@ beside the whole MLP. PEFT has none of the kind: what is written has PEFT's name
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgeft.engine import low_rank
+from edgeft.engine.own_config import OwnConfig
 from edgeft.errors import BadInput
 from edgeft.models.bottleneck import hang
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import AFTER, BESIDE, is_adapter, saved_name
+from edgeft.settings.tuners import AFTER, BESIDE
 
 
 def after(model: nn.Module, parts: Parts, training: Training, stored: Checkpoint | None = None) -> None:
@@ -53,7 +52,7 @@ def _device(projection: Any) -> torch.device:
 
 
 @dataclass
-class Config:
+class Config(OwnConfig):
     """adapter_config.json of bottlenecks."""
 
     r: int
@@ -64,12 +63,7 @@ class Config:
     task_type: str = "CAUSAL_LM"
     base_model_name_or_path: str = field(default="")
 
-    def save_pretrained(self, out: Path) -> None:
-        """Write it into a folder."""
-        (out / "adapter_config.json").write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
-
 
 def written(model: nn.Module, parts: Parts, training: Training) -> tuple[Any, dict[str, torch.Tensor]]:
     """What a saved adapter holds: its config, and every bottleneck's two matrices."""
-    found = {saved_name(name): p.detach().cpu() for name, p in model.named_parameters() if is_adapter(name)}
-    return Config(training.rank, training.adapter_at, list(training.target_modules)), found
+    return Config(training.rank, training.adapter_at, list(training.target_modules)), low_rank.tensors_of(model)

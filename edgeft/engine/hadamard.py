@@ -6,20 +6,19 @@ has PEFT's names of files and modules. It begins with ones and zeros, which is t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgeft.engine import low_rank
+from edgeft.engine.own_config import OwnConfig
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import GAIN, HADAMARD, is_adapter, saved_name
+from edgeft.settings.tuners import GAIN, HADAMARD
 
 
 class Hadamard(nn.Module):
@@ -55,7 +54,7 @@ def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoin
 
 
 @dataclass
-class Config:
+class Config(OwnConfig):
     """adapter_config.json of Hadamard adapters."""
 
     target_modules: list[str]
@@ -63,15 +62,10 @@ class Config:
     task_type: str = "CAUSAL_LM"
     base_model_name_or_path: str = field(default="")
 
-    def save_pretrained(self, out: Path) -> None:
-        """Write it into a folder."""
-        (out / "adapter_config.json").write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
-
 
 def written(model: nn.Module, parts: Parts, training: Training) -> tuple[Any, dict[str, torch.Tensor]]:
     """What a saved adapter holds: its config, and two vectors for each projection."""
-    found = {saved_name(name): p.detach().cpu() for name, p in model.named_parameters() if is_adapter(name)}
-    return Config(list(training.target_modules)), found
+    return Config(list(training.target_modules)), low_rank.tensors_of(model)
 
 
 def scale(module: Any, share: float) -> None:

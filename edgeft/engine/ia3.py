@@ -17,7 +17,7 @@ from edgeft.engine import low_rank
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.parts import Parts
 from edgeft.settings.job import Training
-from edgeft.settings.tuners import ELEMENTS, is_adapter, saved_name
+from edgeft.settings.tuners import ELEMENTS
 
 
 def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoint | None = None) -> None:
@@ -64,8 +64,7 @@ class Scaled:
 
 def written(model: nn.Module, parts: Parts, training: Training) -> tuple[Any, dict[str, torch.Tensor]]:
     """What a saved adapter holds: PEFT's config, and the scales."""
-    found = {saved_name(name): p.detach().cpu() for name, p in model.named_parameters() if is_adapter(name)}
-    return _config(model, parts, training), found
+    return _config(model, parts, training), low_rank.tensors_of(model)
 
 
 def scale(layer: Any, share: float) -> None:

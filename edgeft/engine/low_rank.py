@@ -65,10 +65,13 @@ def in_conv1d(model: nn.Module, names: list[str]) -> bool:
 
 def written(model: nn.Module, parts: Parts, training: Training) -> tuple[Any, dict[str, torch.Tensor]]:
     """What a saved adapter holds: PEFT's config, and every tensor of the adapters."""
-    found = {
-        saved_name(name): p.detach().cpu().contiguous() for name, p in model.named_parameters() if is_adapter(name)
-    }
-    return config(model, parts, training), found
+    return config(model, parts, training), tensors_of(model)
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of a model's adapters by its name in a saved adapter's file, of whatever kind they are."""
+    named = ((name, p) for name, p in model.named_parameters() if is_adapter(name))
+    return {saved_name(name): parameter.detach().cpu().contiguous() for name, parameter in named}
 
 
 def same(training: Training) -> Training:

@@ -39,17 +39,23 @@ def nf4_settings() -> Any:
 def empty_nf4(config: Any, dtype: torch.dtype) -> Any:
     """The model of `config` on the meta device, with the matrices that transformers packs as its 4-bit Linears."""
     from transformers import AutoModelForCausalLM
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     auto: Any = AutoModelForCausalLM
-    kind: Any = Bnb4BitHfQuantizer
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype).eval()
     cap_scores(model)
-    quantizer = kind(nf4_settings(), pre_quantized=False)
+    give_4bit_linears(model, pre_quantized=False)
+    return model
+
+
+def give_4bit_linears(model: Any, *, pre_quantized: bool) -> None:
+    """Put transformers' 4-bit Linears in place of the matrices that it packs; `pre_quantized`: their codes exist."""
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    kind: Any = Bnb4BitHfQuantizer
+    quantizer = kind(nf4_settings(), pre_quantized=pre_quantized)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     quantizer.postprocess_model(model)
-    return model
 
 
 def quantise_on(folder: Path, out: Path, device: torch.device, progress: Progress) -> bool:

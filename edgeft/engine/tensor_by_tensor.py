@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeft.engine.nf4_codes import nf4_settings
+from edgeft.engine.nf4_codes import give_4bit_linears
 from edgeft.models.boundary import Weight
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
 from edgeft.models.headers import blocks
@@ -24,19 +24,15 @@ def model_without_weights(folder: Path, dtype: torch.dtype, *, packed: bool) -> 
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     auto: Any = AutoModelForCausalLM
-    kind: Any = Bnb4BitHfQuantizer
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype).eval()
         model.tie_weights()
         if packed:
-            quantizer = kind(nf4_settings(), pre_quantized=True)
-            quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-            quantizer.postprocess_model(model)
+            give_4bit_linears(model, pre_quantized=True)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = dtype

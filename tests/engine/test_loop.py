@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import run
+from tiny import killed_at, run
 
 from edgeft.data.dataset import Sample
 from edgeft.engine import loop
@@ -104,9 +104,7 @@ def test_skipped_steps_are_recorded(plan_file: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loop, "make_scaler", overflowing)
     path = plan_file(**{**FP16, "max_steps": 3, "checkpoint_steps": 1})
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 2:
-            raise KeyboardInterrupt
+    stop = killed_at(2)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "train", progress=stop, emulate=True)

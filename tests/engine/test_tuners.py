@@ -13,7 +13,7 @@ from bundles import to_the_device
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, plan_of, run, save_model, write_plan
+from tiny import ROOT, killed_at, plan_of, run, save_model, write_plan
 
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, learning_rate, make_run
@@ -139,9 +139,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(name: str, plan_file: Any
     path = plan_file(**KEPT, **WAYS[name])
     whole = run(path, tmp_path / "whole")
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 5:
-            raise KeyboardInterrupt
+    stop = killed_at(5)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "stopped", progress=stop)

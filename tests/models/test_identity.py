@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import asked_to_stop_at
 
 import edgeft.models.identity
 from edgeft.api import current
@@ -54,9 +54,7 @@ def line(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     carry_out(folder, folder / "train")
     merge(folder / "train", folder / "merged", wise_alpha=1.0, progress=silent)
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+    stop = asked_to_stop_at(1)
 
     with pytest.raises(KeyboardInterrupt):
         carry_out(folder, folder / "stopped", stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import qwen3_folder, run, write_plan
+from tiny import asked_to_stop_at, qwen3_folder, run, write_plan
 
 from edgeft.documents import sha256_file
 from edgeft.engine.prefix_cache import RECORD, STATES
@@ -161,9 +160,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_the_same_states(
 ) -> None:
     path = job("stopped", True, **WAYS[way])
 
-    def stop(stage: str, done: int, total: int, numbers: Any) -> None:
-        if stage == "train" and done == 13:
-            os.kill(os.getpid(), signal.SIGINT)
+    stop = asked_to_stop_at(13)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "stopped" / "train", progress=stop)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, run
+from tiny import CONFIGS, killed_at, run
 from typer.testing import CliRunner
 
 from edgeft.cli import app
@@ -155,9 +155,7 @@ def test_reading_a_checkpoint_is_held_to_the_limit_and_recorded(
 ) -> None:  # fmt: skip
     path, out = plan_file(max_steps=3, checkpoint_steps=1), tmp_path / "train"
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 2:
-            raise KeyboardInterrupt
+    stop = killed_at(2)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, out, progress=stop)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROWS, run, write_plan
+from tiny import ROWS, killed_at, run, write_plan
 
 from edgeft.data.samples import validation_rows
 from edgeft.engine.loop import Run
@@ -81,9 +81,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(
     path = write_plan(tmp_path, checkpoint_folder, valid=valid, **{**SETTINGS, **MORE[layers]})
     whole = run(path, tmp_path / "whole")
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 5:
-            raise KeyboardInterrupt
+    stop = killed_at(5)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "stopped", progress=stop)
@@ -98,9 +96,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(
 def test_a_best_file_that_is_gone_is_named(checkpoint_folder: Path, tmp_path: Path, valid: str) -> None:
     path = write_plan(tmp_path, checkpoint_folder, valid=valid, **SETTINGS)
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 4:
-            raise KeyboardInterrupt
+    stop = killed_at(4)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "train", progress=stop)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny import qwen3_folder, run, write_plan
+from tiny import asked_to_stop_at, qwen3_folder, run, write_plan
 from torch import equal
 
 from edgeft.exporting.outputs import load_as_trained, observe_model
@@ -43,9 +41,7 @@ def test_scores_losses_and_adapters_are_those_of_the_resident_run(planned: Any, 
     made = Plan.read(path)
     assert made.training.stream_layers and "stay in their files" in " ".join(made.notes)
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+    stop = asked_to_stop_at(5)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "streamed" / "train", progress=stop)

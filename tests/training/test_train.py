@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import give_unpacked_weights, run
+from tiny import asked_to_stop_at, give_unpacked_weights, run
 
 from edgeft.engine.loop import learning_rate
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
@@ -145,9 +145,7 @@ def test_ctrl_c_keeps_the_last_step(plan_file: Any, tmp_path: Path) -> None:
 def test_checkpoints_of_another_plan_are_not_used(plan_file: Any, tmp_path: Path) -> None:
     out = tmp_path / "train"
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+    stop = asked_to_stop_at(2)
 
     with pytest.raises(KeyboardInterrupt):
         run(plan_file(), out, progress=stop)
@@ -157,9 +155,7 @@ def test_checkpoints_of_another_plan_are_not_used(plan_file: Any, tmp_path: Path
 def test_a_damaged_checkpoint_is_passed_over(plan_file: Any, tmp_path: Path) -> None:
     out = tmp_path / "train"
 
-    def stop(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        if stage == "train" and done == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+    stop = asked_to_stop_at(5)
 
     path = plan_file(checkpoint_steps=2)
     with pytest.raises(KeyboardInterrupt):
