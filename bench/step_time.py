@@ -21,6 +21,7 @@ from typing import Any
 from planner import SHAPES
 from run import Kept, pins, random_model, record, verb
 
+from edgeft.machines.probe import probe_cpu
 from edgeft.planning.plan import make_plan
 from edgeft.settings.job import make_job
 
@@ -53,6 +54,9 @@ def of(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     kept, rows = Kept("time"), []
+    probe = probe_cpu()
+    if probe.busy:
+        sys.exit("the rates of this machine were measured beside other work: remove the probe from edgeft's cache")
     with tempfile.TemporaryDirectory() as scratch:
         for shape, values in SHAPES.items():
             model = random_model(Path(scratch) / shape, values)
@@ -71,9 +75,8 @@ def main() -> None:
     seconds = {row["run"]: row["measured_seconds"] for row in rows}
     aware = {shape: round(seconds[f"{shape}; {AWARE}"] / seconds[f"{shape}; {PLAIN}"], 3) for shape in SHAPES}
     print(json.dumps({**summary, "quantize_aware_to_plain": aware}), file=sys.stderr)
-    probes = sorted((Path.home() / ".cache" / "edgeft").glob("probe-*.json"))
     record("time", {"summary": summary, "quantize_aware_to_plain": aware,
-                    "probe": json.loads(probes[-1].read_text()) if probes else None, "runs": rows})  # fmt: skip
+                    "probe": probe.model_dump(mode="json"), "runs": rows})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def test_a_make_target_makes_every_result_again(path: Path) -> None:
 
 def on_the_device() -> Iterator[str]:
     """What docs/device.md says of speed beside llama.cpp."""
-    decode = result("decode")["shapes"]["135m"]
-    rows = {(row["form"], row["threads"]): row for row in decode["rows"]}
+    shapes = result("decode")["shapes"]
+    decode, rows = shapes["135m"], {(row["form"], row["threads"]): row for row in shapes["135m"]["rows"]}
     full, small = "ort-int4", "ort-int4, cache of 8 bits"
 
     def ratio(form: str, threads: int, kind: str) -> str:
@@ -66,6 +66,9 @@ def on_the_device() -> Iterator[str]:
     yield f"KV cache of 8 bits it decodes at {ratio(small, 1, 'decode')} and {ratio(small, 2, 'decode')}"
     peaks = {row["form"]: f"{row['peak_bytes'] / 2**20:.0f}" for row in decode["contexts"] if row["tokens"] == 4096}
     yield f"takes {peaks[full]} MiB, {peaks[small]} with that cache, llama.cpp {peaks['gguf-q4_0']}"
+    for shape, words in (("0.5b", "at {} and {} ({} and {} with that cache)"), ("1b", "{} and {} ({} and {})")):
+        rows = {(row["form"], row["threads"]): row for row in shapes[shape]["rows"]}
+        yield words.format(*(ratio(form, threads, "decode") for form in (full, small) for threads in (1, 2)))
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -163,7 +166,8 @@ def sentences() -> Iterator[str]:
     cases = planner["summary"]["all"]["runs"] + sum(planner["not_run"].values())
     yield f"`make bench-planner` has {cases} cases"
     steps = result("time")["summary"]["all"]
-    yield f"typically off by a factor of {steps['typical_factor']:.1f} in {steps['runs']} runs"
+    ends = f"{steps['lowest']:.2f} to {steps['highest']:.2f}"
+    yield f"a factor of {steps['typical_factor']:.2f} in {steps['runs']} runs, {ends} (`make bench-time`)"
     yield from on_the_device()
     swept = result("sweep")["sweep"]
     points = {point["wise_alpha"]: point["rounded_general"]["loss"] for point in swept["points"]}

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
+from edgeft.memory.stages import EQUATIONS, ROWS_SOLVED
 from edgeft.targets.grid import Encoded, Fitted, Grid, joined
 
 DAMPING = 0.01  # of X'X's mean diagonal, added to its diagonal
 RANGES = tuple(1 - 0.04 * step for step in range(8))  # shares of a block's range that are tried
-ROWS_AT_ONCE = 512  # of a weight: each output is a problem of its own
-EQUATIONS = 2**22  # coefficients of the scales of those rows: 16 MiB
 SINGULAR = 1e-6  # of a mean diagonal, added where scales of two blocks could not be told apart
 
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Grid], Encoded]  # weight, gram, its factor, grid
@@ -54,7 +53,7 @@ def least_change(weight: torch.Tensor, gram: torch.Tensor, factor: torch.Tensor,
     """
     ranges = RANGES if grid.bits < 8 else RANGES[:1]  # 8 bits have none to spare at the ends
     units = -(-weight.shape[1] // grid.block_size) * (2 if grid.method == "q_1" else 1)
-    each = max(1, min(ROWS_AT_ONCE, EQUATIONS // units**2))
+    each = max(1, min(ROWS_SOLVED, EQUATIONS // units**2))
     parts = (weight[first : first + each] for first in range(0, len(weight), each))
     return joined([_of_rows(part, gram, factor, grid, ranges) for part in parts])
 
@@ -154,7 +153,9 @@ def _solved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """x with left x = right for each row, in fp64; `left` is positive semidefinite, no number where rounding hid it."""
     diagonal = left.diagonal(dim1=1, dim2=2)
     some = torch.where(diagonal == 0, 1.0, SINGULAR * diagonal.mean(dim=1, keepdim=True))
-    factor, _ = torch.linalg.cholesky_ex(left.double() + torch.diag_embed(some.double()))
+    wide = left.double()
+    wide.diagonal(dim1=1, dim2=2).add_(some)
+    factor, _ = torch.linalg.cholesky_ex(wide)
     return torch.cholesky_solve(right.double()[..., None], factor)[..., 0].float()
 
 

@@ -75,6 +75,8 @@ CACHE_COPIES = 4  # fp32 forms of a batch's widest activations in one layer
 CALIBRATION_IMPORTS_BYTES = 130_000_000  # beyond torch, once a model is loaded
 CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
 CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M
+ROWS_SOLVED, EQUATIONS = 512, 2**22  # at most: outputs whose scales are found at once, coefficients of their equations
+EQUATION_BYTES = 20  # of a coefficient: fp32, fp64, its factor
 ROUNDING_BLOCKS = 8  # forms of BLOCK_BYTES that one rounded block takes: two in fp32, three in fp64
 LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
 
@@ -270,7 +272,10 @@ def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
     tokens = min(CALIBRATION_TOKENS if target.calibration != "none" else CACHE_TOKENS, int(CALIBRATION_ROWS * mean))
     widest = max(linear.in_features for linear in spec.linears)
     largest = max(2 * linear.in_features * linear.out_features for linear in spec.linears)
-    working = CALIBRATION_COPIES * 4 * (widest**2 + largest) if coded else 4 * CACHE_COPIES * CALIBRATION_BATCH * widest
+    working = 4 * CACHE_COPIES * CALIBRATION_BATCH * widest
+    if coded:
+        solved = min(ROWS_SOLVED * (widest // 32) ** 2, EQUATIONS)
+        working = 4 * CALIBRATION_COPIES * (widest**2 + largest) + EQUATION_BYTES * solved
     layer = 4 * (linear_weights(spec) // spec.num_hidden_layers)
     table = spec.vocab_size * spec.hidden_size
     looking = [Term(name="embedding", bytes=4 * table, formula=f"{table} x 4 B")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeft.machines.profile import Profile
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import ENDS, Training
@@ -22,3 +23,13 @@ def training_notes(spec: ModelSpec, training: Training) -> list[str]:
     if training.compute_dtype == "fp16" and overflows_fp16(spec.model_type):
         lines.append(f"{spec.model_type} overflows in fp16: drop --set base_precision=fp16, and it computes in fp32")
     return lines
+
+
+def machine_notes(profile: Profile) -> list[str]:
+    """What the seconds of a plan rest on where this machine was busy when its CPU was measured."""
+    if not (profile.probe and profile.probe.busy):
+        return []
+    return [
+        f"this CPU was measured while other work ran beside it ({profile.probe.share:.0%} of its cores were left): "
+        "a quiet one takes fewer seconds; it is measured again by a later plan"
+    ]

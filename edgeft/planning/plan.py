@@ -49,7 +49,7 @@ from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.early_stopping import patience_notes
 from edgeft.planning.job_checks import check_job, needs_importance
 from edgeft.planning.layer_choice import random_layers, top_layers
-from edgeft.planning.notes import training_notes
+from edgeft.planning.notes import machine_notes, training_notes
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes
@@ -195,7 +195,7 @@ def _planned(asked: _Asked) -> Plan:
     best, key = looked_at[0], question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
-    notes += patience_notes(training)
+    notes += patience_notes(training) + machine_notes(question.profile)
     notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training)
     notes += process_notes(question, training)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)

@@ -31,14 +31,16 @@ def measure() -> str:
     import torch
 
     torch.set_num_threads(usable_cores())
+    products = {dtype: _matmul(dtype) for dtype in get_args(Dtype)}
     probe = Probe(
         cpu=cpu_model(),
         cores=usable_cores(),
-        matmul_tflops={dtype: _matmul_tflops(dtype) for dtype in get_args(Dtype)},
+        matmul_tflops={dtype: _rounded(rate) for dtype, (rate, _) in products.items()},
         bandwidth_gb_per_second=_copy_gb_per_second(),
         torch_rss_bytes=torch_rss_bytes,
         import_rss_bytes=import_rss_bytes,
         head_buffers=head_buffers,
+        share=round(min(1.0, products["fp32"][1] / usable_cores()), 3),
         seconds=round(time.perf_counter() - start, 2),
         versions=_probe_versions(),
     )
@@ -122,16 +124,17 @@ def _head_buffers() -> dict[int, int]:
     return found
 
 
-def _matmul_tflops(name: Dtype) -> float:
-    """2 n^3 / seconds / 10^12 of an n x n matmul; n doubles until one takes 20 ms, as emulation is slow."""
+def _matmul(name: Dtype) -> tuple[float, float]:
+    """2 n^3 / seconds / 10^12 of an n x n matmul, and the cores that it got; n doubles until one takes 20 ms."""
     import torch
 
     size, seconds = 128, 0.0
-    while seconds < 0.02 and size < 2048:
+    while seconds < 0.02 and size < 2048:  # emulation is slow
         size *= 2
         a, b = torch.ones((2, size, size), dtype=getattr(torch, _TORCH_NAMES[name]))
-        seconds = _fastest(partial(torch.matmul, a, b), for_seconds=0.0)
-    return float(f"{2 * size**3 / _fastest(partial(torch.matmul, a, b)) / 1e12:.3g}")
+        seconds, _ = _fastest(partial(torch.matmul, a, b), for_seconds=0.0)
+    seconds, cores = _fastest(partial(torch.matmul, a, b))
+    return 2 * size**3 / seconds / 1e12, cores
 
 
 def _copy_gb_per_second() -> float:
@@ -140,15 +143,20 @@ def _copy_gb_per_second() -> float:
     # 256 MiB is larger than most caches; at most an eighth of what we may have, so that the probe fits.
     source = torch.ones(min(2**26, usable_memory() // 32))
     target = torch.empty_like(source)
-    return float(f"{2 * source.nbytes / _fastest(partial(target.copy_, source)) / 1e9:.3g}")
+    seconds, _ = _fastest(partial(target.copy_, source))
+    return _rounded(2 * source.nbytes / seconds / 1e9)
 
 
-def _fastest(call: Callable[[], object], for_seconds: float = 0.4) -> float:
-    """Seconds of the fastest call, after one that warms up: other processes can only slow one down."""
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _fastest(call: Callable[[], object], for_seconds: float = 0.4) -> tuple[float, float]:
+    """Seconds of the fastest call after one that warms up, as other work can only slow one down; cores that all got."""
     call()
-    best, end = math.inf, time.perf_counter() + for_seconds
-    while best == math.inf or time.perf_counter() < end:
+    best, begun, computed = math.inf, time.perf_counter(), time.process_time()
+    while best == math.inf or time.perf_counter() < begun + for_seconds:
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
-    return best
+    return best, (time.process_time() - computed) / (time.perf_counter() - begun)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from edgeft.machines import profile as module
 from edgeft.machines.limits import Limit, usable_cores, usable_memory
 from edgeft.machines.probe import Probe, probe_cpu
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile, present, why_absent
+from edgeft.planning.notes import machine_notes
+from edgeft.training import measure_machine
 from edgeft.training.measure_machine import measure
 from edgeft.units import GIB
 
@@ -393,6 +397,67 @@ def test_other_code_that_measures_is_measured_anew(runs: list[list[str]], monkey
     monkeypatch.setattr(machine, "sha256_file", lambda path: f"another {path.name}")
     probe_cpu()
     assert len(runs) == 2
+
+
+BUSY = PROBE.model_copy(
+    update={"share": 0.4, "matmul_tflops": {"fp32": 0.04, "fp16": 0.06, "bf16": 0.02}, "bandwidth_gb_per_second": 4.0}
+)
+
+
+def kept(tmp_path: Path, runs: list[list[str]], probe: Probe, age: float) -> None:
+    """Put a probe of that age in seconds into the cache, under the name that this machine has."""
+    probe_cpu()
+    [file] = (tmp_path / "cache/edgeft").iterdir()
+    probe.write(file)
+    os.utime(file, (time.time() - age,) * 2)
+    runs.clear()
+
+
+def test_a_probe_of_a_busy_machine_is_made_again_and_the_higher_rates_are_kept(
+    tmp_path: Path, runs: list[list[str]]
+) -> None:
+    kept(tmp_path, runs, BUSY, age=machine.MEASURE_AGAIN + 60)
+    probe = probe_cpu()
+    assert len(runs) == 1
+    assert probe.matmul_tflops == {"fp32": 0.1, "fp16": 0.06, "bf16": 0.049}
+    assert (probe.bandwidth_gb_per_second, probe.share, probe.busy) == (9.0, 1.0, False)
+    assert probe_cpu() == probe
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("probe", "age", "again"), [(BUSY, 60.0, 0), (PROBE, 1e6, 0), (BUSY, -3600.0, 1)], ids=["new", "quiet", "clock"]
+)
+def test_which_probe_is_kept(tmp_path: Path, runs: list[list[str]], probe: Probe, age: float, again: int) -> None:
+    kept(tmp_path, runs, probe, age)
+    probe_cpu()
+    assert len(runs) == again
+
+
+def test_the_cores_that_a_call_gets() -> None:
+    seconds, cores = measure_machine._fastest(lambda: time.sleep(0.01), for_seconds=0.1)
+    assert seconds >= 0.01 and cores < 0.5
+
+
+@pytest.mark.slow
+def test_work_beside_it_is_seen_by_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    try:
+        assert probe_cpu().busy
+    finally:
+        for process in beside:
+            process.kill()
+            process.wait()
+
+
+def test_a_plan_says_that_its_machine_was_busy() -> None:
+    profile = load_profile("cpu").model_copy(update={"probe": BUSY})
+    assert machine_notes(profile) == [
+        "this CPU was measured while other work ran beside it (40% of its cores were left): "
+        "a quiet one takes fewer seconds; it is measured again by a later plan"
+    ]
+    assert machine_notes(load_profile("t4")) == machine_notes(profile.model_copy(update={"probe": PROBE})) == []
 
 
 def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
