@@ -148,8 +148,9 @@ bench-stream: .venv/installed  ## layers that stay in their files: time beside a
 bench-sparse: .venv/installed  ## which layers to train: full, LoRA, sparse by each score, random, LISA
 	$(py) bench/sparse.py
 
-bench-methods: .venv/installed  ## full fine-tuning against LoRA on the example task
-	$(py) bench/methods.py
+sizes ?= 100,1000,6000
+bench-methods: .venv/installed  ## every tuner in all, few and alternating layers on the example task (only=lora,prefix:all sizes=100,1000)
+	OMP_NUM_THREADS=1 $(py) bench/methods.py $(call option,only,$(only)) --rows $(sizes)
 
 bench-rates: .venv/installed  ## which learning rate the default job should take, by its validation rows
 	$(py) bench/rates.py

@@ -19,7 +19,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 WITHOUT_COMMIT = {"closed_form", "cuda", "large", "lisa", "methods", "rates", "sparse", "stages", "sweep",
                   "time"}  # fmt: skip
 # drawn from the results of another file
-PICTURES = {"planner": "planner", "sparse": "sparse", "sweep": "sweep", "survival": "sweep"}
+PICTURES = {"methods": "methods", "planner": "planner", "sparse": "sparse", "sweep": "sweep", "survival": "sweep"}
 GPU_TRAINERS = ("PEFT", "LitGPT", "torchtune")
 
 
