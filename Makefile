@@ -45,7 +45,7 @@ setup: .venv/installed  ## create .venv and install edgeft (every other target d
 # The stages decide by content whether they are up to date, so file dates, spaces in paths and changed variables need
 # no rules here: each verb compares its inputs with what its output was made from.
 plan: .venv/installed  ## choose how to train inside the profile's memory
-	@$(edgeft) plan --model '$(model)' --profile '$(profile)' --out '$(out)/plan.json' $(call option,data,$(data)) \
+	@$(edgeft) plan '$(model)' --on '$(profile)' --out '$(out)/plan.json' $(call option,data,$(data)) \
 	  $(call option,valid,$(valid)) $(call option,test,$(test_data)) $(call option,max-memory,$(max_memory)) \
 	  $(foreach pair,$(set),--set '$(pair)')
 
@@ -56,7 +56,7 @@ merge: train  ## merge base and fine-tune with wise_alpha
 	@$(edgeft) merge '$(out)/train' --wise-alpha $(wise_alpha) --out '$(out)/merged'
 
 export: merge  ## build the on-device bundle and prove it
-	@$(edgeft) export '$(out)/merged' --target '$(target)' $(call option,device,$(device)) --out '$(out)/bundle'
+	@$(edgeft) export '$(out)/merged' --target '$(target)' $(call option,for,$(device)) --out '$(out)/bundle'
 
 run: export  ## run the bundle here: make run prompt='Package: ...'
 	@$(edgeft) run '$(out)/bundle' '$(prompt)'
@@ -113,7 +113,7 @@ test-mutants: .venv/installed-dev  ## plant every fault into what was trained, m
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
 
-arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify --on` (once, in the cache)
+arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify --for` (once, in the cache)
 	@$(edgeft) arm64
 
 test-arm64: .venv/installed-dev  ## the tests that run a bundle on an emulated Raspberry Pi 5 (after make arm64)
@@ -207,7 +207,7 @@ first-page: .venv/installed  ## what README shows of a plan, text and picture, a
 	@$(py) bench/first_page.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
-	@$(edgeft) report --models examples/configs --profiles all --target '$(target)' \
+	@$(edgeft) report --models examples/configs --on all --target '$(target)' \
 	  $(foreach pair,$(set),--set '$(pair)') --out build/report/matrix.html
 
 schemas: .venv/installed  ## write the JSON Schemas again after a change to what plan.json or a report holds
@@ -227,7 +227,7 @@ release: .venv/installed-dev  ## build sdist and wheel into dist/, plan and run 
 	wheel=$$(ls dist/*.whl) && build/release/.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt "$$wheel[dev]"
 	cp -r tests examples export pyproject.toml build/release/
-	cd build/release && .venv/bin/edgeft plan --model examples/debian-tiny --data examples/debian-sections/train.jsonl
+	cd build/release && .venv/bin/edgeft plan examples/debian-tiny --data examples/debian-sections/train.jsonl
 	cd build/release && OMP_NUM_THREADS=1 .venv/bin/python -P -m pytest tests/test_pipeline.py -m 'not slow and not targets'
 
 clean:  ## remove what the stages made, not .venv

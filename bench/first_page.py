@@ -9,7 +9,7 @@ import sys
 from run import ROOT
 
 MODEL, PROFILE, DEVICE = "examples/configs/qwen2.5-1.5b", "t4", "raspberrypi5-8gb"
-PLAN = ["plan", "--model", MODEL, "--profile", PROFILE, "--set", f"device={DEVICE}"]
+PLAN = ["plan", MODEL, "--on", PROFILE, "--for", DEVICE]
 
 
 def output() -> str:

@@ -84,13 +84,15 @@ def try_plan(plan_file: Path, say: Say = quiet) -> Trial:
 
 def train(
     plan: Plan | str | Path, out: str | Path | None = None, *, device: str | None = None, rehearsal: bool = True,
-    target: str | None = None, smaller: bool = False, progress: Progress = silent, say: Say = quiet,
+    target: str | None = None, runs_on: str | None = None, smaller: bool = False, progress: Progress = silent,
+    say: Say = quiet,
 ) -> TrainResult:  # fmt: skip
     """Carry out a plan into `out` (train/ beside plan.json when absent), or go on from its last checkpoint.
 
     `smaller`: after memory ran out, in the next smaller way that trains the same. A result that is current is read.
-    With `rehearsal`, two layers go the whole way to the bundle first: what cannot become one (`target`; the plan's
-    when absent) fails before the first step. Raises as `training.train.train` does.
+    `device`: cpu, cuda or mps; where the plan cannot run on it, nothing runs. With `rehearsal`, two layers go the whole
+    way to the bundle first: what cannot become one (`target`, on the device `runs_on`; the plan's when absent) fails
+    before the first step. Raises as `training.train.train` does.
     """
     plan_file = _plan_file(plan, out)
     made, digest = plans.Plan.read(plan_file), sha256_file(plan_file)
@@ -124,7 +126,7 @@ def train(
             if smaller:
                 _step_down(made, folder, digest, say)
             if rehearsal:
-                rehearsed = _rehearse(made, folder, digest, target, say)
+                rehearsed = _rehearse(made, folder, digest, (target, runs_on), say)
         ranks.wait()
         result = carry_out(
             made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed, ranks=ranks
@@ -144,17 +146,24 @@ def _step_down(made: plans.Plan, folder: Path, digest: str, say: Say) -> None:
     say(told(before, step_down(work_folder(folder), made, digest)))
 
 
-def _rehearse(made: plans.Plan, folder: Path, digest: str, target: str | None, say: Say) -> trainings.Rehearsal:
-    """Let two layers go the whole way to the bundle."""
+def _rehearse(
+    made: plans.Plan, folder: Path, digest: str, asked: tuple[str | None, str | None], say: Say
+) -> trainings.Rehearsal:
+    """Let two layers go the whole way to the bundle, of a target and for a device, the plan's where none is asked."""
     from edgeft.exporting.rehearsal import rehearse
+    from edgeft.planning.stage_checks import on_device, target_device
     from edgeft.reporting.terminal import rehearsal_line
     from edgeft.targets.footprint import choose_cache
     from edgeft.targets.target import candidates
     from edgeft.training.work import work_folder
 
-    named = made.job.target if target in (None, ALL_THAT_FIT) else target
+    target, runs_on = asked
+    named, device = made.job.target if target in (None, ALL_THAT_FIT) else target, target_device(runs_on)
+    has = device.budget_bytes if device else made.stages.target_bytes
     first = candidates(str(named), beside=not made.training.folds)[0]
-    cached = choose_cache(first, made.spec, made.job.kv_bits, made.stages.target_bytes)
+    cached = choose_cache(first, made.spec, made.job.kv_bits, has)
+    if device is not None:
+        on_device(made.spec, made.training, cached, device.budget_bytes)
     rehearsed = rehearse(made, cached, work_folder(folder), digest)
     say(rehearsal_line(rehearsed))
     return rehearsed

@@ -20,11 +20,10 @@ def report(run: OnDisk | str | Path, out: str | Path | None = None) -> list[Path
     return write_report(summary(source), Path(out) if out is not None else source.parent / "report.html")
 
 
-def summary(plan_file: Path) -> Summary:
-    """What a report on a plan and the stages after it says, beside every device that edgeft ships a profile of."""
-    from edgeft.reporting.matrix import find_profiles
+def summary(plan_file: Path, devices: str | None = None) -> Summary:
+    """What a report on a plan and the stages after it says, beside devices: `a,b`, or all that edgeft knows."""
+    from edgeft.reporting.matrix import find_devices
     from edgeft.reporting.read_run import read_run
     from edgeft.reporting.summary import summarise
 
-    devices = [profile for profile in find_profiles("all") if "deploy" in profile.roles]
-    return summarise(read_run(plan_file), sorted(devices, key=lambda profile: profile.budget_bytes))
+    return summarise(read_run(plan_file), find_devices(devices or "all"))

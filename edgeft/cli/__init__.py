@@ -16,9 +16,11 @@ import typer
 
 from edgeft import __version__
 from edgeft.cli.bases import doctor
-from edgeft.cli.commands import adapters, export, merge, plan, survival, train
+from edgeft.cli.commands import adapters, export, merge, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
 from edgeft.cli.lists import data, report, show_what
+from edgeft.cli.options import settings_of
+from edgeft.cli.planning import plan
 from edgeft.cli.screen import complain, say
 from edgeft.errors import BadInput, EdgeftError
 
@@ -28,7 +30,13 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-PASSED_ON: dict[str, Any] = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+# the commands in the order of --help
+PANELS: dict[str, tuple[Any, ...]] = {
+    "From a plan to a bundle": (plan, train, merge, export, run),
+    "Understand": (doctor, data, report, survival),
+    "Ship": (adapters, verify, sign, arm64),
+}
+PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _say_version(asked: bool) -> None:
@@ -46,10 +54,11 @@ def whole(
     """Fine-tune a language model inside a memory budget and ship it to a small device, proven equal."""
 
 
-# in the order of --help; `run` hands what follows to run.py
-for verb in (doctor, plan, train, merge, survival, export, adapters, run, verify, arm64, sign, report, data):
-    app.command(**(PASSED_ON if verb is run else {}))(verb)
-app.command("show")(show_what)
+for panel, verbs in PANELS.items():
+    for verb in verbs:  # `run` hands what follows to run.py
+        how = settings_of(verb.__name__) | (PASSED_ON if verb is run else {})
+        app.command(context_settings=how, rich_help_panel=panel)(verb)
+app.command("show", rich_help_panel="Understand")(show_what)
 
 # what these were called before 0.2
 MOVED = {

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
 
 from edgeft.api import current, deploying, merging, plan_and_train
+from edgeft.cli.options import DeviceOption
 from edgeft.cli.screen import (
-    ColumnsOption,
-    DataOption,
     JsonOption,
     OutOption,
     Reporter,
@@ -22,97 +21,28 @@ from edgeft.cli.screen import (
     stderr,
     stopping,
 )
-from edgeft.data.sources import by_role
-from edgeft.documents import cache_folder, sha256_file
+from edgeft.documents import sha256_file
 from edgeft.errors import BadInput
-from edgeft.settings.job import ALL_THAT_FIT, parse_settings
-from edgeft.units import parse_bytes, show_bytes
+from edgeft.planning.plan import Plan
+from edgeft.settings.job import ALL_THAT_FIT
+from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
     from edgeft.exporting.bundle import Bundle
     from edgeft.models.metrics import Sweep
-    from edgeft.planning.plan import Plan
     from edgeft.targets.target import Target
-
-
-def plan(
-    model: Annotated[str, typer.Option(help="folder of a Hugging Face checkpoint, or a hub id")],
-    profile: Annotated[
-        str, typer.Option(help="hardware profile: a name from `edgeft show profiles`, or a TOML file")
-    ] = "cpu",
-    data: DataOption = None,
-    valid: Annotated[
-        list[str] | None, typer.Option(help="validation data; held out of the training data when absent")
-    ] = None,
-    test: Annotated[list[str] | None, typer.Option(help="test data, scored before and after every stage")] = None,
-    columns: ColumnsOption = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft show settings")
-    ] = None,
-    max_memory: Annotated[str | None, typer.Option(help="memory budget, as in 9GiB; the profile's when absent")] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="time limit for all training steps, by the estimate")
-    ] = None,
-    processes: Annotated[int, typer.Option(help="how many share each step's samples, under torchrun")] = 1,
-    verify_here: Annotated[
-        bool, typer.Option("--verify", help="measure the plan's own steps here, with random weights")
-    ] = False,
-    simulate: Annotated[
-        bool, typer.Option("--simulate", help="run the chosen step on tensors without memory, and count their bytes")
-    ] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="plan file; default build/<profile>/plan.json, - writes none")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Choose how to train inside the profile's memory, and say what it takes.
-
-    Needs no torch, data or weights, except where layers are chosen by what they do on the data (layer_score).
-    """
-    values = parse_settings(settings or [])
-    if max_memory is not None:
-        values["max_memory_bytes"] = parse_bytes(max_memory)
-    if max_seconds is not None:
-        values["max_seconds"] = max_seconds
-    if processes != 1:
-        values["processes"] = processes
-    values |= {"model": model, "profile": profile, **by_role(data or [], valid or [], test or [], columns)}
-    path = out or default_out(profile, "plan.json")
-    written = None if str(path) == "-" else path
-    if verify_here and written is None:
-        raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
-    with stopping("no plan was made"), Reporter(stderr) as progress:
-        made = plan_and_train.plan(out=written, simulate=simulate, progress=progress, say=say, **values)
-    _say_shortages(made, path)
-    from edgeft.reporting.explain import explain_text
-
-    show(as_json, made, Group(made.text(), explain_text(made)) if explain else made.text())
-    if written is not None and verify_here:
-        trial = plan_and_train.try_plan(written, say)
-        from edgeft.reporting.terminal import trial_text
-
-        show(as_json, trial, trial_text(trial))
-
-
-def _say_shortages(made: Plan, path: Path) -> None:
-    """Warn when the disk of the stages' folder has too little room: of this machine now, so not a part of the plan."""
-    from edgeft.memory.disk import shortages
-
-    folder = default_out(made.job.profile, "") if str(path) == "-" else path.parent
-    for line in shortages(made.stages.disk, folder, cache_folder()):
-        say(f"note: {line}")
-
-
-def default_out(profile: str, stage: str) -> Path:
-    name = Path(profile).stem if profile.endswith(".toml") else profile
-    return Path("build") / name / stage
 
 
 def train(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json as `edgeft plan` wrote it")],
     out: OutOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps: refuse when the plan cannot run there")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="refuse unless the plan is for this machine, and runs on it here: its profile, or cpu, cuda, mps"
+        ),
+    ] = None,
+    device: DeviceOption = None,
     rehearsal: Annotated[
         bool, typer.Option(help="first let two layers go the whole way to the bundle: what it cannot be fails now")
     ] = True,
@@ -127,17 +57,29 @@ def train(
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
     from edgeft.machines.limits import settle_allocator
-    from edgeft.planning.plan import Plan
 
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
     with stopping("the last step is kept: run the same command again to go on"), Reporter(stderr) as progress:
         progress.budget_bytes = made.budget_bytes
         result = plan_and_train.train(
-            plan_file, out, device=device, rehearsal=rehearsal, target=target, smaller=smaller, progress=progress,
-            say=say,
+            plan_file, out, device=_computes(on, made), runs_on=device, rehearsal=rehearsal, target=target,
+            smaller=smaller, progress=progress, say=say,
         )  # fmt: skip
     show(as_json, result, result.text())
+
+
+def _computes(on: str | None, made: Plan) -> str | None:
+    """The PyTorch device that `--on` asks for. Raises BadInput where the plan is for another machine."""
+    if on is None or on in ("cpu", "cuda", "mps"):
+        return on
+    from edgeft.machines.profile import load_profile
+
+    wanted = load_profile(on)
+    if wanted.name != made.profile.name:
+        hint = f"leave --on out, or plan for it: edgeft plan {shlex.quote(made.job.model)} --on {shlex.quote(on)}"
+        raise BadInput("--on", f"the plan is for {made.profile.name}, not {wanted.name}", hint)
+    return wanted.device
 
 
 def merge(
@@ -230,9 +172,7 @@ def export(
         Path, typer.Argument(metavar="MERGED", help="folder that `edgeft merge` wrote; with --add a bundle of adapters")
     ],
     target: ExportTarget = None,
-    device: Annotated[
-        str | None, typer.Option(help="target device profile the bundle must fit; the plan's when absent")
-    ] = None,
+    device: DeviceOption = None,
     promote: Annotated[str | None, typer.Option(help="modules with 8 bits: layers.0,layers.3.mlp.down_proj")] = None,
     repair: Annotated[
         str | None,
@@ -315,7 +255,7 @@ def _export_encoder(
 def adapters(
     trained: Annotated[list[str], typer.Argument(metavar="NAME=TRAIN...", help="folders that `edgeft train` wrote")],
     target: Annotated[str, typer.Option(help="what to build: a name in export/, or a TOML file")] = "ort-int4",
-    device: Annotated[str | None, typer.Option(help="target device profile the bundle must fit")] = None,
+    device: DeviceOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -24,29 +24,34 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="bundle folder")],
     public_key: Annotated[Path | None, typer.Option(help="the bundle must be signed by this key (PEM)")] = None,
     no_replay: Annotated[bool, typer.Option("--no-replay", help="hashes and signature only")] = False,
-    on: Annotated[
-        str | None, typer.Option(help="on the emulated processor of this profile, as raspberrypi5-8gb (make arm64)")
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="DEVICE",
+            help="on this device's processor, emulated: raspberrypi5-8gb (after edgeft arm64)",
+        ),
     ] = None,
     test: Annotated[
-        Path | None, typer.Option(help="--on: rows to answer there and here; the test data of the plan beside it")
+        Path | None, typer.Option(help="--for: rows to answer there and here; the test data of the plan beside it")
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="--on: how many of them; 32")] = None,
-    timeout: Annotated[float | None, typer.Option(min=1, help="--on: seconds after which to give up; 900")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="--for: how many of them; 32")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="--for: seconds after which to give up; 900")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every hash of a bundle and its signature, and replay its golden vectors (exit 4 when anything differs).
 
     By edgeft's own run.py. A bundle of another version of edgeft carries another one: that is noted, and no fault.
-    With --on the same under emulation of a device's processor, in the runtime's build for it; the result is written
+    With --for the same under emulation of a device's processor, in the runtime's build for it; the result is written
     beside the bundle.
     """
-    if on is not None:
+    if device is not None:
         if no_replay:
-            raise BadInput("--no-replay", "leaves out what --on is for", "give one of the two")
-        _verify_on(bundle, on, public_key, {"data": test, "rows": rows, "timeout": timeout}, as_json)
+            raise BadInput("--no-replay", "leaves out what --for is there for", "give one of the two")
+        _verify_on(bundle, device, public_key, {"data": test, "rows": rows, "timeout": timeout}, as_json)
         return
     if any(value is not None for value in (test, rows, timeout)):
-        raise BadInput("--test, --rows, --timeout", "belong to --on", "add --on PROFILE")
+        raise BadInput("--test, --rows, --timeout", "belong to --for", "add --for DEVICE")
     options = [*(["--public-key", str(public_key)] if public_key else []), *(["--no-replay"] if no_replay else [])]
     options += ["--json"] if as_json else []
     raise typer.Exit(_runner().main(["--bundle", str(bundle), "--verify", *options]))
@@ -68,7 +73,7 @@ def _verify_on(bundle: Path, on: str, public_key: Path | None, options: dict[str
 
 
 def arm64() -> None:
-    """Set up the emulated aarch64 machine that `edgeft verify --on` runs bundles on: QEMU, a small Debian, wheels."""
+    """Set up the emulated aarch64 machine that `edgeft verify --for` runs bundles on: QEMU, a small Debian, wheels."""
     from edgeft.exporting.emulation import set_up
 
     stdout.print(str(set_up(say).folder), soft_wrap=True, markup=False)

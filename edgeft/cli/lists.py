@@ -21,7 +21,17 @@ def report(
         Path | None, typer.Argument(metavar="PLAN", help="plan.json, or the build folder that holds it")
     ] = None,
     models: Annotated[Path | None, typer.Option(help="instead of a plan: every model in this folder")] = None,
-    machines: Annotated[str, typer.Option("--profiles", help="for --models: all, or names as in t4,l4-24gb")] = "all",
+    machines: Annotated[
+        str | None, typer.Option("--on", help="for --models: machines that train; all, or names as in t4,l4-24gb")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="DEVICES",
+            help="devices that run the result; all, or names as in raspberrypi5-8gb,android-8gb",
+        ),
+    ] = None,
     target: Annotated[str, typer.Option(help="for --models: what is shipped, a name in export/ or a TOML file")] = (
         "ort-int4"
     ),
@@ -31,20 +41,23 @@ def report(
 ) -> None:
     """Write one page to decide on hardware with: a plan, the run made from it, or many models on many machines."""
     from edgeft.machines.limits import usable_cores
-    from edgeft.reporting.matrix import Matrix, find_models, find_profiles, make_matrix
+    from edgeft.reporting.matrix import Matrix, find_devices, find_models, find_profiles, make_matrix
     from edgeft.reporting.pages import write_report
     from edgeft.reporting.summary import Summary
 
     made: Summary | Matrix
     if models is not None and plan_file is not None:
         raise BadInput("report", "a plan and --models were given", "give one of them")
+    if models is None and machines is not None:
+        raise BadInput("--on", "the machine of a report is its plan's", "give --on to edgeft plan, or --models FOLDER")
     if models is not None:
         found, pinned = find_models(models), [text.partition("=") for text in settings or []]
         parse_settings(settings or [])  # a misspelt key is an error, not a cell
         with Reporter(stderr) as progress:
             made = make_matrix(
                 found,
-                find_profiles(machines),
+                find_profiles(machines or "all"),
+                devices=find_devices(device) if device is not None else None,
                 target=target,
                 settings={key: value for key, _, value in pinned},
                 workers=usable_cores(),
@@ -55,7 +68,7 @@ def report(
         if plan_file is None:
             raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
         source = plan_file / "plan.json" if plan_file.is_dir() else plan_file
-        made = reports.summary(source)
+        made = reports.summary(source, device)
         path = out or source.parent / "report.html"
     written = write_report(made, path)
     if as_json:

@@ -104,11 +104,11 @@ def find_machine(runtime: str) -> Machine:
     row = RUNTIMES.get(runtime)
     if row is None or not row.arm64_wheels:
         package = row.needed[0] if row else runtime
-        raise BadInput("--on", f"{package} has no wheel for aarch64, {runtime!r} bundles cannot run there emulated",
+        raise BadInput("--for", f"{package} has no wheel for aarch64, {runtime!r} bundles cannot run there emulated",
                        "verify an ort- or onnx-portable- bundle, or this one on the device itself")  # fmt: skip
     found = machine()
     if not found.ready:
-        raise MissingExtra("--on", "no emulated aarch64 machine is set up for the runtimes installed here", SET_UP)
+        raise MissingExtra("--for", "no emulated aarch64 machine is set up for the runtimes installed here", SET_UP)
     return found
 
 
@@ -117,7 +117,7 @@ def emulated(name_or_path: str) -> tuple[Profile, Emulation]:
     profile = load_profile(name_or_path)
     if profile.emulation is None:
         others = ", ".join(each.name for each in list_profiles() if each.emulation)
-        raise BadInput("--on", f"profile {profile.name} names no processor to emulate", f"these do: {others}")
+        raise BadInput("--for", f"profile {profile.name} names no processor to emulate", f"these do: {others}")
     return profile, profile.emulation
 
 

@@ -182,7 +182,7 @@ def _memory_limit_elsewhere() -> Limit:
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:
-        hint = "install psutil, or plan for a fixed machine, as in --profile cpu-16gb"
+        hint = "install psutil, or plan for a fixed machine, as in --on cpu-16gb"
         raise BadInput("this machine", "cannot tell how much memory is left", hint) from None
     have = int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
     return Limit(have, "what is available now (psutil)")

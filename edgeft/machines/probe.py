@@ -91,7 +91,7 @@ def _age(path: Path) -> float:
 def _measured() -> Probe:
     """A probe made now, in a process of its own."""
     environment = {"OMP_NUM_THREADS": str(usable_cores()), "HF_HUB_OFFLINE": "1"}  # OpenMP knows no cgroup quotas
-    hint = "install the packages that training needs, or plan for a fixed machine, as in --profile cpu-16gb"
+    hint = "install the packages that training needs, or plan for a fixed machine, as in --on cpu-16gb"
     done = processes.run(
         "from edgeft.training.measure_machine import measure; print(measure())", environment=environment
     )

@@ -77,7 +77,7 @@ class Profile(Strict):
     launch_microseconds: float | None = Field(
         None, gt=0, description="CUDA only: 10^-6 s of the host for each kernel of a step, Python included"
     )
-    emulation: Emulation | None = Field(None, description="its processor emulated, for `edgeft verify --on`")
+    emulation: Emulation | None = Field(None, description="its processor emulated, for `edgeft verify --for`")
     memory_limit: str = Field("", description="what limits a detected memory; written by detect(), not by hand")
     probe: Probe | None = Field(None, description="written by detect(), not by hand")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -253,7 +254,8 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
     """Read what a job names, check it, and list every candidate. Raises BadInput."""
     profile = profile or detect(load_profile(job.profile))
     if "train" not in profile.roles:
-        hint = "plan on a training machine; the device is named at export: --device " + profile.name
+        hint = f"--for {profile.name} is what runs the result; --on names the machine that trains, as --on t4: "
+        hint += f"edgeft plan {shlex.quote(job.model)} --on t4 --for {shlex.quote(job.profile)}"
         raise BadInput("profile", f"{profile.name} is a target device, not a training host", hint)
     spec = spec or read_model_spec(job.model)
     refuse_beside(Path(job.model), "training")

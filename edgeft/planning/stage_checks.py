@@ -93,8 +93,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     together = question.budget_bytes * (1 if profile.device == "cuda" else training.neighbours)
     host_bytes = host_memory(profile, together, usable_memory() if gpu else None)
-    weights = bundle_weights(as_merged(spec, training), target, beside(spec, training))
-    context, limited_by = choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
+    weights, context, limited_by = on_device(spec, training, target, device_bytes)
     phases = [quantise(spec, training, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
         each = [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
@@ -122,6 +121,14 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     if any(phase.name == "export: prove" and streams(phase) for phase in phases):
         said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
     return stages, said + stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+
+
+def on_device(
+    spec: ModelSpec, training: Training, target: Target, device_bytes: int | None
+) -> tuple[Weights, int, LimitedBy]:
+    """What a device holds of a bundle, its context, and what limits that. Raises DoesNotFit."""
+    weights = bundle_weights(as_merged(spec, training), target, beside(spec, training))
+    return weights, *choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
 
 
 def times(phase: Phase, processes: int) -> Phase:
@@ -176,9 +183,8 @@ def target_device(device: str | None) -> Profile | None:
         return None
     profile = detect(load_profile(device))
     if "deploy" not in profile.roles:
-        raise BadInput(
-            "--device", f"{profile.name} is a training host, not a target device", "see edgeft show profiles"
-        )
+        hint = f"--on {profile.name} is where it trains; --for names what runs the result, as --for raspberrypi5-8gb"
+        raise BadInput("--for", f"{profile.name} is a training host, not a target device", hint)
     return profile
 
 

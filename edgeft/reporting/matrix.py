@@ -118,11 +118,11 @@ def find_models(folder: Path) -> list[tuple[str, str]]:
     return [(path.relative_to(folder).as_posix() if path != folder else folder.name, str(path)) for path in found]
 
 
-def find_profiles(names: str) -> list[Profile]:
+def find_profiles(names: str, option: str = "--on") -> list[Profile]:
     """The profiles of `a,b,file.toml`, or every shipped one of `all`, with what they leave to be detected filled in."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        raise BadInput("--profiles", f"names no profile: {names!r}", "give all, or names as in t4,l4-24gb")
+        raise BadInput(option, f"names no profile: {names!r}", "give all, or names as in t4,l4-24gb")
     profiles = list_profiles() if wanted == ["all"] else [load_profile(name) for name in dict.fromkeys(wanted)]
     return [detect(profile) for profile in profiles]
 
@@ -131,6 +131,7 @@ def make_matrix(
     models: Sequence[tuple[str, str]],
     profiles: Sequence[Profile],
     *,
+    devices: Sequence[Profile] | None = None,
     target: str = "ort-int4",
     settings: dict[str, str] | None = None,
     workers: int = 1,
@@ -138,16 +139,16 @@ def make_matrix(
 ) -> Matrix:
     """Every model of (name, folder) planned on every profile: for training, as a device, or both, as its roles say.
 
-    Nothing that a model or a machine does stops it: what cannot be planned is a cell that says why. Raises BadInput
-    for settings that no plan could take.
+    With `devices`, those are the devices. Nothing that a model or a machine does stops it: what cannot be planned is
+    a cell that says why. Raises BadInput for settings that no plan could take.
     """
     values = dict(settings or {})
     make_job(**{**values, "model": "any", "profile": "any"})
     chosen = candidates(target)[0]
     machines = sorted((p for p in profiles if "train" in p.roles), key=_by_memory)
-    devices = sorted((p for p in profiles if "deploy" in p.roles), key=_by_memory)
+    shipped_to = devices_of(profiles if devices is None else devices)
     pinned = values | {"target": target}
-    arguments = [(name, folder, machines, devices, chosen, pinned) for name, folder in models]
+    arguments = [(name, folder, machines, shipped_to, chosen, pinned) for name, folder in models]
     rows: list[ModelRow] = []
     for row in _each(arguments, workers):
         rows.append(row)
@@ -158,12 +159,26 @@ def make_matrix(
         settings=values,
         target=chosen,
         training_machines=tuple(machines),
-        devices=tuple(devices),
+        devices=tuple(shipped_to),
         models=tuple(sorted(rows, key=lambda row: (row.parameters is None, row.parameters or 0, row.name))),
     )
 
 
 _Arguments = tuple[str, str, list[Profile], list[Profile], Target, dict[str, str]]
+
+
+def find_devices(names: str) -> list[Profile]:
+    """The devices of `a,b`, or every shipped one of `all`. Raises BadInput for one that runs no bundle."""
+    found = find_profiles(names, "--for")
+    if wrong := [each.name for each in found if "deploy" not in each.roles and names.strip() != "all"]:
+        hint = "name what runs the result, as raspberrypi5-8gb; --on is where it trains"
+        raise BadInput("--for", f"{wrong[0]} is a training host, not a target device", hint)
+    return devices_of(found)
+
+
+def devices_of(profiles: Iterable[Profile]) -> list[Profile]:
+    """Those that run a bundle, by their memory."""
+    return sorted((each for each in profiles if "deploy" in each.roles), key=_by_memory)
 
 
 def _by_memory(profile: Profile) -> tuple[int, str]:
@@ -284,7 +299,7 @@ def method(plan: Plan) -> str:
 
 
 def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | str = AUTO) -> DeviceCell:
-    """What `edgeft export --device` would find: whether the bundle fits, its context, the bound of its speed."""
+    """What `edgeft export --for` would find: whether the bundle fits, its context, the bound of its speed."""
     budget = profile.budget_bytes
     refused = DeviceCell(machine=profile.name, fits=False, budget_bytes=budget)
     if outside_projections(spec) > WHOLE:

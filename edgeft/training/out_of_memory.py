@@ -84,13 +84,13 @@ def smaller(plan: Plan) -> str:
 
 def command(job: Job) -> str:
     """The `edgeft plan` command of a job."""
-    named = {"model": job.model, "data": job.data, "valid": job.valid, "test": job.test, "profile": job.profile}
-    words = ["edgeft", "plan"]
+    named = {"data": job.data, "valid": job.valid, "test": job.test, "on": job.profile, "for": job.device}
+    words = ["edgeft", "plan", job.model]
     words += [word for name, value in named.items() if value for word in (f"--{name}", str(value))]
     if job.max_memory_bytes:
         words += ["--max-memory", f"{job.max_memory_bytes // MIB}MiB"]
     for name, value in job.model_dump(exclude_defaults=True).items():
-        if name not in (*named, "max_memory_bytes"):
+        if name not in (*named, "model", "profile", "device", "max_memory_bytes"):
             shown = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
             words += ["--set", f"{name}={shown.lower() if isinstance(value, bool) else shown}"]
     return shlex.join(words)

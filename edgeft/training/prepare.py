@@ -39,9 +39,9 @@ def choose_device(
     training = plan.training
     here = {"cpu": True, "cuda": cuda_computes(training.compute_dtype), "mps": torch.backends.mps.is_available()}
     if wanted is not None and not here.get(wanted, False):
-        raise BadInput("--device", f"{wanted} is not available here", "leave --device out to train on the CPU")
+        raise BadInput("--on", f"{wanted} is not available here", "leave --on out to train on the CPU")
     if wanted is not None and wanted != training.device:
-        raise BadInput("--device", f"the plan is for {training.device}, not {wanted}", "plan with another --profile")
+        raise BadInput("--on", f"the plan is for {training.device}, not {wanted}", "plan for another machine: --on")
     compute = DTYPES[training.compute_dtype]
     if here[training.device] and not emulate:
         return torch.device(training.device), compute, []

@@ -109,7 +109,7 @@ def test_a_flipped_byte_is_caught_by_its_hash_and_nothing_is_loaded(copy: Path) 
 
 
 def test_the_command_writes_text_or_json_and_exits_with_4_for_a_fault(copy: Path) -> None:
-    arguments = ["verify", str(copy), "--on", PI, "--test", str(DATA), "--rows", "2"]
+    arguments = ["verify", str(copy), "--for", PI, "--test", str(DATA), "--rows", "2"]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["rows"]["rows"] == 2
     flip(copy, "tokenizer.json", 100, 1)

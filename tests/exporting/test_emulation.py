@@ -121,7 +121,7 @@ def test_another_version_of_a_runtime_is_not_set_up(made: Machine, monkeypatch: 
 
 
 def test_what_cannot_be_emulated_is_refused_by_name(made: Machine) -> None:
-    with pytest.raises(BadInput, match=r"^--on: llama-cpp-python has no wheel for aarch64, 'llama\.cpp' bundles"):
+    with pytest.raises(BadInput, match=r"^--for: llama-cpp-python has no wheel for aarch64, 'llama\.cpp' bundles"):
         emulation.find_machine("llama.cpp")
     with pytest.raises(BadInput, match=r"profile t4 names no processor to emulate") as caught:
         emulation.emulated("t4")
@@ -336,9 +336,9 @@ def test_errors_say_what_to_do(copy: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_command_refuses_options_that_do_not_fit(copy: Path) -> None:
     for arguments, message in (
-        (["--rows", "3"], "--test, --rows, --timeout: belong to --on"),
-        (["--on", PI, "--no-replay"], "--no-replay: leaves out what --on is for"),
-        (["--on", "t4"], "--on: profile t4 names no processor to emulate"),
+        (["--rows", "3"], "--test, --rows, --timeout: belong to --for"),
+        (["--for", PI, "--no-replay"], "--no-replay: leaves out what --for is there for"),
+        (["--on", "t4"], "--for: profile t4 names no processor to emulate"),
     ):
         done = CliRunner().invoke(app, ["verify", str(copy), *arguments])
         assert isinstance(done.exception, BadInput) and str(done.exception).startswith(message)

@@ -309,7 +309,7 @@ def test_memory_of_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytes
         usable_memory(tmp_path, tmp_path)
     assert str(caught.value) == (
         "this machine: cannot tell how much memory is left\n\n"
-        "hint: install psutil, or plan for a fixed machine, as in --profile cpu-16gb"
+        "hint: install psutil, or plan for a fixed machine, as in --on cpu-16gb"
     )
 
 
@@ -469,7 +469,7 @@ def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPat
     assert str(caught.value) == (
         "this CPU: cannot be measured: ModuleNotFoundError: No module named 'torch'\n\n"
         "hint: install the packages that training needs, "
-        "or plan for a fixed machine, as in --profile cpu-16gb"
+        "or plan for a fixed machine, as in --on cpu-16gb"
     )
 
 

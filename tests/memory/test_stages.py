@@ -129,7 +129,7 @@ def test_a_named_device_limits_the_context() -> None:
 def test_a_device_that_the_bundle_cannot_fit_is_refused_before_training() -> None:
     with pytest.raises(DoesNotFit, match=r"^bundle: needs .* GiB for a context of 128 tokens, the device has 3.65 GiB"):
         plan(LLAMA, "t4", device="android-8gb")
-    with pytest.raises(BadInput, match="--device: t4 is a training host, not a target device"):
+    with pytest.raises(BadInput, match="--for: t4 is a training host, not a target device"):
         plan(device="t4")
     with pytest.raises(BadInput, match="target: unknown target 'ort-int3'"):
         plan(target="ort-int3")

@@ -83,10 +83,11 @@ def test_the_command_plans_the_next_smaller_way(tmp_path: Path) -> None:
 
 
 def test_a_command_says_every_setting_that_is_not_the_default() -> None:
-    job = make_job(model="a b", layers="sparse", trained_layers="0,2", data="rows.jsonl", max_memory_bytes=2**30)
+    pins = {"layers": "sparse", "trained_layers": "0,2", "max_memory_bytes": 2**30}
+    job = make_job(model="a b", data="rows.jsonl", device="raspberrypi5-8gb", **pins)
     assert shlex.split(command(job)) == [
-        "edgeft", "plan", "--model", "a b", "--data", "rows.jsonl", "--profile", "cpu", "--max-memory", "1024MiB",
-        "--set", "layers=sparse", "--set", "trained_layers=0,2",
+        "edgeft", "plan", "a b", "--data", "rows.jsonl", "--on", "cpu", "--for", "raspberrypi5-8gb",
+        "--max-memory", "1024MiB", "--set", "layers=sparse", "--set", "trained_layers=0,2",
     ]  # fmt: skip
 
 

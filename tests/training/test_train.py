@@ -197,9 +197,7 @@ def test_a_device_that_is_absent_is_refused_or_recorded(plan_file: Any, tmp_path
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
     path = plan_file(profile="t4")
-    with pytest.raises(
-        BadInput, match="--device: cuda is not available here\n\nhint: leave --device out to train on the CPU"
-    ):
+    with pytest.raises(BadInput, match="--on: cuda is not available here\n\nhint: leave --on out to train on the CPU"):
         run(path, tmp_path / "train", wanted_device="cuda")
     result = run(path, tmp_path / "train")
     assert [(d.what, d.planned, d.done) for d in result.deviations if d.what != "peak memory"] == [

@@ -1,0 +1,140 @@
+"""`--on` is the machine that trains, `--for` the device that runs the result, MODEL an argument: in every verb."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tiny import CONFIGS
+from typer.testing import CliRunner
+
+from edgeft.cli import app
+from edgeft.cli.options import OLD_OPTIONS
+from edgeft.errors import BadInput
+from edgeft.planning.plan import Plan
+
+PI, MODEL = "raspberrypi5-8gb", str(CONFIGS / "gpt2")
+
+
+def typed(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in arguments])
+
+
+def options_of(verb: str) -> dict[str, bool]:
+    """Every option of a verb, and whether --help shows it."""
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    return {name: not getattr(each, "hidden", False) for each in command.params for name in each.opts}
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [("plan", {"--on", "--for"}), ("train", {"--on", "--for"}), ("export", {"--for"}), ("adapters", {"--for"}),
+     ("verify", {"--for"}), ("report", {"--on", "--for"})],
+)  # fmt: skip
+def test_the_two_words_are_in_every_verb_that_knows_a_machine(verb: str, words: set[str]) -> None:
+    shown = {name for name, visible in options_of(verb).items() if visible}
+    assert words <= shown and not shown & {"--device", "--profile", "--profiles"}
+
+
+def test_no_other_verb_names_a_machine_in_other_words() -> None:
+    for verb in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        assert not options_of(verb).keys() & {"--device", "--profile", "--profiles", "--machine", "--host"}
+
+
+@pytest.mark.parametrize("verb", OLD_OPTIONS)
+def test_an_old_word_stands_for_one_that_is_there(verb: str) -> None:
+    known = options_of(verb)
+    assert all(f"--{new}" in known and f"--{old}" not in known for old, new in OLD_OPTIONS[verb].items())
+
+
+def test_a_plan_is_the_same_in_the_old_words() -> None:
+    now = typed("plan", MODEL, "--on", "t4", "--for", PI, "--out", "-", "--json")
+    then = typed("plan", "--model", MODEL, "--profile", "t4", "--set", f"device={PI}", "--out", "-", "--json")
+    made = json.loads(now.stdout)
+    assert made == json.loads(then.stdout)
+    assert (made["job"]["model"], made["job"]["profile"], made["job"]["device"]) == (MODEL, "t4", PI)
+
+
+def test_a_plan_needs_one_model() -> None:
+    none, two = typed("plan"), typed("plan", MODEL, "--model", "another")
+    assert none.exit_code == two.exit_code == 2
+    assert "MODEL" in none.stderr and "name one" in two.stderr
+    assert typed("plan", MODEL, "--model", MODEL, "--on", "t4", "--out", "-").exit_code == 0
+
+
+def test_a_device_where_a_machine_is_asked_for_leads_to_for() -> None:
+    problem = typed("plan", MODEL, "--on", PI, "--out", "-").exception
+    assert isinstance(problem, BadInput) and problem.problem == f"{PI} is a target device, not a training host"
+    command = re.search(r"edgeft (plan .*)$", problem.hint)
+    assert command and typed(*command[1].split(), "--out", "-").exit_code == 0
+
+
+def test_a_machine_where_a_device_is_asked_for_leads_to_on() -> None:
+    problem = typed("plan", MODEL, "--on", "t4", "--for", "t4", "--out", "-").exception
+    assert isinstance(problem, BadInput) and problem.where == "--for"
+    assert problem.problem == "t4 is a training host, not a target device" and "--on t4" in problem.hint
+    other = typed("report", "--models", MODEL, "--for", "t4", "--on", "t4").exception
+    assert isinstance(other, BadInput) and str(other).startswith("--for: t4 is a training host")
+
+
+@pytest.mark.parametrize("word", ["--on", "--device"])
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [("cuda", "cuda is not available here|the plan is for cpu, not cuda"), ("t4", "the plan is for cpu-8gb, not t4"),
+     ("t5", "unknown profile 't5'")],
+)  # fmt: skip
+def test_a_training_on_another_machine_is_refused(
+    plan_file: Callable[..., Path], word: str, wanted: str, problem: str
+) -> None:
+    path = plan_file()
+    before = sorted(path.parent.iterdir())
+    refused = typed("train", path, word, wanted).exception
+    assert isinstance(refused, BadInput) and re.fullmatch(problem, refused.problem)
+    assert sorted(path.parent.iterdir()) == before
+
+
+def test_a_training_for_a_device_that_is_too_small_is_refused(plan_file: Callable[..., Path], tmp_path: Path) -> None:
+    from edgeft.errors import DoesNotFit
+
+    small = tmp_path / "small.toml"
+    small.write_text(
+        'description = "too small"\nroles = ["deploy"]\ndevice = "cpu"\nmemory_gib = 0.02\nruntime_memory_gib = 0.01\n'
+        "cores = 1\nbandwidth_gb_per_second = 1\n[matmul_tflops]\nfp32 = 0.01\n"
+    )
+    path = plan_file()
+    refused = typed("train", path, "--for", small).exception
+    assert isinstance(refused, DoesNotFit) and refused.where == "bundle"
+    assert not (path.parent / "train").exists()
+
+
+def test_a_matrix_is_of_the_machines_and_devices_that_are_named(tmp_path: Path) -> None:
+    def made(*options: str) -> tuple[list[str], list[str]]:
+        done = typed("report", "--models", MODEL, "--out", tmp_path / "matrix.html", "--json", *options)
+        found = json.loads(done.stdout)
+        return [each["name"] for each in found["training_machines"]], [each["name"] for each in found["devices"]]
+
+    assert made("--on", "t4", "--for", PI) == (["t4"], [PI])
+    assert made("--on", "t4,cpu-8gb") == made("--profiles", "t4,cpu-8gb") == (["cpu-8gb", "t4"], ["cpu-8gb"])
+    assert made("--on", "cpu-8gb", "--for", PI) == (["cpu-8gb"], [PI])
+    assert PI in made("--on", "t4", "--for", "all")[1]
+
+
+def test_the_report_of_a_plan_names_the_devices_that_are_asked_for(
+    plan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = plan_file()
+    refused = typed("report", path, "--on", "t4").exception
+    assert isinstance(refused, BadInput) and refused.where == "--on"
+    done = json.loads(typed("report", path, "--for", PI, "--json").stdout)
+    assert [each["machine"] for each in done["devices"]] == [PI] and Plan.read(path).job.device is None
+
+
+def test_help_has_the_main_line_first() -> None:
+    shown = typed("--help").stdout
+    panels = ["From a plan to a bundle", "Understand", "Ship"]
+    assert [shown.index(name) for name in panels] == sorted(shown.index(name) for name in panels)
