@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from edgeft.api import reports
-from edgeft.cli.screen import ColumnsOption, JsonOption, Reporter, stderr, stdout
+from edgeft.cli.screen import ColumnsOption, JsonOption, Reporter, say, stderr, stdout
 from edgeft.errors import BadInput
 from edgeft.settings.job import parse_settings
 
@@ -121,13 +121,20 @@ class Shown(enum.StrEnum):
 def show_what(
     what: Annotated[Shown, typer.Argument(help="profiles, targets, settings; layers MODEL; schema plan or report")],
     name: Annotated[str | None, typer.Argument(help="of a model (folder or hub id), or of a document")] = None,
+    here: Annotated[
+        Path | None, typer.Option(metavar="OUT.toml", help="profiles: measure this machine and write its own, for --on")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List what can be named: machines, targets, settings; a model's layers and sizes; a document's JSON Schema."""
+    if here is not None and what is not Shown.profiles:
+        raise BadInput("--here", f"is for profiles, not for {what}", "edgeft show profiles --here OUT.toml")
     needed = {Shown.layers: "a model", Shown.schema: "a document: plan or report"}
     if (name is None) == (what in needed):
         raise BadInput(f"show {what}", f"needs {needed[what]}" if what in needed else f"takes no name, got {name!r}")
-    if what is Shown.profiles:
+    if here is not None:
+        _write_here(here)
+    elif what is Shown.profiles:
         _show_profiles(as_json)
     elif what is Shown.targets:
         _show_targets(as_json)
@@ -139,6 +146,12 @@ def show_what(
         from edgeft.reporting.schema import schema_text
 
         sys.stdout.write(schema_text(str(name)))
+
+
+def _write_here(path: Path) -> None:
+    from edgeft.machines.here import write_here
+
+    stdout.print(str(write_here(path, say)), soft_wrap=True, markup=False)
 
 
 def _show_profiles(as_json: bool) -> None:

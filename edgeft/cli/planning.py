@@ -14,6 +14,7 @@ from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, Reporter, s
 from edgeft.data.sources import by_role
 from edgeft.documents import cache_folder
 from edgeft.errors import BadInput
+from edgeft.machines.sized import machine_name
 from edgeft.settings.job import parse_settings
 from edgeft.units import parse_bytes
 
@@ -27,8 +28,19 @@ def plan(
     ] = None,
     named: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
     on: Annotated[
-        str, typer.Option(help="the machine that trains: a name from `edgeft show profiles`, or a TOML file")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="the machine that trains: a name from `edgeft show profiles`, or a TOML file; cpu is this one"
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8GiB",
+            help="what the machine has: alone a graphics card of so much, with --on that "
+            "machine with so much instead of its own",
+        ),
+    ] = None,
     device: DeviceOption = None,
     data: DataOption = None,
     valid: Annotated[
@@ -39,7 +51,9 @@ def plan(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft show settings")
     ] = None,
-    max_memory: Annotated[str | None, typer.Option(help="memory budget, as in 9GiB; the machine's when absent")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="most that edgeft may hold of it, as in 7GiB; all that is free when absent")
+    ] = None,
     max_seconds: Annotated[
         float | None, typer.Option(help="time limit for all training steps, by the estimate")
     ] = None,
@@ -69,8 +83,13 @@ def plan(
         values["processes"] = processes
     if device is not None:
         values["device"] = device
-    values |= {"model": _model(model, named), "profile": on, **by_role(data or [], valid or [], test or [], columns)}
-    path = out or default_out(on, "plan.json")
+    machine = machine_name(on, memory, "cpu")
+    values |= {
+        "model": _model(model, named),
+        "profile": machine,
+        **by_role(data or [], valid or [], test or [], columns),
+    }
+    path = out or default_out(machine, "plan.json")
     written = None if str(path) == "-" else path
     if verify_here and written is None:
         raise BadInput("--verify", "needs the plan as a file", "leave --out - out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -12,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from edgeft.documents import Strict, read_toml, shipped_folder, shipped_path
 from edgeft.machines.limits import memory_limit, usable_cores
 from edgeft.machines.probe import Dtype, Probe, probe_cpu
+from edgeft.machines.sized import nearest_card, resized, sized
 from edgeft.units import GIB
 
 Role = Literal["train", "deploy"]
@@ -77,9 +79,11 @@ class Profile(Strict):
     launch_microseconds: float | None = Field(
         None, gt=0, description="CUDA only: 10^-6 s of the host for each kernel of a step, Python included"
     )
+    disk_gib: float | None = Field(None, gt=0, description="free disk where results will lie; None: not known")
     emulation: Emulation | None = Field(None, description="its processor emulated, for `edgeft verify --for`")
     memory_limit: str = Field("", description="what limits a detected memory; written by detect(), not by hand")
     probe: Probe | None = Field(None, description="written by detect(), not by hand")
+    assumed: str = Field("", description="of a machine that is named by its memory: what else it is taken to have")
 
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
@@ -148,17 +152,30 @@ class Profile(Strict):
 
 def list_profiles() -> list[Profile]:
     """The shipped profiles, by name. Nothing is measured."""
-    return [load_profile(str(path)) for path in sorted(shipped_folder("profiles").glob("*.toml"))]
+    return [_read(str(path)) for path in sorted(shipped_folder("profiles").glob("*.toml"))]
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """The shipped profile of that name, or a user's own file: anything with a slash or ending in .toml.
+    """The shipped profile of that name, a user's own file (with a slash, or ending in .toml), or a number of bytes.
 
+    `8GiB` is a graphics card of 8 GiB, `cpu-8gb:6GiB` that machine with 6 GiB (`edgeft.machines.sized`).
     Raises BadInput for an unknown name, a file that is no TOML, an unknown key or a value that does not fit.
     """
-    return read_toml(
-        "profile", shipped_path("profile", "profiles", name_or_path), Profile, ("name", "probe", "memory_limit")
-    )
+    asked = sized(name_or_path)
+    profile = _read(str(profile_path(name_or_path)))
+    return resized(profile, asked) if asked else profile
+
+
+def profile_path(name_or_path: str) -> Path:
+    """The file that a machine's name stands for: of one that is named by its memory that of all else it has."""
+    asked = sized(name_or_path)
+    if asked is None or asked.base:
+        return shipped_path("profile", "profiles", asked.base if asked else name_or_path)
+    return shipped_folder("profiles") / f"{nearest_card(list_profiles(), asked.size).name}.toml"
+
+
+def _read(path: str) -> Profile:
+    return read_toml("profile", Path(path), Profile, ("name", "probe", "memory_limit", "assumed"))
 
 
 def detect(profile: Profile) -> Profile:

@@ -22,9 +22,9 @@ from edgeft.data.grammar import Grammar, HeldTo, grammar_file
 from edgeft.data.labels import Label
 from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Scoring
-from edgeft.documents import Artifact, sha256_file, sha256_json, shipped_path, versions
+from edgeft.documents import Artifact, sha256_file, sha256_json, versions
 from edgeft.errors import BadInput, DoesNotFit
-from edgeft.machines.profile import Profile, detect, load_profile
+from edgeft.machines.profile import Profile, detect, load_profile, profile_path
 from edgeft.memory import train_step
 from edgeft.memory.simulated import Simulation
 from edgeft.models.headers import has_weights, refuse_beside
@@ -121,7 +121,7 @@ MEMORY_ALONE = ("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_
 
 def request_digest(job: Job, model_folder: Path | None) -> str:
     """One digest of what a plan is made from: settings, profile, model config, data. Equal: the plan is current."""
-    profile = shipped_path("profile", "profiles", job.profile)
+    profile = profile_path(job.profile)
     grammar = grammar_file(job.answers)
     shipped = [sha256_file(path) for path in (profile, grammar) if path is not None and path.is_file()]
     read = [*shipped, plan_inputs(job, model_folder)]
@@ -276,7 +276,7 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores, rows_tokens), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
-    notes = [*notes, *held.notes, *length_note]
+    notes = [*([profile.assumed] if profile.assumed else []), *notes, *held.notes, *length_note]
     return _Asked(question, looked_at, steps, rows_tokens, held, importance, notes)
 
 

@@ -10,7 +10,7 @@ from edgeft.documents import Strict
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visible_gpu
 from edgeft.machines.profile import Profile, detect, load_profile
-from edgeft.memory.disk import Disk, plan_disk
+from edgeft.memory.disk import Disk, plan_disk, total
 from edgeft.memory.stages import (
     build,
     calibrate_phases,
@@ -120,7 +120,10 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     said = [*([why] if why else []), *cache_notes(spec, named[found.index(target)], target, context, device_bytes)]
     if any(phase.name == "export: prove" and streams(phase) for phase in phases):
         said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
-    return stages, said + stages.notes() + machine_notes(profile, question.high_bytes(training), gpu)
+    return stages, [
+        *said, *stages.notes(), *disk_notes(profile, stages.disk),
+        *machine_notes(profile, question.high_bytes(training), gpu),
+    ]  # fmt: skip
 
 
 def on_device(
@@ -160,6 +163,14 @@ def _largest(phases: Iterable[tuple[Phase, ...]]) -> tuple[Phase, ...]:
     """Of one stage for several targets the phase that takes most; none where no target has that stage."""
     found = [phase for each in phases for phase in each]
     return (max(found, key=lambda phase: phase.high_bytes),) if found else ()
+
+
+def disk_notes(profile: Profile, disk: Iterable[Disk]) -> list[str]:
+    """A line where a machine that says its disk has too little of it for the stages."""
+    need, gib = total(each for each in disk if each.where == "out"), profile.disk_gib
+    if gib is None or need <= gib * GIB:
+        return []
+    return [f"the stages write up to {show_bytes(need)}, {profile.name} has {show_bytes(gib * GIB)} of disk"]
 
 
 def machine_notes(profile: Profile, peak_bytes: int, gpu: Gpu | None) -> list[str]:
