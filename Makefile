@@ -17,7 +17,8 @@ test_data ?= examples/debian-sections/test.jsonl
 endif
 
 py := .venv/bin/python
-edgeft := $(py) -m edgeft
+# what a stage says of the next one is for the stage that was asked for
+edgeft = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,EDGEFT_NEXT=0 )$(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
 .PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeft.api import current, deploying, merging, plan_and_train
+from edgeft.cli import next_steps
 from edgeft.cli.options import DeviceOption
 from edgeft.cli.screen import (
     JsonOption,
@@ -67,6 +68,7 @@ def train(
             smaller=smaller, progress=progress, say=say,
         )  # fmt: skip
     show(as_json, result, result.text())
+    next_steps.after_train(result.folder)
 
 
 def _computes(on: str | None, made: Plan) -> str | None:
@@ -122,6 +124,7 @@ def merge(
             progress=progress, say=say, swept=lambda found: _show_sweep(found, plot),
         )  # fmt: skip
     show(as_json, made, made.text())
+    next_steps.after_merge(made)
 
 
 def _show_sweep(found: Sweep, plot: Path | None) -> None:
@@ -224,6 +227,7 @@ def export(
             repair=repair, size_budget=size_budget, calibration=calibration, train=trained, progress=progress, say=say,
         )  # fmt: skip
     show(as_json, bundle, bundle.text())
+    next_steps.after_export(bundle, bundle.folder)
 
 
 def _is_encoder(folder: Path) -> bool:
@@ -250,6 +254,7 @@ def _export_encoder(
     labels = f", labels agree on {proof.label_agreement:.1%}" if proof.label_agreement is not None else ""
     text = f"{made.task} in {out}, {show_bytes(made.size_bytes)}; against PyTorch on {proof.texts} texts: "
     show(as_json, made, f"{text}values differ by at most {proof.max_difference:.2g}{labels}")
+    next_steps.after_export(made, out)
 
 
 def adapters(
@@ -282,6 +287,7 @@ def adapters(
     with Reporter(stderr) as progress:
         bundle = run(folders, wanted, folder, device=device, progress=progress)
     show(as_json, bundle, adapters_text(bundle, measurement_of(folder)))
+    next_steps.after_export(bundle, folder)
 
 
 def _named(where: str, given: list[str]) -> dict[str, Path]:
@@ -307,6 +313,7 @@ def _add_adapter(bundle: Path, given: str, out: Path | None, as_json: bool) -> N
     with Reporter(stderr) as progress:
         made = add_adapter(bundle, name, folder, out or bundle, progress)
     show(as_json, made, adapters_text(made, None))
+    next_steps.after_export(made, out or bundle)
 
 
 def _export_all(merged: Path, out: Path | None, device: str | None, trained: Path | None, as_json: bool) -> None:

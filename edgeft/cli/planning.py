@@ -9,6 +9,7 @@ import typer
 from rich.console import Group
 
 from edgeft.api import plan_and_train
+from edgeft.cli import next_steps
 from edgeft.cli.options import DeviceOption
 from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, Reporter, say, show, stderr, stopping
 from edgeft.data.sources import by_role
@@ -104,6 +105,8 @@ def plan(
         from edgeft.reporting.terminal import trial_text
 
         show(as_json, trial, trial_text(trial))
+    if written is not None:
+        next_steps.after_plan(made, written)
 
 
 def _model(model: str | None, named: str | None) -> str:

@@ -1,0 +1,114 @@
+"""What can be typed next, and where did what was made go? On stderr: stdout is the result."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeft.cli.screen import say
+from edgeft.units import show_bytes
+
+if TYPE_CHECKING:
+    from edgeft.api.results import Merged, MergedForeign
+    from edgeft.exporting.bundle import Bundle, Golden
+    from edgeft.planning.plan import Plan
+
+EXAMPLE_CHARACTERS = 300  # of a prompt that is typed
+
+
+def after_plan(plan: Plan, path: Path) -> None:
+    """Where the plan is, and the command that carries it out, on which machine."""
+    _say(f"plan: {path}")
+    if plan.job.data is None:
+        _say("to train it, plan with --data FILE: edgeft data shows what of a file trains")
+        return
+    where = "" if _is_here(plan) else f", on {plan.profile.name}"
+    if plan.training.processes > 1:
+        from edgeft.planning.processes import start
+
+        _say(f"next{where}: {start(plan.training, path, plan.profile.cores)}")
+    else:
+        _say(f"next{where}: {edgeft()} train {shlex.quote(str(path))}")
+
+
+def after_train(folder: Path) -> None:
+    """Where the training is, and the command that merges it."""
+    _say(f"training: {folder}")
+    _say(f"next: {edgeft()} merge {shlex.quote(str(folder))}")
+
+
+def after_merge(merged: Merged | MergedForeign) -> None:
+    """Where the checkpoint is, and the command that exports it, where there is data to prove it with."""
+    from edgeft.api.results import Merged
+
+    _say(f"merged: {merged.folder}")
+    if isinstance(merged, Merged):
+        _say(f"next: {edgeft()} export {shlex.quote(str(merged.folder))}")
+
+
+def after_export(bundle: Bundle, folder: Path) -> None:
+    """Where the bundle is, how it is run, with a prompt of the data it was trained on, and what the device needs."""
+    device = bundle.provenance.get("device") or "the device"
+    _say(f"bundle: {folder} ({show_bytes(bundle.size_bytes)}): copy this folder to {device}")
+    runner = shlex.quote(str(folder / "run.py"))
+    if bundle.adapters:
+        name, adapter = next(iter(bundle.adapters.items()))
+        _say(f"run it: {python()} {runner} {shlex.quote(example(adapter.golden))} --adapter {shlex.quote(name)}")
+    else:
+        _say(f"run it: {python()} {runner} {shlex.quote(example(bundle.golden))}")
+
+
+def example(golden: Iterable[Golden]) -> str:
+    """The shortest prompt that a bundle's answers were recorded for, as a user would type it."""
+    said = [each.text if each.plain else (each.messages or [{}])[-1].get("content") for each in golden]
+    texts = [text for text in said if isinstance(text, str) and text.strip() and not text.startswith("-")]
+    return min((text for text in texts if len(text) <= EXAMPLE_CHARACTERS), key=len, default="a prompt")
+
+
+def edgeft() -> str:
+    """The words that start this very edgeft in a shell here."""
+    script = Path(sys.executable).with_name("edgeft.exe" if os.name == "nt" else "edgeft")
+    if script.is_file():
+        return "edgeft" if _is_found("edgeft", script) else _typed(script)
+    return f"{python()} -m edgeft"
+
+
+def python() -> str:
+    """The word that starts this very Python in a shell here."""
+    here = Path(sys.executable)
+    return next((name for name in ("python", "python3") if _is_found(name, here)), None) or _typed(here)
+
+
+def _is_found(name: str, program: Path) -> bool:
+    """Whether a shell takes the program for this name. Of an environment the place counts, not what it links to."""
+    found = shutil.which(name)
+    return found is not None and Path(found).absolute() == program.absolute()
+
+
+def _typed(program: Path) -> str:
+    """A program's path as it is typed from the current folder."""
+    here = Path.cwd()
+    path = program.absolute()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _is_here(plan: Plan) -> bool:
+    """Whether the plan's device may be in this machine, without a look by PyTorch."""
+    if plan.profile.device == "mps":
+        return sys.platform == "darwin"
+    if plan.profile.device == "cuda":
+        from edgeft.machines.limits import visible_gpu
+
+        return visible_gpu() is not None
+    return True
+
+
+def _say(line: str) -> None:
+    """A line, unless what follows is known: `edgeft build` and make go on by themselves."""
+    if os.environ.get("EDGEFT_NEXT") != "0":
+        say(line)
