@@ -1,7 +1,6 @@
 # From a hardware profile to a proven bundle. `make help` lists the targets and variables.
 profile ?= cpu
 model ?= examples/debian-tiny
-out ?= build/$(basename $(notdir $(profile)))
 wise_alpha ?= 1.0
 target ?= auto
 device ?=
@@ -14,7 +13,18 @@ ifeq ($(origin data)$(model),undefinedexamples/debian-tiny)
 data := examples/debian-sections/train.jsonl
 valid ?= examples/debian-sections/valid.jsonl
 test_data ?= examples/debian-sections/test.jsonl
+example := 1
 endif
+
+# Results of the example lie in build/PROFILE, of any other job in a folder of its own, as `edgeft plan` names it: no job
+# writes over another one's.
+space := $(empty) $(empty)
+last = $(notdir $(patsubst %/,%,$(subst $(space),_,$(1))))
+stem = $(patsubst %.parquet,%,$(patsubst %.csv,%,$(patsubst %.json,%,$(patsubst %.jsonl,%,$(patsubst %.gz,%,$(1))))))
+told = $(if $(filter train training data rows,$(call stem,$(call last,$(1)))),$(call last,$(dir $(subst $(space),_,$(1)))),$(call stem,$(call last,$(1))))
+machine := $(subst :,-,$(patsubst %.toml,%,$(call last,$(profile))))
+own := $(call last,$(model))-$(if $(data),$(call told,$(data))-)$(machine)
+out ?= build/$(if $(example),$(machine),$(own))
 
 py := .venv/bin/python
 # what a stage says of the next one is for the stage that was asked for

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeft.api import current
+from edgeft.api import current, folders
 from edgeft.api.results import OnDisk, Plan, TrainResult
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, EdgeftError, of_exit_code
@@ -30,7 +30,8 @@ def plan(
     """How to train inside a profile's memory; `settings` are those of `edgeft show settings`, `model` at least.
 
     With `out` it is written there as plan.json, or read where it is current. Needs no torch, except for layers that
-    are chosen by what they do on the data. Raises BadInput, and DoesNotFit when nothing fits.
+    are chosen by what they do on the data. Raises BadInput, also where `out` would replace the plan of another job
+    that has results beside it, and DoesNotFit when nothing fits.
     """
     from edgeft.planning.job_checks import needs_importance
 
@@ -51,6 +52,7 @@ def plan(
         say("simulating the step")
         made = made.model_copy(update={"simulation": run_step(made.spec, made.training, made.work)})
     if path is not None:
+        folders.refuse_others_plan(path, made)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -122,6 +124,7 @@ def train(
         rehearsed = trainings.NOT_REHEARSED
         if ranks.first:
             current.replaceable(folder, "train.json")
+            folders.refuse_others_training(folder, made)
             _announce(made, deviations, say)
             if smaller:
                 _step_down(made, folder, digest, say)

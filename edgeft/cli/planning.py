@@ -9,6 +9,7 @@ import typer
 from rich.console import Group
 
 from edgeft.api import plan_and_train
+from edgeft.api.folders import job_folder
 from edgeft.cli import next_steps
 from edgeft.cli.options import DeviceOption
 from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, Reporter, say, show, stderr, stopping
@@ -67,7 +68,7 @@ def plan(
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="plan file; default build/<machine>/plan.json, - writes none")
+        Path | None, typer.Option(help="plan file; default build/<model>-<data>-<machine>/plan.json, - writes none")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -85,12 +86,9 @@ def plan(
     if device is not None:
         values["device"] = device
     machine = machine_name(on, memory, "cpu")
-    values |= {
-        "model": _model(model, named),
-        "profile": machine,
-        **by_role(data or [], valid or [], test or [], columns),
-    }
-    path = out or default_out(machine, "plan.json")
+    sources = by_role(data or [], valid or [], test or [], columns)
+    values |= {"model": _model(model, named), "profile": machine, **sources}
+    path = out or job_folder(str(values["model"]), sources["data"], machine) / "plan.json"
     written = None if str(path) == "-" else path
     if verify_here and written is None:
         raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
@@ -122,11 +120,6 @@ def _say_shortages(made: Plan, path: Path) -> None:
     """Warn when the disk of the stages' folder has too little room: of this machine now, so not a part of the plan."""
     from edgeft.memory.disk import shortages
 
-    folder = default_out(made.job.profile, "") if str(path) == "-" else path.parent
+    folder = Path() if str(path) == "-" else path.parent
     for line in shortages(made.stages.disk, folder, cache_folder()):
         say(f"note: {line}")
-
-
-def default_out(profile: str, stage: str) -> Path:
-    name = Path(profile).stem if profile.endswith(".toml") else profile
-    return Path("build") / name / stage

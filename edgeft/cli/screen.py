@@ -22,7 +22,7 @@ from edgeft.units import show_bytes, show_seconds
 # one width for logs and pipes; a terminal has its own
 stdout, stderr = (Console(stderr=e, width=None if sys.stdout.isatty() else 140, highlight=False) for e in (False, True))
 
-OutOption = Annotated[Path | None, typer.Option("--out", help="where to write; default build/<profile>/<stage>")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="where to write; default beside what is read")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of text")]
 DataOption = Annotated[
     list[str] | None,

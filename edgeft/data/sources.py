@@ -64,6 +64,11 @@ def digest(source: str, of: Callable[[Path], str] = sha256_file) -> str:
     return found[0] if len(found) == 1 else sha256_json(found) if found else ""
 
 
+def places(source: str) -> list[str]:
+    """What a source is made of, as it is named there: files, patterns, hub ids. Whether they exist is not looked at."""
+    return [str(_parsed(text.strip())["place"]) for text in _texts(source)]
+
+
 def names(source: str) -> str:
     """What a source reads, without the folders that it lies in."""
     return JOIN.join(Path(part.place).name if Path(part.place).is_file() else part.place for part in parts(source))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _start(description: str, roles: list[str], device: str) -> Written:
     return made
 
 
-def _rates(made: Written, rates: dict[str, float], why: str) -> str:
+def _rates(made: Written, rates: Mapping[Any, float], why: str) -> str:
     made.lines += ["", "[matmul_tflops]", f"# {why}"]
     for dtype, rate in rates.items():
         made.add(dtype, rate)
@@ -95,7 +96,7 @@ def _cpu(folder: Path) -> str:
     made.add("cores", found.cores, "affinity and cgroup quota")
     made.add("bandwidth_gb_per_second", found.bandwidth_gb_per_second, "a measured copy")
     made.add("disk_gib", _down(shutil.disk_usage(nearest_folder(folder)).free), "free as this was written")
-    return _rates(made, dict(found.matmul_tflops), "measured; dtypes below half of fp32's rate are left out")
+    return _rates(made, found.matmul_tflops, "measured; dtypes below half of fp32's rate are left out")
 
 
 def _card(gpu: Gpu, found: dict[str, Any], folder: Path) -> str:
@@ -114,9 +115,7 @@ def _card(gpu: Gpu, found: dict[str, Any], folder: Path) -> str:
     made.add("bandwidth_gb_per_second", bandwidth, f"as {known.name}" if known else "a measured copy")
     made.add("disk_gib", _down(shutil.disk_usage(nearest_folder(folder)).free), "free as this was written")
     if known is not None:
-        return _rates(
-            made, dict(known.matmul_tflops), f"as {known.name}: the datasheet's, of which a plan takes a share"
-        )
+        return _rates(made, known.matmul_tflops, f"as {known.name}: the datasheet's, of which a plan takes a share")
     return _rates(made, found["matmul_tflops"], "measured; a plan takes a share, as of a datasheet's: times are high")
 
 
