@@ -19,7 +19,7 @@ endif
 # Results of the example lie in build/PROFILE, of any other job in a folder of its own, as `edgeft plan` names it: no job
 # writes over another one's.
 space := $(empty) $(empty)
-last = $(notdir $(patsubst %/,%,$(subst $(space),_,$(1))))
+last = $(or $(filter-out .,$(notdir $(patsubst %/,%,$(subst $(space),_,$(1))))),$(notdir $(subst $(space),_,$(CURDIR))))
 stem = $(patsubst %.parquet,%,$(patsubst %.csv,%,$(patsubst %.json,%,$(patsubst %.jsonl,%,$(patsubst %.gz,%,$(1))))))
 told = $(if $(filter train training data rows,$(call stem,$(call last,$(1)))),$(call last,$(dir $(subst $(space),_,$(1)))),$(call stem,$(call last,$(1))))
 machine := $(subst :,-,$(patsubst %.toml,%,$(call last,$(profile))))

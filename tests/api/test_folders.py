@@ -90,7 +90,7 @@ def test_another_job_does_not_replace_a_plan_with_results(
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    for file in checkpoint_folder.iterdir():
+    for file in checkpoint_folder.glob("*.json*"):
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -119,16 +119,18 @@ def test_a_run_that_has_not_ended_is_a_result_too(job: dict[str, Any], tmp_path:
 
 
 def test_the_same_job_with_other_settings_is_no_other_job(job: dict[str, Any], tmp_path: Path) -> None:
-    before = job["out"].read_bytes()
+    before, rows = job["out"].read_bytes(), Path(job["data"]).read_bytes()
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(rows)
     try:
         assert edgeft.plan(**job, seed=3).job.seed == 3
-        moved = tmp_path / "moved.jsonl"
-        moved.write_bytes(Path(job["data"]).read_bytes())
         assert edgeft.plan(**{**job, "data": str(moved)}).job.data == str(moved)  # by its content
-        Path(job["data"]).write_bytes(moved.read_bytes() + moved.read_bytes())
-        assert edgeft.plan(**job).lengths.rows == 72  # type: ignore[union-attr]  # by its name: rows were added
-        Path(job["data"]).write_bytes(moved.read_bytes())
+        edgeft.plan(**job)
+        Path(job["data"]).write_bytes(rows + rows)
+        grown = edgeft.plan(**job)  # by its name
+        assert grown.lengths is not None and grown.lengths.rows == 72
     finally:
+        Path(job["data"]).write_bytes(rows)
         job["out"].write_bytes(before)
 
 

@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
@@ -41,38 +43,41 @@ def said(text: str, what: str) -> str:
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """As a user's shell runs it."""
     done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def test_every_command_that_is_said_runs_up_to_an_answer(checkpoint_folder: Path, tmp_path: Path) -> None:
+def quick(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The same without the imports: the words behind those that start this edgeft."""
+    words, start = shlex.split(command), shlex.split(next_steps.edgeft())
+    assert words[: len(start)] == start
+    return warm.edgeft(*words[len(start) :], code=0, cwd=folder)
+
+
+@pytest.mark.parametrize("typed", [quick, pytest.param(shell, marks=pytest.mark.slow)])
+def test_every_command_that_is_said_runs_up_to_an_answer(
+    typed: Callable[[str, Path], Any], checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "a job"
     folder.mkdir()
+    monkeypatch.chdir(folder)
     (folder / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    plan = (
-        "plan",
-        checkpoint_folder,
-        "--on",
-        "cpu-8gb",
-        "--data",
-        "my rows.jsonl",
-        *SHORT,
-        "--out",
-        "my plan/plan.json",
-    )
-    done = warm.edgeft(*plan, "--json", code=0, cwd=folder)
+    where = ("--on", "cpu-8gb", "--data", "my rows.jsonl", "--out", "my plan/plan.json")
+    done = warm.edgeft("plan", checkpoint_folder, *where, *SHORT, "--json", code=0, cwd=folder)
     json.loads(done.stdout)
     assert "plan: my plan/plan.json\n" in done.stderr
     for place in ("training: my plan/train", "merged: my plan/merged", "bundle: my plan/bundle ("):
-        done = shell(said(done.stderr, "next"), folder)
-        assert place in done.stderr and not re.search(
-            "^(next|run it|bundle|training|merged): ", done.stdout, re.MULTILINE
-        )
+        done = typed(said(done.stderr, "next"), folder)
+        assert place in done.stderr
+        assert not re.search("^(next|run it|bundle|training|merged): ", done.stdout, re.MULTILINE)
     assert "copy this folder to the device" in done.stderr
     command = said(done.stderr, "run it")
-    assert "Package: lib" in command
-    assert shell(f"{command} --max-tokens 4", folder).stdout.strip()
+    assert "Package: lib" in command and shell(command, folder).stdout
+    bundle = json.loads((folder / "my plan" / "bundle" / "bundle.json").read_text())
+    asked = json.loads(shell(f"{command} --json", folder).stdout)["prompt_ids"]
+    assert asked in [each["ids"] for each in bundle["golden"]]
 
 
 def golden(text: str, *, messages: list[dict[str, str]] | None = None, plain: bool = True) -> Golden:

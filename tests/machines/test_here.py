@@ -70,7 +70,7 @@ def test_a_gpu_is_written_as_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     with_gpu(monkeypatch, "NVIDIA H100 80GB HBM3", MEASURED)
     profile = written(tmp_path / "here.toml")
     assert (profile.device, profile.roles, profile.compute_capability, profile.cores) == ("cuda", ("train",), 9.0, 16)
-    assert (profile.memory_gib, profile.runtime_memory_gib, profile.host_memory_gib) == (79.19, 0.7, 12)
+    assert (profile.memory_gib, profile.runtime_memory_gib, profile.host_memory_gib) == (79.2, 0.71, 12)
     assert profile.matmul_tflops == MEASURED["matmul_tflops"] and profile.bandwidth_gb_per_second == 2900
 
 
@@ -82,7 +82,8 @@ def test_a_gpu_is_written_as_measured(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_card_that_edgeft_knows_has_the_rates_of_its_datasheet(
     name: str, known: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = MEASURED | {"compute_capability": 7.5, "matmul_tflops": {"fp32": 4.0, "fp16": 20.0}}
+    capability = load_profile(known).compute_capability if known else 8.9
+    small = MEASURED | {"compute_capability": capability, "matmul_tflops": {"fp32": 4.0, "fp16": 20.0}}
     with_gpu(monkeypatch, name, small)
     profile = written(tmp_path / "here.toml")
     assert profile.matmul_tflops == (load_profile(known).matmul_tflops if known else small["matmul_tflops"])

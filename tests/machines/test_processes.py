@@ -17,7 +17,8 @@ from edgeft.machines import processes
 pytestmark = pytest.mark.cold
 PACKAGE = ROOT / "edgeft"
 # Those that start Python by its own name, with -P: run.py, what is compared with an emulated device, pip, optimum.
-OWN_WAYS = {"processes.py", "build.py", "portable_onnx.py", "device_check.py", "emulation.py"}
+# next_steps.py prints it.
+OWN_WAYS = {"next_steps.py", "processes.py", "build.py", "portable_onnx.py", "device_check.py", "emulation.py"}
 
 
 @pytest.fixture
