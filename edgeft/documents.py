@@ -125,7 +125,7 @@ def _field_names(model: type[pydantic.BaseModel], path: tuple[int | str, ...]) -
         ):
             break
         model = field.annotation
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def sha256_file(path: Path) -> str:
@@ -241,6 +241,18 @@ def shipped_path(kind: str, folder: str, name_or_path: str) -> Path:
     return path
 
 
+def parse_toml(path: Path, absent: str) -> dict[str, Any]:
+    """What a TOML file holds; `absent` is the hint where there is none. Raises BadInput for what is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(path, "no such file", absent) from None
+    except OSError as problem:
+        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
+    except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
+        raise BadInput(path, f"not valid TOML: {problem}", "text needs quotes, tables come last") from None
+
+
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
@@ -249,14 +261,7 @@ def read_toml(kind: str, path: Path, model: type[Model], reserved: tuple[str, ..
 
     Raises BadInput for a file that is no TOML, an unknown key or a value that does not fit.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(path, "no such file", f"give a file that exists, or a shipped {kind}'s name") from None
-    except OSError as problem:
-        raise BadInput(path, f"cannot be read: {problem.strerror}") from None
-    except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
-        raise BadInput(path, f"not valid TOML: {problem}", "text needs quotes, tables come last") from None
+    data = parse_toml(path, f"give a file that exists, or a shipped {kind}'s name")
     for key in sorted(set(reserved) & set(data)):
         raise BadInput(path, f"key {key!r} cannot be set", "remove the line: the file's name names it")
     try:

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def plan(
-    *, out: str | Path | None = None, simulate: bool = False, progress: Progress = silent, say: Say = quiet,
-    **settings: object,
+    *, out: str | Path | None = None, simulate: bool = False, job_file: Path | None = None,
+    progress: Progress = silent, say: Say = quiet, **settings: object,
 ) -> Plan:  # fmt: skip
     """How to train inside a profile's memory; `settings` are those of `edgeft show settings`, `model` at least.
 
-    With `out` it is written there as plan.json, or read where it is current. Needs no torch, except for layers that
-    are chosen by what they do on the data. Raises BadInput, also where `out` would replace the plan of another job
-    that has results beside it, and DoesNotFit when nothing fits.
+    With `out` it is written there as plan.json, or read where it is current; it has the hash of `job_file`. Needs no
+    torch, except for layers that are chosen by what they do on the data. Raises BadInput, also where `out` would
+    replace the plan of another job that has results beside it, and DoesNotFit when nothing fits.
     """
     from edgeft.planning.job_checks import needs_importance
 
@@ -46,6 +46,8 @@ def plan(
 
         importance = score_layers(job, progress)
     made = plans.make_plan(job, importance=importance)
+    if job_file is not None:
+        made = made.model_copy(update={"job_file_sha256": sha256_file(job_file)})
     if simulate:
         from edgeft.simulation.simulate import simulate as run_step
 

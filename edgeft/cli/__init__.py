@@ -18,6 +18,7 @@ from edgeft import __version__
 from edgeft.cli.bases import doctor
 from edgeft.cli.commands import adapters, export, merge, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
+from edgeft.cli.jobs import build, init
 from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.options import settings_of
 from edgeft.cli.planning import plan
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 # the commands in the order of --help
 PANELS: dict[str, tuple[Any, ...]] = {
-    "From a plan to a bundle": (plan, train, merge, export, run),
+    "From a plan to a bundle": (init, build, plan, train, merge, export, run),
     "Understand": (doctor, data, report, survival),
     "Ship": (adapters, verify, sign, arm64),
 }

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 EXAMPLE_CHARACTERS = 300  # of a prompt that is typed
 
 
+def after_init(file: Path, *, complete: bool) -> None:
+    """The command that makes what a job file says, or what it still has to say."""
+    named = "" if str(file) == "edgeft.toml" else f" --job {shlex.quote(str(file))}"
+    if complete:
+        _say(f"next: {edgeft()} build{named}")
+    else:
+        _say(f"fill in model and data; then: {edgeft()} build{named}")
+
+
 def after_plan(plan: Plan, path: Path) -> None:
     """Where the plan is, and the command that carries it out, on which machine."""
     _say(f"plan: {path}")

@@ -6,6 +6,7 @@ inherits the variables that keep packages from calling home.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from edgeft.machines.launcher import alone
 
+_PR_SET_PDEATHSIG = 1
+_ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 HERE = str(Path(__file__).resolve().parent.parent)  # where this very edgeft is, installed or not
 
 
@@ -30,6 +33,41 @@ def run(
         command(code, *arguments), env=alone() | dict(environment or {}), capture_output=True, text=True,
         errors="replace", check=False,
     )  # fmt: skip
+
+
+def carry_out(code: str, *arguments: object, environment: Mapping[str, str], quiet: bool = False) -> int:
+    """Run Python code to its end in a process of its own that speaks for itself; its exit code.
+
+    `quiet`: its standard output is dropped. What asks this process to stop asks that one, once, and its end is waited
+    for; where this process is killed, that one stops too (on Linux).
+    """
+    children: list[subprocess.Popen[bytes]] = []
+
+    def ask(number: int, frame: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, ask) for number in _ASKING}
+    code = f"from edgeft.machines.processes import stay_with\nstay_with({os.getpid()})\n{code}"
+    try:
+        children.append(subprocess.Popen(
+            command(code, *arguments), env={**os.environ, **environment}, start_new_session=True,
+            stdout=subprocess.DEVNULL if quiet else None,
+        ))  # fmt: skip
+        return children[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stay_with(parent: int) -> None:
+    """Let this process be asked to stop (SIGTERM) when the one that started it ends. Only Linux can."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit(128 + signal.SIGTERM)
 
 
 def reason(code: int, said: str, lines: int = 1) -> str:

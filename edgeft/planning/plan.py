@@ -70,6 +70,7 @@ class Plan(Artifact):
     """plan.json: how a job runs on a profile, what that takes, and what else was considered."""
 
     request_sha256: str
+    job_file_sha256: str = Field(default="", description="of the job file (edgeft.toml) it was first made by, if any")
     inputs: Inputs
     job: Job
     profile: Profile

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,47 @@ def test_variables_are_added_to_those_there_are(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("EDGEFT_TEST", "kept")
     code = "import os; print(*(os.environ[name] for name in ('EDGEFT_TEST', 'MORE', 'ORT_DISABLE_TELEMETRY')))"
     assert processes.run(code, environment={"MORE": "added"}).stdout == "kept added 1\n"
+
+
+def carried_out(*arguments: object, quiet: bool = False) -> int:
+    return processes.carry_out("import sys\nexec(sys.argv[1])", *arguments, environment={"OWN": "1"}, quiet=quiet)
+
+
+def test_a_stage_speaks_for_itself_and_gives_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import os; print('out', os.environ['OWN'], flush=True); print('err', file=sys.stderr); sys.exit(7)"
+    assert carried_out(code) == 7
+    assert capfd.readouterr() == ("out 1\n", "err\n")
+    assert carried_out(code, quiet=True) == 7
+    assert capfd.readouterr() == ("", "err\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_asks_to_stop_asks_the_stage_once(number: int, tmp_path: Path) -> None:
+    """As of a terminal, where Ctrl-C is for every process of its group."""
+    count = tmp_path / "asked"
+    stage = (
+        f"import os, signal, time\nasked = []\nsignal.signal({int(number)}, lambda *_: asked.append(1))\n"
+        "print('ready', flush=True)\nwhile not asked:\n    time.sleep(0.01)\n"
+        f"time.sleep(0.3)\nopen({str(count)!r}, 'w').write(str(len(asked)))\nsys.exit(5)"
+    )
+    parent = f"import sys\nfrom edgeft.machines import processes\ncode = {stage!r}\n"
+    parent += "print('ended', processes.carry_out('import sys\\nexec(sys.argv[1])', code, environment={}))"
+    running = subprocess.Popen(processes.command(parent), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert running.stdout is not None and running.stdout.readline() == "ready\n"
+    os.killpg(running.pid, number)
+    assert running.stdout.read() == "ended 5\n" and count.read_text() == "1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
+def test_a_stage_does_not_outlive_what_started_it() -> None:
+    stage = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
+    parent = f"from edgeft.machines import processes\nprocesses.carry_out({stage!r}, environment={{}})"
+    running = subprocess.Popen(processes.command(parent), stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    pid = int(running.stdout.readline())
+    running.kill()
+    assert running.stdout.read() == ""  # its end of the pipe is closed: it has ended
+    with pytest.raises(ProcessLookupError):
+        for _ in range(1000):
+            os.kill(pid, 0)
+            time.sleep(0.01)
