@@ -47,6 +47,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
 def _summary(report: Summary) -> list[str]:
     name = escape(Path(report.model).name or report.model)
     blocks = [f"# {name} on {escape(report.profile.name)}", *map(escape, report.headline)]
+    if report.kind == "plan":
+        facts = [f"{fact.name}: {fact.value}" + (f" ({fact.note})" if fact.note else "") for fact in report.card.facts]
+        blocks.append(_list([*facts, *report.card.hints]))
     for section in (_compared, _memory, _way, _options, _quality, _answers, _repair, _devices, _notes, _terms):
         blocks += section(report)
     return blocks
@@ -75,7 +78,7 @@ def _memory(report: Summary) -> list[str]:
         (
             stage.title,
             show_bytes(stage.expected_bytes),
-            show_bytes(stage.high_bytes),
+            ("\N{BALLOT X} " if stage.over else "") + show_bytes(stage.high_bytes),
             show_bytes(stage.limit_bytes) if stage.limit_bytes is not None else "-",
             show_bytes(stage.measured_bytes) if stage.measured_bytes is not None else "-",
         )
@@ -93,7 +96,7 @@ def _memory(report: Summary) -> list[str]:
 def _way(report: Summary) -> list[str]:
     """How it trains, what that gave up, and what each choice saves."""
     blocks = ["## How it trains", _table(("", ""), [(setting.name, setting.text) for setting in report.settings])]
-    blocks += ["## Given up to fit", _list(report.gave_up) or "Nothing: the best way that is known fits."]
+    blocks += ["## Given up to fit", _list(report.card.gave_up) or "Nothing: the best way that is known fits."]
     if report.savings:
         saved = [(saving.choice, saving.instead_of, show_bytes(saving.bytes)) for saving in report.savings]
         blocks.append(_table(("choice", "instead of", "saves"), saved, (2,)))

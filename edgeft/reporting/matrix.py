@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -190,6 +188,9 @@ def _each(arguments: Sequence[_Arguments], workers: int) -> Iterable[ModelRow]:
     if workers <= 1 or len(arguments) < 4:
         yield from itertools.starmap(model_row, arguments)
         return
+    import multiprocessing  # not in every Python: a browser's has no processes
+    from concurrent.futures import ProcessPoolExecutor
+
     # spawned, not forked: torch may be loaded here, for a model that only transformers can count
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(arguments)), mp_context=context) as pool:

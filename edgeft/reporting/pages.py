@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.documents import saving
+from edgeft.machines.profile import Profile
 from edgeft.memory.timing import DATASHEET_SHARES, MEASURED_SHARES
+from edgeft.reporting import bars, charts
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.markdown import approximate, to_markdown
 from edgeft.reporting.matrix import Grade, Matrix, ModelRow
+from edgeft.reporting.palette import FAMILIES
 from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
-    SYMBOLS,
     amount,
     attempt_cells,
+    cell_text,
     difference_text,
     grouped,
-    of_gib,
     rung_cells,
     show_pace,
     show_rate,
     signed,
+    symbol,
 )
 from edgeft.settings.job import Job
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -48,31 +51,35 @@ def write_report(report: Summary | Matrix, out: Path) -> list[Path]:
 
 
 def to_html(report: Summary | Matrix) -> str:
-    """The page: styles and figures inside it, no script, no address but the ids of its own parts."""
-    from markupsafe import Markup
-
-    from edgeft.reporting import charts
-
-    drawn: dict[str, str] = {}
-    if isinstance(report, Matrix):
-        name, values = "matrix.html.j2", _matrix_values(report)
-        drawn["reach"] = charts.reach(report) if report.training_machines else ""
-    else:
-        name, values = "summary.html.j2", {"name": Path(report.model).name or report.model}
-        drawn["memory"] = charts.memory_bars(report.stages)
-        if report.later_stages:
-            drawn["later"] = charts.memory_bars(report.later_stages, "later")
-        drawn["frontier"] = charts.frontier(report.options, report.budget_bytes)
-        if report.timeline:
-            drawn["timeline"] = charts.timeline(report.timeline, report.budget_bytes)
-        if len(report.loss_curve) > 2:
-            drawn["loss"] = charts.loss_curve(report.loss_curve)
-    marked = {key: Markup(figure) for key, figure in drawn.items()}  # figures escape what they write
-    text = _environment().get_template(name).render(report=report, plots=marked, **values)
+    """The page: styles and figures inside it, no script, no address."""
+    values = _matrix_values(report) if isinstance(report, Matrix) else _summary_values(report)
+    name = "matrix.html.j2" if isinstance(report, Matrix) else "summary.html.j2"
+    text = environment().get_template(name).render(report=report, **values)
     return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
 
 
-def _environment() -> jinja2.Environment:
+def _summary_values(report: Summary) -> dict[str, Any]:
+    """What the template shows besides the summary itself: where each piece of a figure lies."""
+    memories = memories_of(report.profile)
+    return {
+        "name": Path(report.model).name or report.model,
+        "looks": FAMILIES,
+        "bars": bars.groups(report.stages, memories),
+        "later": bars.groups(report.later_stages, memories),
+        "ways": charts.frontier(report.options, report.budget_bytes),
+        "timeline": charts.timeline(report.timeline, report.budget_bytes) if report.timeline else None,
+        "peak": charts.peak_of(report.timeline) if report.timeline else "",
+        "loss": charts.loss_curve(report.loss_curve) if len(report.loss_curve) > 2 else None,
+    }
+
+
+def memories_of(profile: Profile) -> dict[str, str]:
+    """What a page calls the memory that a phase takes."""
+    own = {"cpu": "In main memory", "cuda": "On the GPU", "mps": "On the chip"}[profile.device]
+    return {"device": own, "host": "In main memory", "target": "On the device that runs the result"}
+
+
+def environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
@@ -85,7 +92,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "bytes": show_bytes, "count": show_count, "seconds": show_seconds, "pace": show_pace, "amount": amount,
         "rate": show_rate,
-        "memory": lambda cell: of_gib(cell.need_bytes, cell.budget_bytes),
+        "symbol": symbol, "cell_text": cell_text,
         "signed": signed,
         "grouped": grouped,
         "answer": lambda value: {"True": "yes", "False": "no"}.get(value, value),
@@ -108,7 +115,7 @@ def _matrix_values(matrix: Matrix) -> dict[str, Any]:
     return {
         "title": "Which models fit which machines",
         "batch": Job.model_fields["batch_size"].default,
-        "symbols": SYMBOLS,
+        "kinds": {"full": "full", "4-bit": "four-bit", "reduced": "reduced", "none": "none"},
         "machines": [largest_trained(matrix, i) for i in range(len(matrix.training_machines))],
         "devices": [largest_run(matrix, i) for i in range(len(matrix.devices))],
         "smallest": [smallest_machine(model) for model in matrix.models],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -20,13 +19,15 @@ from edgeft.models.metrics import Metrics, Pair, Proof, Repair, pair
 from edgeft.planning.alternatives import Alternative, Saving
 from edgeft.planning.costs import Candidate
 from edgeft.planning.plan import Plan
+from edgeft.reporting.card import Card, headline, plan_card, run_card, scores_of
 from edgeft.reporting.matrix import DeviceCell, device_cell, method
 from edgeft.reporting.read_run import Run
 from edgeft.settings.job import ENDS
 from edgeft.settings.tuners import TUNERS
 from edgeft.training.result import TrainResult
-from edgeft.units import show_bytes, show_count, show_seconds
 
+Measurements = Mapping[str, int]  # bytes by the name of a phase
+NONE_MEASURED: Measurements = {}
 CURVE_POINTS = 200  # of a loss curve: what a plot of a page's width can show
 
 
@@ -48,6 +49,16 @@ class Stage(Strict):
     high_bytes: int
     limit_bytes: int | None
     measured_bytes: int | None = None
+
+    @property
+    def file_bytes(self) -> int:
+        """Of these bytes those of files, which the system takes back when it needs them."""
+        return sum(term.bytes for term in self.terms if term.name == "weight file")
+
+    @property
+    def over(self) -> bool:
+        """Whether the high estimate, pages of files left out, is more than the limit."""
+        return self.limit_bytes is not None and self.high_bytes - self.file_bytes > self.limit_bytes
 
     @property
     def title(self) -> str:
@@ -102,9 +113,11 @@ class Summary(Artifact):
     parameters: int
     profile: Profile
     headline: tuple[str, ...]
+    card: Card
     method: str
     budget_bytes: int
-    peak_bytes: int
+    need_bytes: int = Field(description="least memory at this quality")
+    peak_bytes: int = Field(description="of the chosen way, the fastest of its quality")
     seconds_per_step: float
     seconds: float
     settings: tuple[Setting, ...]
@@ -141,13 +154,16 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
     elsewhere = train is not None and any(deviation.what == "device" for deviation in train.deviations)
     peaks = train.phase_peak_bytes if train is not None and not elsewhere else {}
     merge_peaks = {"merge": merged.measured_peak_bytes} if merged is not None else {}
+    during, later = stages_of(plan, peaks, merge_peaks)
     around, simulated = plan.stages, plan.simulation
     said = [*plan.notes, *run.notes]
     if train is not None:
         said += [f"not as planned: {d.what} {d.done} instead of {d.planned}" for d in train.deviations]
         said += ["measured on another device than planned: memory and time cannot be compared"] if elsewhere else []
         said += [f"{train.cut_rows} rows were cut to {plan.training.max_length} tokens"] if train.cut_rows else []
-    scores, scored_on = _scores(train, bundle)
+    scores, scored_on = scores_of(train, bundle)
+    cells = tuple(device_cell(plan.spec, around.target, profile) for profile in devices)
+    card = plan_card(plan, cells) if train is None else run_card(run)
     return Summary(
         input_sha256=run.plan_sha256,
         versions=versions(),
@@ -156,15 +172,17 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         architecture=plan.spec.architecture,
         parameters=plan.spec.total_parameters,
         profile=plan.profile,
-        headline=headline(plan),
+        headline=headline(card),
+        card=card,
         method=method(plan),
         budget_bytes=plan.budget_bytes,
+        need_bytes=plan.need_bytes,
         peak_bytes=plan.peak_bytes,
         seconds_per_step=plan.seconds_per_step,
         seconds=plan.seconds,
         settings=plain_words(plan),
-        stages=tuple(_stage(phase, plan.budget_bytes, peaks) for phase in plan.phases),
-        later_stages=tuple(_stage(phase, around.limit_bytes(phase), merge_peaks) for phase in around.phases),
+        stages=during,
+        later_stages=later,
         disk=around.disk,
         timeline=simulated.timeline if simulated else (),
         simulated_peak_bytes=simulated.live_peak_bytes if simulated else None,
@@ -174,9 +192,9 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         savings=plan.savings,
         alternatives=_best_of_each(plan.alternatives),
         target=around.target.name,
-        devices=tuple(device_cell(plan.spec, around.target, profile) for profile in devices),
+        devices=cells,
         compared=() if train is None or elsewhere else compared(plan, train, merged, run.here),
-        scores=scores,
+        scores=tuple(Scored(name=name, metrics=metrics) for name, metrics in scores.items()),
         scored_on=scored_on,
         pairs=_pairs(train, bundle),
         proof=bundle.proof if bundle else None,
@@ -187,7 +205,16 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
     )
 
 
-def _stage(phase: Phase, limit: int | None, measured: dict[str, int]) -> Stage:
+def stages_of(
+    plan: Plan, peaks: Measurements = NONE_MEASURED, later_peaks: Measurements = NONE_MEASURED
+) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """(phases of training, stages before and after it), each with its limit and what was measured of it, by name."""
+    around = plan.stages
+    during = tuple(_stage(phase, plan.budget_bytes, peaks) for phase in plan.phases)
+    return during, tuple(_stage(phase, around.limit_bytes(phase), later_peaks) for phase in around.phases)
+
+
+def _stage(phase: Phase, limit: int | None, measured: Measurements) -> Stage:
     return Stage(**dict(phase), limit_bytes=limit, measured_bytes=measured.get(phase.name))
 
 
@@ -206,19 +233,6 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
     return tuple((part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts)
 
 
-def _scores(train: TrainResult | None, bundle: Bundle | None) -> tuple[tuple[Scored, ...], str]:
-    """(scores of every form of the model, on which rows): the bundle's proof has all of them, a run the first two."""
-    if bundle is not None and bundle.proof is not None:
-        found, rows = bundle.proof.scores, bundle.proof.scored_on
-        return tuple(Scored(name=name, metrics=metrics) for name, metrics in found.items()), rows
-    if train is None:
-        return (), ""
-    base, tuned, rows = train.base_valid, train.valid, "validation"
-    if train.base_test is not None and train.test is not None:
-        base, tuned, rows = train.base_test, train.test, "test"
-    return (Scored(name="base", metrics=base.bare), Scored(name="fine-tuned", metrics=tuned.bare)), rows
-
-
 def _pairs(train: TrainResult | None, bundle: Bundle | None) -> tuple[Pair, ...]:
     """What each form changed of the one before it on the same rows."""
     if bundle is not None and bundle.proof is not None:
@@ -229,16 +243,6 @@ def _pairs(train: TrainResult | None, bundle: Bundle | None) -> tuple[Pair, ...]
     base, tuned = (train.base_test, train.test) if tested else (train.base_valid, train.valid)
     found = pair("base", base, "fine-tuned", tuned) if base is not None and tuned is not None else None
     return (found,) if found is not None else ()
-
-
-def headline(plan: Plan) -> tuple[str, ...]:
-    """The answer in two sentences."""
-    spec, share = plan.spec, 100 * plan.peak_bytes / plan.budget_bytes
-    name = Path(plan.job.model).name or plan.job.model
-    first = f"{name} ({show_count(spec.total_parameters)} parameters) can be fine-tuned on {plan.profile.description}"
-    memory = f"At most {show_bytes(plan.peak_bytes)} of {show_bytes(plan.budget_bytes)} are needed ({share:.0f}%)"
-    time = f"{show_seconds(plan.seconds)} are estimated for {plan.training.steps} steps"
-    return f"{first}: {method(plan)}.", f"{memory}; {time}."
 
 
 def plain_words(plan: Plan) -> tuple[Setting, ...]:
