@@ -31,7 +31,7 @@ py := .venv/bin/python
 edgeft = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,EDGEFT_NEXT=0 )$(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house first-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -82,7 +82,7 @@ check: .venv/installed-dev  ## format, lint, types
 
 # Files in their order, each in one process: what several of its tests use is made once.
 pytest := OMP_NUM_THREADS=1 $(py) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-  -m 'not slow and not gpu and not targets and not arm64'
+  -m 'not slow and not gpu and not targets and not arm64 and not browser'
 
 test-fast: .venv/installed-dev  ## a minute: what starts no process, loads no runtime and trains nothing (tests/fast.py)
 	$(pytest) --fast
@@ -123,6 +123,9 @@ test-mutants: .venv/installed-dev  ## plant every fault into what was trained, m
 
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(py) -m pytest -m gpu
+
+test-browser: .venv/installed-dev  ## look at every page in headless Chromium: phone, screen, dark, paper (apt-get install chromium)
+	$(py) -m pytest -m browser -rs
 
 arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify --for` (once, in the cache)
 	@$(edgeft) arm64

@@ -42,8 +42,9 @@ def _matmul_tflops(name: Dtype) -> float:
     while seconds < 0.02 and size < LARGEST:
         size *= 2
         a, b = torch.ones((2, size, size), dtype=getattr(torch, _TORCH_NAMES[name]), device="cuda")
-        seconds = _fastest(_finished(partial(torch.matmul, a, b)), for_seconds=0.0)
-    return float(f"{2 * size**3 / _fastest(_finished(partial(torch.matmul, a, b))) / 1e12:.3g}")
+        seconds, _ = _fastest(_finished(partial(torch.matmul, a, b)), for_seconds=0.0)
+    seconds, _ = _fastest(_finished(partial(torch.matmul, a, b)))
+    return float(f"{2 * size**3 / seconds / 1e12:.3g}")
 
 
 def _copy() -> float:
@@ -52,7 +53,8 @@ def _copy() -> float:
 
     source = torch.ones(BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return float(f"{2 * BYTES / _fastest(_finished(partial(target.copy_, source))) / 1e9:.3g}")
+    seconds, _ = _fastest(_finished(partial(target.copy_, source)))
+    return float(f"{2 * BYTES / seconds / 1e9:.3g}")
 
 
 def _finished(call: Callable[[], object]) -> Callable[[], object]:
