@@ -287,3 +287,16 @@ def test_fp32_products_run_on_tensor_cores(planned: Any) -> None:
         wanted = "high" if torch.cuda.get_device_capability() >= (8, 0) else before
         assert torch.get_float32_matmul_precision() == wanted
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_this_machines_profile_is_of_its_gpu(tmp_path: Path) -> None:
+    from edgeft.machines.here import write_here
+    from edgeft.machines.profile import load_profile
+
+    profile = load_profile(str(write_here(tmp_path / "here.toml")))
+    assert profile.device == "cuda" and profile.compute_capability == float(
+        "{}.{}".format(*torch.cuda.get_device_capability())
+    )
+    assert 0 < profile.budget_bytes < torch.cuda.get_device_properties(0).total_memory
+    assert profile.matmul_tflops["fp16"] > profile.matmul_tflops["fp32"] > 0
+    assert make_plan(make_job(model=str(EXAMPLE), profile=str(tmp_path / "here.toml"))).training.device == "cuda"

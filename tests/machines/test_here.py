@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,25 @@ def test_the_command_writes_it_and_says_where(tmp_path: Path) -> None:
     assert load_profile(str(path)).name == "my machine"
     other = CliRunner().invoke(app, ["show", "targets", "--here", str(path)]).exception
     assert isinstance(other, BadInput) and other.where == "--here"
+
+
+def test_rates_of_a_device_are_measured_when_it_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a CPU in a GPU's place: what is computed and counted is the same."""
+    from edgeft.training import measure_gpu
+
+    for name, value in (("SMALLEST", 64), ("LARGEST", 128), ("BYTES", 2**20)):
+        monkeypatch.setattr(measure_gpu, name, value)
+    finished: list[int] = []
+
+    def finish() -> None:
+        finished.append(1)
+        time.sleep(0.01)  # a device that is slower than its launches
+
+    found = measure_gpu.rates("cpu", finish, bf16=False)
+    assert set(found["matmul_tflops"]) == {"fp32", "fp16"} and set(found) == {"matmul_tflops", "gb_per_second"}
+    assert 0 < found["matmul_tflops"]["fp32"] <= 2 * 128**3 / 0.01 / 1e12
+    assert 0 < found["gb_per_second"] <= 2 * 2**20 / 0.01 / 1e9 and len(finished) > 6
+    assert set(measure_gpu.rates("cpu", finish, bf16=True)["matmul_tflops"]) == {"fp32", "fp16", "bf16"}
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        measure_gpu.measure()
