@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from edgeft.settings.job import Job
 from edgeft.units import parse_bytes
 
 NAME = Path("edgeft.toml")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e-?[0-9]+)?|true|false")
 HEAD = """\
 # A job of edgeft. `edgeft build` makes it, from a plan to a bundle that is proven to be what was trained; `edgeft plan`
 # says what it takes. Both read this file in the folder that they run in, or by --job FILE. Paths are seen from that
@@ -220,10 +222,20 @@ def _lines(asked: JobFile) -> Iterator[str]:
         field = Job.model_fields[name]
         value = asked.settings.get(name)
         example = EXAMPLES.get(name, field.default)
-        yield f"{name} = {_toml(value)}" if value is not None else f"# {name} = {_toml(example)}  # {field.description}"
+        if value is not None:
+            yield f"{name} = {_pinned(value)}"
+        else:
+            yield f"# {name} = {_toml(example)}  # {field.description}"
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return _toml(value[0]) if len(value) == 1 else json.dumps(list(value), ensure_ascii=False)
     return json.dumps(value, ensure_ascii=False)
+
+
+def _pinned(value: Any) -> str:
+    """A setting: what the command line says of a number is text."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return value
+    return _toml(value)

@@ -99,11 +99,11 @@ HOSTILE = 'a "quoted" \\ back\tµ\U0001f600 # no comment ]'
 
 
 def test_what_is_given_is_filled_in(tmp_path: Path) -> None:
-    asked = JobFile(
-        model=HOSTILE, data=("a.jsonl", HOSTILE), on="t4", device="raspberrypi5-8gb", settings={"rank": "8"}
-    )
+    pins = {"rank": "8", "learning_rate": "2e-4", "checkpointing": "true", "answers": "regex:0[0-9]", "seed": "007"}
+    asked = JobFile(model=HOSTILE, data=("a.jsonl", HOSTILE), on="t4", device="raspberrypi5-8gb", settings=pins)
     write_job_file(tmp_path / "edgeft.toml", asked)
-    assert read_job_file(tmp_path / "edgeft.toml") == asked
+    values = pins | {"rank": 8, "learning_rate": 2e-4, "checkpointing": True}
+    assert read_job_file(tmp_path / "edgeft.toml") == asked.model_copy(update={"settings": values})
 
 
 def test_a_file_that_is_there_is_not_replaced(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_command_writes_one_that_build_takes(tmp_path: Path, monkeypatch: py
     done = typed("init", MODEL, "--data", "my rows.jsonl", "--on", "cpu-8gb", "--set", "epochs=1")
     assert done.exit_code == 0 and done.stdout == "edgeft.toml\n" and re.search(r"^next: .* build$", done.stderr, re.M)
     file = read_job_file(Path("edgeft.toml"))
-    assert (file.model, file.data, file.on, file.settings) == (MODEL, ("my rows.jsonl",), "cpu-8gb", {"epochs": "1"})
+    assert (file.model, file.data, file.on, file.settings) == (MODEL, ("my rows.jsonl",), "cpu-8gb", {"epochs": 1})
     assert isinstance(typed("init").exception, BadInput)
     other = typed("init", "--file", "other job.toml")
     assert "fill in model and data" in other.stderr and "build --job 'other job.toml'" in other.stderr
