@@ -38,6 +38,8 @@ from edgeft.errors import BadInput
 from edgeft.machines.limits import resident_bytes
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.reporting.palette import INK, MARKERS, SERIES
+from edgeft.reporting.sweep_charts import figure
 from edgeft.settings.job import make_job
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -126,27 +128,25 @@ def way_of(row: dict[str, Any]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Predicted against measured, a point a run, with the lines of 2.5% error."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "edgeft", "font.size": 9})
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4))
-    for way in dict.fromkeys(way_of(row) for row in rows):
-        own = [row for row in rows if way_of(row) == way]
-        sizes = [row["measured_bytes"] / 2**20 for row in own]
-        left.plot(sizes, [row["predicted_bytes"] / 2**20 for row in own], ".", label=way)
-        right.plot(sizes, [100 * row["error"] for row in own], ".")
-    ends = [min(r["measured_bytes"] for r in rows) / 2**20, max(r["measured_bytes"] for r in rows) / 2**20]
-    left.plot(ends, ends, "k-", linewidth=0.6)
-    left.set(xlabel="measured peak, MiB", ylabel="predicted peak, MiB")
-    left.legend(fontsize=7, frameon=False)
-    for level in (-2.5, 0, 2.5):
-        right.axhline(level, color="k", linewidth=0.6, linestyle="-" if level == 0 else ":")
-    right.set(xlabel="measured peak, MiB", ylabel="error of the prediction, %")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with figure(path, 10, 4.6) as made:
+        left, right = made.subplots(1, 2)
+        for i, way in enumerate(dict.fromkeys(way_of(row) for row in rows)):
+            own = [row for row in rows if way_of(row) == way]
+            sizes = [row["measured_bytes"] / 2**20 for row in own]
+            look = {"marker": MARKERS[i], "linestyle": "none", "color": SERIES[i], "markersize": 5.5,
+                    "markeredgecolor": "white", "markeredgewidth": 0.5}  # fmt: skip
+            left.plot(sizes, [row["predicted_bytes"] / 2**20 for row in own], label=f"{way} ({len(own)})", **look)
+            right.plot(sizes, [100 * row["error"] for row in own], **look)
+        ends = [min(r["measured_bytes"] for r in rows) / 2**20, max(r["measured_bytes"] for r in rows) / 2**20]
+        left.plot(ends, ends, color=INK, linewidth=0.8, label="as predicted")
+        left.set(xlabel="measured peak, MiB", ylabel="predicted peak, MiB")
+        left.set_title(f"Memory of {len(rows)} training runs, by way of training (runs)")
+        left.legend(fontsize=8.5)
+        for level in (-2.5, 0, 2.5):
+            right.axhline(level, color=INK, linewidth=0.8, linestyle="-" if level == 0 else ":")
+        inside = sum(abs(row["error"]) <= 0.025 for row in rows)
+        right.set(xlabel="measured peak, MiB", ylabel="error of the prediction, %")
+        right.set_title(f"{inside} of {len(rows)} within 2.5% (dotted)")
 
 
 def predict(plan: Plan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import math
 import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,10 @@ from edgeft.data.dataset import TextTokenizer, read_rows, to_samples
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
+from edgeft.reporting.palette import BLUE, LINES, ORANGE, SERIES
+from edgeft.reporting.sweep_charts import figure
 
+PALE = "#e3e7ec"
 STEPS = {"epochs": 1}
 QUARTER = {"tuner": "lora", "rank": 64, "layers": "sparse", "active_layers": 2}
 LISA = {"tuner": "full", "layers": "lisa", "active_layers": 2}
@@ -75,38 +79,41 @@ def measure(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
-    """Quality against memory, a point a run; and the loss curves of LISA on the fp32 and the NF4 base."""
-    import matplotlib
+    """Quality and memory, a line a run; and the loss curves of full fine-tuning and LISA on two bases."""
+    lines: dict[str, list[dict[str, Any]]] = {}  # the seeds of random layers share one
+    for row in sorted(rows, key=lambda row: row["test"]["exact_match"]):
+        lines.setdefault(row["run"].partition(", seed")[0], []).append(row)
+    with figure(out, 11, 5.2) as made:
+        quality, memory, curves = made.subplots(1, 3, width_ratios=(3, 1.6, 3))
+        for y, own in enumerate(lines.values()):
+            for row in own:
+                share, count = row["test"]["exact_match"], row["test"]["rows"]
+                half = 196 * math.sqrt(share * (1 - share) / count) if len(own) == 1 else 0
+                fill = "full" if half else "none"
+                quality.errorbar(100 * share, y, xerr=half or None, color=BLUE, marker="o", markersize=5,
+                                 elinewidth=1.2, capsize=2.5, fillstyle=fill)  # fmt: skip
+                memory.plot(row["train_peak_bytes"] / 2**20, y, color=ORANGE, marker="D", markersize=5)
+        for axes in (quality, memory):
+            axes.set_yticks(range(len(lines)), list(lines) if axes is quality else [])
+            axes.grid(axis="y", color=PALE, linewidth=0.8)
+            axes.set_ylim(-0.6, len(lines) - 0.4)
+        count = rows[0]["test"]["rows"]
+        quality.set(xlabel=f"exact match on {count:,} test rows, %")
+        quality.set_title("Quality, with 95% intervals; rings: five seeds")
+        memory.set(xlabel="training peak, MiB")
+        memory.set_title("Memory")
+        _curves(curves, rows)
 
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "edgeft", "font.size": 9})
-    from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    spots: dict[tuple[int, int], list[str]] = {}  # runs so near one another that they share a label
-    for row in rows:
-        x, y = row["train_peak_bytes"] / 2**20, 100 * row["test"]["exact_match"]
-        random = "random" in row["run"]
-        left.plot(x, y, "." if random else "o", color="0.6" if random else None)
-        names = spots.setdefault((round(x / 8), round(y / 0.25)), [])
-        names += [] if random else [row["run"]]
-        if names[:1] == [row["run"]]:
-            names.insert(0, f"{x} {y}")
-    for place, *names in filter(None, spots.values()):
-        x, y = map(float, place.split())
-        left.annotate("\n".join(names), (x, y), fontsize=6, xytext=(5, 0), textcoords="offset points", va="center")
-    left.plot([], [], ".", color="0.6", label="LoRA in 2 random layers")
-    left.legend(frameon=False, loc="upper left")
-    left.margins(x=0.15)
-    left.set(xlabel="training peak, MiB", ylabel="exact match on 1,000 test rows, %")
-    for name in ("full", "LISA-2, cycle", "LISA-2 on NF4"):
+def _curves(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Training loss, each point the mean of five."""
+    for i, name in enumerate(("full", "LISA-2, cycle", "LISA-2 on NF4")):
         curve = next(row["loss_curve"] for row in rows if row["run"] == name)
         smooth = [statistics.fmean(loss for _, loss in curve[max(0, i - 4) : i + 1]) for i in range(len(curve))]
-        right.plot([step for step, _ in curve], smooth, label=name, linewidth=1)
-    right.set(xlabel="step", ylabel="training loss, nats (mean of 5)", ylim=(0, 3))
-    right.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(out, metadata={"Date": None})
+        axes.plot([step for step, _ in curve], smooth, label=name, linewidth=1.5, color=SERIES[i], linestyle=LINES[i])
+    axes.set(xlabel="step", ylabel="training loss, nats (mean of 5)", ylim=(0, 3))
+    axes.set_title("How the loss falls")
+    axes.legend()
 
 
 def main() -> None:

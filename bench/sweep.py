@@ -27,7 +27,19 @@ def main() -> None:
     left = verb("survival", str(merged), "--plot", str(RESULTS / "survival.svg"))
     found = json.loads((merged / "merged.json").read_text())["sweep"]
     proof = json.loads((bundle / "bundle.json").read_text())["proof"]
-    kept = ("wise_alpha", "select", "why", "max_general_increase_nats", "general_rows", "points", "pareto")
+    kept = (
+        "wise_alpha",
+        "groups",
+        "select",
+        "target",
+        "task_rows",
+        "seconds",
+        "why",
+        "max_general_increase_nats",
+        "general_rows",
+        "points",
+        "pareto",
+    )
     record("sweep", {
         "sweep": {name: found[name] for name in kept},
         "scores": proof["scores"],

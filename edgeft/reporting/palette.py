@@ -59,7 +59,7 @@ GRADES: dict[Grade, tuple[str, str]] = {
 
 # Series of a plot in this order: no two of them have colour, marker or line in common until the list is used up.
 SERIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 
 
