@@ -1,6 +1,7 @@
 """Do merge, export and proof of a model of billions of parameters keep to their plan where the system gives 8 GiB?
 
     make bench-stages large=1
+    python bench/large_stages.py --model llama-3.2-1b --limit-gib 4    # a smaller one in less
 
 Random weights of bf16, written a layer at a time; one step of LoRA; then every stage's processes in a control group
 (limited.py), one target after the other. Planned is without pages of weight files, which the system takes back, and so
@@ -26,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgeft.models.checkpoint import write_index
 
-LIMIT_BYTES = 8 * 2**30
+LIMIT_GIB = 8.0
 STANDARD_DEVIATION = 0.008  # at 0.02 logits of noise differ by more than the proof allows where activations are int8
-MODEL, ROWS = "llama-3.2-3b", 8
+MODEL, ROWS = "llama-3.2-3b", 8  # the model that is meant where none is named
 SETTINGS = {
     "max_steps": 1, "batch_size": 1, "max_length": 64, "eval_rows": 4, "rank": 8, "base_precision": "bf16",
 }  # fmt: skip
@@ -37,11 +38,11 @@ TARGETS = ("ort-int4", "ort-int8")
 PHASES = {"build": "export: build", "calibrate": "export: calibrate", "parity": "export: prove"}
 
 
-def prepare(scratch: Path) -> list[str]:
+def prepare(scratch: Path, model: str) -> list[str]:
     """The model and rows of data, where they are not there yet; the arguments of a plan for them."""
     if not (scratch / "model" / "tokenizer.json").is_file():  # the last file that is written
         shutil.rmtree(scratch / "model", ignore_errors=True)
-        random_shards(scratch / "model", MODEL)
+        random_shards(scratch / "model", model)
     files = []
     for name, option in (("train", "--data"), ("valid", "--valid")):
         lines = (SECTIONS / f"{name}.jsonl").read_text().splitlines(keepends=True)
@@ -81,7 +82,7 @@ def row(target: str, name: str, phases: list[dict[str, Any]], measured: int) -> 
     pages = sum(term["bytes"] for term in phase["terms"] if term["name"] == "weight file")
     planned, high = phase["expected_bytes"] - pages, phase["high_bytes"] - pages
     error = planned / measured - 1
-    print(f"{MODEL} {target:10} {name:18} planned {planned / 2**20:7.1f}  high {high / 2**20:7.1f}  "
+    print(f"{target:10} {name:18} planned {planned / 2**20:7.1f}  high {high / 2**20:7.1f}  "
           f"measured {measured / 2**20:7.1f} MiB  {100 * error:+.1f}%", flush=True)  # fmt: skip
     return {"target": target, "stage": name, "predicted_bytes": planned, "high_bytes": high,
             "measured_bytes": measured, "error": round(error, 4)}  # fmt: skip
@@ -116,13 +117,17 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
     return torch.empty(shape, dtype=dtype).normal_(0, STANDARD_DEVIATION, generator=generator)
 
 
-def note(new: list[dict[str, Any]]) -> None:
+def note(new: list[dict[str, Any]], model: str, limit_bytes: int) -> None:
     """Record rows beside those of other targets that were recorded before."""
-    path = ROOT / "bench" / "results" / "large_stages.json"
+    path = ROOT / "bench" / "results" / ("large_stages.json" if model == MODEL else "smaller_stages.json")
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     replaced = {(each["target"], each["stage"]) for each in new}
     rows = [each for each in old if (each["target"], each["stage"]) not in replaced] + new
-    record("large_stages", {"model": MODEL, "limit_bytes": LIMIT_BYTES, "summary": summary(rows), "rows": rows})
+    made = {"model": model, "limit_bytes": limit_bytes, "summary": summary(rows), "rows": rows}
+    if model == MODEL:
+        record("large_stages", made)
+    else:
+        record("smaller_stages", made)
 
 
 def main() -> None:
@@ -131,14 +136,17 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, help="a folder that stays, with 30 GiB of room: what is made is not again"
     )
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--limit-gib", type=float, default=LIMIT_GIB)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary, limited(LIMIT_BYTES) as group:
+    limit_bytes = int(given.limit_gib * 2**30)
+    with tempfile.TemporaryDirectory() as temporary, limited(limit_bytes) as group:
         scratch = given.scratch or Path(temporary)
-        plan = prepare(scratch)
+        plan = prepare(scratch, given.model)
         if rows := trained(scratch / "build", plan, group):
-            note(rows)
+            note(rows, given.model, limit_bytes)
         for target in given.targets:
-            note(exported(scratch / "build", plan, target, group))
+            note(exported(scratch / "build", plan, target, group), given.model, limit_bytes)
 
 
 if __name__ == "__main__":

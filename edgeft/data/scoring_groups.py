@@ -144,6 +144,7 @@ def searched(plain: Scoring, files: Sequence[Sequence[Size]], longest: int, node
 
 
 MAX_ANSWER_TOKENS = 256  # of an answer that are compared
+EVAL_TOKENS = 1024  # padded tokens scored at once where no plan says otherwise
 # How often a prompt is read again where answers are labels, and how much of their tree is read behind it: the mean
 # of the base (3.0 times, all of it) and the tuned model (0.4 times, next to none), measured on the example.
 PROMPT_READINGS, TREE_SHARE = 1.7, 0.5

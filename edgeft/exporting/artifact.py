@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,109 +19,132 @@ Logits = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 class ArtifactModel:
     """A bundle in its own runtime, token ids in and logits out: what the parity ladder compares.
 
-    An ONNX graph gives logits after the last token of a pass alone. Here it runs with every position's: the same
-    weights and operators, one Gather less.
+    It is loaded when it is first asked for something: what is compared with it is done and gone by then. An ONNX graph
+    gives logits after the last token of a pass alone. Here it runs with every position's: the same weights and
+    operators, one Gather less.
     """
 
-    def __init__(self, bundle: Path, *, full_cache: bool = False) -> None:
-        """`full_cache`: keys and values are kept as the runtime does by itself, not in the bundle's 8 bits."""
+    def __init__(self, bundle: Path, *, full_cache: bool = False, adapter: str | None = None) -> None:
+        """`full_cache`: keys and values are kept as the runtime does by itself, not in the bundle's 8 bits.
+
+        `adapter` is one of the bundle's, to answer with. Raises BadInput for a folder that is no bundle.
+        """
+        self.folder, self.full_cache, self.adapter = Path(bundle), full_cache, adapter
+        try:
+            runner_module().read_manifest(self.folder)
+        except runner_module().RunError as problem:
+            raise BadInput(bundle, str(problem)) from None
+
+    @functools.cached_property
+    def _runner(self) -> Any:
+        """run.py's Runner. Raises MissingExtra and BadInput."""
         from edgeft.targets.onnx_file import MODEL
         from edgeft.targets.ort import every_position
 
-        runner, folder = runner_module(), Path(bundle)
-        self.folder = folder
+        runner = runner_module()
         try:
-            graph = every_position(folder, full_cache) if (folder / MODEL).is_file() else None
+            graph = every_position(self.folder, self.full_cache) if (self.folder / MODEL).is_file() else None
         except Exception:  # a damaged file: the runtime says so better
             graph = None
         try:
-            self._runner = runner.Runner(folder, graph)
+            found = runner.Runner(self.folder, graph)
+            found.use(self.adapter)
         except runner.MissingRuntime as problem:
             raise _missing(problem) from None
         except runner.RunError as problem:
-            raise BadInput(bundle, str(problem)) from None
-        if full_cache:
-            self._runner.engine.kv_bits = None
-        self.context_tokens: int = self._runner.context_tokens
-        self.stop_ids: list[int] = list(self._runner.eos_ids)
+            raise BadInput(self.folder, str(problem)) from None
+        if self.full_cache:
+            found.engine.kv_bits = None
+        return found
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest text it reads."""
+        return int(self._runner.context_tokens)
 
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter of the bundle from now on (None: without). Raises BadInput."""
-        try:
+        with _as_bad_input():
             self._runner.use(adapter)
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
 
     def logits(self, ids: list[int], first: int = 0) -> Logits:
         """Logits after each token from `first` on: (len(ids) - first, vocabulary). Raises BadInput beyond the context.
 
         What comes before `first` is read without them.
         """
-        try:
+        return numpy.concatenate(list(self.each_pass(ids, first)))
+
+    def each_pass(self, ids: list[int], first: int = 0) -> Iterator[Logits]:
+        """Logits after each token of a row from `first` on, a pass at a time. Raises BadInput beyond the context."""
+        with _as_bad_input():
             self._runner.fit(list(ids), 0)
             session = self._runner.engine.start(len(ids))
-            self._read(session, list(ids[:first]))
-            return self._append(session, list(ids[first:]))
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
+            if first:
+                self._read(session, list(ids[:first]))
+        for part in runner_module().passes(list(ids[first:])):
+            with _as_bad_input():
+                made = numpy.asarray(session.append(part, every=True), dtype=numpy.float32)
+            yield made
 
     def follow(
         self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
-        hopeless: Callable[[list[int]], bool] = lambda made: False,
-    ) -> tuple[Logits, list[int]]:  # fmt: skip
-        """(logits after each token of a row but its last, from `first` on; the greedy answer to its prompt).
+        take: Callable[[Logits], None], hopeless: Callable[[list[int]], bool] = lambda made: False,
+    ) -> list[int]:  # fmt: skip
+        """The greedy answer to a row's prompt; `take` gets logits after each token of the row but its last.
 
-        The prompt is read once: as long as decoding gives the row's own tokens, its logits are theirs. Where it leaves
-        them the rest of the row is read by itself. Decoding ends before a stop id, and where `hopeless` says so.
+        From `first` on, some at a time. The prompt is read once: as long as decoding gives the row's own tokens, its
+        logits are theirs. Where it leaves them the rest of the row is read by itself. Decoding ends before a stop id,
+        and where `hopeless` says so.
         """
+        with _as_bad_input():
+            answer, done = self._decode(ids, first, prompt_tokens, max_new_tokens, stop_ids, take, hopeless)
+        if done < len(ids) - 1:
+            for rows in self.each_pass(ids[:-1], done):
+                take(rows)
+        return answer
+
+    def _decode(
+        self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
+        take: Callable[[Logits], None], hopeless: Callable[[list[int]], bool],
+    ) -> tuple[list[int], int]:  # fmt: skip
+        """(the greedy answer of `follow`, how many tokens of the row it has gone along)."""
         runner, prompt, room = self._runner, list(ids[:prompt_tokens]), max(0, self.context_tokens - prompt_tokens)
-        try:
-            runner.fit(list(ids), 0)
-            session = runner.engine.start(min(self.context_tokens, max(len(ids), prompt_tokens + max_new_tokens)))
-            if first < prompt_tokens - 1:  # an earlier answer is trained too
+        runner.fit(list(ids), 0)
+        session = runner.engine.start(min(self.context_tokens, max(len(ids), prompt_tokens + max_new_tokens)))
+        if first < prompt_tokens - 1:  # an earlier answer is trained too
+            if first:
                 self._read(session, prompt[:first])
-                rows = list(self._append(session, prompt[first:]))
-            else:
-                rows = [self._read(session, prompt)]
-            answer: list[int] = []
-            last, followed = rows[-1], 0
-            most = min(max_new_tokens, room)
-            while len(answer) < most and (token := int(last.argmax())) not in stop_ids:
-                answer.append(token)
-                follows = followed == len(answer) - 1 and prompt_tokens + followed < len(ids) - 1
-                follows = follows and token == ids[prompt_tokens + followed]
-                if (not follows and hopeless(answer)) or len(answer) == most:
-                    break
-                last = numpy.asarray(session.append([token]), dtype=numpy.float32)
-                if follows:
-                    rows.append(last)
-                    followed += 1
-            done = prompt_tokens + followed
-            if done < len(ids) - 1:
-                rows += list(self.logits(ids[:-1], done))
-            return numpy.stack(rows), answer
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
+            for part in runner_module().passes(prompt[first:]):
+                take(rows := numpy.asarray(session.append(part, every=True), dtype=numpy.float32))
+            last = rows[-1]
+        else:
+            last = self._read(session, prompt)
+            take(last[None])
+        answer: list[int] = []
+        followed, most = 0, min(max_new_tokens, room)
+        while len(answer) < most and (token := int(last.argmax())) not in stop_ids:
+            answer.append(token)
+            follows = followed == len(answer) - 1 and prompt_tokens + followed < len(ids) - 1
+            follows = follows and token == ids[prompt_tokens + followed]
+            if (not follows and hopeless(answer)) or len(answer) == most:
+                break
+            last = numpy.array(session.append([token]), dtype=numpy.float32)
+            if follows:
+                take(last[None])
+                followed += 1
+        return answer, prompt_tokens + followed
 
     def _read(self, session: Any, ids: list[int]) -> Logits:
         """Logits after the last of some tokens, in passes of a bounded length."""
         last: Any = None
         for part in runner_module().passes(ids):
             last = session.append(part)
-        return numpy.asarray(last, dtype=numpy.float32)
-
-    def _append(self, session: Any, ids: list[int]) -> Logits:
-        """Logits after each of some tokens, in passes of a bounded length."""
-        parts = [session.append(part, every=True) for part in runner_module().passes(ids)]
-        return numpy.concatenate([numpy.asarray(part, dtype=numpy.float32) for part in parts])
+        return numpy.array(last, dtype=numpy.float32)
 
     def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any:
         """run.py's search for the best of the bundle's labels, ended as soon as it is decided or `enough` says so."""
-        runner = runner_module()
-        try:
-            return self._runner.choose(list(ids), enough or runner.LabelSearch.decided)
-        except runner.RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
+        with _as_bad_input():
+            return self._runner.choose(list(ids), enough or runner_module().LabelSearch.decided)
 
     def write(self, ids: list[int], most: int) -> list[int] | None:
         """The answer that the bundle's grammar allows, without its end; None where that is not within `most` tokens."""
@@ -132,25 +157,13 @@ class ArtifactModel:
         """The same bundle, its keys and values as its runtime keeps them by itself."""
         return ArtifactModel(self.folder, full_cache=True)
 
-    def each_pass(self, ids: list[int]) -> Iterator[Logits]:
-        """Logits after each token of a row, a pass at a time. Raises BadInput beyond the context."""
-        self._fit(ids)
-        session = self._runner.engine.start(len(ids))
-        for part in runner_module().passes(list(ids)):
-            yield numpy.asarray(session.append(part, every=True), dtype=numpy.float32)
-
-    def _fit(self, ids: list[int]) -> None:
-        try:
-            self._runner.fit(list(ids), 0)
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
-
     def cached(self, ids: list[int], layers: int) -> list[tuple[Any, Any]]:
         """What ONNX Runtime GenAI keeps of some tokens, by layer: keys and values (heads, tokens, head_dim).
 
         Raises BadInput beyond the context.
         """
-        self._fit(ids)
+        with _as_bad_input():
+            self._runner.fit(list(ids), 0)
         session = self._runner.engine.start(len(ids))
         self._read(session, list(ids))
         kept = session.generator.get_output
@@ -159,10 +172,17 @@ class ArtifactModel:
 
     def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
-        try:
+        with _as_bad_input():
             return list(self._runner.greedy(list(ids), max_new_tokens, eos_ids))
-        except runner_module().RunError as problem:
-            raise BadInput("artifact", str(problem)) from None
+
+
+@contextlib.contextmanager
+def _as_bad_input() -> Iterator[None]:
+    """What run.py refuses, as an error of edgeft's."""
+    try:
+        yield
+    except runner_module().RunError as problem:
+        raise BadInput("artifact", str(problem)) from None
 
 
 def load_shipped(folder: Path) -> Any:

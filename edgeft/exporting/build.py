@@ -251,6 +251,7 @@ def _proven(
     Raises ParityFailed; with `failed` the bundle lies there then.
     """
     golden = record(load_shipped(folder), tokenizer, prompts)
+    _give_back()
     bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": filled.adapter_inputs})
     bundle.write(folder / MANIFEST)
     bundle = bundle.model_copy(update={"adapters": prove_adapters(folder, bundle, adapters, filled.adapters)})
@@ -334,11 +335,10 @@ def prove_adapters(
         shipped.use(source.name)
         golden = record(shipped, source.tokenizer, source.prompts)
         entries[source.name] = entries[source.name].model_copy(update={"golden": golden})
-    del shipped  # its memory, before the proofs
-    model = ArtifactModel(folder)
+    del shipped
     for source in sources:
-        model.use(source.name)
-        proof = source.prove(model) if source.prove else None
+        _give_back()  # its proof begins with models in torch
+        proof = source.prove(ArtifactModel(folder, adapter=source.name)) if source.prove else None
         entries[source.name] = entries[source.name].model_copy(update={"proof": proof})
     return entries
 

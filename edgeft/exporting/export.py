@@ -20,16 +20,16 @@ from edgeft.exporting.adapters import AdapterSource
 from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.bundle import Bundle, GoldenInput, PromptFormat, adapters_digest
+from edgeft.exporting.bundle import MANIFEST, Bundle, GoldenInput, PromptFormat, adapters_digest
 from edgeft.exporting.golden import golden_inputs
 from edgeft.exporting.kv_rung import CacheRows, cache_rows
 from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
-from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first
+from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first, give_back
 from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.machines.limits import memory_limit
-from edgeft.memory import disk, stages
+from edgeft.memory import disk, proof, stages
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.memory.train_step import Phase, Workload
 from edgeft.merging.ancestors import ancestors_of, provenance_of
@@ -91,12 +91,13 @@ def question_of(plan: Plan) -> Question:
 
 def proof_phase(plan: Plan, target: Target) -> Phase:
     """The parity ladder in the memory that this process can have."""
-    return stages.prove(question_of(plan), plan.training, target, memory_limit().bytes)
+    return proof.prove(question_of(plan), plan.training, target, memory_limit().bytes)
 
 
-def loader(plan: Plan, target: Target) -> Load:
+def loader(plan: Plan) -> Load:
     """How a proof here loads models in fp32: whole, or a layer at a time."""
-    return load_streamed if stages.streams(proof_phase(plan, target)) else load_plain
+    streamed = proof.streams(question_of(plan), plan.training, memory_limit().bytes)
+    return load_streamed if streamed else load_plain
 
 
 def export(
@@ -127,10 +128,11 @@ def export(
         return calibration_samples(merged_folder, plan, calibration, stages.CALIBRATION_ROWS)
 
     def prove(artifact: ArtifactModel) -> Proof:
-        cache = cache_rows(target, tuning, plan.spec, rows.every, artifact.context_tokens)
-        proof, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache)
+        context = Bundle.read(artifact.folder / MANIFEST).context_tokens
+        cache = cache_rows(target, tuning, plan.spec, rows.every, context)
+        made, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache)
         kept.update(scores)
-        return proof
+        return made
 
     def judge(artifact: ArtifactModel, answers: Answers) -> Answers:
         test = rows.every[len(rows.trained) :]
@@ -165,7 +167,7 @@ def prove_bundle(
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
     plan = merged.train.plan
-    ladder = Ladder(target, tokenizer, progress, load=loader(plan, target), held_to=plan.held_to)
+    ladder = Ladder(target, tokenizer, progress, load=loader(plan), held_to=plan.held_to)
     ladder.climb_training(trained, merged.train, rows.trained)
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
@@ -311,7 +313,7 @@ def export_adapters(
     tokenizer = TextTokenizer(base)
 
     def prove(artifact: ArtifactModel) -> Proof:
-        ladder = Ladder(target, tokenizer, progress, load=loader(result.plan, target))
+        ladder = Ladder(target, tokenizer, progress, load=loader(result.plan))
         tied = result.plan.spec.tie_word_embeddings
         form, _ = ladder.climb_artifact(base, artifact.folder, artifact, rows, tied=tied)
         return make_proof(ladder, {}, "validation", form)
@@ -372,11 +374,12 @@ def adapter_source(
     rows = ProofRows.of(data, result.plan)
 
     def prove(artifact: ArtifactModel) -> Proof:
-        ladder = Ladder(target, tokenizer, progress, load=loader(result.plan, target))
+        ladder = Ladder(target, tokenizer, progress, load=loader(result.plan))
         ladder.climb_training(folder, result, rows.trained)
         count = len(rows.trained)
         progress(f"parity: {name}", 0, 1, {})
         form = observe_model(f"{name} as trained", load_tuned(folder, result, load=ladder.load), rows.trained)
+        give_back()
         made = observe_artifact(name, artifact, rows.every, tokenizer, answers=rows.scored)
         ladder.add(compare(form, first(made, count), target.parity, ladder.gain))
         scores = _scores_of_training(result, bool(data.test))

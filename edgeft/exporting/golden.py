@@ -47,7 +47,10 @@ def _chat_input(row: Row) -> GoldenInput:
 
 
 def record(model: Any, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput]) -> list[Golden]:
-    """Golden vectors, made by the artifact. Raises ParityFailed if text or ids are not what training used."""
+    """Golden vectors, made by the artifact. Raises ParityFailed if text, ids or ends are not what training used."""
+    if (wanted := tokenizer.stop_ids) != list(model.eos_ids):
+        problem = f"the bundle ends answers at {list(model.eos_ids)}, scores at {wanted}"
+        raise ParityFailed("stop ids", problem, "report this: the builder did not store what was merged")
     made = []
     for prompt in prompts:
         plain = prompt.messages is None

@@ -14,6 +14,7 @@ import torch
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.data.grammar import Grammar, HeldTo
+from edgeft.data.scoring_groups import EVAL_TOKENS
 from edgeft.engine.forms import adapted, form_of, restore
 from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.grammar_scores import held_rows
@@ -22,6 +23,7 @@ from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.trainable import apply_tuner, make_lisa
 from edgeft.machines import meter
+from edgeft.memory.proof import PASS_POSITIONS, POSITIONS
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
 from edgeft.models.checkpoint import (
     CHANGED,
@@ -33,7 +35,6 @@ from edgeft.models.checkpoint import (
     read_changed,
 )  # fmt: skip
 from edgeft.models.evaluate import (
-    EVAL_TOKENS,
     answer_open,
     answer_tokens,
     asked_for,
@@ -54,23 +55,20 @@ from edgeft.training.result import TrainResult
 
 WHOLE = Shares()
 CPU = torch.device("cpu")
-POSITIONS = 256  # whose logits are held at a time
 
 
 class Artifact(Protocol):
     """What a target's runtime must offer to be compared."""
 
     folder: Path
-    stop_ids: list[int]
 
     def with_full_cache(self) -> Artifact: ...
     def cached(self, ids: list[int], layers: int) -> list[tuple[Any, Any]]: ...
-    def each_pass(self, ids: list[int]) -> Iterator[Any]: ...
-    def logits(self, ids: list[int], first: int = 0) -> Any: ...
+    def each_pass(self, ids: list[int], first: int = 0) -> Iterator[Any]: ...
     def follow(
         self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
-        hopeless: Callable[[list[int]], bool],
-    ) -> tuple[Any, list[int]]: ...  # fmt: skip
+        take: Callable[[Any], None], hopeless: Callable[[list[int]], bool],
+    ) -> list[int]: ...  # fmt: skip
     def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any: ...
     def write(self, ids: list[int], most: int) -> list[int] | None: ...
 
@@ -125,6 +123,23 @@ class Observer:
             if room > 0:
                 self.tables[row].append(found[:room].clone())
         self.tokens[row] += len(targets)
+
+    def taker(self, row: int) -> Callable[[Any], None]:
+        """What takes logits (n, V), as numpy has them, at positions of a row one behind the other.
+
+        The first of them are those at the first trained one.
+        """
+        ids, at = self.rows[row].ids, trained_at(self.rows[row])
+        place = at[0]
+
+        def take(logits: Any) -> None:
+            nonlocal place
+            given, inside = torch.from_numpy(logits), [i for i in at if place <= i < place + len(logits)]
+            for part in (inside[start : start + PASS_POSITIONS] for start in range(0, len(inside), PASS_POSITIONS)):
+                self.add(row, given[[i - place for i in part]], torch.tensor([ids[i + 1] for i in part]))
+            place += len(logits)
+
+        return take
 
     def form(self, name: str, exact: Sequence[bool] = ()) -> Form:
         """All that was gathered."""
@@ -189,7 +204,8 @@ def observe_artifact(
 ) -> Form:  # fmt: skip
     """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded.
 
-    Where answers are held to labels its own search chooses one, to a grammar its own runtime writes one.
+    Where answers are held to labels its own search chooses one, to a grammar its own runtime writes one. Of a row the
+    logits of one of the runtime's passes are held.
     """
     seen, exact = Observer(rows), [False] * len(rows)
     decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
@@ -200,23 +216,21 @@ def observe_artifact(
         ids, at = sample.ids, trained_at(sample)
         if not at:
             continue
-        if labels and number in decoding:
-            exact[number] = artifact.choose(sample.prompt).found[0][1] == asked[number]
-            logits = artifact.logits(ids, at[0])
-        elif isinstance(held_to, Grammar) and number in decoding:
-            written = artifact.write(sample.prompt, answer_tokens([sample]))
-            exact[number] = written is not None and is_exact(tokenizer, sample, written)
-            logits = artifact.logits(ids, at[0])
-        elif number in decoding and sample.prompt_tokens:
-            logits, answer = artifact.follow(
-                ids, at[0], sample.prompt_tokens, answer_tokens([sample]), stops,
+        take = seen.taker(number)
+        if number in decoding and not held_to and sample.prompt_tokens:
+            answer = artifact.follow(
+                ids, at[0], sample.prompt_tokens, answer_tokens([sample]), stops, take,
                 functools.partial(cannot_match, tokenizer, sample),
             )  # fmt: skip
             exact[number] = is_exact(tokenizer, sample, answer)
         else:
-            logits = artifact.logits(ids, at[0])
-        chosen = torch.from_numpy(logits)[[i - at[0] for i in at]]
-        seen.add(number, chosen, torch.tensor([ids[i + 1] for i in at]))
+            if labels and number in decoding:
+                exact[number] = artifact.choose(sample.prompt).found[0][1] == asked[number]
+            elif isinstance(held_to, Grammar) and number in decoding:
+                written = artifact.write(sample.prompt, answer_tokens([sample]))
+                exact[number] = written is not None and is_exact(tokenizer, sample, written)
+            for logits in artifact.each_pass(ids, at[0]):
+                take(logits)
         progress(number + 1, len(rows))
     return seen.form(name, exact if decoding else ())
 

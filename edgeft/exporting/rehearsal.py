@@ -17,7 +17,7 @@ from edgeft.documents import saving, sha256_json
 from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed, of_exit_code
 from edgeft.machines import processes
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
-from edgeft.memory import disk, stages
+from edgeft.memory import disk, proof, stages
 from edgeft.models.metrics import Rung
 from edgeft.planning.plan import Plan
 from edgeft.planning.rows_read import DATA_BYTES
@@ -185,6 +185,7 @@ def prove_excerpt(
     tokenizer: TextTokenizer, target: Target, rungs: list[Rung],
 ) -> Proof:  # fmt: skip
     """The ladder of an excerpt, its rungs into `rungs` too. Raises ParityFailed naming the first that fails."""
+    from edgeft.exporting.bundle import MANIFEST, Bundle
     from edgeft.exporting.kv_rung import cache_rows
     from edgeft.exporting.parity import Ladder
     from edgeft.merging.merged_tensors import merged_rung
@@ -196,7 +197,8 @@ def prove_excerpt(
     ladder = Ladder(target, tokenizer, silent, rungs)
     ladder.add(merged_rung(base, tuned, merged, training, Shares()))
     spec = read_model_spec(str(merged))
-    cache = cache_rows(target, lambda: prompts, spec, prompts, min(artifact.context_tokens, LONGEST_ROW))
+    context = Bundle.read(artifact.folder / MANIFEST).context_tokens
+    cache = cache_rows(target, lambda: prompts, spec, prompts, min(context, LONGEST_ROW))
     form, _ = ladder.climb_artifact(
         merged, artifact.folder, artifact, prompts, tied=spec.tie_word_embeddings, alike=ROUNDED_ALIKE,
         quality=target.parity if exact else NO_NONSENSE, cache=cache, near=NO_NONSENSE,
@@ -232,7 +234,7 @@ def peak_bytes(plan: Plan, spec: ModelSpec, training: Training, target: Target) 
     from edgeft.planning.costs import Question
 
     question = Question(plan.job, plan.profile, spec, plan.lengths, plan.work, DATA_BYTES, plan.budget_bytes)
-    phases = (stages.build(question, target), stages.prove(question, training, target, None))
+    phases = (stages.build(question, target), proof.prove(question, training, target, None))
     return max(phase.high_bytes - stages.file_bytes(phase) for phase in phases)
 
 

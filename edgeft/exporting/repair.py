@@ -94,15 +94,15 @@ class Climb:
     def exact(self) -> Form:
         """The merged model in fp32."""
         self.progress("repair: merged", 0, 1, {})
-        model = self.load(self.merged.train.plan.stages.target)
+        model = self.load()
         form = self.observe("merged", model)
         del model
         give_back()
         return form
 
-    def load(self, target: Target) -> Any:
-        """The merged model in fp32, as the proof of that target has it."""
-        return loader(self.merged.train.plan, target)(self.folder)
+    def load(self) -> Any:
+        """The merged model in fp32, as its proof has it."""
+        return loader(self.merged.train.plan)(self.folder)
 
     def observe(self, name: str, model: Any) -> Form:
         """What a model says of the rows, its answers held as the plan holds them."""
@@ -175,7 +175,7 @@ class Climb:
             return None
         codes = self.codes_of(step.target) if step.target.calibration != "none" else None
         self.progress(f"repair: {step.name}", 0, 1, {})
-        model = self.load(step.target)
+        model = self.load()
         if codes is not None:
             put_codes(model, step.target, codes)
         elif not round_as_target(model, step.target) and step.target.weight_bits < 32:

@@ -7,6 +7,7 @@ processes before they hold a model, and say so. Symbols as in train_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,7 +16,6 @@ from edgeft.errors import DoesNotFit
 from edgeft.machines.limits import memory_limit
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
-from edgeft.memory.disk import learnt_parameters
 from edgeft.memory.streamed import stored_as, window_bytes
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
@@ -23,9 +23,7 @@ from edgeft.models.spec import STORED_BYTES, ModelSpec
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import TUNERS
 from edgeft.targets.build_bytes import Build
-from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.matrices import linear_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 from edgeft.units import MIB, show_bytes
@@ -91,7 +89,11 @@ class Processes:
 
 def file_bytes(phase: Phase) -> int:
     """Bytes of a phase that are pages of files: resident, but the system takes them back when it needs them."""
-    return sum(term.bytes for term in phase.terms if term.name == "weight file")
+    return _pages(phase.terms)
+
+
+def _pages(terms: Iterable[Term]) -> int:
+    return sum(term.bytes for term in terms if term.name == "weight file")
 
 
 def check_host(name: str, need_bytes: int) -> None:
@@ -114,26 +116,26 @@ def stage(
 ) -> Phase:
     """A phase with its estimates: 5% and 16 MiB around what is expected, 15% for families approximated by a Llama's.
 
-    `margins` widens the share.
+    `margins` widens the share. Pages of a file have none: they are its bytes.
     """
     expected = sum(term.bytes for term in terms)
-    margin = margins * (0.05 if spec.exact else 0.15)
+    margin = int(margins * (0.05 if spec.exact else 0.15) * (expected - _pages(terms))) + 16 * MIB
     return Phase(
         name=name,
         where=where,
         terms=tuple(term for term in terms if term.bytes),
-        low_bytes=max(0, int(expected * (1 - margin)) - 16 * MIB),
+        low_bytes=max(0, expected - margin),
         expected_bytes=expected,
-        high_bytes=int(expected * (1 + margin)) + 16 * MIB,
+        high_bytes=expected + margin,
     )
 
 
-def _file(spec: ModelSpec) -> Term:
+def file_term(spec: ModelSpec) -> Term:
     """Weights that are read through the page cache, see `file_bytes`."""
     return Term(name="weight file", bytes=spec.stored_bytes, formula=f"pages of the file, {spec.dtype}")
 
 
-def _process(count: int, what: str) -> Term:
+def process_term(count: int, what: str) -> Term:
     return Term(name="process", bytes=count, formula=what)
 
 
@@ -151,20 +153,20 @@ def quantise(spec: ModelSpec, training: Training, has: Processes, data_bytes: in
     ]  # fmt: skip
     if training.device == "cuda" and not spec.stacked:
         return stage("quantise", "host", [
-            _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
+            process_term(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
             Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"), *one_by_one,
         ], spec)  # fmt: skip
     whole = Term(name="NF4 codes", bytes=codes, formula=f"{linear_weights(spec)} weights x {NF4_BYTES:.4f} B")
     return stage("quantise", "host", [
-        _process(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
+        process_term(has.torch_bytes + QUANTISE_IMPORTS_BYTES, "Python, torch, transformers, bitsandbytes"),
         Term(name="waiting", bytes=has.training_bytes + data_bytes, formula="training itself, its data and tokenizer"),
-        _file(spec), *([whole] if spec.stacked else one_by_one),
+        file_term(spec), *([whole] if spec.stacked else one_by_one),
     ], spec)  # fmt: skip
 
 
 def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece."""
-    terms = [_process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
+    terms = [process_term(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
     if training.base_precision == "nf4":
         file, table = train_step.weight_bytes(spec, training), spec.vocab_size * spec.hidden_size
         one = Term(
@@ -175,7 +177,7 @@ def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
         # tensors of the file's own dtype stay mapped from it; a cast makes new ones
         same = stored_as(training) == spec.dtype
         dense = 0 if same else spec.total_parameters * DTYPE_BYTES[training.base_precision]
-        terms += [_file(spec), Term(name="weights", bytes=dense, formula=f"cast to {training.base_precision}")]
+        terms += [file_term(spec), Term(name="weights", bytes=dense, formula=f"cast to {training.base_precision}")]
     return stage("load", "host", terms, spec)
 
 
@@ -184,7 +186,7 @@ def host_train(spec: ModelSpec, training: Training, has: Processes, data_bytes: 
     trained = max(train_step.trained_parameters(spec, worst) for worst in train_step.worst_sets(spec, training))
     paged = int(trained * train_step.ADAM8_BYTES) if training.optimizer == "paged_adamw8bit" else 0
     return stage("train", "host", [
-        _process(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
+        process_term(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
         Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="paged states", bytes=paged, formula=f"{trained} parameters, {training.optimizer}"),
     ], spec)  # fmt: skip
@@ -198,7 +200,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
     state = max(train_step.optimizer_bytes(spec, one) for one in sets)
     largest = 4 * max((size for one in sets for size in train_step.trained_tensors(spec, one)), default=0)
     terms = [
-        _process(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
+        process_term(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
         Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="optimizer states", bytes=state, formula=f"{training.optimizer}, read whole"),
         Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
@@ -241,7 +243,7 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     tensors.append((table, merge_bytes(table, itemsize, changed=not lora and training.embedding != "off")))
     count, most = max(tensors, key=lambda tensor: tensor[1])
     return stage("merge", "host", [
-        _process(has.torch_bytes + MATRIX_LIBRARY_BYTES, "Python, torch, the matrix library's buffers"),
+        process_term(has.torch_bytes + MATRIX_LIBRARY_BYTES, "Python, torch, the matrix library's buffers"),
         Term(name="largest tensor", bytes=count * itemsize, formula=f"{count} x {itemsize} B"),
         Term(name="blocks", bytes=most - count * itemsize, formula="fp32 forms of some rows, an adapter's factors"),
     ], spec)  # fmt: skip
@@ -253,7 +255,7 @@ def build(planned: Planned, target: Target) -> Phase:
     waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
     parts = runtime.build_parts(Build(spec, target, has.torch_bytes))
     terms = [Term(name=part.name, bytes=part.bytes, formula=part.formula) for part in parts]
-    process = _process(waiting, "the export itself, its data and tokenizer")
+    process = process_term(waiting, "the export itself, its data and tokenizer")
     return stage("export: build", "host", [process, *terms], spec, margins=runtime.build_margins)
 
 
@@ -283,116 +285,10 @@ def calibrate_phases(planned: Planned, target: Target) -> tuple[Phase, ...]:
     walking = [Term(name="one layer", bytes=layer + working, formula=f"fp32, {what}")]
     process = processes(planned.profile).torch_bytes + CALIBRATION_IMPORTS_BYTES
     found = stage("export: calibrate", "host", [
-        _process(process, "Python, torch, transformers, the matrix library's buffers"),
+        process_term(process, "Python, torch, transformers, the matrix library's buffers"),
         Term(name="data", bytes=planned.data_bytes, formula="samples as ids"),
-        _file(spec),
+        file_term(spec),
         Term(name="rows", bytes=4 * tokens * spec.hidden_size, formula=f"{tokens} tokens x {spec.hidden_size} x 4 B"),
         *max(looking, walking, key=lambda terms: sum(term.bytes for term in terms)),
     ], spec)  # fmt: skip
     return (found,)
-
-
-def prove(planned: Planned, training: Training, target: Target, have_bytes: int | None) -> Phase:
-    """The parity ladder with whole models in memory, or, where that needs more than there is, with one layer of them.
-
-    `have_bytes`: what the host has, pages of files aside; None: not known.
-    """
-    whole = _prove(planned, training, target, streamed=False)
-    if have_bytes is None or whole.high_bytes - file_bytes(whole) <= have_bytes:
-        return whole
-    return _prove(planned, training, target, streamed=True)
-
-
-def streams(proof: Phase) -> bool:
-    """Whether a parity ladder keeps its models' layers in their files."""
-    return any(term.name == "one layer" for term in proof.terms)
-
-
-def _prove(planned: Planned, training: Training, target: Target, *, streamed: bool) -> Phase:
-    """A model in fp32 and the finished bundle side by side, log-probabilities of two forms.
-
-    5 tables of probabilities: those of two forms, and three when they are compared; or one, while the next form is
-    loaded. Twice the usual margin: this process uses glibc's own malloc, which kept 0 to 60 MB of freed arrays.
-    """
-    spec, lengths, work, has = planned.spec, planned.lengths, planned.work, processes(planned.profile)
-    changed = 4 * learnt_parameters(spec, training)
-    lora = training.adapts
-    file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 and not streamed else 0  # beside its fp32 form
-    context = min(work.longest + work.longest_trained + 1, target.context_tokens)
-    runtime = runtime_of(target)
-    found = predict(spec, target, bundle_weights(spec, target), context, before=training.prefix_tokens)
-    bundle = found.memory_bytes - runtime.process_bytes
-    if runtime.widened_proof:
-        bundle += 4 * spec.vocab_size * (min(runner_module().PREFILL_TOKENS, context) - 1)
-    trained = lengths.trained_tokens / lengths.rows if lengths else work.longest_trained
-    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(PARITY_PROMPTS * trained))
-    table = 4 * spec.vocab_size * positions
-    formula = f"{positions} positions, V = {spec.vocab_size}"
-    comparing = [Term(name="probabilities", bytes=max(5 * table, 12 * spec.vocab_size * work.longest), formula=formula)]
-    reading = [
-        Term(name="weight file", bytes=max(file, 0 if lora else changed), formula="read beside it"),
-        Term(name="probabilities", bytes=table, formula=formula),
-    ]
-    held = [Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B")]
-    observed = max(comparing, reading, key=_total)
-    if streamed:
-        held, observed = _one_layer(spec), _streaming(planned, training)
-    return stage("export: prove", "host", [
-        _process(has.training_bytes + RUNTIME_LIBRARIES_BYTES, "Python, torch, transformers, peft, onnxruntime"),
-        Term(name="data", bytes=planned.data_bytes, formula="samples as arrays of ids, the tokenizer"),
-        *held,
-        Term(name="adapters", bytes=changed if lora else 0, formula=f"{changed // 4} x 4 B"),
-        Term(name="bundle", bytes=bundle, formula=f"weights, cache of {context} tokens and graph in their runtime"),
-        *observed,
-        *_both_caches(spec, target, bundle + sum(term.bytes for term in held)),
-    ], spec, margins=2)  # fmt: skip
-
-
-def _one_layer(spec: ModelSpec) -> list[Term]:
-    """What is held of a model whose layers stay in their files."""
-    outside, layer = spec.vocab_size * spec.hidden_size, linear_weights(spec) // spec.num_hidden_layers
-    return [
-        _file(spec),
-        Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B"),
-        Term(name="one layer", bytes=4 * layer, formula=f"{layer} x 4 B"),
-    ]
-
-
-def _streaming(planned: Planned, training: Training) -> list[Term]:
-    """Beside a streamed model: tables of two forms, the second while its parts are joined, and a weight that changes.
-
-    The forms are compared when no model is there.
-    """
-    spec, lengths = planned.spec, planned.lengths
-    prompts = PARITY_PROMPTS if planned.job.test else min(PARITY_PROMPTS, training.eval_rows)
-    trained = lengths.trained_tokens / lengths.rows if lengths else planned.work.longest_trained
-    positions = min(LOGIT_BYTES // 4 // spec.vocab_size, round(prompts * trained))
-    tables = 3 * 4 * spec.vocab_size * positions
-    learnt = 0 if training.adapts else max(each.in_features * each.out_features for each in spec.linears)
-    if learnt and training.embedding != "off":
-        learnt = max(learnt, spec.vocab_size * spec.hidden_size)
-    return [
-        Term(name="probabilities", bytes=tables, formula=f"3 x {positions} positions, V = {spec.vocab_size}"),
-        Term(name="rounding", bytes=ROUNDING_BLOCKS * BLOCK_BYTES, formula="rows of a weight, in fp64"),
-        Term(name="learnt tensor", bytes=4 * learnt, formula=f"{learnt} x 4 B, read beside it"),
-    ]
-
-
-def _total(terms: list[Term]) -> int:
-    return sum(term.bytes for term in terms)
-
-
-def _both_caches(spec: ModelSpec, target: Target, held_bytes: int) -> list[Term]:
-    """What a KV cache of 8 bits beside the full one takes, with all of the context, beyond what else was held before.
-
-    No model in torch is there by then; of one pass, four forms of logits in each of two bundles.
-    """
-    if target.kv_bits != 8:
-        return []
-    context = min(target.context_tokens, spec.max_position_embeddings or target.context_tokens)
-    weights, logits = bundle_weights(spec, target), 8 * 4 * spec.vocab_size * runner_module().PREFILL_TOKENS
-    forms = (target, target.model_copy(update={"kv_bits": None}))
-    process = runtime_of(target).process_bytes
-    need = logits + sum(predict(spec, each, weights, context).memory_bytes - process for each in forms)
-    formula = f"the bundle twice, {context} tokens, logits of a pass"
-    return [Term(name="both caches", bytes=max(0, need - held_bytes), formula=formula)]

@@ -18,13 +18,11 @@ import torch
 from edgeft.data import scoring_groups
 from edgeft.data.batches import Batch, make_batch
 from edgeft.data.samples import Sample
-from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
+from edgeft.data.scoring_groups import EVAL_TOKENS, MAX_ANSWER_TOKENS
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.models.loss import chunked_cross_entropy, head_transform
 from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
-
-EVAL_TOKENS = 1024  # padded tokens scored at once where no plan says otherwise
 
 
 @contextlib.contextmanager

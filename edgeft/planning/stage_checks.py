@@ -11,6 +11,7 @@ from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visible_gpu
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.memory.disk import Disk, plan_disk, total
+from edgeft.memory.proof import prove, streams
 from edgeft.memory.stages import (
     build,
     calibrate_phases,
@@ -19,11 +20,9 @@ from edgeft.memory.stages import (
     host_train,
     merge,
     processes,
-    prove,
     quantise,
     resume,
     stage,
-    streams,
 )
 from edgeft.memory.train_step import Phase, Term, beside
 from edgeft.models.spec import ModelSpec
@@ -118,7 +117,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         target_name=device.name if device else "",
     )
     said = [*([why] if why else []), *cache_notes(spec, named[found.index(target)], target, context, device_bytes)]
-    if any(phase.name == "export: prove" and streams(phase) for phase in phases):
+    if streams(question, training, host_bytes):
         said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
     return stages, [
         *said, *stages.notes(), *disk_notes(profile, stages.disk),

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bundles import PROMPTS, bundle, checkpoint, reference, some_ids
@@ -71,7 +72,9 @@ def test_an_artifact_is_followed_as_it_is_decoded() -> None:
     given = [sample([*prompt, *right, 0], 6), sample([*prompt, 7, 8, 9, 0], 4), sample([*prompt, *right[:3], 9, 0], 5)]
     for each in given:
         first = each.prompt_tokens - 1
-        logits, answer = model.follow(each.ids, first, each.prompt_tokens, 8, [0])
+        parts = list[Any]()
+        answer = model.follow(each.ids, first, each.prompt_tokens, 8, [0], parts.append)
+        logits = np.concatenate(parts)
         expected = model._runner.logits(each.ids)[first:-1]
         assert logits.shape == expected.shape
         assert abs(logits - expected).max() < 1e-3
@@ -92,10 +95,10 @@ def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) ->
         return append(self, ids, every)
 
     monkeypatch.setattr(session, "append", counted)
-    model.follow([*prompt, *right, 0], 13, 14, 5, [0])
+    model.follow([*prompt, *right, 0], 13, 14, 5, [0], lambda rows: None)
     assert asked == [14, 1, 1, 1, 1]  # the prompt, and each token of the answer
     asked.clear()
-    model.follow([*prompt, 7, 8, 0], 13, 14, 8, [0], lambda made: True)
+    model.follow([*prompt, 7, 8, 0], 13, 14, 8, [0], lambda rows: None, lambda made: True)
     assert asked == [14, 14, 2]  # decoding ends at once where it cannot match; the row's own answer is read by itself
 
 
@@ -224,7 +227,7 @@ def test_golden_vectors_say_by_how_much_each_token_led_and_where() -> None:
             ids.append(token)
     assert made.environment is not None and made.environment.cpu
     assert made.environment.runtime.startswith("onnxruntime-genai 0.") and "onnxruntime 1." in made.environment.runtime
-    assert made.stop_ids == TextTokenizer(checkpoint()).stop_ids == model.stop_ids
+    assert made.stop_ids == TextTokenizer(checkpoint()).stop_ids == model._runner.eos_ids
 
 
 def test_an_older_result_without_rows_is_still_read() -> None:
