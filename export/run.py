@@ -14,6 +14,7 @@ python run.py --batch FILE --out OUT   answers each line of a file, {"prompt": .
                             of --json; what was killed goes on where it was; --serve: standard input, as it comes
 python run.py --serve 8080  OpenAI's /v1/chat/completions, /v1/completions and /v1/models, streamed where asked, on
                             this machine alone unless a host is named; one answer at a time, 16 requests may wait
+                            Where answers copy, several tokens are guessed and checked in a pass: --guess, --no-guess
 python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
 python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
 
@@ -94,6 +95,11 @@ GRAMMARS = ("regex", "json_schema", "lark")  # the forms of answers that are wri
 MAX_TOKENS = 128  # of a free answer, where nobody says
 
 SPIN_MICROSECONDS = 200  # that a thread spins for before it sleeps
+
+# Positions at a pass's end whose logits an onnxruntime-genai bundle gives, in an output of this name beside those of
+# the last: so many guesses, and the token before them, are checked at once.
+LAST_POSITIONS, LAST_LOGITS = 8, "last_logits"
+GRAMS = (5, 4, 3)  # tokens that must be those of an earlier place for what followed there to be guessed, most first
 
 
 class RunError(Exception):
@@ -227,6 +233,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "golden": lambda value: isinstance(value, list),
     "failed": lambda value: isinstance(value, str),
     "answers": lambda value: value is None or _are_answers(value),
+    "guesses": lambda value: value is None or (isinstance(value, dict) and type(value.get("on")) is bool),
     "kv_prefix": lambda value: value is None or _is_prefix(value),
 }
 
@@ -517,14 +524,18 @@ class OnnxSession:
     def append(self, ids: list[int], every: bool = False) -> Any:
         """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary).
 
-        Raises RunError if each is asked for and the graph gives the last token's alone, as a bundle's own does.
+        Raises RunError if each is asked for and the graph gives the last few tokens' alone, as a bundle's own does.
         """
         self.generator.append_tokens(ids)
         if not every:
             return self.generator.get_logits()[0, -1]  # of the last position: get_output would copy a whole pass
         rows = self.generator.get_output("logits")[0]
         if len(rows) != len(ids):
-            raise RunError("logits", "this graph gives those of a pass's last token alone", "use Runner.last_logits")
+            with contextlib.suppress(RuntimeError):  # bundles of before 0.3 have no such output
+                rows = self.generator.get_output(LAST_LOGITS)[0]
+        if len(rows) != len(ids):
+            few = f"{len(rows)} tokens" if len(rows) > 1 else "token"
+            raise RunError("logits", f"this graph gives those of a pass's last {few} alone", "use Runner.last_logits")
         return rows
 
     def rewind(self, tokens: int) -> None:
@@ -1027,10 +1038,10 @@ class Cache:
         self.engine, self.room, self.grammar, self.prompt_tokens = engine, room, grammar, 0
         self.session, self.ids = engine.start(room, grammar), list[int]()
 
-    def append(self, ids: list[int]) -> Any:
-        """Logits after the last of some more tokens."""
+    def append(self, ids: list[int], every: bool = False) -> Any:
+        """Logits after the last of some more tokens, or after each."""
         self.ids += ids
-        return self.session.append(ids)
+        return self.session.append(ids, every)
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first `tokens`."""
@@ -1057,6 +1068,34 @@ class Cache:
         return token
 
 
+class Copied:
+    """What followed where the last tokens stood before: a guess of what comes next, in a text that copies."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self.ids: list[int] = []
+        self.behind: dict[tuple[int, ...], int] = {}  # the place behind some tokens, where they stood last
+        for token in ids:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """One more token of the text."""
+        for size in GRAMS:
+            if size <= len(self.ids):
+                self.behind[tuple(self.ids[-size:])] = len(self.ids)
+        self.ids.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """Up to so many tokens, by the longest run of last tokens that stood somewhere before; none without one."""
+        for size in GRAMS:
+            at = self.behind.get(tuple(self.ids[-size:]))
+            if at is not None and size <= len(self.ids):
+                made = list(self.ids)
+                for place in range(at, at + most):  # a text that repeats itself goes on from what is guessed
+                    made.append(made[place])
+                return made[len(self.ids) :]
+        return []
+
+
 def log_shares(logits: Any, tokens: list[int]) -> list[float]:
     """Log-probabilities of some tokens."""
     import numpy
@@ -1074,6 +1113,8 @@ class Runner:
     """
 
     keep_tokens = 0
+    guess = False  # whether free answers are made by guesses that are checked several at a time
+    passes = 0  # behind the prompt, of the last free answer
     grammar: Grammar | None = None
     kept: Cache | None = None
     adapter: str | None = None
@@ -1110,6 +1151,7 @@ class Runner:
         self.labels = Labels.read(bundle, held["file"], self.eos_ids) if held.get("form") == "labels" else None
         self.grammar = Grammar.read(bundle, held) if held.get("form") in GRAMMARS else None
         self.temperature = float(held.get("temperature", 1.0))  # by which the labels' probabilities were calibrated
+        self.guess = bool((self.manifest.get("guesses") or {}).get("on"))
 
     @contextlib.contextmanager
     def cache(self, room: int, grammar: Grammar | None = None) -> Iterator[Cache]:
@@ -1200,17 +1242,21 @@ class Runner:
     ) -> Iterator[int]:
         """New token ids one by one, up to the first of `eos_ids` (left out), `max_tokens` or the context.
 
-        Temperature 0 takes the largest logit. Search settings of the model folder (repetition penalty and the
-        like) are left out on purpose: this is what the parity proof measured.
+        Temperature 0 takes the largest logit: where `guess` is set several at a time, those that are what the text
+        said before. Search settings of the model folder (repetition penalty and the like) are left out on purpose:
+        this is what the parity proof measured.
         """
         import numpy
 
         self.fit(ids, max_tokens)
         stop = set(self.eos_ids if eos_ids is None else eos_ids)
         max_tokens = min(max_tokens, self.context_tokens - len(ids))
-        random = numpy.random.default_rng(seed)
+        random, self.passes = numpy.random.default_rng(seed), 0
         with self.cache(len(ids) + max_tokens) as cache:
             last = cache.read(ids)
+            if self.guess and temperature <= 0:
+                yield from self._checked(cache, ids, last, max_tokens, stop)
+                return
             for made in range(1, max_tokens + 1):
                 token = int(last.argmax()) if temperature <= 0 else _sample(last, temperature, top_p, random)
                 if token in stop:
@@ -1218,6 +1264,33 @@ class Runner:
                 yield token
                 if made < max_tokens:
                     last = cache.append([token])
+                    self.passes += 1
+
+    def _checked(self, cache: Cache, ids: list[int], last: Any, most: int, stop: set[int]) -> Iterator[int]:
+        """As `stream` at temperature 0. A pass reads the next token and what is guessed to follow it.
+
+        Guesses are taken as long as each is the likeliest token, and the rest is forgotten. A pass of several tokens is
+        another kernel's than one of a single token: where two tokens are as good as equal, another may be taken.
+        """
+        text, made, allowed = Copied(ids), 0, LAST_POSITIONS - 1
+        rows, guessed = last[None], list[int]()
+        while (token := int(rows[0].argmax())) not in stop:
+            yield token
+            made += 1
+            text.add(token)
+            if made == most:
+                return
+            if guessed and token == guessed[0]:  # it was read, and its logits are known
+                guessed, rows = guessed[1:], rows[1:]
+                continue
+            self.passes += 1
+            try:
+                cache.rewind(len(cache.ids) - len(guessed))
+            except (RunError, RuntimeError):  # this kind of model cannot forget: no guesses, and from its beginning
+                allowed, guessed, rows = 0, [], cache.read(text.ids)[None]
+                continue
+            guessed = text.guess(min(allowed, most - made))
+            rows = cache.append([token, *guessed], every=True) if guessed else cache.append([token])[None]
 
     def write(
         self, ids: list[int], most: int | None = None, temperature: float = 0.0, seed: int | None = None
@@ -1884,6 +1957,7 @@ def bench(
     if runner.task != "text-generation":
         raise RunError("--bench", f"measures models that write text, this one does {runner.task}")
     runner.use(adapter)
+    runner.guess = False  # what is read here repeats itself
     load_seconds = time.perf_counter() - start
     prompt_tokens = max(1, min(prompt_tokens, runner.context_tokens // 2))
     new_tokens = max(2, min(new_tokens, runner.context_tokens - prompt_tokens))
@@ -2087,6 +2161,7 @@ def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = Non
         if not held and options.min_probability is not None:
             raise RunError("--min-probability", "is for an answer that is held to labels, this one is not")
         check_drawn(runner, options)
+        check_guess(runner, options)
         runner.use(options.adapter)
     return runner
 
@@ -2099,6 +2174,18 @@ def check_drawn(runner: Runner, options: argparse.Namespace) -> None:
         raise RunError("--top-p", "is for free answers, this one is held to a grammar", "--temperature draws it")
     if runner.labels is not None and (options.temperature > 0 or options.top_p < 1 or options.seed is not None):
         raise RunError("--temperature", "labels are compared, not drawn", "add --free to draw a free text")
+
+
+def check_guess(runner: Runner, options: argparse.Namespace) -> None:
+    """Guess where the bundle or the options say so. Raises RunError where --guess is of no use."""
+    if options.guess is not None:
+        runner.guess = options.guess
+    if not options.guess:
+        return
+    if (runner.labels is not None or runner.grammar is not None) and not options.free:
+        raise RunError("--guess", "is for free answers, this bundle's are held", "add --free")
+    if options.temperature > 0:
+        raise RunError("--guess", "is for the likeliest tokens, --temperature draws others", "give one of the two")
 
 
 def continued(runner: Runner, options: argparse.Namespace, ids: list[int]) -> Iterator[int]:
@@ -2145,7 +2232,8 @@ def reply(runner: Runner, options: argparse.Namespace, ids: list[int]) -> dict[s
     if runner.labels is not None and not options.free:
         return choice(runner, options, ids)
     made = written(runner, options, ids)
-    return {"text": runner.decode(made), "ids": made, "prompt_ids": ids}
+    passes = {"passes": runner.passes} if runner.guess else {}
+    return {"text": runner.decode(made), "ids": made, "prompt_ids": ids, **passes}
 
 
 BATCH_ROW = 'a line is {"prompt": TEXT} or {"messages": [...], "tools": [...]}, with an "id" of your own if you like'
@@ -2281,7 +2369,9 @@ class Journal:
 
 
 # of the command line, what an answer depends on
-ANSWERED_BY = ("format", "system", "adapter", "max_tokens", "temperature", "top_p", "seed", "free", "min_probability")
+ANSWERED_BY = (
+    "format", "system", "adapter", "max_tokens", "temperature", "top_p", "seed", "free", "min_probability", "guess",
+)  # fmt: skip
 
 
 def answer_batch(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
@@ -2733,6 +2823,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--min-probability", type=_share, help=f"labels: answer {NONE_OF_THESE!r} where the best has less (0 to 1)"
     )
+    parser.add_argument(
+        "--guess", action=argparse.BooleanOptionalAction, help="free answers: check several guessed tokens in a pass"
+    )  # for texts that copy: what followed the last tokens where they stood before. None: as the export found it to pay
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(argv)
     if options.messages is not None and options.prompt is not None:

@@ -134,7 +134,7 @@ def test_the_device_gives_the_system_message_that_was_trained(line: Path) -> Non
 def test_only_a_system_message_that_every_row_has_is_the_bundles(checkpoint_folder: Path, tmp_path: Path) -> None:
     from edgeft.data.dataset import TextTokenizer
     from edgeft.exporting.bundle import GoldenInput
-    from edgeft.exporting.export import shared_system
+    from edgeft.exporting.golden import shared_system
     from edgeft.settings.job import make_job
 
     tokenizer, path = TextTokenizer(checkpoint_folder), tmp_path / "rows.jsonl"

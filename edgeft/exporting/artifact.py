@@ -170,6 +170,12 @@ class ArtifactModel:
         sides = ((kept(f"present.{layer}.{side}")[0] for side in ("key", "value")) for layer in range(layers))
         return [(keys, values) for keys, values in sides]
 
+    def answer(self, ids: list[int], most: int, *, guess: bool) -> list[int]:
+        """The greedy answer, its tokens guessed several at a time or one by one."""
+        with _as_bad_input():
+            self._runner.guess = guess
+            return list(self._runner.stream(list(ids), most))
+
     def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
         with _as_bad_input():

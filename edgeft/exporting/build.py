@@ -96,14 +96,14 @@ def build_bundle(
     adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
     keep_failed: bool = False, size_budget_bytes: int | None = None, rows: Mapping[str, Metrics] | None = None,
     codes: Callable[[Path], Codes] | None = None, scales: Callable[[Codes | None], CacheScales] | None = None,
-    held_to: HeldTo = (), calibrate: Callable[[ArtifactModel, Answers], Answers] | None = None,
+    held_to: HeldTo = (), judge: Callable[[ArtifactModel, Bundle], Bundle] | None = None,
 ) -> Bundle:  # fmt: skip
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
     `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
-    Answers are held to labels or a grammar; `calibrate` finds what the labels' probabilities are worth.
+    Answers are held to labels or a grammar; `judge` adds what the proven bundle's answers show on rows.
     `codes` makes those of a calibrated target in a folder of its own, `scales` those of a KV cache of 8 bits. With
     `keep_failed` a bundle that fails its proof lies in `failed_path(out)`, and says why; one that passes removes it.
 
@@ -139,7 +139,7 @@ def build_bundle(
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
-        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, calibrate, failed)
+        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, judge, failed)
         _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
         peak = max(waiting + filled.builder_bytes, resident_bytes(highest=True)) or None
         measured = _measure(folder) if measure else None
@@ -244,7 +244,7 @@ def _bring_prefix(merged: Path, folder: Path) -> BundledPrefix | None:
 def _proven(
     folder: Path, bundle: Bundle, filled: Filled, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput],
     adapters: Sequence[AdapterSource], prove: Callable[[ArtifactModel], Proof] | None,
-    calibrate: Callable[[ArtifactModel, Answers], Answers] | None, failed: Path | None,
+    judge: Callable[[ArtifactModel, Bundle], Bundle] | None, failed: Path | None,
 ) -> Bundle:  # fmt: skip
     """The bundle with golden vectors, adapters and proof, each in its manifest before the next reads it.
 
@@ -264,8 +264,8 @@ def _proven(
         if failed is not None:
             _keep_failed(folder, bundle, problem, failed)
         raise
-    if calibrate is not None and isinstance(bundle.answers, Answers):
-        bundle = bundle.model_copy(update={"answers": calibrate(artifact, bundle.answers)})
+    if judge is not None:
+        bundle = judge(artifact, bundle)
     bundle.write(folder / MANIFEST)
     return bundle
 

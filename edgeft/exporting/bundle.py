@@ -133,6 +133,9 @@ class Measurement(Artifact):
     predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
     measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")
     seconds: float = Field(description="of the whole export")
+    guesses_times_faster: float | None = Field(
+        default=None, description="whole answers with guesses, prompt included; null: not timed"
+    )
 
 
 def measurement_path(bundle: Path) -> Path:
@@ -213,6 +216,19 @@ def _quoted(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 
+class Guesses(Strict):
+    """What guessing an answer's next tokens, by what followed the same ones before, saves on validation rows."""
+
+    on: bool = Field(description="whether run.py guesses unless it is told not to")
+    rows: int
+    tokens: int = Field(description="behind the first of each answer: passes without guesses")
+    passes: int = Field(description="with guesses; of the rows' own answers where those promised too little")
+    guessed: int = Field(description="tokens that were guessed")
+    same_answers: float | None = Field(
+        default=None, description="share that is the same without guesses: a pass of several tokens rounds otherwise"
+    )
+
+
 class Bundle(Artifact):
     """bundle.json: what is in the folder, where it came from, what it needs and what it must give."""
 
@@ -234,6 +250,7 @@ class Bundle(Artifact):
         default=None, description="how answers are held; null: they are free"
     )
     kv_prefix: BundledPrefix | None = Field(default=None, description="what lies before every text; null: nothing")
+    guesses: Guesses | None = Field(default=None, description="of free answers; null: not looked at")
     files: dict[FileName, BundledFile]
     golden: list[Golden]
     provenance: dict[str, str] = Field(description="sha256 of what this was made from, by name")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
 from edgeft.data.dataset import Sample, TextTokenizer, read_samples
-from edgeft.data.rows import each_row
 from edgeft.data.sources import names
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, QualityLost
@@ -20,8 +19,9 @@ from edgeft.exporting.adapters import AdapterSource
 from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.bundle import MANIFEST, Bundle, GoldenInput, PromptFormat, adapters_digest
-from edgeft.exporting.golden import golden_inputs
+from edgeft.exporting.bundle import MANIFEST, Bundle, PromptFormat, adapters_digest
+from edgeft.exporting.golden import golden_inputs, shared_system
+from edgeft.exporting.guesses import measured, note
 from edgeft.exporting.kv_rung import CacheRows, cache_rows
 from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
@@ -45,7 +45,6 @@ from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
-from edgeft.settings.job import Job
 from edgeft.settings.tuners import ADAPTERS, DOWN, TUNERS, UP, adapter_parts
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
@@ -122,7 +121,7 @@ def export(
     data = Data.read(plan, train=False)
     tokenizer = TextTokenizer(merged_folder)
     rows = ProofRows.of(data, plan)
-    kept: dict[str, Metrics] = {}
+    kept, clocked = dict[str, Metrics](), list[float | None]()
 
     def tuning() -> list[Sample]:
         return calibration_samples(merged_folder, plan, calibration, stages.CALIBRATION_ROWS)
@@ -134,15 +133,11 @@ def export(
         kept.update(scores)
         return made
 
-    def judge(artifact: ArtifactModel, answers: Answers) -> Answers:
-        test = rows.every[len(rows.trained) :]
-        return calibrated(artifact, answers, plan.labels, rows.trained, test, tokenizer, progress)
-
     progress("build", 0, 1, {})
     golden, chat = golden_inputs(plan.job, tokenizer)
     notes = {"calibration": f"{target.calibration}, {rows_of(calibration)}"} if target.calibration != "none" else {}
     notes |= {"cache scales from": rows_of(calibration)} if target.has_cache_scales else {}
-    return build_bundle(
+    bundle = build_bundle(
         merged_folder, target, out, prompts=golden, prompt_format="chat" if chat else "plain",
         system=shared_system(plan.job, golden, tokenizer),
         device_memory_bytes=profile.budget_bytes if profile else None,
@@ -156,8 +151,28 @@ def export(
         promotion=chosen.promotion if chosen else None, repair=chosen.repair if chosen else None,
         keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, rows=kept,
         codes=_codes(merged_folder, target, tuning, chosen, progress),
-        scales=finder(merged_folder, target, tuning, plan.spec, progress), held_to=plan.held_to, calibrate=judge,
+        scales=finder(merged_folder, target, tuning, plan.spec, progress), held_to=plan.held_to,
+        judge=_judging(plan, rows, tokenizer, clocked, progress),
     )  # fmt: skip
+    note(out, clocked)
+    return bundle
+
+
+def _judging(
+    plan: Plan, rows: ProofRows, tokenizer: TextTokenizer, clocked: list[float | None], progress: Progress
+) -> Callable[[ArtifactModel, Bundle], Bundle]:
+    """What adds to a proven bundle what its answers show on rows; how many times faster guesses were into `clocked`."""
+
+    def judge(artifact: ArtifactModel, made: Bundle) -> Bundle:
+        test, answers = rows.every[len(rows.trained) :], made.answers
+        if isinstance(answers, Answers):
+            answers = calibrated(artifact, answers, plan.labels, rows.trained, test, tokenizer, progress)
+            return made.model_copy(update={"answers": answers})
+        guesses, faster = measured(artifact, rows.trained, progress) if answers is None else (None, None)
+        clocked.append(faster)
+        return made.model_copy(update={"guesses": guesses})
+
+    return judge
 
 
 def prove_bundle(
@@ -274,20 +289,6 @@ def made_from(result: TrainResult, folder: Path) -> list[Component]:
 def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
     base, tuned = (result.base_test, result.test) if test else (result.base_valid, result.valid)
     return {name: scores for name, scores in (("base", base), ("fine-tuned", tuned)) if scores is not None}
-
-
-def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextTokenizer) -> str | None:
-    """The system message of every training row, which the device gives too; None where they have not one in common."""
-    found = {_system(prompt.messages) for prompt in prompts}
-    if len(found) == 1 and None not in found and job.data is not None:
-        found |= {_system(row.messages) for row in each_row(job.data, tokenizer)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _system(messages: Sequence[Mapping[str, Any]] | None) -> str | None:
-    first = messages[0] if messages else {}
-    content = first.get("content") if first.get("role") == "system" else None
-    return content if isinstance(content, str) and content else None
 
 
 def export_adapters(

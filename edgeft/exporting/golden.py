@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
 
 from edgeft.data.dataset import Row, TextTokenizer, read_rows
+from edgeft.data.rows import each_row
 from edgeft.documents import versions
 from edgeft.errors import ParityFailed
 from edgeft.exporting.answers import GoldenAnswer, GoldenLabel
@@ -35,6 +36,20 @@ def golden_inputs(job: Job, tokenizer: TextTokenizer) -> tuple[list[GoldenInput]
     chat = rows[0].format == "chat"
     # a chat is rendered already: its last prompt is replayed as the text the device must reproduce
     return [GoldenInput(text=_prompt_text(row)) if not chat else _chat_input(row) for row in rows], chat
+
+
+def shared_system(job: Job, prompts: Sequence[GoldenInput], tokenizer: TextTokenizer) -> str | None:
+    """The system message of every training row, which the device gives too; None where they have not one in common."""
+    found = {_system(prompt.messages) for prompt in prompts}
+    if len(found) == 1 and None not in found and job.data is not None:
+        found |= {_system(row.messages) for row in each_row(job.data, tokenizer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _system(messages: Sequence[Mapping[str, Any]] | None) -> str | None:
+    first = messages[0] if messages else {}
+    content = first.get("content") if first.get("role") == "system" else None
+    return content if isinstance(content, str) and content else None
 
 
 def _prompt_text(row: Row) -> str:

@@ -39,6 +39,7 @@ from edgeft.targets.footprint import (
     predict,
 )
 from edgeft.targets.matrices import Weights
+from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, candidates
 from edgeft.units import GIB, MIB, show_bytes
@@ -204,6 +205,8 @@ def run_bundle(spec: ModelSpec, target: Target, weights: Weights, context_tokens
     copies = found.weights_bytes - weights.stored_bytes
     runtime = runtime_of(target)
     one = "of every position of a pass" if runtime.every_position else "of the last token"
+    if runtime.widened_proof:
+        one = f"of the last {runner_module().LAST_POSITIONS} tokens, and the last"
     each = kv_cache_bytes_per_token(spec, target)
     cached = (f"({before} + {context_tokens})" if before else str(context_tokens)) + f" tokens x {each} B"
     if found.kv_cache_bytes < (before + context_tokens) * each:

@@ -31,7 +31,9 @@ class Predicted(Strict):
     kv_cache_bytes: int = Field(
         description="2 x layers x kv heads x head_dim x 4 (llama.cpp: 2, onnxruntime: 8; of 8 bits: 1) x context"
     )
-    logits_bytes: int = Field(description="vocabulary x 4, of the last token (onnxruntime: of one pass)")
+    logits_bytes: int = Field(
+        description="vocabulary x 4, of the last token (onnxruntime-genai: of the last 8 too; onnxruntime: of one pass)"
+    )
     scores_bytes: int = Field(default=0, description="onnxruntime: 3 x heads x tokens of one pass x context x 4")
     runtime_bytes: int = Field(description="Python, numpy and the runtime, as measured")
     memory_bytes: int = Field(description="the sum of these")
@@ -86,6 +88,8 @@ def predict(
     """
     runtime = runtime_of(target)
     tokens = min(runner_module().PREFILL_TOKENS, context_tokens) if runtime.every_position else 1
+    if runtime.widened_proof:
+        tokens += runner_module().LAST_POSITIONS  # of which guesses are checked
     if runtime.every_position and target.weight_bits == 8:
         tokens *= 2  # the head's sums as integers, and scaled
     process = runtime.process_bytes + runtime.layer_bytes * spec.num_hidden_layers

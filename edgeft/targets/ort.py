@@ -24,6 +24,7 @@ from edgeft.models.spec import ModelSpec
 from edgeft.targets.kv_cache import CacheScales, with_full_cache
 from edgeft.targets.matrices import Weights
 from edgeft.targets.onnx_file import HEAD, Stored, Values, forget, read_graph, rewrite, write_graph
+from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def build_model(
 
     The builder writes the graph in fp32, tensor by tensor; then its matrices are rounded one at a time (nbits.py), to
     nearest or as calibrated `codes` say. With `scales` keys and values are kept in 8 bits. The graph gives logits after
-    the last token of a pass alone: `every_position` undoes that for a proof.
+    the last tokens of a pass alone: `every_position` undoes that for a proof.
 
     Returns the builder's highest resident bytes, 0 where no /proc tells them.
 
@@ -141,25 +142,42 @@ def _halves(name: str, values: Values) -> Iterator[bytes]:
 
 
 def _prune_head(folder: Path) -> None:
-    """Let the head see the last position of a pass alone: the others' logits are of no use to a device.
+    """Let the head see the last few positions of a pass: the others' logits are of no use to a device.
 
-    They would be a sixth of a prefill's time at 135M, and 200 KB per token. The output's second dimension is declared
-    as 1, by which onnxruntime-genai knows it. A graph without a head of that name stays as it is.
+    All would be a sixth of a prefill's time at 135M, and 200 KB per token. `logits` are those of the last position, its
+    second dimension declared as 1, by which onnxruntime-genai knows it; those of the few are an output of their own,
+    by which run.py checks guesses. A graph without a head of that name stays as it is.
     """
     import onnx
 
     model = read_graph(folder)
-    head = next((node for node in model.graph.node if node.name.startswith(HEAD)), None)
+    graph, helper = model.graph, onnx.helper
+    head = next((node for node in graph.node if node.name.startswith(HEAD)), None)
     if head is None:
         return
-    last = onnx.helper.make_tensor(f"{LAST}/index", onnx.TensorProto.INT64, [1], [-1])
-    take = onnx.helper.make_node("Gather", [head.input[0], last.name], [f"{LAST}/output"], f"{LAST}/Gather", axis=1)
-    at = list(model.graph.node).index(head)
-    head.input[0] = take.output[0]
-    model.graph.node.insert(at, take)
-    model.graph.initializer.append(last)
-    _declare_logits(model.graph, 1)
+    few = -runner_module().LAST_POSITIONS
+    for name, value in (("starts", few), ("ends", 2**62), ("axes", 1), ("index", -1)):
+        graph.initializer.append(helper.make_tensor(f"{LAST}/{name}", onnx.TensorProto.INT64, [1], [value]))
+    given = [head.input[0], *(f"{LAST}/{each}" for each in ("starts", "ends", "axes"))]
+    cut = helper.make_node("Slice", given, [f"{LAST}/output"], f"{LAST}/Slice")
+    at = list(graph.node).index(head)
+    head.input[0] = cut.output[0]
+    graph.node.insert(at, cut)
+    every = runner_module().LAST_LOGITS
+    _rename(graph, "logits", every)
+    graph.node.append(helper.make_node("Gather", [every, f"{LAST}/index"], ["logits"], f"{LAST}/Gather", axis=1))
+    _declare_logits(graph, 1)
+    logits = next(each.type.tensor_type for each in graph.output if each.name == "logits")
+    shape = ["batch_size", "last_positions", logits.shape.dim[2].dim_value]
+    graph.output.append(helper.make_tensor_value_info(every, logits.elem_type, shape))
     write_graph(folder, model)
+
+
+def _rename(graph: Any, old: str, new: str) -> None:
+    """Give a tensor that nodes make another name."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
 
 
 def every_position(folder: Path, full_cache: bool = False) -> bytes:
@@ -168,15 +186,20 @@ def every_position(folder: Path, full_cache: bool = False) -> bytes:
     `full_cache`: keys and values kept in fp32, whatever the bundle's own do.
     """
     model = read_graph(folder)
+    graph = model.graph
     if full_cache:
         with_full_cache(model)
-    take = next((node for node in model.graph.node if node.name == f"{LAST}/Gather"), None)
-    if take is not None:
-        for node in model.graph.node:
-            node.input[:] = [take.input[0] if name == take.output[0] else name for name in node.input]
-        model.graph.node.remove(take)
-        model.graph.initializer.remove(next(each for each in model.graph.initializer if each.name == take.input[1]))
-        _declare_logits(model.graph, "sequence_length")
+    ours = {node.op_type: node for node in graph.node if node.name.startswith(f"{LAST}/")}
+    if ours:
+        cut, take = ours["Slice"], ours["Gather"]
+        for node in ours.values():
+            graph.node.remove(node)
+        _rename(graph, cut.output[0], cut.input[0])
+        _rename(graph, take.input[0], "logits")
+        for few in [each for each in graph.initializer if each.name.startswith(f"{LAST}/")]:
+            graph.initializer.remove(few)
+        graph.output.remove(next(each for each in graph.output if each.name == take.input[0]))
+        _declare_logits(graph, "sequence_length")
     return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 

@@ -44,7 +44,7 @@ def test_the_last_logits_are_those_of_the_graph_of_every_position(name: str) -> 
 def test_every_position_is_the_graph_before_pruning(name: str, tmp_path: Path) -> None:
     shipped = graph_of((bundle(name) / MODEL).read_bytes())
     assert logits_shape(shipped)[1] == 1
-    assert [node.op_type for node in shipped.node if node.name.startswith(LAST)] == ["Gather"]
+    assert [node.op_type for node in shipped.node if node.name.startswith(LAST)] == ["Slice", "Gather"]
     shutil.copytree(bundle(name), tmp_path / "b")
     (tmp_path / "b" / MODEL).write_bytes(every_position(bundle(name)))
     before = graph_of((tmp_path / "b" / MODEL).read_bytes())
@@ -71,9 +71,20 @@ def test_a_graph_without_a_known_head_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_bundles_own_graph_does_not_pass_for_one_of_every_position() -> None:
     runner = runner_module().Runner(bundle("ort-fp32"))
-    with pytest.raises(runner_module().RunError, match=r"^logits: this graph gives those of a pass's last token alone"):
-        runner.logits(some_ids(5))
+    most = runner_module().LAST_POSITIONS
+    with pytest.raises(runner_module().RunError, match=r"^logits: this graph gives those of a pass's last 8 tokens"):
+        runner.logits(some_ids(most + 1))
     assert runner.logits(some_ids(1)).shape[0] == 1
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_shipped_graph_gives_the_logits_of_a_passs_last_few_tokens(name: str) -> None:
+    ids, most = some_ids(30), runner_module().LAST_POSITIONS
+    every = ArtifactModel(bundle(name)).logits(ids)
+    runner = runner_module().Runner(bundle(name))
+    session = runner.engine.start(40)
+    session.append(ids[:-most])
+    assert np.abs(session.append(ids[-most:], every=True) - every[-most:]).max() < 1e-4
 
 
 def test_threads_are_those_asked_for_or_one_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
