@@ -49,6 +49,10 @@ class QualityLost(ParityFailed):
     rows = "validation"
 
 
+class CacheLost(ParityFailed):
+    """A KV cache of 8 bits gives other answers than the same bundle's full one (exit 4)."""
+
+
 class MissingExtra(EdgeftError):
     """A package that this verb needs is not installed (exit 5)."""
 

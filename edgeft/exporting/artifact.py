@@ -30,6 +30,7 @@ class ArtifactModel:
         `adapter` is one of the bundle's, to answer with. Raises BadInput for a folder that is no bundle.
         """
         self.folder, self.full_cache, self.adapter = Path(bundle), full_cache, adapter
+        self._searches: dict[tuple[int, ...], Any] = {}
         try:
             runner_module().read_manifest(self.folder)
         except runner_module().RunError as problem:
@@ -64,6 +65,7 @@ class ArtifactModel:
 
     def use(self, adapter: str | None) -> None:
         """Answer with this adapter of the bundle from now on (None: without). Raises BadInput."""
+        self._searches.clear()
         with _as_bad_input():
             self._runner.use(adapter)
 
@@ -142,9 +144,15 @@ class ArtifactModel:
         return numpy.array(last, dtype=numpy.float32)
 
     def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any:
-        """run.py's search for the best of the bundle's labels, ended as soon as it is decided or `enough` says so."""
-        with _as_bad_input():
-            return self._runner.choose(list(ids), enough or runner_module().LabelSearch.decided)
+        """run.py's search for the best of the bundle's labels, ended as soon as it is decided or `enough` says so.
+
+        One that has gone so far for this prompt is not made again.
+        """
+        enough, found = enough or runner_module().LabelSearch.decided, self._searches.get(tuple(ids))
+        if found is None or (found.open and not enough(found)):
+            with _as_bad_input():
+                found = self._searches[tuple(ids)] = self._runner.choose(list(ids), enough)
+        return found
 
     def write(self, ids: list[int], most: int) -> list[int] | None:
         """The answer that the bundle's grammar allows, without its end; None where that is not within `most` tokens."""

@@ -26,7 +26,7 @@ from edgeft.exporting.kv_rung import CacheRows, cache_rows
 from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
-from edgeft.exporting.parity import HINTS, Ladder, compare, exact_match_problem, first, give_back
+from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, first, give_back
 from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, proof, stages
@@ -56,11 +56,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is known of a target that was chosen by simulation: all that was considered, promotions, codes."""
+    """What is known of a target that was chosen by simulation: all that was considered, promotions, codes, forms."""
 
     repair: Repair
     promotion: Promotion | None = None
     codes: Codes | None = None
+    known: Known | None = None
 
 
 def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibrate: bool = True) -> int:
@@ -129,7 +130,8 @@ def export(
     def prove(artifact: ArtifactModel) -> Proof:
         context = Bundle.read(artifact.folder / MANIFEST).context_tokens
         cache = cache_rows(target, tuning, plan.spec, rows.every, context)
-        made, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache)
+        known = chosen.known if chosen else None
+        made, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache, known)
         kept.update(scores)
         return made
 
@@ -177,7 +179,7 @@ def _judging(
 
 def prove_bundle(
     trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
-    artifact: ArtifactModel, progress: Progress, cache: CacheRows | None = None,
+    artifact: ArtifactModel, progress: Progress, cache: CacheRows | None = None, known: Known | None = None,
 ) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
     """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
@@ -187,7 +189,7 @@ def prove_bundle(
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
         merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
-        answers=rows.scored, gate=len(rows.trained), cache=cache,
+        answers=rows.scored, gate=len(rows.trained), cache=cache, known=known,
     )  # fmt: skip
     scores = _scores_of_training(merged.train, rows.source == "test")
     for name, form in zip(("merged", target.name), made, strict=True):

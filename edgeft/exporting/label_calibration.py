@@ -7,7 +7,7 @@ of the right labels is convex in 1 / temperature, so one search finds the best.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.engine.label_scores import label_numbers
 from edgeft.exporting.answers import Answers, Bin, Calibration, Certain, Threshold
+from edgeft.exporting.label_search import known_enough
 from edgeft.exporting.outputs import Artifact
 from edgeft.models.intervals import paired_losses
 from edgeft.models.metrics import Difference
@@ -29,7 +30,6 @@ BINS = 10
 PARTS = (0.25, 0.5, 0.75, 1.0)
 WANTED_RIGHT = 0.9  # of the answers at or above a suggested threshold
 TEST_ROWS = 500  # that probabilities are judged on: a quarter of them tells 90% to 5 points
-UNKNOWN = 1e-3  # share of the labels' probability that may be left unknown of a row
 Values = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
 
@@ -43,19 +43,6 @@ class Judged:
     @property
     def is_right(self) -> bool:
         return self.right == 0
-
-
-def known_enough(right: int) -> Callable[[Any], bool]:
-    """What ends a search: the right label is found, and all that is unknown is next to nothing."""
-
-    def enough(search: Any) -> bool:
-        waits = right != NO_LABEL and all(number != right for _, number in search.found)
-        if waits or not search.decided():
-            return False
-        least, most = search.probability(0)
-        return bool(most - least <= UNKNOWN * most)
-
-    return enough
 
 
 def calibrated(

@@ -22,6 +22,7 @@ from edgeft.engine.label_scores import label_numbers
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.trainable import apply_tuner, make_lisa
+from edgeft.exporting.label_search import known_enough
 from edgeft.machines import meter
 from edgeft.memory.proof import PASS_POSITIONS, POSITIONS
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
@@ -225,7 +226,8 @@ def observe_artifact(
             exact[number] = is_exact(tokenizer, sample, answer)
         else:
             if labels and number in decoding:
-                exact[number] = artifact.choose(sample.prompt).found[0][1] == asked[number]
+                search = artifact.choose(sample.prompt, known_enough(asked[number]))  # enough for calibration too
+                exact[number] = search.found[0][1] == asked[number]
             elif isinstance(held_to, Grammar) and number in decoding:
                 written = artifact.write(sample.prompt, answer_tokens([sample]))
                 exact[number] = written is not None and is_exact(tokenizer, sample, written)

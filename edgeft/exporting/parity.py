@@ -21,12 +21,13 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
-from edgeft.errors import ParityFailed, QualityLost
+from edgeft.errors import CacheLost, ParityFailed, QualityLost
 from edgeft.exporting.kv_rung import TIE_NATS, CacheRows, cache_rungs
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
@@ -198,13 +199,23 @@ def trained_rung(form: Form, recorded: Metrics, compute: torch.dtype, where: str
 
 
 def check(rung: Rung) -> Rung:
-    """The rung itself. Raises ParityFailed (exit 4) with every tolerance that it breaks; QualityLost on the last."""
+    """The rung itself. Raises ParityFailed (exit 4) with every tolerance that it breaks.
+
+    CacheLost on what a KV cache of 8 bits costs, QualityLost on the last.
+    """
     if rung.problems:
         where = f"parity ladder, rung {rung.name!r} against {rung.against!r}"
         hint = HINTS["rounded"] if rung.against == "rounded" else HINTS.get(rung.name, HINTS["artifact"])
-        kind = QualityLost if (rung.name, rung.against) == ("artifact", "merged") else ParityFailed
-        raise kind(where, "\n".join(rung.problems), hint)
+        kinds = {("artifact", "merged"): QualityLost, ("cache", "full cache"): CacheLost}
+        raise kinds.get((rung.name, rung.against), ParityFailed)(where, "\n".join(rung.problems), hint)
     return rung
+
+
+class Known(NamedTuple):
+    """What a climb has found of the merged model on the rows of the gate: as it is, and with the artifact's weights."""
+
+    merged: Form
+    rounded: Form | None
 
 
 @dataclass
@@ -252,45 +263,27 @@ class Ladder:
         self, merged_folder: Path, bundle: Path, artifact: Artifact, rows: Sequence[Sample], *, tied: bool,
         answers: slice | None = None, gate: int | None = None, alike: Tolerance = ALIKE,
         quality: Tolerance | None = None, cache: CacheRows | None = None, near: Tolerance = CACHE,
+        known: Known | None = None,
     ) -> tuple[Form, Form]:  # fmt: skip
         """(merged, artifact) on all rows, after proving the bundle; rungs take the first `gate` rows.
 
         The model in torch comes first and is gone when the artifact is first asked: no memory has to hold both.
         `cache` are rows for what is proven of a KV cache of 8 bits. Its bundle computes as torch does with the
-        runtime's own cache, and comes `near` to that with its own.
+        runtime's own cache, and comes `near` to that with its own. `known` forms are not found again.
 
         Raises ParityFailed.
         """
         self.add(stored_rung(bundle, merged_folder, self.target, tied=tied))
         count = len(rows) if gate is None else gate
-
-        def told(stage: str) -> Callable[[int, int], None]:
-            return lambda done, total: self.progress(stage, done, total, {})
-
-        model = self.load(merged_folder)
-        merged = observe_model(
-            "merged",
-            model,
-            rows,
-            self.tokenizer,
-            answers=answers,
-            held_to=self.held_to,
-            progress=told("parity: merged"),
-        )
-        rounded = None
-        if round_as_target(model, self.target):
-            rounded = observe_model("rounded", model, rows[:PARITY_PROMPTS])  # those whose tables the artifact keeps
-        labels = self.held_to if isinstance(self.held_to, tuple) else ()
-        few, scores = rows_for(labels, rows[:count]), None
-        if labels and (rounded is not None or self.target.weight_bits == 32):  # the bundle's very weights
-            told("parity: labels")(0, 1)
-            scores = referee(model, few, labels)
-        del model
+        few = rows_for(self.held_to, rows[:count]) if isinstance(self.held_to, tuple) else []
+        if known is not None and count < min(PARITY_PROMPTS, len(rows)):  # tables are of the first rows of all
+            known = None
+        merged, rounded, scores = self._climb_models(merged_folder, rows, answers, few, known, count)
         give_back()
         whole = self._climb_cache(artifact, cache, near)
         made = observe_artifact(
             "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to,
-            progress=told("parity: artifact"),
+            progress=self._told("parity: artifact"),
         )  # fmt: skip
         head = first(made, count)
         if rounded is not None:
@@ -301,6 +294,41 @@ class Ladder:
             self.add(label_rung(scores, "rounded" if rounded else "merged", whole or artifact, few, alike))
         self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))
         return merged, made
+
+    def _climb_models(
+        self, folder: Path, rows: Sequence[Sample], answers: slice | None, few: Sequence[Sample], known: Known | None,
+        count: int,
+    ) -> tuple[Form, Form | None, torch.Tensor | None]:  # fmt: skip
+        """(merged on all rows, on the bundle's very weights where torch has them, labels' scores on them).
+
+        Each row goes once through each form; of what is `known` on the first `count` rows none does again.
+        """
+        labels = self.held_to if isinstance(self.held_to, tuple) else ()
+        unseen = rows[count:] if known is not None else rows
+        rounded = known.rounded if known is not None else None
+        if known is not None and not unseen and rounded is not None and not labels:
+            return known.merged, first(rounded, PARITY_PROMPTS), None
+        model, wanted, merged = self.load(folder), answers, None
+        if known is not None:
+            wanted, merged = slice(None) if answers is not None else None, known.merged
+        if unseen:
+            more = observe_model(
+                "merged", model, unseen, self.tokenizer, answers=wanted, held_to=self.held_to,
+                progress=self._told("parity: merged"),
+            )  # fmt: skip
+            merged = more if merged is None else followed_by(merged, more)
+        assert merged is not None
+        changed = (labels or rounded is None) and round_as_target(model, self.target)
+        if rounded is None and changed:
+            rounded = observe_model("rounded", model, rows[:PARITY_PROMPTS])  # those whose tables the artifact keeps
+        scores = None
+        if labels and (changed or self.target.weight_bits == 32):  # the bundle's very weights
+            self._told("parity: labels")(0, 1)
+            scores = referee(model, few, labels)
+        return merged, None if rounded is None else first(rounded, PARITY_PROMPTS), scores
+
+    def _told(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done, total, {})
 
     def _climb_cache(self, artifact: Artifact, rows: CacheRows | None, near: Tolerance) -> Artifact | None:
         """The artifact with its runtime's own cache, after proving its 8-bit one; None where it has no other."""
@@ -313,6 +341,13 @@ class Ladder:
         for rung in cache_rungs(whole, artifact, rows, near):
             self.add(rung)
         return whole
+
+
+def followed_by(form: Form, more: Form) -> Form:
+    """A form on its rows and some more, whose positions are not kept."""
+    return Form(
+        form.name, form.log_probabilities, form.losses + more.losses, form.tokens + more.tokens, form.exact + more.exact
+    )
 
 
 def first(form: Form, rows: int) -> Form:

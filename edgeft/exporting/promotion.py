@@ -207,11 +207,12 @@ def _facts(tensor: Tensor, kl: float, arrives: TensorSurvival | None, parameters
 
 def choose(
     measured: Measured, gate: Sequence[Sample], gain: Gain = UNKNOWN, *, size_budget_bytes: int | None = None,
-    used: float = USED[0], progress: Progress = silent,
+    used: float = USED[0], progress: Progress = silent, exact: Form | None = None,
 ) -> Promotion:  # fmt: skip
     """As few promotions as make the simulated bundle pass the parity gate, or all that the size allows.
 
-    `used` is the share of the tolerance that may be used. Found by halving: more 8-bit tensors are never much worse.
+    `used` is the share of the tolerance that may be used, `exact` the merged model where it is known. Found by
+    halving: more 8-bit tensors are never much worse.
     Raises DoesNotFit when the target itself takes more than the budget.
     """
     target, spec, merged = measured.target, measured.spec, measured.merged
@@ -227,7 +228,7 @@ def choose(
         if size_budget_bytes is None or size(count) <= size_budget_bytes
     )
     model = Rounding(merged, target, spec, measured.codes)
-    exact = observe_model("merged", model.model, gate)
+    exact = exact or observe_model("merged", model.model, gate)
     tolerance = tightened(target.parity, used)
     seen: dict[int, Form] = {}
 

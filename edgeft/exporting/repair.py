@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.documents import saving, sha256_json
-from edgeft.errors import BadInput, DoesNotFit, QualityLost
+from edgeft.errors import BadInput, CacheLost, DoesNotFit, QualityLost
+from edgeft.exporting.attempts import cost, shown
 from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
 from edgeft.exporting.export import Chosen, ProofRows, calibration_samples, check_room, export, loader, rows_of
 from edgeft.exporting.outputs import Form, observe_model
-from edgeft.exporting.parity import HINTS, Gain, compare, exact_match_problem, give_back
+from edgeft.exporting.parity import HINTS, Gain, Known, compare, exact_match_problem, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
@@ -35,6 +36,7 @@ from edgeft.models.intervals import paired_rates
 from edgeft.models.metrics import Attempt, Difference, Promotion, Repair
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
+from edgeft.settings.job import AUTO
 from edgeft.targets.codes import Codes
 from edgeft.targets.footprint import bundle_weights, choose_context
 from edgeft.targets.rounding import round_as_target
@@ -67,6 +69,8 @@ class Climb:
     progress: Progress
     attempts: list[Attempt] = field(default_factory=list)
     codes: dict[str, Codes] = field(default_factory=dict)
+    simulated: tuple[Target, Form] | None = None  # the last one
+    cache_lost: bool = False  # by a KV cache of 8 bits, which was nobody's wish
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -117,10 +121,28 @@ class Climb:
         """The targets, the smallest first; before those of more bits, 8 bits for tensors of the last of 4."""
         small = [each for each in targets if each.weight_bits == targets[0].weight_bits]
         large = targets[len(small) :]
-        yield from (Step(each.name, each) for each in small)
+        for each in small:
+            yield from self._with_cache(each)
         if small[-1].weight_bits == 4 and small[-1].method == "rtn":
             yield from self._promotions(small[-1], large)
-        yield from (Step(each.name, each) for each in large)
+        for each in large:
+            yield from self._with_cache(each)
+
+    def _with_cache(self, target: Target) -> Iterator[Step]:
+        """The target; with its runtime's own cache where one of 8 bits lost too much, by then or in this step."""
+        if not (self.cache_lost and target.kv_bits == 8):
+            yield Step(target.name, target)
+        if self.cache_lost and target.kv_bits == 8:
+            yield Step(target.name, with_own_cache(target))
+
+    def known(self, target: Target) -> Known:
+        """What the proof of a target need not find again: torch with codes of calibration is no part of it."""
+        return Known(self.exact, self._simulated(target) if target.calibration == "none" else None)
+
+    def _simulated(self, target: Target) -> Form | None:
+        """The last simulation, where it was of these weights."""
+        known, form = self.simulated or (None, None)
+        return form if known == with_own_cache(target) else None
 
     def _promotions(self, target: Target, larger: Sequence[Target]) -> Iterator[Step]:
         """The target with as few promotions as make the simulation pass; with more where the first choice failed."""
@@ -137,7 +159,8 @@ class Climb:
         before: Promotion | None = None
         for used in USED:
             chosen = choose(
-                measured, self.rows, self.gain, size_budget_bytes=limit, used=used, progress=self.progress
+                measured, self.rows, self.gain, size_budget_bytes=limit, used=used, progress=self.progress,
+                exact=self.exact,
             )  # fmt: skip
             if not chosen.promoted or (before is not None and chosen.promoted == before.promoted):
                 return
@@ -173,6 +196,8 @@ class Climb:
         """What a model with the artifact's very weights says of the rows; None where torch does not know them."""
         if step.target.method == "k_quant":
             return None
+        if (form := self._simulated(step.target)) is not None:
+            return form
         codes = self.codes_of(step.target) if step.target.calibration != "none" else None
         self.progress(f"repair: {step.name}", 0, 1, {})
         model = self.load()
@@ -180,17 +205,19 @@ class Climb:
             put_codes(model, step.target, codes)
         elif not round_as_target(model, step.target) and step.target.weight_bits < 32:
             return None
-        form = self.observe(step.name, model)
+        form = self.observe("rounded", model)
         del model
         give_back()
+        self.simulated = with_own_cache(step.target), form
         return form
 
     def judge(self, step: Step) -> Attempt:
         """A step by its simulation: whether it passes its target's gate, and what it costs."""
         exact, form, tolerance = self.exact, self.simulate(step), step.target.parity
         found = Attempt(
-            name=step.name, predicted_bytes=self.size(step.target), decision="passes", reason="not simulated"
-        )
+            name=step.name, predicted_bytes=self.size(step.target), decision="passes", reason="not simulated",
+            kv_bits=step.target.kv_bits,
+        )  # fmt: skip
         if form is None:
             return found
         rung = compare(exact, form, tolerance, self.gain)
@@ -209,7 +236,8 @@ class Climb:
             lacking = self.room(step.target)
             if lacking is not None:
                 self.attempts.append(Attempt(
-                    name=step.name, predicted_bytes=self.size(step.target), decision="skipped", reason=lacking.problem
+                    name=step.name, predicted_bytes=self.size(step.target), decision="skipped", reason=lacking.problem,
+                    kv_bits=step.target.kv_bits,
                 ))  # fmt: skip
                 yield step, lacking
                 continue
@@ -218,12 +246,9 @@ class Climb:
                 yield step, None
 
 
-def shown(loss: Difference | None, match: Difference | None) -> str:
-    """Whether the rows show any difference at all, where they say something."""
-    found = match or loss
-    if found is None:
-        return "passes; too few rows for an interval"
-    return "passes; the rows show a difference" if found.shown else "passes; the interval covers zero"
+def with_own_cache(target: Target) -> Target:
+    """The target with the KV cache that its runtime has by itself: the same weights."""
+    return target.model_copy(update={"kv_bits": None})
 
 
 def export_smallest(
@@ -260,8 +285,12 @@ def export_smallest(
                 return export(
                     merged_folder, step.target, out, device=device, progress=progress, train=train, keep_failed=True,
                     size_budget_bytes=size_budget_bytes, calibration=calibration,
-                    chosen=Chosen(repair, step.promotion, codes),
+                    chosen=Chosen(repair, step.promotion, codes, found.known(step.target)),
                 )  # fmt: skip
+            except CacheLost as problem:
+                if found.merged.train.plan.job.kv_bits != AUTO:
+                    raise
+                found.cache_lost, reason = True, f"the bundle's cache: {problem.problem}"
             except QualityLost as problem:
                 by_test_rows = by_test_rows or problem.rows == "test"
                 reason = f"the bundle: {problem.problem}"
@@ -313,17 +342,6 @@ def next_command(found: Climb, steps: Iterator[Step] | Sequence[Step], options: 
         command = f"edgeft export {shlex.quote(str(found.folder))} {options(step)}"
         return f"{command}  # {show_bytes(made.predicted_bytes)}{cost(made)}"
     return HINTS["artifact"]
-
-
-def cost(made: Attempt) -> str:
-    """`, predicted -1.0 points [-4.1, +2.1]`, or the loss where no answers are scored."""
-    found, scale, digits, what = made.exact_match, 100.0, 1, "points"
-    if found is None:
-        found, scale, digits, what = made.loss, 1.0, 4, "nats of loss"
-    if found is None:
-        return ""
-    middle, low, high = (f"{scale * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
-    return f", predicted {middle} {what} [{low}, {high}]"
 
 
 def nothing_passes(found: Climb, no_room: Sequence[Step]) -> QualityLost:

@@ -163,6 +163,7 @@ class Attempt(Strict):
 
     name: str
     predicted_bytes: int = Field(description="of the whole bundle")
+    kv_bits: int | None = Field(default=None, description="of the KV cache, where they are not the runtime's own")
     loss: Difference | None = Field(default=None, description="nats per token")
     exact_match: Difference | None = Field(default=None, description="a share of 1")
     built: bool = Field(default=False, description="whether it became a bundle, which its ladder then decided on")

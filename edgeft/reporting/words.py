@@ -136,7 +136,8 @@ def attempt_cells(found: Attempt) -> tuple[str, str, str, str, str]:
     """(artifact, bundle's size, loss, exact match in points, what was decided) of one that was considered."""
     decided = found.reason if found.decision == "passes" else f"{found.decision}: {found.reason}"
     size, match = show_bytes(found.predicted_bytes), difference_text(found.exact_match, 100, 1)
-    return found.name, size, difference_text(found.loss), match, decided
+    cache = f", KV cache of {found.kv_bits} bits" if found.kv_bits else ""
+    return found.name + cache, size, difference_text(found.loss), match, decided
 
 
 def kept_step(result: TrainResult) -> list[str]:
