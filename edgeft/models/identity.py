@@ -134,9 +134,11 @@ def changed(what: str, lines: list[str], hint: str) -> BadInput:
     return BadInput(what, "was made from other files than are there now\n" + "\n".join(lines), hint)
 
 
-def written_files(folder: Path, document: str) -> Inputs:
-    """The hashes of what a stage wrote, by name, to be recorded in its `document` in the same folder."""
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != document}
+def written_files(folder: Path, *others: str) -> Inputs:
+    """The hashes of what a stage wrote, by name, to be recorded in the first of `others`, which have none."""
+    return {
+        path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in others
+    }
 
 
 def changed_files(recorded: Mapping[str, str], folder: Path) -> list[str]:

@@ -47,6 +47,10 @@ class Stopping:
         """The step of the lowest loss so far, the first of equal ones; 0 where none was validated."""
         return min(self.losses, key=lambda entry: entry[1])[0] if self.losses else 0
 
+    def newest(self) -> dict[str, float]:
+        """The loss of the last validation, where there was one, among the numbers that a step is shown with."""
+        return {"valid_loss": self.losses[-1][1]} if self.losses else {}
+
     @property
     def ends(self) -> bool:
         """Whether so many validations in a row, as the plan has patience for, were no better than one before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 import traceback
@@ -16,22 +15,19 @@ import torch
 from edgeft.data.dataset import Sample
 from edgeft.documents import staging, versions
 from edgeft.engine.fp32_layers import DenseTurns
-from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.lisa import state_bytes
 from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.nf4_base import keep_base
 from edgeft.engine.quantized_layers import settle
 from edgeft.engine.ranks import Ended, Ranks
 from edgeft.engine.trainable import save_tuned, trained_units, unit_changes
-from edgeft.errors import EdgeftError
 from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
 from edgeft.models.checkpoint import Checkpoint, local_folder
-from edgeft.models.evaluate import evaluate
 from edgeft.models.identity import Inputs, written_files
 from edgeft.models.metrics import Metrics, UnitRecord
-from edgeft.models.parts import Parts, units
+from edgeft.models.parts import units
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress, silent
 from edgeft.settings.job import Training
@@ -50,7 +46,9 @@ from edgeft.training.prepare import (
 )
 from edgeft.training.promise import above, check_budget, highest, promise
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
+from edgeft.training.scoring import scorer
 from edgeft.training.step_down import taken
+from edgeft.training.step_log import STEPS, StepLog, StepRecord
 from edgeft.training.stop import Stop
 from edgeft.training.stopping import Stopping, facts
 from edgeft.training.work import open_work, work_folder
@@ -128,6 +126,7 @@ class Session:
     interval_peaks: list[int]
     prefix: FrozenPrefix | None
     stopping: Stopping
+    log: StepLog
     ranks: Ranks
     process_peaks: tuple[int, ...] = ()
 
@@ -180,15 +179,17 @@ class Session:
         check_agree(ranks, "steps behind it", str(run.step))
         resumed = [run.step] if run.step else []
         if resumed:
+            progress("resume", run.step, training.steps, {})
             phases["resume"] = meter.peak_bytes(device)
             meter.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         stopping = Stopping(training, data.stopping, work)
         stopping.go_on(before.get("validations", ()))
+        log = StepLog(work, run.step, writes=ranks.first)
         return cls(
             plan, here, device, compute, deviations, data, work, progress, run, pool, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],
-            before["seconds"], before["peaks"], prefix, stopping, ranks,
+            before["seconds"], before["peaks"], prefix, stopping, log, ranks,
         )  # fmt: skip
 
     def loop(self) -> None:
@@ -199,11 +200,13 @@ class Session:
         def note() -> dict[str, Any]:
             self.phases["train"] = max(self.phases.get("train", 0), meter.peak_bytes(device), *self.interval_peaks, 0)
             self.seconds = before + time.monotonic() - started
+            self.log.sync()
             return {"scores": self.scores, "resumed_at": self.resumed, "seconds": self.seconds, "phases": self.phases,
                     "peaks": self.interval_peaks, "validations": self.stopping.state()}  # fmt: skip
 
         with Stop() as stop:
             last_saved, first = time.monotonic(), run.step + 1
+            self.progress("train", run.step, training.steps, {})
             for samples in remaining_steps(training, self.data.train, run.step):
                 if self.stopping.ends:
                     break
@@ -215,14 +218,7 @@ class Session:
                 run.curve.append((run.step, round(loss, 6)))
                 if run.step == first and not self.ranks.alone:
                     check_agree(self.ranks, "weights", digest(run.chosen))
-                spent = before + time.monotonic() - started
-                self.progress("train", run.step, training.steps, {
-                    "loss": loss, "learning_rate": learning_rate(training, run.step - 1),
-                    "tokens_per_second": run.tokens / spent, "bytes_now": meter.bytes_now(device),
-                    "seconds_left": spent / run.step * (training.steps - run.step),
-                })  # fmt: skip
-                if self.stopping.due(run.step):
-                    self.validate()
+                self.tell(loss, before + time.monotonic() - started)
                 due = time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
                 if training.checkpoint_steps is not None:
                     due = run.step % training.checkpoint_steps == 0
@@ -242,8 +238,22 @@ class Session:
         self.pool.give_back()  # its pages are as many as training made them
         hold_to(self.pool, self.here, "evaluate")
 
-    def validate(self) -> None:
-        """Score the rows that say when to stop, with a step's memory given back and the optimizer's states in place."""
+    def tell(self, loss: float, seconds: float) -> None:
+        """Show and write down what a step came to; before that the rows are scored that say when to stop, if due."""
+        run, training = self.run, self.training
+        rate, taken = learning_rate(training, run.step - 1), meter.bytes_now(self.device)
+        self.progress("train", run.step, training.steps, {
+            "loss": loss, "learning_rate": rate, "tokens_per_second": run.tokens / seconds, "bytes_now": taken,
+            "seconds_left": seconds / run.step * (training.steps - run.step), **self.stopping.newest(),
+        })  # fmt: skip
+        scored = self.validate() if self.stopping.due(run.step) else None
+        self.log.add(StepRecord(
+            step=run.step, loss=round(loss, 6), learning_rate=rate, tokens=run.tokens, seconds=round(seconds, 3),
+            memory_bytes=taken, valid_loss=scored,
+        ))  # fmt: skip
+
+    def validate(self) -> float:
+        """Loss of the rows that say when to stop, with a step's memory given back and the optimizer's states there."""
         self.phases["train"] = max(self.phases.get("train", 0), meter.peak_bytes(self.device))
         meter.reset_peak(self.device)
         hold_to(self.pool, self.here, "validate")
@@ -251,6 +261,7 @@ class Session:
         self.phases["validate"] = max(self.phases.get("validate", 0), meter.peak_bytes(self.device))
         meter.reset_peak(self.device)
         hold_to(self.pool, self.here, "train")
+        return self.stopping.newest()["valid_loss"]
 
     def step(self, samples: list[Sample], note: Callable[[], dict[str, Any]]) -> float:
         """One step's loss. Where memory, or another process, is lost before an update, the steps so far are kept."""
@@ -282,6 +293,7 @@ class Session:
         meter.reset_peak(self.device)
         with staging(out) as temporary:
             self.save(temporary)
+            self.log.put(temporary)
             self.phases["save"] = meter.peak_bytes(self.device)
             meter.reset_peak(self.device)
             settle(self.run.model)  # what is scored is what will be shipped
@@ -289,7 +301,7 @@ class Session:
             self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(self.device))
             result = TrainResult(
                 input_sha256=plan_sha256, versions=versions(), plan=self.plan, inputs=self.inputs,
-                files=written_files(temporary, "train.json"), valid=valid, test=test, rehearsal=rehearsal,
+                files=written_files(temporary, "train.json", STEPS), valid=valid, test=test, rehearsal=rehearsal,
                 units=self.unit_records(temporary), **self.base_facts(), **self.step_facts(), **self.memory_facts(),
             )  # fmt: skip
             result.write(temporary / "train.json")
@@ -371,25 +383,3 @@ class Session:
             "interval_peak_bytes": tuple(self.interval_peaks),
             "interval_optimizer_bytes": () if lisa is None else tuple(lisa.optimizer_bytes),
         }
-
-
-def scorer(
-    model: Any, parts: Parts, data: Data, training: Training, device: torch.device, compute: torch.dtype,
-    progress: Progress, prefix: FrozenPrefix | None = None,
-) -> Callable[[str, list[Sample]], Metrics]:  # fmt: skip
-    """A function (name, samples) -> Metrics that scores no more at once than a training step holds."""
-
-    def score(name: str, samples: list[Sample]) -> Metrics:
-        found = evaluate(
-            model, parts, samples, data.tokenizer, device=device, compute=compute,
-            chunk_tokens=training.loss_chunk_tokens, group_tokens=training.group_tokens,
-            held=held_rows(data.held_to, samples, data.tokenizer, model),
-            progress=lambda done, total: progress(name, done, total, {}),
-            whole=prefix.restore if prefix else lambda: None,
-        )  # fmt: skip
-        if not math.isfinite(found.loss):
-            hint = "plan again in another precision (--set base_precision=fp32) or with a lower learning rate"
-            raise EdgeftError("training", f"the loss of {name} is {found.loss}: nothing is written as a result", hint)
-        return found
-
-    return score

@@ -21,6 +21,7 @@ from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan
+from edgeft.training.step_log import STEPS, read_steps
 from edgeft.training.work import work_folder
 
 
@@ -123,6 +124,7 @@ def test_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(tuner: str, plan_
     name = "adapter_model.safetensors" if tuner == "lora" else "changed.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert resumed.loss_curve == whole.loss_curve
+    assert [each.step for each in read_steps(out / STEPS)] == list(range(1, whole.steps + 1))
     assert resumed.base_valid == whole.base_valid and resumed.valid == whole.valid
     assert not work_folder(out).exists()
 
