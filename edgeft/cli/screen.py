@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from edgeft.documents import Artifact
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines.launcher import launched
+from edgeft.progress import in_words
 from edgeft.units import show_bytes, show_seconds
 
 # one width for logs and pipes; a terminal has its own
@@ -74,15 +76,25 @@ def need(path: Path, command: str) -> None:
         raise BadInput(path, "no such file", f"run {command} first")
 
 
+class TwoLines(Bar):
+    """A bar with its numbers on a line of their own: both are whole at eighty columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["numbers"]:
+                yield Text(f"  {task.fields['numbers']}", no_wrap=True, overflow="ellipsis")
+
+
 class Reporter:
     """Progress on a console: a bar on a terminal, in a log a plain line at most every ten seconds."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.stage, self.last = console, "", 0.0
         self.budget_bytes = 0  # shown beside memory in use, where it is known
-        self.bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            console=console, transient=True,
+        self.bar = TwoLines(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[left]}"), console=console, transient=True,
         )  # fmt: skip
         self.task: Any = None
 
@@ -96,27 +108,57 @@ class Reporter:
             self.bar.stop()
 
     def __call__(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        text = self.describe(numbers)
-        if self.console.is_terminal:
-            if stage != self.stage:
-                if self.task is not None:
-                    self.bar.remove_task(self.task)
-                self.task = self.bar.add_task(stage, total=total, numbers="")
-            self.bar.update(self.task, completed=done, total=total, numbers=text)
-        elif stage != "done" and (stage != self.stage or time.monotonic() - self.last > 10 or (done == total and text)):
-            self.console.print(f"{stage} {done}/{total} {text}".rstrip(), soft_wrap=True, markup=False)
-            self.last = time.monotonic()
+        if stage == "done":
+            return
+        if stage == "resume":  # which a user wants to see afterwards too
+            self._print(f"continues at step {done + 1:,} of {total:,}")
+        elif self.console.is_terminal:
+            self._move(stage, done, total, numbers)
+        else:
+            self._log(stage, done, total, numbers)
         self.stage = stage
 
+    def _move(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if stage != self.stage:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task = self.bar.add_task(in_words(stage), total=total, numbers="", count="", left="")
+        self.bar.update(
+            self.task, completed=done, total=total, numbers=self.describe(numbers), count=count_of(done, total),
+            left=time_left(numbers),
+        )  # fmt: skip
+
+    def _log(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        text = ", ".join(part for part in (self.describe(numbers), time_left(numbers)) if part)
+        if stage == self.stage and time.monotonic() - self.last <= 10 and not (done == total and text):
+            return
+        self._print(" ".join(part for part in (in_words(stage), count_of(done, total), text) if part))
+        self.last = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
     def describe(self, numbers: dict[str, float]) -> str:
-        """Loss, rate, memory and time left, as far as they are among the numbers."""
+        """Losses, rate, speed and memory, as far as they are among the numbers."""
         parts = []
         if "loss" in numbers:
-            parts.append(f"loss {numbers['loss']:.4f} lr {numbers['learning_rate']:.1e}")
+            parts.append(f"loss {numbers['loss']:.4f}")
+        if "valid_loss" in numbers:
+            parts.append(f"validation {numbers['valid_loss']:.4f}")
+        if "loss" in numbers:
+            parts.append(f"lr {numbers['learning_rate']:.1e}")
             parts.append(f"{numbers['tokens_per_second']:,.0f} tok/s")
         if "bytes_now" in numbers:
             budget = f" of {show_bytes(self.budget_bytes)}" if self.budget_bytes else ""
             parts.append(show_bytes(numbers["bytes_now"]) + budget)
-        if "seconds_left" in numbers:
-            parts.append(f"{show_seconds(numbers['seconds_left'])} left")
         return ", ".join(parts)
+
+
+def count_of(done: int, total: int) -> str:
+    """How many of how many; nothing where there is one alone."""
+    return f"{done:,}/{total:,}" if total > 1 else ""
+
+
+def time_left(numbers: dict[str, float]) -> str:
+    """What is left of the training, where it is known."""
+    return f"{show_seconds(numbers['seconds_left'])} left" if "seconds_left" in numbers else ""

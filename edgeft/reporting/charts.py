@@ -30,13 +30,13 @@ class Tick(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A line over its steps: the path, what lies below it, its levels, its highest point, the names under it."""
+    """A line over its steps: the path, what lies below it, its levels, the names under it, points of their own."""
 
     line: str
     area: str
     levels: tuple[Level, ...]
     ticks: tuple[Tick, ...]
-    peak: tuple[float, float] | None = None  # from left, from top
+    dots: tuple[tuple[float, float], ...] = ()  # from left, from top
 
 
 class Way(NamedTuple):
@@ -64,7 +64,7 @@ def timeline(moments: Sequence[Moment], budget_bytes: int) -> Curve:
     ticks = [Tick(round(100 * i / len(values), 2), moments[i].phase or "step") for i in starts]
     shown = [tick._replace(last=tick.left > 80) for tick in ticks]
     at = round(100 * (peak + 0.5) / len(values), 2), _up(highest, end)
-    return Curve(_path(steps), _area(steps), tuple(levels), tuple(shown), at)
+    return Curve(_path(steps), _area(steps), tuple(levels), tuple(shown), (at,))
 
 
 def peak_of(moments: Sequence[Moment]) -> str:
@@ -73,16 +73,17 @@ def peak_of(moments: Sequence[Moment]) -> str:
     return f"{highest.phase}: {highest.name}" if highest.phase else highest.name
 
 
-def loss_curve(points: Sequence[tuple[int, float]]) -> Curve:
-    """Training loss from step to step."""
-    end, last = 1.1 * max(loss for _, loss in points), points[-1][0]
+def loss_curve(points: Sequence[tuple[int, float]], validations: Sequence[tuple[int, float]] = ()) -> Curve:
+    """Training loss from step to step; dots: that of validation rows where they were scored."""
+    end, last = 1.1 * max(loss for _, loss in (*points, *validations)), points[-1][0]
     line = [(round(ACROSS * step / last, 2), _up(loss, end)) for step, loss in points]
+    dots = tuple((round(100 * step / last, 2), _up(loss, end)) for step, loss in validations)
     named = [
         Level(_up(points[0][1], end), f"{points[0][1]:.2f}"),
         Level(_up(points[-1][1], end), f"{points[-1][1]:.3f}"),
     ]
     levels = named if abs(named[0].top - named[1].top) >= 12 else named[1:]
-    return Curve(_path(line), "", tuple(levels), (Tick(0, "step 0"), Tick(100, f"step {last:,}", True)))
+    return Curve(_path(line), "", tuple(levels), (Tick(0, "step 0"), Tick(100, f"step {last:,}", True)), dots)
 
 
 def frontier(options: Sequence[Option], budget_bytes: int) -> list[Way]:

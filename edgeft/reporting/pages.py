@@ -69,7 +69,7 @@ def _summary_values(report: Summary) -> dict[str, Any]:
         "ways": charts.frontier(report.options, report.budget_bytes),
         "timeline": charts.timeline(report.timeline, report.budget_bytes) if report.timeline else None,
         "peak": charts.peak_of(report.timeline) if report.timeline else "",
-        "loss": charts.loss_curve(report.loss_curve) if len(report.loss_curve) > 2 else None,
+        "loss": charts.loss_curve(report.loss_curve, report.validations) if len(report.loss_curve) > 2 else None,
     }
 
 

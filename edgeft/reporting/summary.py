@@ -22,6 +22,7 @@ from edgeft.planning.plan import Plan
 from edgeft.reporting.card import Card, headline, plan_card, run_card, scores_of
 from edgeft.reporting.matrix import DeviceCell, device_cell, method
 from edgeft.reporting.read_run import Run
+from edgeft.reporting.words import kept_step
 from edgeft.settings.job import ENDS
 from edgeft.settings.tuners import TUNERS
 from edgeft.training.result import TrainResult
@@ -145,6 +146,7 @@ class Summary(Artifact):
     )
     repair: Repair | None = Field(default=None, description="what was considered, where the export chose its target")
     loss_curve: tuple[tuple[int, float], ...] = ()
+    validations: tuple[tuple[int, float], ...] = Field(default=(), description="(step, loss) of rows that stop a run")
     notes: tuple[str, ...]
 
 
@@ -160,6 +162,7 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
     if train is not None:
         said += [f"not as planned: {d.what} {d.done} instead of {d.planned}" for d in train.deviations]
         said += ["measured on another device than planned: memory and time cannot be compared"] if elsewhere else []
+        said += kept_step(train)
         said += [f"{train.cut_rows} rows were cut to {plan.training.max_length} tokens"] if train.cut_rows else []
     scores, scored_on = scores_of(train, bundle)
     cells = tuple(device_cell(plan.spec, around.target, profile) for profile in devices)
@@ -201,6 +204,7 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         answers=bundle.answers if bundle else None,
         repair=bundle.repair if bundle else None,
         loss_curve=_thinned(train.loss_curve) if train else (),
+        validations=_thinned(train.validations) if train else (),
         notes=tuple(said),
     )
 

@@ -18,6 +18,7 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
+from edgeft.reporting.curve import curve_lines
 from edgeft.reporting.words import difference_text, kept_step, memory_line, percent, step_time, verdict
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -278,7 +279,10 @@ def train_text(result: TrainResult) -> RenderableType:
     speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
     memory += show_bytes(result.measured_peak_bytes)
-    lines = [*changes, Text(f"{show_count(result.trained_parameters)} parameters trained, {speed}"), Text(memory)]
+    plot = [Text(line) for line in curve_lines(result.loss_curve, result.validations)]
+    speed = f"{show_count(result.trained_parameters)} parameters trained, {speed}"
+    lines = [*plot, *changes, Text(speed), Text(memory)]
+    lines += [Text(continued(result))] if result.resumed_at else []
     if result.prefix_cache:
         how = f"made in {show_seconds(result.prefix_seconds)}" if result.prefix_seconds else "found"
         below = result.plan.training.cached_layers - 1
@@ -295,6 +299,12 @@ def train_text(result: TrainResult) -> RenderableType:
     lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
     return Group(table, *lines)
+
+
+def continued(result: TrainResult) -> str:
+    """At which steps a run went on that had been stopped."""
+    steps = ", ".join(f"{step + 1:,}" for step in result.resumed_at)
+    return f"was stopped, and continued at step {steps} of {result.plan.training.steps:,}"
 
 
 def exact_text(found: Pair) -> str:
