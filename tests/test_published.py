@@ -40,4 +40,4 @@ def test_another_trainers_ways_end_with_it(published: ModuleType) -> None:
     own = train_step.step_terms(spec, training, work)
     assert published.predict(spec, training, 512, published.HF)[0] > sum(term.bytes for term in own)
     assert train_step.step_terms(spec, training, work) == own
-    assert dataflow._Layer.__module__ == "edgeft.memory.dataflow"
+    assert dataflow.DecoderLayer.__module__ == "edgeft.memory.dataflow"

@@ -43,8 +43,8 @@ def test_a_tuner_is_a_row(plan_file: Any, tmp_path: Path, monkeypatch: pytest.Mo
     """LoRA whose factors begin as PEFT's option says: planned, trained, measured and merged by nothing but its row."""
     with pytest.raises(
         BadInput,
-        match="tuner: input should be 'lora', 'dora', 'adalora', 'ia3', 'h-adapter', 'adapter', 'prefix' or 'full', "
-        "got 'plain'",
+        match="tuner: input should be 'lora', 'dora', 'adalora', 'ia3', 'h-adapter', 'adapter', 'prefix', 'prompt' "
+        "or 'full', got 'plain'",
     ):
         make_job(model="any", tuner="plain")
     plain = replace(

@@ -117,6 +117,8 @@ def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     if values["tuner"] == "prefix":
         rest = tuple(n for n in range(spec.num_hidden_layers) if n not in trained)
         values |= {"rank": 0, "target_modules": (), "prefix_tokens": 3, "resting_layers": rest}
+    if values["tuner"] == "prompt":
+        values |= {"rank": 0, "target_modules": (), "prefix_tokens": 3}
     return Training(**values)
 
 

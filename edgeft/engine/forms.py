@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeft.engine import adalora, adapted_linear, bottlenecks, dora, hadamard, ia3, low_rank, pissa, prefixes
+from edgeft.engine import adalora, adapted_linear, bottlenecks, dora, hadamard, ia3, low_rank, pissa, prefixes, prompts
 from edgeft.models import bottleneck
 from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.parts import Parts
@@ -42,6 +42,7 @@ FORMS = {
     "after": Form(bottlenecks.after, bottlenecks.written, low_rank.same, bottleneck.scale),
     "beside": Form(bottlenecks.beside, bottlenecks.written, low_rank.same, bottleneck.scale),
     "past": Form(prefixes.inject, prefixes.written, low_rank.same, prefixes.scale, restore=prefixes.restore),
+    "read": Form(prompts.inject, prompts.written, low_rank.same, prefixes.scale, restore=prompts.restore),
 }
 
 

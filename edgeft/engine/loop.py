@@ -26,6 +26,7 @@ from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_fro
 from edgeft.engine.ranks import ALONE, Ranks
 from edgeft.engine.trainable import apply_tuner, make_lisa, trained_units
 from edgeft.errors import BadInput, EdgeftError
+from edgeft.models import soft_prompt
 from edgeft.models.checkpoint import Checkpoint, TensorFile, write_tensors
 from edgeft.models.evaluate import token_losses
 from edgeft.models.parts import Parts
@@ -331,8 +332,8 @@ def recompute_layers(parts: Parts, kept: int = 0) -> None:
 def _recomputed(layer: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        seen = any(value.requires_grad for value in inputs) or any(p.requires_grad for p in layer.parameters())
-        if not torch.is_grad_enabled() or not seen:
+        seen = any(value.requires_grad for value in (*inputs, *layer.parameters(), *soft_prompt.seen(layer)))
+        if not torch.is_grad_enabled() or not seen or soft_prompt.is_read(layer):
             return forward(*args, **kwargs)
         # no dropout runs in training, so no RNG state need be kept per layer
         return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -13,7 +13,7 @@ from edgeft.engine.quantized_layers import train_rounded
 from edgeft.models.checkpoint import CHANGED, Checkpoint, TensorFile, read_changed
 from edgeft.models.parts import Parts, units
 from edgeft.settings.job import ENDS, Training
-from edgeft.settings.tuners import adapter_parts, is_adapter
+from edgeft.settings.tuners import PROMPT, adapter_parts, is_adapter
 
 
 def apply_tuner(
@@ -43,7 +43,7 @@ def apply_tuner(
 def trained_units(model: nn.Module, parts: Parts, training: Training) -> dict[str, Named]:
     """The units that may train, by name, each with what of it trains: its adapters, or all of its parameters."""
     ends = [end for end in ENDS if getattr(training, end) != "off"]
-    wanted = [*(f"layer {i}" for i in training.trained_layers), *ends]
+    wanted = [PROMPT] if training.embeds else [*(f"layer {i}" for i in training.trained_layers), *ends]
     found = units(model, parts)
     return {unit: [entry for entry in found[unit] if not training.adapts or is_adapter(entry[0])]
             for unit in wanted if found[unit]}  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from edgeft.memory import prefixed
 from edgeft.memory.adapters import AROUND
@@ -39,6 +39,28 @@ class LayerBytes:
     tensors: int  # that it makes in a later micro-batch, forwards and backwards
 
 
+class Sizes(NamedTuple):
+    """What a part of the model keeps and holds, in bytes, for one number of tokens."""
+
+    forward: float
+    body: float
+    kept_forward: float
+    kept: float
+    backward: float
+    gradients: float
+
+    @classmethod
+    def of(cls, part: LayerBytes, tokens: int, again: bool) -> Sizes:
+        def at(size: complex) -> float:
+            return size.real * tokens + size.imag
+
+        back = part.backward_again if again else part.backward
+        return cls(
+            max(map(at, part.forward)), max(map(at, part.body)), at(part.kept_forward), at(part.kept),
+            max(map(at, back), default=0.0), at(part.gradients),
+        )  # fmt: skip
+
+
 def projections(spec: ModelSpec) -> dict[str, list[Linear]]:
     """A layer's projections by role; stand-ins of its widths where they are neither a Llama's nor fused (experts)."""
     found = {role: [linear for linear in spec.linears if linear.role == role] for role in (
@@ -59,7 +81,7 @@ def projections(spec: ModelSpec) -> dict[str, list[Linear]]:
     return found
 
 
-class _Layer(Operations):
+class DecoderLayer(Operations):
     """One decoder layer."""
 
     def __init__(self, tape: Tape, spec: ModelSpec, way: Way, trained: bool, masked: bool) -> None:
@@ -218,7 +240,7 @@ class _Layer(Operations):
         return self.residual(residual, hidden)
 
 
-class _Ends(_Layer):
+class _Ends(DecoderLayer):
     """What follows the decoder layers: the final norm, the trained tokens' hidden states, the loss in chunks."""
 
     def __init__(
@@ -315,7 +337,7 @@ def layer_bytes(spec: ModelSpec, way: Way, kind: Kind, wants: bool, masked: bool
 
     def run(tape: Tape, x: list[Value]) -> Value:
         adapted = kind in ("trained", "resting", "scored")
-        layer = _Layer(tape, spec, way, adapted, masked and not spec.attn_logit_softcapping)
+        layer = DecoderLayer(tape, spec, way, adapted, masked and not spec.attn_logit_softcapping)
         layer.frozen, layer.rests = kind in ("scored", "resting"), kind == "resting"
         if recomputed and (wants or kind == "trained"):
             tape.frame = Frame(lambda value=x[0]: layer(value))  # type: ignore[misc]

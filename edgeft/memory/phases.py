@@ -286,12 +286,15 @@ def _prefix(spec: ModelSpec, training: Training, fixed: Sequence[Term], pool: in
 
 def _kept(spec: ModelSpec, training: Training, sets: Sequence[Training]) -> list[Term]:
     """What of the model is there while it is scored."""
-    adapter = adapter_bytes(spec, training)
+    adapter, made = adapter_bytes(spec, training), 0
+    if training.embeds:  # keys and values of a soft prompt
+        widths = 2 * spec.num_key_value_heads * spec.head_dim * training.prefix_tokens
+        made = DTYPE_BYTES[training.compute_dtype] * spec.num_hidden_layers * widths
     dense = max(dense_bytes(spec, one) for one in sets)
     return [
         _weights(spec, training),
         *_window(spec, training),
-        Term(name="adapters", bytes=adapter, formula="kept while scoring"),
+        Term(name="adapters", bytes=adapter + made, formula="kept while scoring"),
         Term(name="dense layers", bytes=dense, formula="layers in fp32 that trained last"),
     ]
 

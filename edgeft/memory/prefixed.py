@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeft.memory.tape import Storage, Tape, Value
+from edgeft.settings.tuners import TUNERS
 
 if TYPE_CHECKING:
     from edgeft.memory.operations import Operations
@@ -38,7 +39,7 @@ def before(operations: Operations, text: Value) -> Value:
     width = spec.num_key_value_heads * spec.head_dim
     elements, itemsize = way.prefix_tokens * width, text.size.real / width
     own = operations.weight(elements)
-    if itemsize != 4:
+    if itemsize != 4 and not TUNERS[way.tuner].embedded:  # a prompt's have the text's dtype
         own = operations.one(own, 1j * itemsize * elements, 4j * elements)
     shared = 1j * itemsize * elements
 

@@ -16,6 +16,7 @@ from edgeft.errors import DoesNotFit
 from edgeft.machines.limits import memory_limit
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
+from edgeft.memory.prompted import reading_bytes
 from edgeft.memory.streamed import stored_as, window_bytes
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
@@ -227,14 +228,21 @@ def merge_bytes(elements: int, itemsize: int, *, changed: bool, factor_bytes: in
 
 
 def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
-    """W0 + a (Wft - W0), tensor by tensor: the tensor that needs most, changed or not."""
+    """W0 + a (Wft - W0), tensor by tensor: the tensor that needs most, changed or not.
+
+    A soft prompt is read by the base, a layer in memory at a time.
+    """
+    if training.embeds:
+        return stage("merge", "host", [
+            process_term(has.training_bytes, "Python, torch, transformers, the matrix library's buffers"),
+            file_term(spec),
+            Term(name="one layer", bytes=reading_bytes(spec), formula="and tied tables, in fp32")], spec)  # fmt: skip
     itemsize = STORED_BYTES.get(spec.dtype, 4)
     lora, sizes, beside = training.adapts, TUNERS[training.tuner].sizes, training.form.beside
     adapted = {linear.name for linear in train_step.targets(spec, training)}
     tensors = []
     for linear in spec.linears:
-        # an adapter's two factors, as read and scaled
-        shape = linear.in_features, linear.out_features, training.rank
+        shape = linear.in_features, linear.out_features, training.rank  # an adapter's factors, as read and scaled
         elements = sum(sizes(*shape, linear.role == "mlp_out")) + beside(*shape)
         factors = 8 * elements if linear.name in adapted and training.folds else 0
         count = linear.in_features * linear.out_features

@@ -164,6 +164,8 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         trained = training.active_layers
     again = max(0.0, crossed - kept_layers) * training.checkpointing
     tokens, loss_tokens = training.share * work.longest, training.share * work.longest_trained
+    splits = micro_batches(training, work)
+    tokens += round(splits * training.prefix_tokens) if training.embeds else 0  # each reads the prompt once
     weights = sum(linear.in_features * linear.out_features for linear in spec.linears)
     parameters = train_step.trained_parameters(spec, training)
     full = not training.adapts
@@ -180,7 +182,6 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     joined = training.form.joined if training.compute_dtype == "fp32" else ()
     per_token += trained * made(joined or training.form.made)
     moved = itemsize * per_token * tokens + LOSS_BYTES * spec.vocab_size * loss_tokens + OPTIMIZER_BYTES * parameters
-    splits = micro_batches(training, work)
     if training.base_precision == "nf4" or casts(spec, training):
         moved += itemsize * weights * (layers + crossed + again) * splits
     if training.quantize_aware is not None:

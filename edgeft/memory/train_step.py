@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from edgeft.documents import Strict
-from edgeft.memory.dataflow import Kind, LayerBytes, ends_bytes, is_masked, layer_bytes, mask_bytes
+from edgeft.memory.dataflow import Kind, Sizes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
+from edgeft.memory.prompted import Read, read_bytes
 from edgeft.memory.streamed import away_bytes, layer_away_bytes, window_bytes
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
@@ -103,7 +104,7 @@ def dense_bytes(spec: ModelSpec, training: Training) -> int:
 def trained_parameters(spec: ModelSpec, training: Training) -> int:
     """Parameters that get a gradient: r * (in + out) per target and layer, or whole layers, or everything."""
     if training.adapts:
-        return sum(sum(sizes) for sizes in adapter_sizes(spec, training)) * len(training.trained_layers)
+        return sum(size * count for size, count in trained_tensors(spec, training).items())
     return sum(spec.layer_parameters[i] for i in training.trained_layers) + sum(
         size for end, size in end_parameters(spec).items() if getattr(training, end) == "on"
     )
@@ -170,6 +171,8 @@ def beside(spec: ModelSpec, training: Training) -> list[Linear]:
 def adapter_sizes(spec: ModelSpec, training: Training) -> list[tuple[int, ...]]:
     """Elements of the tensors of each adapter of a layer."""
     sizes = TUNERS[training.tuner].sizes
+    if training.embeds:
+        return []
     if training.prefix_tokens:  # keys, and values
         return [(training.prefix_tokens * spec.num_key_value_heads * spec.head_dim,)] * 2
     return [
@@ -178,10 +181,17 @@ def adapter_sizes(spec: ModelSpec, training: Training) -> list[tuple[int, ...]]:
     ]
 
 
+def prompt_parameters(spec: ModelSpec, training: Training) -> int:
+    """Elements of a soft prompt; none of another tuner."""
+    return training.prefix_tokens * spec.hidden_size if training.embeds else 0
+
+
 def adapter_bytes(spec: ModelSpec, training: Training) -> int:
     """Bytes of adapters, in fp32: what trains of them and what they hold beside that; nothing where there are none."""
     if not training.adapts:
         return 0
+    if training.embeds:
+        return 4 * prompt_parameters(spec, training)
     beside, rank = training.form.beside, training.rank
     more = sum(beside(linear.in_features, linear.out_features, rank) for linear in targets(spec, training))
     each = sum(sum(sizes) for sizes in adapter_sizes(spec, training)) + more
@@ -211,7 +221,8 @@ def trained_tensors(spec: ModelSpec, training: Training) -> Counter[int]:
     if training.adapts:
         for sizes in adapter_sizes(spec, training):
             layer.update(sizes)
-        return Counter({size: count * len(training.trained_layers) for size, count in layer.items()})
+        whole = Counter({size: count * len(training.trained_layers) for size, count in layer.items()})
+        return Counter({prompt_parameters(spec, training): 1}) if training.embeds else whole
     for linear in spec.linears:
         layer.update([linear.in_features * linear.out_features] + [linear.out_features] * linear.has_bias)
     found: Counter[int] = Counter()
@@ -287,22 +298,26 @@ def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss
     parts, embedded_is_kept = _parts(spec, training, work, way, loss_tokens, again)
     table, positions = (e * spec.embedding_parameters, e * position_parameters(spec)) if on else (0, 0)
     there = sum(part.gradients for part in parts) + table + positions if again else 0.0  # from the micro-batch before
+    read = read_bytes(spec, way) if training.embeds else Read(0.0, 0.0)
+    if training.embeds:  # the layers' gradients are its keys' and values', which go on to its own
+        there = 4.0 * prompt_parameters(spec, training) if again else 0.0
     # while the layers run, the model's code has a name for what the embedding gave: learned positions make another
     embedded = e * spec.hidden_size * tokens
     if learned := position_parameters(spec):
         embedded += e * spec.hidden_size * (tokens if spec.family.positions_of_rows else work.longest)
     elif embedded_is_kept:
         embedded = 0
-    moments, kept, names = list[Moment](), 0.0, _names(spec, training)
+    moments, kept, names = list[Moment](), read.kept, _names(spec, training)
     for n, part in enumerate(parts):
         named = embedded if n or learned else 0
         moments.append(Moment(f"forward, {names[n]}", kept, there, max(part.forward, part.body + named)))
         kept += part.kept_forward
-    kept, made, waiting = sum(part.kept for part in parts), 0.0, 0.0
+    kept, made, waiting = sum(part.kept for part in parts) + read.kept, 0.0, 0.0
     for n, part in reversed(list(enumerate(parts))):
         kept -= part.kept
         if part.backward:
-            moments.append(Moment(f"backward, {names[n]}", kept, (there or made) + waiting, part.backward))
+            beside = there + made if training.embeds else there or made
+            moments.append(Moment(f"backward, {names[n]}", kept, beside + waiting, part.backward))
         made += part.gradients
         waiting = table if spec.tie_word_embeddings else 0.0  # a tied head's gradient, for the embedding's own
     if table:
@@ -310,6 +325,9 @@ def _moments(spec: ModelSpec, training: Training, work: Workload, way: Way, loss
         height = e * spec.hidden_size * tokens + table + positions
         moments.append(Moment("backward, embedding", 0, (there or made) + waiting, height))
     gradients = there or made + table + positions
+    if training.embeds:
+        moments.append(Moment("backward, prompt", read.kept, there + made, read.backward))
+        gradients = 4.0 * prompt_parameters(spec, training)
     return [*moments, *_added_up(spec, training, gradients), Moment("optimizer", 0, gradients, 0)]
 
 
@@ -356,31 +374,10 @@ def _parts(
         training.loss_chunk_tokens,
     )  # fmt: skip
     places = layer_places(spec, training, work)
-    sizes = {place: Sizes.of(layer_bytes(spec, way, *place), tokens, again) for place in set(places)}
+    later = again and not training.embeds  # of a prompt no layer has gradients of its own that stay
+    sizes = {place: Sizes.of(layer_bytes(spec, way, *place), tokens, later) for place in set(places)}
     first = layer_bytes(spec, way, *places[0]).keeps_input
     return [*(sizes[place] for place in places), Sizes.of(after, tokens, again)], first
-
-
-class Sizes(NamedTuple):
-    """What a part of the model keeps and holds, in bytes, for one number of tokens."""
-
-    forward: float
-    body: float
-    kept_forward: float
-    kept: float
-    backward: float
-    gradients: float
-
-    @classmethod
-    def of(cls, part: LayerBytes, tokens: int, again: bool) -> Sizes:
-        def at(size: complex) -> float:
-            return size.real * tokens + size.imag
-
-        back = part.backward_again if again else part.backward
-        return cls(
-            max(map(at, part.forward)), max(map(at, part.body)), at(part.kept_forward), at(part.kept),
-            max(map(at, back), default=0.0), at(part.gradients),
-        )  # fmt: skip
 
 
 def _names(spec: ModelSpec, training: Training) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from edgeft.errors import BadInput
 from edgeft.merging.peft_folder import AdapterFile
+from edgeft.models import soft_prompt
 from edgeft.models.bottleneck import places
 from edgeft.models.checkpoint import Checkpoint, write_tensors
 from edgeft.models.headers import BOTTLENECKS, KV_PREFIX
@@ -21,10 +22,10 @@ from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings.tuners import AFTER, NARROW, SAVED, WIDE
 
 
-def beside_problems(kept: AdapterFile, base: Checkpoint) -> list[str]:
+def beside_problems(kept: AdapterFile, base: Checkpoint, kind: str) -> list[str]:
     """What of a saved adapter does not fit its base, or is nothing that lies beside one: a line each."""
     if PEFT_NAME in kept.entries:
-        return _prefix_problems(kept, read_model_spec(str(base.folder)))
+        return _prefix_problems(kept, read_model_spec(str(base.folder)), kind)
     try:
         found = places(name.removeprefix(SAVED) for name in kept.entries)
     except ValueError as problem:
@@ -45,7 +46,11 @@ def beside_problems(kept: AdapterFile, base: Checkpoint) -> list[str]:
     return problems
 
 
-def _prefix_problems(saved: AdapterFile, spec: ModelSpec) -> list[str]:
+def _prefix_problems(saved: AdapterFile, spec: ModelSpec, kind: str) -> list[str]:
+    if kind == soft_prompt.PEFT_KIND:
+        found, width = saved.shape(PEFT_NAME), spec.hidden_size
+        fits = len(found) == 2 and found[1] == width
+        return [] if fits else [f"{PEFT_NAME}: {found} in the fine-tune, the base's embeddings have {width} numbers"]
     found, width = saved.shape(PEFT_NAME), 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim
     if len(found) == 2 and found[1] == width:
         return []
@@ -54,20 +59,29 @@ def _prefix_problems(saved: AdapterFile, spec: ModelSpec) -> list[str]:
 
 def check_whole(kind: str, shares: Shares) -> None:
     """Raise BadInput for a share of what is there or is not, as a prefix is: it is at 1, and at 0 the base is."""
-    if kind == PEFT_KIND and not shares.nothing and shares != Shares():
+    if kind in (PEFT_KIND, soft_prompt.PEFT_KIND) and not shares.nothing and shares != Shares():
         problem = f"a share of {shares}, but keys and values before the text are there or not: none lie between"
         raise BadInput("--wise-alpha", problem, "use 1, or 0 for the base itself")
 
 
-def write_beside(saved: AdapterFile | None, spec: ModelSpec, out: Path, shares: Shares) -> int:
-    """How many adapters lie beside the weights of the merge in `out`, after writing their file."""
+def write_beside(
+    saved: AdapterFile | None, kind: str, spec: ModelSpec, base: Path, out: Path, shares: Shares
+) -> int:  # fmt: skip
+    """How many adapters lie beside the weights of the merge in `out`, after writing their file.
+
+    A soft prompt lies there as what the layers of `base` make of it.
+    """
     tensors: dict[str, torch.Tensor] = {}
     if saved is None:
         return 0
     if PEFT_NAME in saved.entries:
         if shares.nothing:
             return 0
-        pairs = pairs_in(saved.read(PEFT_NAME), spec.num_hidden_layers, spec.num_key_value_heads)
+        read = saved.read(PEFT_NAME)
+        if kind == soft_prompt.PEFT_KIND:
+            pairs = soft_prompt.pairs_made(base, read)
+        else:
+            pairs = pairs_in(read, spec.num_hidden_layers, spec.num_key_value_heads)
         write_tensors(out / KV_PREFIX, kept(pairs))
         return len(pairs)
     for (module, where), parts in places(name.removeprefix(SAVED) for name in saved.entries).items():

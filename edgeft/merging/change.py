@@ -155,7 +155,7 @@ class Change:
         source = adapter_file(self.folder)
         if self.kind in BESIDE:
             self.beside = source
-            self._problems += beside_problems(source, self.base)
+            self._problems += beside_problems(source, self.base, self.kind)
             return True
         if self.kind == HADAMARD_KIND:
             self._read_hadamard(source)

@@ -19,13 +19,14 @@ import torch
 from edgeft.documents import sha256_file, staging, versions
 from edgeft.errors import BadInput
 from edgeft.machines import meter
-from edgeft.memory import disk, stages
+from edgeft.memory import disk, prompted, stages
 from edgeft.merging.ancestors import ancestors_of
 from edgeft.merging.beside import check_whole, write_beside
 from edgeft.merging.change import Change
 from edgeft.merging.peft_folder import read_adapter_config
 from edgeft.merging.result import Merged, MergedCheckpoint, MergedForeign, Trained
 from edgeft.merging.steps import Rows
+from edgeft.models import soft_prompt
 from edgeft.models.checkpoint import Checkpoint, copy_side_files, local_folder, write_checkpoint
 from edgeft.models.headers import blocks, lies_beside, refuse_beside
 from edgeft.models.identity import check_files, check_inputs, model_inputs, weights_sha256, written_files
@@ -155,7 +156,7 @@ def merge(
     meter.reset_peak(torch.device("cpu"))
     changed = Blend.open(trained, source, shares, tied=spec.tie_word_embeddings)
     check_whole(changed.change.kind, shares)
-    predicted = meter.rss_bytes() + peak_above_baseline(source, changed.change)
+    predicted = expected_peak(source, changed.change, spec, shares)
     stages.check_host("merge", predicted)
     with staging(out) as temporary:
         copy_side_files(folder, temporary)
@@ -167,7 +168,7 @@ def merge(
         for _, done, count in write_checkpoint(source, temporary, changed):
             progress("merge", done, count, {"bytes_now": meter.rss_bytes()})
         ancestors, told = ancestors_of(folder)
-        beside = write_beside(changed.change.beside, spec, temporary, shares)
+        beside = write_beside(changed.change.beside, changed.change.kind, spec, folder, temporary, shares)
         notes += told + changed.notes(lies_beside(temporary), shares)
         facts = {
             "input_sha256": input_sha256 or (sha256_file(trained / "train.json") if tuned.result else ""),
@@ -275,6 +276,15 @@ def base_of(tuned: Path) -> str:
     if not named:
         raise BadInput(tuned, "names no base model", "give it: edgeft merge FOLDER --base MODEL")
     return str(named)
+
+
+def expected_peak(source: Checkpoint, change: Change, spec: ModelSpec, shares: Shares) -> int:
+    """Resident bytes of this process at its highest."""
+    above = peak_above_baseline(source, change)
+    if change.kind == soft_prompt.PEFT_KIND and not shares.nothing:  # the base reads it
+        meter.import_all()
+        above = max(above, prompted.reading_bytes(spec))
+    return meter.rss_bytes() + above
 
 
 def peak_above_baseline(source: Checkpoint, change: Change) -> int:

@@ -25,7 +25,9 @@ from edgeft.models.kv_prefix import PEFT_NAME
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.metrics import Rung
 from edgeft.models.output_biases import absent_biases, bias_key
+from edgeft.models.parts import find_parts
 from edgeft.models.spec import read_model_spec
+from edgeft.models.streamed import load_streamed
 from edgeft.settings.job import Training
 from edgeft.settings.tuners import BETWEEN, ELEMENTS, GAIN, HANGING, LENGTHS, NARROW, SAVED, SHIFT, WIDE, adapter_parts
 
@@ -104,7 +106,7 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
     for name in shared:
         problem = tensor_problem(name, base, merged, learnt, training, shares.of(layer_of(name)))
         problems += [f"{name}: {problem}"] if problem else []
-    problems += beside_problems(learnt, merged_folder, shares)
+    problems += beside_problems(learnt, base_folder, merged_folder, shares, training)
     wrong = len(problems)
     problems = problems[:SHOWN] + ([f"and {wrong - SHOWN} more"] if wrong > SHOWN else [])
     problems += side_problems(base_folder, merged_folder, added=added)
@@ -123,10 +125,12 @@ def merged_rung(base_folder: Path, trained: Path, merged_folder: Path, training:
     )
 
 
-def beside_problems(learnt: Learnt, merged: Path, shares: Shares) -> list[str]:
+def beside_problems(learnt: Learnt, base: Path, merged: Path, shares: Shares, training: Training) -> list[str]:
     """What lies beside a merge's weights otherwise than what trained, its last matrix times its share."""
     if learnt.prefix:
-        return prefix_problems(learnt.files["kept"].read(PEFT_NAME), merged, shares)
+        saved = learnt.files["kept"].read(PEFT_NAME)
+        made = made_of(base, saved) if training.embeds and not shares.nothing else saved
+        return prefix_problems(made, merged, shares)
     path, kept = merged / BOTTLENECKS, learnt.files["kept"]
     held = TensorFile(path) if path.is_file() else None
     problems = [f"{name}: beside the weights, and not trained" for name in (held.entries if held else {})
@@ -142,6 +146,14 @@ def beside_problems(learnt: Learnt, merged: Path, shares: Shares) -> list[str]:
         if stored.shape != exact.shape or not bool(((stored - exact).abs() <= 2 * EPSILON * exact.abs()).all()):
             problems.append(f"{name}: beside the weights with other values than were trained, times {share:g}")
     return problems
+
+
+@torch.no_grad()
+def made_of(base: Path, prompt: torch.Tensor) -> torch.Tensor:
+    """What transformers' own cache has of a base's keys and values after a soft prompt, as PEFT keeps a prefix."""
+    body = find_parts(load_streamed(base)).body
+    layers = body(inputs_embeds=prompt[None].float(), use_cache=True).past_key_values.layers
+    return torch.cat([each[0].transpose(0, 1).flatten(1) for layer in layers for each in (layer.keys, layer.values)], 1)
 
 
 def prefix_problems(saved: torch.Tensor, merged: Path, shares: Shares) -> list[str]:

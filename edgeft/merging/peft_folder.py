@@ -22,10 +22,9 @@ BY_PEFT = (
     "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT", "LN_TUNING", "MISS", "C3A", "WAVEFT", "SHIRA", "DELORA",
     "RANDLORA", "VBLORA", "ROAD",
 )  # fmt: skip
-BESIDE = ("EDGEFT_BOTTLENECK", "PREFIX_TUNING")  # which lie beside the weights of a merge
+BESIDE = ("EDGEFT_BOTTLENECK", "PREFIX_TUNING", "PROMPT_TUNING")  # which lie beside the weights of a merge
 CANNOT_FOLD = {
     "PREFIX_TUNING": "prefix tuning puts keys and values before the sequence, which no weight holds",
-    "PROMPT_TUNING": "prompt tuning puts virtual tokens before the input, which no weight holds",
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning puts virtual tokens before the input, which no weight holds",
     "P_TUNING": "p-tuning puts virtual tokens before the input, which no weight holds",
     "CPT": "context-aware prompt tuning puts virtual tokens before the input, which no weight holds",

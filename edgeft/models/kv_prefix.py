@@ -28,6 +28,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values, (heads, tokens, hea
 class KeyValues(nn.Module):
     """Keys and values that one layer's attention sees before any text."""
 
+    reads = False
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.keys, self.values = nn.Parameter(keys), nn.Parameter(values)
@@ -47,12 +49,16 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
     behind it, and attention keeps its fastest kernel. `repeats`: key and value heads, as `parts.repeat_for_groups`.
     """
     past: Any = module._modules[PREFIX]
-    tokens = past.keys.shape[1]
-    key, value = before(past.keys, key), before(past.values, value)
+    if past.reads:  # a prompt (`soft_prompt`), before which nothing lies
+        past.keep(key, value)
+        tokens = 0
+    else:
+        tokens = past.keys.shape[1]
+        key, value = before(past.keys, key), before(past.values, value)
     if repeats and (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     whole = attention_mask is None and query.shape[2] > 1
-    if whole:
+    if whole and tokens:
         query = nn.functional.pad(query, (0, 0, tokens, 0))
     elif attention_mask is not None:
         attention_mask = nn.functional.pad(attention_mask, (tokens, 0), value=attention_mask.dtype == torch.bool)
@@ -60,7 +66,7 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=whole,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-    if whole:
+    if whole and tokens:
         output = output[:, :, tokens:]
     return output.transpose(1, 2).clone(memory_format=torch.contiguous_format), None
 
@@ -70,8 +76,8 @@ def hang(model: Any, parts: Parts, pairs: Sequence[Pair]) -> None:
     for layer, (keys, values) in zip(parts.layers, pairs, strict=True):
         attention_of(layer).add_module(PREFIX, KeyValues(keys, values))
     tokens = pairs[0][0].shape[1]
-    parts.body.register_forward_pre_hook(functools.partial(_behind, tokens), with_kwargs=True)
-    _attend_with(model)
+    parts.body.register_forward_pre_hook(functools.partial(behind, tokens), with_kwargs=True)
+    attend_with(model)
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
@@ -83,7 +89,7 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return found
 
 
-def _behind(tokens: int, body: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def behind(tokens: int, body: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A body's arguments with the text's positions behind the prefix."""
     positions = named.get("position_ids")
     if positions is None:
@@ -95,7 +101,7 @@ def _behind(tokens: int, body: nn.Module, given: tuple[Any, ...], named: dict[st
     return given, {**named, "position_ids": positions + tokens}
 
 
-def _attend_with(model: Any) -> None:
+def attend_with(model: Any) -> None:
     """Make a transformers model attend by `attend`. Raises BadInput where it does not attend by torch's function."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

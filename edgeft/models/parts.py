@@ -28,6 +28,7 @@ from edgeft.models.stacks import (
     split,
     token_paths,
 )
+from edgeft.settings.tuners import PROMPT
 
 Units = dict[str, list[tuple[str, nn.Parameter]]]  # (name, parameter) by unit
 
@@ -103,6 +104,7 @@ def units(model: nn.Module, parts: Parts) -> Units:
         path = split(name)
         is_other = any(inside(path, tower) for tower in towers) or meet(path, text) not in served
         kind = "other" if is_other else "embedding" if isinstance(module, nn.Embedding) else "norm"
+        kind = PROMPT if path[-1:] == (PROMPT,) else kind
         for parameter in module.parameters(recurse=False):
             unit_of.setdefault(parameter, kind)
     found |= {"embedding": [], "norm": [], "head": []}

@@ -17,6 +17,8 @@ Fields = dict[str, Any]  # those of Training that say which layers and ends trai
 def layer_choices(job: Job, spec: ModelSpec, tuner: Tuner, steps: int, scores: Sequence[float] | None) -> list[Fields]:
     """Every choice of layers and ends; `scores`: one per layer, where the job chooses by its data."""
     given = {end: getattr(job, end) or "off" for end in ENDS}
+    if TUNERS[tuner].embedded:
+        return [_all(job, spec, tuner, given)]
     if spec.tie_word_embeddings:
         given["head"] = given["embedding"] = job.embedding or job.head or "off"
     found = []

@@ -15,7 +15,10 @@ def check_prefix_tuner(job: Job, spec: ModelSpec, row: Tuning) -> None:
     other = f"use tuner={ADAPTERS}"
     if not row.prefixed:
         problem = f"{job.tuner or 'what is planned'} puts no tokens before the text"
-        raise BadInput("prefix_tokens", problem, "use tuner=prefix, or leave it out")
+        raise BadInput("prefix_tokens", problem, "use tuner=prefix or tuner=prompt, or leave it out")
+    if row.embedded and job.layers in ("sparse", "lisa"):
+        problem = f"{job.layers} says which layers train, and a soft prompt is in none: it lies before the first"
+        raise BadInput("layers", problem, "use tuner=prefix, which is in every layer, or leave layers out")
     if spec.counted_from != "config":
         problem = f"{spec.architecture} is of no family whose attention is known to take keys from elsewhere"
         raise BadInput("tuner", problem, other)

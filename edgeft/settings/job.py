@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from edgeft.documents import NameIn, Strict, invalid
 from edgeft.errors import BadInput, did_you_mean
-from edgeft.settings.tuners import ABSENT, SCALES, TUNERS, Form
+from edgeft.settings.tuners import SCALES, TUNERS, Form
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 # as a target: the smallest artifact that keeps the fine-tune; every one that fits, side by side
@@ -85,7 +85,7 @@ class Job(Strict):
         description="lora: low-rank adapters; dora: and lengths of rows; adalora: whose ranks are "
         "taken away where they matter least; ia3: scales; h-adapter: scales and sums "
         "after attention; adapter: small networks between the parts; prefix: keys and values before the text; "
-        "full: all weights",
+        "prompt: embeddings before the text; full: all weights",
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank; an adapter's inner width")
     target_rank: int | None = Field(None, ge=1, description="rank that AdaLoRA leaves on average; half of rank")
@@ -100,7 +100,7 @@ class Job(Strict):
     adapter_at: AdapterAt = Field(
         "both", description="where adapters lie: both: after attention and MLP, mlp: after the MLP, parallel: beside it"
     )
-    prefix_tokens: int | None = Field(None, ge=1, description="tokens of a prefix, before every text")
+    prefix_tokens: int | None = Field(None, ge=1, description="tokens of a prefix or a soft prompt, before every text")
     layers: Layers | None = Field(
         None, description="all decoder layers, sparse: a fixed few, lisa: a few at a time, drawn anew"
     )
@@ -189,9 +189,6 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
 
 def make_job(**values: object) -> Job:
     """A Job from raw values, strings included. Raises BadInput listing every value that does not fit."""
-    asked = values.get("tuner")
-    if isinstance(asked, str) and asked in ABSENT:
-        raise BadInput("tuner", f"{asked} is not there yet: {ABSENT[asked]}", "use one of " + ", ".join(TUNERS))
     try:
         return Job.model_validate(values)
     except pydantic.ValidationError as problem:
@@ -238,7 +235,7 @@ class Training(Strict):
     lora_plus: float = 1.0  # learning rate of the second factors, in times all others'
     init: Init = "random"
     adapter_at: AdapterAt = "both"
-    prefix_tokens: int = 0  # whose keys and values lie before the text in every layer; 0: none do
+    prefix_tokens: int = 0  # whose keys and values, or embeddings, lie before the text; 0: none do
     target_modules: tuple[str, ...] = ()
     layers: Layers = "all"
     trained_layers: tuple[int, ...] = Field(description="what may train; under lisa, what is drawn from")
@@ -294,6 +291,11 @@ class Training(Strict):
     def adapts(self) -> bool:
         """Whether adapters train, beside weights that stay as they are."""
         return TUNERS[self.tuner].adapters
+
+    @property
+    def embeds(self) -> bool:
+        """Whether embeddings before the text train, which are in no layer."""
+        return TUNERS[self.tuner].embedded
 
     @property
     def adapted_layers(self) -> tuple[int, ...]:

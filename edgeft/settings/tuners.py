@@ -19,6 +19,7 @@ NARROW, WIDE = "down.weight", "up.weight"
 HADAMARD = "hadamard"  # of what multiplies a module's output and is added to it, by the name it hangs under
 GAIN, SHIFT = f"{HADAMARD}.weight", f"{HADAMARD}.bias"
 PREFIX = "kv_prefix"  # of keys and values before the text (`models.kv_prefix`), by the name they hang under
+PROMPT = "soft_prompt"  # of embeddings before the text (`models.soft_prompt`), by the name they hang under
 # Names in a saved adapter's file.
 SAVED = "base_model.model."
 BETWEEN = "lora_E"  # of AdaLoRA: the number between a row of one factor and a column of the other
@@ -68,7 +69,8 @@ class Tuning:
     scaled: bool = False  # whether a scale is
     scale: Callable[[float, int], float] | None = None  # its own, of alpha and rank; none: `lora_scale` says which
     pruned: bool = False  # whether ranks go while it trains
-    prefixed: bool = False  # whether it trains keys and values before the text: so many tokens in every layer
+    prefixed: bool = False  # whether it trains what lies before the text: so many tokens in every layer
+    embedded: bool = False  # whether that is embeddings, which the model itself makes keys and values of: in no layer
     folds: bool = True  # whether a weight can hold what it learnt; else it lies beside the weights, on the device too
     shared: bool = True  # whether a share of what it learnt is between base and fine-tune
     rounded: bool = False  # whether training folds its change into weights as a target rounds them
@@ -198,6 +200,22 @@ TUNERS: dict[str, Tuning] = {
         sentence="Keys and values of {tokens} tokens that lie before every text (a prefix) train in {layers}; the "
         "model itself stays as it is",
     ),
+    # arXiv 2104.08691
+    "prompt": Tuning(
+        adapters=True,
+        sizes=lambda inputs, outputs, rank, last: (),  # of projections; `memory.train_step` has its own
+        prefixed=True,
+        embedded=True,
+        folds=False,
+        shared=False,
+        forms={"random": Form("read", made=(33, 8, 18, 18, 0), roles=())},
+        rate=lambda hidden: 0.3,  # a prefix's, compared with nothing: docs/methods.md
+        title="Prompt tuning",
+        short="prompt of {tokens}",
+        method="a soft prompt of {tokens} tokens",
+        sentence="Embeddings of {tokens} tokens that lie before every text (a soft prompt) train; the model itself "
+        "stays as it is",
+    ),
     "full": Tuning(
         adapters=False,
         sizes=lambda inputs, outputs, rank, last: (inputs * outputs,),
@@ -209,10 +227,6 @@ TUNERS: dict[str, Tuning] = {
         method="full fine-tuning of {layers}",
         sentence="The model's own weights train: {layers}{ends}",
     ),
-}
-# Tuners of the field that are not there, and why: what to say to somebody who asks for one by its name.
-ABSENT = {
-    "prompt": "its virtual embeddings lie before every text; tuner=prefix trains their keys and values themselves",
 }
 # What is planned where none is named: adapters; the weights where ends train, or the model is small.
 ADAPTERS, WEIGHTS = "lora", "full"
@@ -235,8 +249,13 @@ def is_scale(name: str) -> bool:
 
 
 def is_prefix(name: str) -> bool:
-    """Whether a parameter is keys or values before the text: no decay draws them to zero, which is no neutral place."""
-    return f".{PREFIX}." in name
+    """Whether a parameter lies before the text: no decay draws it to zero, which is no neutral place."""
+    return f".{PREFIX}." in name or is_prompt(name)
+
+
+def is_prompt(name: str) -> bool:
+    """Whether a parameter is embeddings before the text."""
+    return PROMPT in name.split(".")
 
 
 def saved_name(name: str) -> str:

@@ -13,7 +13,7 @@ from bundles import to_the_device
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, killed_at, plan_of, run, save_model, write_plan
+from tiny import killed_at, plan_of, run, save_model, write_plan
 
 from edgeft.data.dataset import Sample
 from edgeft.engine.loop import Run, learning_rate, make_run
@@ -31,7 +31,7 @@ from edgeft.models.parts import find_parts
 from edgeft.models.streamed import load_streamed
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
-from edgeft.settings.tuners import ABSENT, TUNERS, adapter_parts
+from edgeft.settings.tuners import TUNERS, adapter_parts
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
 
@@ -87,6 +87,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "lisa_interval": 1,
     },
     "prefix, sparse": {"tuner": "prefix", "rank": None, "layers": "sparse", "active_layers": 1},
+    "prompt": {"tuner": "prompt", "rank": None, "prefix_tokens": 3, "weight_decay": 0.5},
+    "prompt, nf4": {"tuner": "prompt", "rank": None, "prefix_tokens": 3, "base_precision": "nf4"},
     "lora, lisa": {"tuner": "lora", "lora_plus": 16, "layers": "lisa", "active_layers": 1, "lisa_interval": 1},
 }
 
@@ -404,14 +406,6 @@ def test_pissa_begins_with_the_largest_singular_values(started: Any, checkpoint_
 def test_what_does_not_go_together_is_refused_by_name(settings: dict[str, Any], message: str, plan_file: Any) -> None:
     with pytest.raises(BadInput, match=message):
         plan_file(**settings)
-
-
-@pytest.mark.parametrize("name", ABSENT)
-def test_a_tuner_of_the_field_that_is_not_there_says_why(name: str, plan_file: Any) -> None:
-    with pytest.raises(BadInput, match=f"tuner: {name} is not there yet: it.*\n\nhint: use one of lora, dora"):
-        plan_file(tuner=name)
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert f"| `{name}` | {ABSENT[name]} |" in page and name not in TUNERS
 
 
 @pytest.mark.parametrize(

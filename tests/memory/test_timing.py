@@ -51,6 +51,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[complex]]:
     ("adapter, mlp", "trained", {"tuner": "adapter", "adapter_at": "mlp"}),
     ("adapter, parallel", "trained", {"tuner": "adapter", "adapter_at": "parallel"}),
     ("prefix, random", "trained", {"tuner": "prefix"}),
+    ("prompt, random", "trained", {"tuner": "prompt"}),
     ("full, random", "trained", FULL),
 ])  # fmt: skip
 def test_a_layer_makes_what_is_counted(

@@ -192,7 +192,6 @@ FACTORS = {Q + "lora_A.weight": torch.ones(2, 32), Q + "lora_B.weight": torch.on
     "config, reason",
     [
         ({"peft_type": "CARTRIDGE"}, "a cartridge is a key-value cache before the sequence, which no weight holds"),
-        ({"peft_type": "PROMPT_TUNING"}, "prompt tuning puts virtual tokens"),
         ({"peft_type": "P_TUNING"}, "p-tuning puts virtual tokens"),
         ({"peft_type": "XLORA"}, "X-LoRA mixes its adapters anew for every token\n\nhint: train LoRA, DoRA, IA3"),
         ({"config": {"non_linearity": "relu"}}, "a bottleneck adapter has a non-linearity between its layers"),

@@ -166,7 +166,7 @@ def test_the_timeline_lies_where_its_moments_are() -> None:
     heights = [y for _, y in points(drawn.line)[::2]]
     assert heights == pytest.approx([100 * (1 - gib / 11) for gib in (5, 6, 7, 9, 4)], abs=0.01)
     assert points(drawn.line)[-1][0] == 1000 and drawn.area.endswith("Z")
-    assert drawn.peak == pytest.approx((70, 100 * (1 - 9 / 11)), abs=0.01)
+    assert drawn.dots == (pytest.approx((70, 100 * (1 - 9 / 11)), abs=0.01),)
     assert [tick.text for tick in drawn.ticks] == ["forward", "backward", "optimizer"]
     assert charts.peak_of(MOMENTS) == "backward: loss"
     assert [level.text for level in drawn.levels] == ["limit 10.0 GiB"]  # the peak's own name would lie over it

@@ -104,8 +104,8 @@ def test_an_assignment_that_cannot_be_read(assignment: str, message: str) -> Non
         ),
         (
             {"tuner": "qlora"},
-            "tuner: input should be 'lora', 'dora', 'adalora', 'ia3', 'h-adapter', 'adapter', 'prefix' or 'full', "
-            "got 'qlora'",
+            "tuner: input should be 'lora', 'dora', 'adalora', 'ia3', 'h-adapter', 'adapter', 'prefix', 'prompt' "
+            "or 'full', got 'qlora'",
         ),
         (
             {"base_precision": "int8"},
