@@ -44,7 +44,7 @@ help:  ## show this
 # Installed once, and again when what is to be installed changes.
 .venv/installed: pyproject.toml constraints.txt
 	@test -x $(py) || $(PYTHON) -m venv .venv
-	$(py) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(py) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,report]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

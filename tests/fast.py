@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HEAVY = (
-    "subprocess", "multiprocessing", "edgeft.machines.processes", "warm", "bundles", "runtimes", "onnxruntime",
+    "subprocess", "multiprocessing", "edgeft.machines.processes", "warm", "bundles", "environments", "runtimes",
+    "onnxruntime",
     "onnxruntime_genai", "llama_cpp",
     "tiny.run", "edgeft.training.train", "edgeft.training.importance", "edgeft.engine.nf4_base", "edgeft.engine.loop",
     "edgeft.simulation", "edgeft.merging.merge", "edgeft.merging.sweep", "edgeft.exporting", "edgeft.api",

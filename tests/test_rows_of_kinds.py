@@ -94,7 +94,7 @@ def test_a_runtime_is_a_row(merged_folder: Path, tmp_path: Path, monkeypatch: py
         BadInput, match=r"runtime: input should be 'ort-genai', 'llama\.cpp' or 'onnxruntime', got 'toy'"
     ):
         load_target(str(toy))
-    row = replace(RUNTIMES["ort-genai"], needed=("toy-runtime",), install="toy-runtime", process_bytes=300_000_000)
+    row = replace(RUNTIMES["ort-genai"], needed=("toy-runtime",), process_bytes=300_000_000)
     monkeypatch.setitem(RUNTIMES, "toy", row)
     target = load_target(str(toy))
     with monkeypatch.context() as absent:

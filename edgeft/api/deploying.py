@@ -13,6 +13,7 @@ from edgeft.api.results import Bundle, Merged, OnDisk, place
 from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput, ParityFailed, of_exit_code
 from edgeft.exporting import bundle as bundles
+from edgeft.machines.extras import need
 from edgeft.merging import result as merges
 from edgeft.models.headers import lies_beside
 from edgeft.progress import Progress, Say, quiet, silent
@@ -36,8 +37,6 @@ def export(
     `size_budget` (bytes, or "5MiB") and `device`. With repair="auto" a named target may become 1.1 times its size.
     `train` is the folder that was merged, where `merged` does not say. Raises ParityFailed, DoesNotFit, BadInput.
     """
-    from edgeft.exporting.repair import check_calibration, export_named, export_smallest
-
     source = merged.folder if isinstance(merged, OnDisk) else Path(merged)
     record = source / "merged.json"
     job = planned_job(source)
@@ -54,6 +53,9 @@ def export(
         say(f"{folder} is up to date")
     else:
         current.replaceable(folder, "bundle.json")
+        need("export")
+        from edgeft.exporting.repair import check_calibration, export_named, export_smallest
+
         check_calibration(found, calibration)
         common: dict[str, Any] = {
             "device": device, "progress": progress, "size_budget_bytes": limit, "calibration": calibration,

@@ -10,6 +10,7 @@ from edgeft.api import current
 from edgeft.api.results import Merged, MergedForeign, OnDisk, TrainResult
 from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput
+from edgeft.machines.extras import need
 from edgeft.merging import result as merges
 from edgeft.models.layer_shares import Shares, parse_shares
 from edgeft.progress import Progress, Say, quiet, silent
@@ -52,6 +53,7 @@ def merge(
         say(f"{folder} is up to date")
         return _read_merged(record, "train" in old)
     current.replaceable(folder, "merged.json")
+    need("train")
     from edgeft.merging.merge import merge as blend_all
 
     found = _sweep(source, sweep, shares, request, progress) if sweep else None

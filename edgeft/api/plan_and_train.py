@@ -12,6 +12,7 @@ from edgeft.api.results import OnDisk, Plan, TrainResult
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, EdgeftError, of_exit_code
 from edgeft.machines import processes
+from edgeft.machines.extras import need
 from edgeft.models.identity import cached_folder
 from edgeft.planning import plan as plans
 from edgeft.progress import Progress, Say, quiet, silent
@@ -42,6 +43,7 @@ def plan(
         return old
     importance = None
     if needs_importance(job):
+        need("train")
         from edgeft.planning.layer_scores import score_layers
 
         importance = score_layers(job, progress)
@@ -49,6 +51,7 @@ def plan(
     if job_file is not None:
         made = made.model_copy(update={"job_file_sha256": sha256_file(job_file)})
     if simulate:
+        need("train")
         from edgeft.simulation.simulate import simulate as run_step
 
         say("simulating the step")
@@ -76,6 +79,7 @@ def try_plan(plan_file: Path, say: Say = quiet) -> Trial:
     """The plan's own steps with random weights, measured in a process of their own, whose memory is theirs alone."""
     from edgeft.training.result import Trial
 
+    need("train")
     out = plan_file.with_name("trial.json")
     say("measuring the plan's steps with random weights")
     done = subprocess.run(
@@ -111,6 +115,7 @@ def train(
     if not several and is_current():
         say(f"{folder} is up to date")
         return TrainResult.at(record, trainings.TrainResult.read(record))
+    need("train")
     from edgeft.training.join import together
     from edgeft.training.prepare import choose_device
     from edgeft.training.promise import MORE_MEMORY

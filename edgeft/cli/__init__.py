@@ -23,7 +23,9 @@ from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.options import settings_of
 from edgeft.cli.planning import plan
 from edgeft.cli.screen import complain, say
+from edgeft.cli.start import example
 from edgeft.errors import BadInput, EdgeftError
+from edgeft.machines.extras import installed
 
 app = typer.Typer(
     name="edgeft",
@@ -34,7 +36,7 @@ app = typer.Typer(
 # the commands in the order of --help
 PANELS: dict[str, tuple[Any, ...]] = {
     "From a plan to a bundle": (init, build, plan, train, merge, export, run),
-    "Understand": (doctor, data, report, survival),
+    "Understand": (example, doctor, data, report, survival),
     "Ship": (adapters, verify, sign, arm64),
 }
 PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -76,7 +78,8 @@ def main() -> None:
     try:
         if len(sys.argv) > 1 and sys.argv[1] in MOVED:
             raise BadInput(f"edgeft {sys.argv[1]}", "is another command now", f"edgeft {MOVED[sys.argv[1]]}")
-        app()
+        with installed("export" if sys.argv[1:2] and sys.argv[1] in ("export", "adapters") else ""):
+            app()
     except EdgeftError as problem:
         if os.environ.get("EDGEFT_TRACEBACK"):
             raise

@@ -29,6 +29,7 @@ from edgeft.cli.planning import say_shortages
 from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, Reporter, say, show, stderr, stdout, stopping
 from edgeft.errors import BadInput
 from edgeft.machines import processes
+from edgeft.machines.extras import need
 
 
 def init(
@@ -83,6 +84,7 @@ def build(
     values = job_values(asked)
     if values["data"] is None:
         raise BadInput("build", "there is no training data", "name it with --data FILE, or as data = ... in a job file")
+    need("export")  # the last stage's part, before the first begins
     folder = results_folder(asked, values)
     _plan(values, folder, file, as_json)
     _stage("train", folder / "plan.json", "--out", folder / "train", quiet=as_json)

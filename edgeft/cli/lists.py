@@ -6,7 +6,7 @@ import enum
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from edgeft.api import reports
 from edgeft.cli.screen import ColumnsOption, JsonOption, Reporter, say, stderr, stdout
 from edgeft.errors import BadInput
 from edgeft.settings.job import parse_settings
+
+if TYPE_CHECKING:
+    from edgeft.machines.profile import Profile
 
 
 def report(
@@ -36,12 +39,12 @@ def report(
         "ort-int4"
     ),
     settings: Annotated[list[str] | None, typer.Option("--set", help="for --models: pin a setting, key=value")] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML page; Markdown and JSON are written beside it")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page; Markdown and JSON are written beside it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one page to decide on hardware with: a plan, the run made from it, or many models on many machines."""
     from edgeft.machines.limits import usable_cores
-    from edgeft.reporting.matrix import Matrix, find_devices, find_models, find_profiles, make_matrix
+    from edgeft.reporting.matrix import Matrix, find_devices, find_models, make_matrix
     from edgeft.reporting.pages import write_report
     from edgeft.reporting.summary import Summary
 
@@ -56,7 +59,7 @@ def report(
         with Reporter(stderr) as progress:
             made = make_matrix(
                 found,
-                find_profiles(machines or "all"),
+                _machines(machines or "all"),
                 devices=find_devices(device) if device is not None else None,
                 target=target,
                 settings={key: value for key, _, value in pinned},
@@ -75,6 +78,18 @@ def report(
         sys.stdout.write(made.model_dump_json() + "\n")
     else:
         stdout.print("\n".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+def _machines(names: str) -> list[Profile]:
+    """The machines that were named; of all of them, what is left out is said."""
+    from edgeft.machines.profile import list_profiles
+    from edgeft.reporting.matrix import find_profiles
+
+    found = find_profiles(names)
+    if names == "all":
+        for absent in {each.name for each in list_profiles()} - {each.name for each in found}:
+            say(f"left out {absent}: this machine's CPU is measured with torch, which is not installed")
+    return found
 
 
 def data(

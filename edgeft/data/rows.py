@@ -13,7 +13,8 @@ from edgeft.data.conversation import COLUMNS, PromptFormat, Row, to_row
 from edgeft.data.json_values import parse_json
 from edgeft.data.sources import parts
 from edgeft.data.tokenizer import TEMPLATE, TextTokenizer
-from edgeft.errors import BadInput, MissingExtra
+from edgeft.errors import BadInput
+from edgeft.machines.extras import missing
 
 LONGEST_LINE = 64 * 2**20  # characters: what is longer is no row but a file without line ends
 
@@ -156,7 +157,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise MissingExtra(path, "reading parquet needs pyarrow", "pip install 'edgeft[data]'") from None
+        raise missing(path, "reading parquet needs pyarrow", "data") from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             yield from batch.to_pylist()
@@ -168,8 +169,8 @@ def _hub_rows(source: str) -> Iterator[Any]:
     try:
         import datasets
     except ImportError:
-        hint = "pip install 'edgeft[data]', or give a file"
-        raise MissingExtra(source, "is no file; reading a hub dataset needs the package datasets", hint) from None
+        what = "is no file; reading a hub dataset needs the package datasets"
+        raise missing(source, what, "data", "give a file") from None
     try:
         found = datasets.load_dataset(source, split="train")
     except Exception as problem:  # datasets raises its own, huggingface_hub's and network errors

@@ -17,7 +17,7 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.data.labels import FILE, labels_file
 from edgeft.documents import saving, sha256_file, shipped_folder, staging, versions
-from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed
+from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
 from edgeft.exporting.adapters import AdapterSource, Written, add_adapters
 from edgeft.exporting.answers import Answers, HeldToGrammar
 from edgeft.exporting.artifact import ArtifactModel, load_shipped
@@ -40,6 +40,7 @@ from edgeft.exporting.bundle import (
 from edgeft.exporting.golden import environment, record
 from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
+from edgeft.machines.extras import missing
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.headers import KV_PREFIX, Header, lies_beside
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
@@ -64,8 +65,7 @@ def need_runtime(target: Target) -> None:
 
         interpreter()
     if importlib.util.find_spec(runtime.module) is None:
-        problem = f"is not installed, and target {target.name} runs in it"
-        raise MissingExtra(runtime.packages[0], problem, f"pip install {runtime.install}")
+        raise missing(runtime.packages[0], f"is not installed, and target {target.name} runs in it", runtime.part)
 
 
 class Filled(NamedTuple):

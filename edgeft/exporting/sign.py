@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.documents import saving
-from edgeft.errors import BadInput, MissingExtra, ParityFailed
+from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting.bundle import MANIFEST
+from edgeft.machines.extras import missing
 from edgeft.targets.runner import runner_module
 
 
@@ -21,8 +22,8 @@ def _cryptography() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
-        hint = "pip install 'edgeft[sign]'; verifying signatures needs nothing"
-        raise MissingExtra("cryptography", "is not installed, keys and signatures are made with it", hint) from None
+        what = "is not installed, keys and signatures are made with it; verifying needs nothing"
+        raise missing("cryptography", what, "sign") from None
     return serialization, ed25519
 
 

@@ -15,6 +15,7 @@ from edgeft.documents import Artifact, sha256_file, sha256_json, versions
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import processes
 from edgeft.machines.environment import cpuinfo
+from edgeft.machines.extras import need
 from edgeft.machines.limits import usable_cores
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -54,7 +55,8 @@ def probe_cpu() -> Probe:
 
     The cache is one JSON file per CPU, core count, package versions and code that measures. A corrupt one is measured
     again, an unwritable one done without; one of a busy machine is measured again after `MEASURE_AGAIN` seconds, and
-    the higher rates of the two are kept. Raises BadInput if the packages of a training run are not installed.
+    the higher rates of the two are kept. Raises MissingExtra without torch, BadInput where
+    measuring fails.
     """
     path = _cache()
     kept = None
@@ -91,13 +93,14 @@ def _age(path: Path) -> float:
 def _measured() -> Probe:
     """A probe made now, in a process of its own."""
     environment = {"OMP_NUM_THREADS": str(usable_cores()), "HF_HUB_OFFLINE": "1"}  # OpenMP knows no cgroup quotas
-    hint = "install the packages that training needs, or plan for a fixed machine, as in --on cpu-16gb"
+    fixed = "plan for a fixed machine, as in --on cpu-16gb"
+    need("train", "this CPU cannot be measured", fixed)
     done = processes.run(
         "from edgeft.training.measure_machine import measure; print(measure())", environment=environment
     )
     if done.returncode:
         reason = processes.reason(done.returncode, done.stderr)
-        raise BadInput("this CPU", f"cannot be measured: {reason}", hint)
+        raise BadInput("this CPU", f"cannot be measured: {reason}", f"mend that, or {fixed}")
     return Probe.model_validate_json(done.stdout.strip().splitlines()[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, versions
-from edgeft.errors import BadInput, DoesNotFit
+from edgeft.errors import BadInput, DoesNotFit, MissingExtra
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
 from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -117,12 +118,20 @@ def find_models(folder: Path) -> list[tuple[str, str]]:
 
 
 def find_profiles(names: str, option: str = "--on") -> list[Profile]:
-    """The profiles of `a,b,file.toml`, or every shipped one of `all`, with what they leave to be detected filled in."""
+    """The profiles of `a,b,file.toml`, or every shipped one of `all`, with what they leave to be detected filled in.
+
+    `all` leaves out this machine where it cannot be measured, without torch.
+    """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise BadInput(option, f"names no profile: {names!r}", "give all, or names as in t4,l4-24gb")
-    profiles = list_profiles() if wanted == ["all"] else [load_profile(name) for name in dict.fromkeys(wanted)]
-    return [detect(profile) for profile in profiles]
+    if wanted != ["all"]:
+        return [detect(load_profile(name)) for name in dict.fromkeys(wanted)]
+    found = []
+    for profile in list_profiles():
+        with contextlib.suppress(MissingExtra):
+            found.append(detect(profile))
+    return found
 
 
 def make_matrix(

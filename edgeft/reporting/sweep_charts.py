@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.documents import saving
-from edgeft.errors import MissingExtra
+from edgeft.machines.extras import missing
 from edgeft.reporting.palette import BLUE, GREY, INK, ORANGE, SERIES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
         from cycler import cycler
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingExtra("matplotlib", "is not installed", "pip install matplotlib, or leave out --plot") from None
+        raise missing("matplotlib", "is not installed", "report", "leave out --plot") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own style is
         for name, value in {**STYLE, "axes.prop_cycle": cycler(color=SERIES)}.items():

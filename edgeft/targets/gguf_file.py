@@ -12,7 +12,8 @@ import numpy
 import torch
 
 from edgeft.documents import saving
-from edgeft.errors import BadInput, MissingExtra
+from edgeft.errors import BadInput
+from edgeft.machines.extras import missing
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
 from edgeft.models.families import Gguf
 from edgeft.models.spec import ModelSpec
@@ -40,7 +41,7 @@ def library() -> ModuleType:
     try:
         import gguf
     except ImportError as problem:
-        raise MissingExtra("gguf", f"cannot be imported: {problem}", 'pip install "edgeft[gguf]"') from None
+        raise missing("gguf", f"cannot be imported: {problem}", "gguf") from None
     return gguf  # type: ignore[no-any-return]
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from edgeft.errors import EdgeftError, MissingExtra
+from edgeft.errors import EdgeftError
 from edgeft.machines import processes
+from edgeft.machines.extras import missing
 from edgeft.machines.limits import resident_bytes
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def quantise(source: Path, out: Path, weight_bits: int, weights: Mapping[str, to
     done = processes.run(QUANTISE, source, out, FILE_TYPES[weight_bits], status, *([given] if weights else []))
     given.unlink(missing_ok=True)
     if "No module named 'llama_cpp'" in done.stderr:
-        raise MissingExtra("llama-cpp-python", "is not installed", 'pip install "edgeft[llama]"')
+        raise missing("llama-cpp-python", "is not installed", "llama")
     if "llama_model_imatrix_data" in done.stderr:
-        raise MissingExtra("llama-cpp-python", "is too old to weigh inputs", 'pip install -U "edgeft[llama]"')
+        raise missing("llama-cpp-python", "is too old to weigh inputs", "llama")
     if done.returncode != 0 or not out.is_file():
         raise EdgeftError(source, "llama.cpp's quantiser failed: " + processes.reason(done.returncode, done.stderr, 3))
     peak = resident_bytes(highest=True, status=status)

@@ -15,8 +15,9 @@ import numpy
 
 from edgeft.data.tokenizer import find_template, write_template
 from edgeft.documents import saving
-from edgeft.errors import BadInput, EdgeftError, MissingExtra
+from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import processes
+from edgeft.machines.extras import missing
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
 from edgeft.models.headers import blocks
 from edgeft.models.layer_shares import layer_of
@@ -272,7 +273,7 @@ def _run_builder(merged: Path, folder: Path, options: dict[str, Any]) -> int:
         return peak
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
     if "No module named onnxruntime_genai" in text or "No module named 'onnxruntime_genai'" in text:
-        raise MissingExtra("onnxruntime-genai", "is not installed", "pip install onnxruntime-genai")
+        raise missing("onnxruntime-genai", "is not installed", "export")
     if "No space left on device" in text:
         raise OSError(28, "No space left on device")  # `staging` words it
     if lines[-1].startswith("NotImplementedError"):

@@ -58,7 +58,7 @@ class Runtime:
     builder: str  # the file of edgeft/targets with build_model, read_weights and write_limits
     module: str  # what is imported to run a bundle
     packages: tuple[str, ...]  # that decide its numbers, the one of the module first
-    install: str  # what pip is told
+    part: str  # of edgeft that brings them: an extra, or several
     problem: Callable[[Target], str]  # what of a target it cannot do, or nothing
     build_parts: Callable[[Build], list[Part]]  # memory beside the waiting export
     scratch: Callable[[ModelSpec, Target, int], Scratch]  # of so many bytes of weights
@@ -208,7 +208,7 @@ RUNTIMES: dict[str, Runtime] = {
         builder="ort",
         module="onnxruntime_genai",
         packages=("onnxruntime-genai", "onnxruntime"),
-        install="onnxruntime-genai",
+        part="export",
         problem=genai_problem,
         build_parts=genai_build,
         scratch=genai_scratch,
@@ -238,7 +238,7 @@ RUNTIMES: dict[str, Runtime] = {
         builder="gguf_file",
         module="llama_cpp",
         packages=("llama-cpp-python",),
-        install='"edgeft[gguf,llama]"',
+        part="gguf,llama",
         problem=gguf_problem,
         build_parts=gguf_build,
         build_margins=2,
@@ -264,7 +264,7 @@ RUNTIMES: dict[str, Runtime] = {
         builder="portable_onnx",
         module="onnxruntime",
         packages=("onnxruntime",),
-        install="onnxruntime",
+        part="export",
         problem=portable_problem,
         build_parts=portable_build,
         build_margins=2,

@@ -8,7 +8,8 @@ from typing import Any
 from edgeft.data.grammar import FREE, Grammar
 from edgeft.data.labels import AskedAnswers
 from edgeft.data.tokenizer import TextTokenizer
-from edgeft.errors import BadInput, MissingExtra
+from edgeft.errors import BadInput
+from edgeft.machines.extras import missing
 from edgeft.targets.runner import runner_module
 
 WALK_TOKENS = 2048  # of answers that are written by chance, to see whether the tokenizer can
@@ -22,7 +23,7 @@ class Words:
         try:
             kind = self.runner.runtime("llguidance", "llguidance").LLTokenizer
         except self.runner.MissingRuntime as problem:
-            raise MissingExtra("llguidance", str(problem.problem), 'pip install "edgeft[grammars]"') from None
+            raise missing("llguidance", str(problem.problem), "grammars") from None
         try:
             self.words: Any = kind(tokenizer.backend.to_str(), eos_token=tokenizer.stop_ids)
         except Exception as problem:  # a bare ValueError or RuntimeError for whatever a tokenizer holds

@@ -26,6 +26,7 @@ from edgeft.data.dataset import (
 )
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, MissingExtra
+from edgeft.machines.extras import install_line
 
 KINDS = "a row is one of " + ", ".join(COLUMNS) + "; others by --columns prompt=question,completion=answer"
 USER, ANSWER = {"role": "user", "content": "Which section?"}, {"role": "assistant", "content": "utils"}
@@ -154,7 +155,7 @@ def test_parquet_without_pyarrow_says_which_extra(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra) as caught:
         read_rows(str(path), tokenizer)
-    assert str(caught.value) == f"{path}: reading parquet needs pyarrow\n\nhint: pip install 'edgeft[data]'"
+    assert str(caught.value) == f"{path}: reading parquet needs pyarrow\n\nhint: {install_line('data')}"
     assert caught.value.exit_code == 5
 
 
@@ -176,7 +177,7 @@ def test_a_hub_id_without_the_datasets_package(tokenizer: TextTokenizer, monkeyp
         read_rows("someone/something", tokenizer)
     assert str(caught.value) == (
         "someone/something: is no file; reading a hub dataset needs the package datasets\n\n"
-        "hint: pip install 'edgeft[data]', or give a file"
+        f"hint: {install_line('data')}, or give a file"
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from edgeft.documents import shipped_folder
-from edgeft.errors import BadInput
-from edgeft.machines import limits, processes
+from edgeft.errors import BadInput, MissingExtra
+from edgeft.machines import extras, limits, processes
 from edgeft.machines import probe as machine
 from edgeft.machines import profile as module
 from edgeft.machines.limits import Limit, usable_cores, usable_memory
@@ -461,16 +461,24 @@ def test_a_plan_says_that_its_machine_was_busy() -> None:
 
 
 def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'torch'\n"
+    lines = "Traceback (most recent call last):\nRuntimeError: out of luck\n"
     failed = subprocess.CompletedProcess([], 1, "", lines)
     monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(BadInput) as caught:
         probe_cpu()
     assert str(caught.value) == (
-        "this CPU: cannot be measured: ModuleNotFoundError: No module named 'torch'\n\n"
-        "hint: install the packages that training needs, "
-        "or plan for a fixed machine, as in --on cpu-16gb"
+        "this CPU: cannot be measured: RuntimeError: out of luck\n\n"
+        "hint: mend that, or plan for a fixed machine, as in --on cpu-16gb"
     )
+
+
+def test_a_probe_without_torch_says_what_to_install(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        MissingExtra, match=r"this CPU cannot be measured: torch is not installed\n\nhint: pip install "
+    ):
+        probe_cpu()
+    assert runs == []
 
 
 def test_detect_fills_in_what_is_missing(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

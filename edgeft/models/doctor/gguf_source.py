@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import BadInput, DoesNotFit, MissingExtra
+from edgeft.errors import BadInput, DoesNotFit
+from edgeft.machines.extras import missing
 from edgeft.machines.limits import usable_memory
 from edgeft.units import show_bytes
 
@@ -48,7 +49,7 @@ def write(folder: Path, name: str, out: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise MissingExtra(name, "a GGUF file needs the package gguf", "pip install 'edgeft[gguf]'") from None
+        raise missing(name, "a GGUF file needs the package gguf", "gguf") from None
     from edgeft.models.checkpoint import quiet_transformers
 
     try:
