@@ -10,6 +10,7 @@ from typing import Any
 from edgeft.errors import BadInput
 from edgeft.models.doctor.kinds import Listing, adapter_base, forms_of, kind_of, models_below, refuse_pointer, see
 from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS
+from edgeft.models.hub import ask
 
 
 def config_path(model: str) -> Path:
@@ -52,7 +53,7 @@ def _download(model: str) -> Path:
         "go online, or give the folder of a model that is on this machine",
     )
     try:
-        return Path(hf_hub_download(model, "config.json"))
+        return Path(ask(hf_hub_download, model, "config.json"))
     except errors.GatedRepoError:
         problem, hint = "the hub model is gated", "accept its licence there and log in (hf auth login)"
     except errors.RepositoryNotFoundError:

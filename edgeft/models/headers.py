@@ -16,6 +16,7 @@ from edgeft.errors import BadInput
 from edgeft.models.doctor.kinds import INDEX, Listing, forms_of, kind_of, refuse_pointer, see, words_of
 from edgeft.models.doctor.names import added, plain_names
 from edgeft.models.families import in_conv1d
+from edgeft.models.hub import ask
 
 if TYPE_CHECKING:
     from edgeft.models.spec import ModelSpec
@@ -48,6 +49,7 @@ LAYER_NUMBER = re.compile(r"(?<![^.])\d+\.")
 SHOWN = 8  # names in a message
 BLOCK_BYTES = 8 * 2**20  # of a tensor in fp32 that are worked on at once
 AGAIN = "copy or download the whole checkpoint again"
+SNAPSHOT = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # what is fetched of a hub model
 
 
 class Header:
@@ -195,11 +197,13 @@ def local_folder(model: str) -> Path:
         return Path(model)
     if Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
         raise BadInput(model, "no such model folder", "give a folder with config.json, or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(ask(snapshot_download, model, allow_patterns=SNAPSHOT))
     except Exception as problem:  # huggingface_hub raises many kinds: offline, gated, unknown
+        if isinstance(problem, errors.LocalEntryNotFoundError):
+            problem = ConnectionError("the hub cannot be reached, and it is not whole in the cache")
         hint = "check the name and the network, or download it once and give the folder"
         raise BadInput(model, f"is no folder and could not be fetched as a hub model: {problem}", hint) from None
 

@@ -316,7 +316,7 @@ def test_a_model_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
 def test_a_hub_id_is_fetched_and_a_failure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def snapshot_download(model: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(model: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
         if model != "org/name" or "*.safetensors" not in allow_patterns or "*.bin" in allow_patterns:
             raise ConnectionError("offline")
         return str(tmp_path)

@@ -422,7 +422,7 @@ def test_hub_id_that_cannot_be_read(error: type[Exception], message: str, monkey
 
 def test_hub_id_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path, LLAMA)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model, file: f"{folder}/{file}")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model, file, **_: f"{folder}/{file}")
     spec = read_model_spec("someone/model-1B")
     assert (spec.model, spec.hidden_size) == ("someone/model-1B", 64)
 
