@@ -23,27 +23,29 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK
 if TYPE_CHECKING:
     from edgeft.api.deploying import export, run, verify
     from edgeft.api.doctoring import doctor
+    from edgeft.api.evaluating import evaluate
     from edgeft.api.example import example
     from edgeft.api.merging import SweepOptions, merge
     from edgeft.api.plan_and_train import plan, train
     from edgeft.api.reports import report
-    from edgeft.api.results import Bundle, Merged, MergedForeign, Plan, TrainResult
+    from edgeft.api.results import Bundle, Evaluation, Merged, MergedForeign, Plan, TrainResult
     from edgeft.merging.wise import wise
     from edgeft.planning.plan import make_plan
     from edgeft.settings.job import Job, make_job
 
 __version__ = "0.2.0"
-__all__ = ["Bundle", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult", "doctor",
-           "example", "export", "make_job", "make_plan", "merge", "plan", "report", "run", "train", "verify",
-           "wise"]  # fmt: skip
+__all__ = ["Bundle", "Evaluation", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult",
+           "doctor", "evaluate", "example", "export", "make_job", "make_plan", "merge", "plan", "report",
+           "run", "train", "verify", "wise"]  # fmt: skip
 HOMES = {
     "api.deploying": ("export", "run", "verify"),
     "api.doctoring": ("doctor",),
+    "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.merging": ("SweepOptions", "merge"),
     "api.plan_and_train": ("plan", "train"),
     "api.reports": ("report",),
-    "api.results": ("Bundle", "Merged", "MergedForeign", "Plan", "TrainResult"),
+    "api.results": ("Bundle", "Evaluation", "Merged", "MergedForeign", "Plan", "TrainResult"),
     "merging.wise": ("wise",),
     "planning.plan": ("make_plan",),
     "settings.job": ("Job", "make_job"),

@@ -65,6 +65,7 @@ NEEDS = [
     ("survival merged", "train"),
     ("export merged --target ort-int4", "export"),
     ("adapters one=train", "export"),
+    ("eval example/model --data example/test.jsonl", "export"),
     ("sign bundle --new-key key", "sign"),
     ("data rows.parquet --model example/model", "data"),
     ("data org/rows --model example/model", "data"),

@@ -11,6 +11,7 @@ from pydantic import PrivateAttr
 from edgeft.documents import Artifact
 from edgeft.errors import BadInput
 from edgeft.exporting import bundle as bundles
+from edgeft.exporting import result as evaluations
 from edgeft.merging import result as merges
 from edgeft.planning import plan as plans
 from edgeft.training import result as trainings
@@ -103,6 +104,15 @@ class Bundle(OnDisk, bundles.Bundle):
         from edgeft.reporting.bundle_tables import bundle_text
 
         return bundle_text(self, self._merged, bundles.measurement_of(self.folder))
+
+
+class Evaluation(OnDisk, evaluations.Evaluation):
+    """evaluation.json: forms of a model on the same rows, each as it runs, and what each changes."""
+
+    def text(self) -> Any:
+        from edgeft.reporting.bundle_tables import evaluation_text
+
+        return evaluation_text(self)
 
 
 def place(result: OnDisk | str | Path, document: str) -> Path:

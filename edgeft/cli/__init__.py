@@ -18,6 +18,7 @@ from edgeft import __version__
 from edgeft.cli.bases import doctor
 from edgeft.cli.commands import adapters, export, merge, survival, train
 from edgeft.cli.device import arm64, run, sign, verify
+from edgeft.cli.evaluation import evaluate
 from edgeft.cli.jobs import build, init
 from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.options import settings_of
@@ -62,6 +63,7 @@ for panel, verbs in PANELS.items():
         how = settings_of(verb.__name__) | (PASSED_ON if verb is run else {})
         app.command(context_settings=how, rich_help_panel=panel)(verb)
 app.command("show", rich_help_panel="Understand")(show_what)
+app.command("eval", rich_help_panel="Understand")(evaluate)
 
 # what these were called before 0.2
 MOVED = {

@@ -24,6 +24,7 @@ PARTS = {
     "grammars": ("llguidance",),
     "gguf": ("gguf",),
     "llama": ("llama_cpp",),
+    "lm-eval": ("lm_eval",),
 }
 WITHIN = {"export": ("train",)}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from edgeft.models.metrics import Promotion, Proof, Repair
+from edgeft.models.metrics import Pair, Promotion, Proof, Repair
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.terminal import metrics_cells, new_table, predicted_expected
 from edgeft.reporting.words import attempt_cells, difference_text, percent, rung_cells
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from edgeft.exporting.answers import Answers, HeldToGrammar
     from edgeft.exporting.bundle import Bundle, Measurement
     from edgeft.exporting.choose_target import Comparison
+    from edgeft.exporting.result import Evaluation
     from edgeft.merging.result import MergedCheckpoint
 
 
@@ -34,11 +36,37 @@ def ladder_text(proof: Proof) -> RenderableType:
 
 def pairs_text(proof: Proof) -> RenderableType:
     """What each form changed of the one before it on the same rows, with 95% intervals."""
-    title = f"the same {proof.scored_on} rows before and after, 95% intervals"
+    return pairs_table(proof.pairs, f"the same {proof.scored_on} rows before and after, 95% intervals")
+
+
+def pairs_table(pairs: Sequence[Pair], title: str) -> RenderableType:
+    """Differences on the same rows, a line a pair."""
     table = new_table("from", "to", "loss, nats", "exact match, points", title=title)
-    for each in proof.pairs:
+    for each in pairs:
         table.add_row(each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
     return table
+
+
+def evaluation_text(made: Evaluation) -> RenderableType:
+    """Every form's scores on the same rows, what each changes of the one before it, and lm-eval's numbers."""
+    parts: list[RenderableType] = []
+    if made.scores:
+        rows = next(iter(made.scores.values())).rows
+        cut = f", {made.cut_rows} of them cut" if made.cut_rows else ""
+        table = new_table("model", "loss", "perplexity", "exact match", title=f"{rows} rows of {made.data}{cut}")
+        for name, metrics in made.scores.items():
+            table.add_row(name, *metrics_cells(metrics))
+        parts.append(table)
+    if made.pairs:
+        parts.append(pairs_table(made.pairs, "the same rows before and after, 95% intervals"))
+    if made.tasks:
+        names = list(made.tasks)
+        table = new_table("task", "metric", *names, title="lm-eval, each with its standard error")
+        for line in zip(*made.tasks.values(), strict=True):
+            numbers = [f"{each.value:.4f}" + (f" ± {each.stderr:.4f}" if each.stderr else "") for each in line]
+            table.add_row(line[0].task, line[0].metric, *numbers)
+        parts.append(table)
+    return Group(*parts)
 
 
 def answers_text(answers: Answers | HeldToGrammar) -> RenderableType:
