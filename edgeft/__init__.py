@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from edgeft.api.plan_and_train import plan, train
     from edgeft.api.reports import report
     from edgeft.api.results import Bundle, Evaluation, Merged, MergedForeign, Plan, TrainResult
+    from edgeft.api.sharing import push
     from edgeft.merging.wise import wise
     from edgeft.planning.plan import make_plan
     from edgeft.settings.job import Job, make_job
 
 __version__ = "0.2.0"
 __all__ = ["Bundle", "Evaluation", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult",
-           "doctor", "evaluate", "example", "export", "make_job", "make_plan", "merge", "plan", "report",
-           "run", "train", "verify", "wise"]  # fmt: skip
+           "doctor", "evaluate", "example", "export", "make_job", "make_plan", "merge", "plan", "push",
+           "report", "run", "train", "verify", "wise"]  # fmt: skip
 HOMES = {
     "api.deploying": ("export", "run", "verify"),
     "api.doctoring": ("doctor",),
@@ -46,6 +47,7 @@ HOMES = {
     "api.plan_and_train": ("plan", "train"),
     "api.reports": ("report",),
     "api.results": ("Bundle", "Evaluation", "Merged", "MergedForeign", "Plan", "TrainResult"),
+    "api.sharing": ("push",),
     "merging.wise": ("wise",),
     "planning.plan": ("make_plan",),
     "settings.job": ("Job", "make_job"),

@@ -80,7 +80,7 @@ NEEDS_OTHERS = {  # what no extra brings: a bundle's runtime, as its own run.py 
 
 def test_every_verb_is_tried() -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert verbs == {line.split()[0] for line in [*WORKS, *NEEDS_OTHERS, *(line for line, _ in NEEDS)]}
+    assert verbs == {line.split()[0] for line in [*WORKS, *NEEDS_OTHERS, *(line for line, _ in NEEDS), "push"]}
 
 
 @pytest.mark.parametrize("verb", WORKS)
@@ -106,6 +106,11 @@ def test_what_no_extra_brings_is_named_too(verb: str, bare: Path, given: Path, t
     done = edgeft(bare, verb, *arguments, cwd=given, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 5 and "Traceback" not in done.stderr, done.stderr
     assert said in done.stderr + done.stdout
+
+
+def test_a_push_needs_nothing_more(bare: Path, given: Path) -> None:
+    done = edgeft(bare, "push", "bundle", "me/model", cwd=given)
+    assert done.returncode == 4 and "was never proven" in done.stderr, done.stderr
 
 
 def test_every_part_has_the_modules_that_its_extra_brings() -> None:

@@ -68,6 +68,9 @@ def export(
             export_named(source, found[0], folder, asked=named, **common)
     made = Bundle.at(folder / "bundle.json", bundles.Bundle.read(folder / "bundle.json"))
     made._merged = merges.MergedCheckpoint.read(record)
+    from edgeft.reporting.model_card import merged_card, write_card
+
+    write_card(source, merged_card(source, made._merged, made))
     return made
 
 

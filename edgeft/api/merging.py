@@ -61,7 +61,11 @@ def merge(
         swept(found)
     alpha = Shares(rest=found.wise_alpha, groups=found.groups) if found else shares
     blend_all(source, folder, wise_alpha=alpha, progress=progress, base=base, input_sha256=digest, sweep=found)
-    return _read_merged(record, (source / "train.json").is_file() and base is None)
+    made = _read_merged(record, (source / "train.json").is_file() and base is None)
+    from edgeft.reporting.model_card import merged_card, write_card
+
+    write_card(folder, merged_card(folder, made))
+    return made
 
 
 def _read_merged(record: Path, own: bool) -> Merged | MergedForeign:

@@ -24,6 +24,7 @@ from edgeft.cli.lists import data, report, show_what
 from edgeft.cli.options import settings_of
 from edgeft.cli.planning import plan
 from edgeft.cli.screen import complain, say
+from edgeft.cli.sharing import push
 from edgeft.cli.start import example
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines.extras import installed
@@ -38,7 +39,7 @@ app = typer.Typer(
 PANELS: dict[str, tuple[Any, ...]] = {
     "From a plan to a bundle": (init, build, plan, train, merge, export, run),
     "Understand": (example, doctor, data, report, survival),
-    "Ship": (adapters, verify, sign, arm64),
+    "Ship": (adapters, verify, sign, arm64, push),
 }
 PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 

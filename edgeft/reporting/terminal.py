@@ -19,8 +19,7 @@ from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
 from edgeft.reporting.curve import curve_lines
-from edgeft.reporting.words import difference_text, kept_step, memory_line, percent, step_time, verdict
-from edgeft.settings.tuners import TUNERS
+from edgeft.reporting.words import difference_text, kept_step, memory_line, method_text, percent, step_time, verdict
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("answers", labels_line(plan.labels)))
     elif plan.grammar is not None:
         rows.append(("answers", plan.grammar.line))
-    rows.append(("method", _method(plan)))
+    rows.append(("method", method_text(plan)))
     if plan.importance is not None:
         rows.append(("importance", importance_text(plan.importance)))
     return [
@@ -84,17 +83,6 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("bundle", _bundle(plan.stages)),
         ("disk", _disk(plan.stages)),
     ]
-
-
-def _method(plan: Plan) -> str:
-    training = plan.training
-    layers = f"{len(training.trained_layers)} of {plan.spec.num_hidden_layers} layers"
-    if training.layers == "lisa":
-        layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
-        layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
-    how = TUNERS[training.tuner].method.format(rank=training.rank, tokens=training.prefix_tokens, layers=layers)
-    rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
-    return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
 
 
 def _batch(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.planning.plan import Plan
 from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
+from edgeft.settings.tuners import TUNERS
 from edgeft.units import GIB, show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -109,6 +110,18 @@ def step_time(plan: Plan) -> str:
     """The estimate of a plan's seconds, and what decides it where that is not the GPU itself."""
     bound = f"; {plan.launches:,} launches bind, not the GPU" if plan.launches else ""
     return f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate{bound})"
+
+
+def method_text(plan: Plan) -> str:
+    """How a plan trains: the tuner, the layers, what the base is held and computed in."""
+    training = plan.training
+    layers = f"{len(training.trained_layers)} of {plan.spec.num_hidden_layers} layers"
+    if training.layers == "lisa":
+        layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
+        layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
+    how = TUNERS[training.tuner].method.format(rank=training.rank, tokens=training.prefix_tokens, layers=layers)
+    rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
+    return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
 
 
 def percent(share: float | None) -> str:
