@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edgeft.api.doctoring import doctor
     from edgeft.api.evaluating import evaluate
     from edgeft.api.example import example
+    from edgeft.api.matrices import Matrix, matrix
     from edgeft.api.merging import SweepOptions, merge
     from edgeft.api.plan_and_train import plan, train
     from edgeft.api.reports import report
@@ -35,14 +36,15 @@ if TYPE_CHECKING:
     from edgeft.settings.job import Job, make_job
 
 __version__ = "0.2.0"
-__all__ = ["Bundle", "Evaluation", "Job", "Merged", "MergedForeign", "Plan", "SweepOptions", "TrainResult",
-           "doctor", "evaluate", "example", "export", "make_job", "make_plan", "merge", "plan", "push",
-           "report", "run", "train", "verify", "wise"]  # fmt: skip
+__all__ = ["Bundle", "Evaluation", "Job", "Matrix", "Merged", "MergedForeign", "Plan", "SweepOptions",
+           "TrainResult", "doctor", "evaluate", "example", "export", "make_job", "make_plan", "matrix",
+           "merge", "plan", "push", "report", "run", "train", "verify", "wise"]  # fmt: skip
 HOMES = {
     "api.deploying": ("export", "run", "verify"),
     "api.doctoring": ("doctor",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
+    "api.matrices": ("Matrix", "matrix"),
     "api.merging": ("SweepOptions", "merge"),
     "api.plan_and_train": ("plan", "train"),
     "api.reports": ("report",),
