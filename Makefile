@@ -31,7 +31,7 @@ py := .venv/bin/python
 edgeft = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,EDGEFT_NEXT=0 )$(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -222,6 +222,9 @@ first-page: .venv/installed  ## what README shows of a plan, text and picture, a
 
 bench-plots: .venv/installed  ## draw the plots of recorded results again; nothing is measured
 	$(py) bench/plots.py
+
+planner-page: .venv/installed  ## the planner as one page that runs in a browser: build/report/planner.html
+	@$(py) bench/planner_page.py
 
 report: .venv/installed  ## which models fit which machines: build/report/matrix.html, .md, .json
 	@$(edgeft) report --models examples/configs --on all --target '$(target)' \

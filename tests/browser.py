@@ -17,6 +17,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 INSTALL = "apt-get install chromium"
+PHONE, SCREEN = 390, 1280
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
 
 
 def find_browser() -> str | None:
@@ -160,3 +162,23 @@ def browser(path: str) -> Iterator[Browser]:
             yield made
         finally:
             made.close()
+
+
+def look(found: Browser, width: int = SCREEN, scheme: str = "light") -> list[dict[str, str]]:
+    """What is wrong with the page that is open at that width, everything that can be folded unfolded."""
+    found.media(scheme)
+    found.size(width)
+    found.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+    found.size(width, int(found.evaluate("document.documentElement.scrollHeight")) + 50)
+    result: list[dict[str, str]] = found.evaluate(CHECKS)
+    return result
+
+
+def faults(found: Browser, page: str, folder: Path, width: int = SCREEN, scheme: str = "light") -> list[dict[str, str]]:
+    """What is wrong with a page that is not there yet."""
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    found.media(scheme)
+    found.size(width)
+    found.open(path.as_uri())
+    return look(found, width, scheme)

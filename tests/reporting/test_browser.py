@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import INSTALL, Browser, browser, find_browser
+from browser import CHECKS, PHONE, SCREEN, Browser, faults
 from reports import plan_summary, run_summary, small_matrix
-from tiny import ROOT
 
 from edgeft.reporting.pages import to_html
 
 pytestmark = pytest.mark.browser
 
-CHECKS = (ROOT / "tests" / "page_checks.js").read_text(encoding="utf-8")
 PAGES = ("plan", "over", "run", "matrix")
-PHONE, SCREEN = 390, 1280
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip(f"no browser to look at pages with: {INSTALL}")
-    with browser(path) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +26,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "run": to_html(run_summary()),
         "matrix": to_html(small_matrix(tmp_path_factory.mktemp("models"))),
     }
-
-
-def faults(found: Browser, page: str, folder: Path, width: int = SCREEN, scheme: str = "light") -> list[dict[str, str]]:
-    """What is wrong with a page at that width, everything that can be folded unfolded."""
-    path = folder / "page.html"
-    path.write_text(page, encoding="utf-8")
-    found.media(scheme)
-    found.size(width)
-    found.open(path.as_uri())
-    found.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
-    found.size(width, int(found.evaluate("document.documentElement.scrollHeight")) + 50)
-    result: list[dict[str, str]] = found.evaluate(CHECKS)
-    return result
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

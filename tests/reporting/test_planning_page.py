@@ -1,0 +1,102 @@
+"""Does the planning page answer what the command line does, and say what is wrong with what was entered?"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import plan_of
+from tiny import CONFIGS
+
+from edgeft.machines.profile import list_profiles
+from edgeft.reporting.planning_page import Answer, Request, answer, choices, command, smallest_gpu
+from edgeft.units import GIB, show_bytes
+
+
+def ask(configs: Path = CONFIGS, **request: Any) -> Answer:
+    return Answer.model_validate_json(answer(json.dumps(request), configs))
+
+
+def test_an_answer_is_the_plans() -> None:
+    found, plan = ask(model="llama-3.1-8b", machine="t4"), plan_of()
+    assert (
+        found.state == "elsewhere" and found.command == "edgeft plan --model examples/configs/llama-3.1-8b --profile t4"
+    )
+    assert found.numbers["need_bytes"] == plan.need_bytes and found.numbers["peak_bytes"] == plan.peak_bytes
+    assert found.numbers["seconds"] == plan.seconds and tuple(found.numbers["gave_up"]) == plan.gave_up
+    for said in ("FITS, EXPORT ELSEWHERE", show_bytes(plan.need_bytes), show_bytes(plan.budget_bytes), "Training"):
+        assert said in found.html
+
+
+def test_what_was_chosen_is_on_the_command_line() -> None:
+    request = Request(model="gpt2", machine="t4", gib=6, length=512, tuner="lora", base_precision="nf4",
+                      device="raspberrypi5-8gb")  # fmt: skip
+    words = shlex.split(command(request))
+    assert words[:8] == [
+        "edgeft",
+        "plan",
+        "--model",
+        "examples/configs/gpt2",
+        "--profile",
+        "t4",
+        "--max-memory",
+        "6GiB",
+    ]
+    assert words[8:] == ["--set", "max_length=512", "--set", "tuner=lora", "--set", "base_precision=nf4",
+                         "--set", "device=raspberrypi5-8gb"]  # fmt: skip
+
+
+def test_a_number_of_gib_is_a_machine() -> None:
+    assert [smallest_gpu(gib * GIB) for gib in (4, 8, 13, 22, 500)] == [
+        "rtx4060-8gb", "rtx3060-12gb", "t4", "rtx4090-24gb", "rtx4090-24gb"
+    ]  # fmt: skip
+    found = ask(model="qwen2.5-1.5b", gib=5.5)
+    assert found.numbers["budget_bytes"] == int(5.5 * GIB) and "--max-memory 5.5GiB" in found.command
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    found = ask(model="llama-3.1-70b", machine="t4")
+    assert found.state == "no" and found.numbers["need_bytes"] > found.numbers["budget_bytes"]
+    assert "DOES NOT FIT" in found.html
+
+
+def test_a_pasted_config_is_planned(tmp_path: Path) -> None:
+    text = (CONFIGS / "gpt2" / "config.json").read_text()
+    (tmp_path / "configs").mkdir()
+    found = ask(tmp_path / "configs", config=text, machine="t4")
+    assert found.numbers["need_bytes"] == ask(model="gpt2", machine="t4").numbers["need_bytes"]
+    assert "--model your-model" in found.command
+
+
+@pytest.mark.parametrize(("request_", "said"), [
+    ({"config": "{", "machine": "t4"}, "config.json: is not JSON"),
+    ({"config": "[1]", "machine": "t4"}, "config.json: is no object"),
+    ({"config": "{}", "machine": "t4"}, "missing model_type"),
+    ({"config": " " * (2**20 + 1), "machine": "t4"}, "more than any config"),
+    ({"config": '{"model_type": "<img src=x>"}', "machine": "t4"}, "&lt;img"),
+    ({"model": "../../etc", "machine": "t4"}, "page"),
+    ({"model": "gpt2", "machine": "nothing"}, "unknown profile"),
+    ({"model": "gpt2", "machine": "t4", "length": 4000}, "more than the model"),
+    ({"model": "gpt2", "machine": "t4", "tuner": "no"}, "tuner"),
+    ({"model": "gpt2", "machine": "t4", "gib": -1}, "page"),
+    ({"model": "gpt2", "machine": "t4", "nonsense": 1}, "page"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_said(request_: dict[str, Any], said: str, tmp_path: Path) -> None:
+    configs = tmp_path / "configs"
+    configs.symlink_to(CONFIGS)
+    found = ask(configs, **request_)
+    assert found.state == "problem" and said in found.html and "<img" not in found.html
+
+
+def test_every_shape_and_machine_can_be_chosen() -> None:
+    found = choices(CONFIGS)
+    assert len(found["models"]) == len(list(CONFIGS.glob("*/config.json"))) and found["models"][0]["value"] == "gpt2"
+    trained_on = {p.name for p in list_profiles() if "train" in p.roles and p.detected}
+    assert {each["value"] for each in found["machines"]} == trained_on and "raspberrypi5-8gb" in {
+        each["value"] for each in found["devices"]
+    }
+    assert all(re.fullmatch(r"[\w.-]+", each["value"]) for part in found.values() for each in part)
