@@ -68,7 +68,17 @@ def of_exit_code(code: int, where: object, problem: str, hint: str = "") -> Edge
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the sorted list of what is known when nothing is near."""
+    """`did you mean 'x'?`, or the sorted list of what is known when nothing is near.
+
+    A slip of the pen first, then what is part of a longer name that another tool has: max_seq_length, max_length.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else "one of " + ", ".join(names)
+    parts = _parts(word)
+    within = sorted((name for name in names if _parts(name) < parts), key=lambda name: (-len(_parts(name)), name))
+    slips, near = (difflib.get_close_matches(word, names, n=1, cutoff=cutoff) for cutoff in (0.8, 0.6))
+    found = next((each[0] for each in (slips, within, near) if each), None)
+    return f"did you mean {found!r}?" if found else "one of " + ", ".join(names)
+
+
+def _parts(name: str) -> set[str]:
+    return set(name.replace("-", "_").split("_"))

@@ -12,39 +12,56 @@ from edgeft.cli.screen import say
 if TYPE_CHECKING:
     from edgeft.api.job_file import JobFile
 
+# groups of --help
+MACHINE, DATA, TRAINING = "Machine and device", "Data", "How it trains, and what is exported"
+
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="folder of a Hugging Face checkpoint, or a hub id")
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", hidden=True)]
 OnOption = Annotated[
     str | None,
-    typer.Option(help="the machine that trains: a name from `edgeft show profiles`, or a TOML file; cpu: this one"),
+    typer.Option(
+        rich_help_panel=MACHINE,
+        help="the machine that trains: a name from `edgeft show profiles`, or a TOML file; cpu: this one",
+    ),
 ]
 MemoryOption = Annotated[
     str | None,
-    typer.Option(metavar="8GiB", help="what the machine has: alone a graphics card of so much, with --on that machine "
-                 "with so much"),
+    typer.Option(rich_help_panel=MACHINE, metavar="8GiB", help="what the machine has: alone a graphics card of so "
+                 "much, with --on that machine with so much"),
 ]  # fmt: skip
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--for", metavar="DEVICE", help="the device that runs the result: a profile's name, or a TOML file"),
+    typer.Option("--for", rich_help_panel=MACHINE, metavar="DEVICE", help="the device that runs the result: a "
+                 "profile's name, or a TOML file"),
 ]  # fmt: skip
 
 ValidOption = Annotated[
-    list[str] | None, typer.Option(help="validation data; held out of the training data when absent")
+    list[str] | None,
+    typer.Option(rich_help_panel=DATA, help="validation data; held out of the training data when absent"),
 ]
-TestOption = Annotated[list[str] | None, typer.Option(help="test data, scored before and after every stage")]
+TestOption = Annotated[
+    list[str] | None, typer.Option(rich_help_panel=DATA, help="test data, scored before and after every stage")
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="pin a setting: key=value; see edgeft show settings")
+    list[str] | None,
+    typer.Option("--set", rich_help_panel=TRAINING, help="pin a setting: key=value; see edgeft show settings"),
 ]
 MaxMemoryOption = Annotated[
-    str | None, typer.Option(help="most that edgeft may hold of it, as in 7GiB; all that is free when absent")
+    str | None,
+    typer.Option(
+        rich_help_panel=MACHINE, help="most that edgeft may hold of it, as in 7GiB; all that is free when absent"
+    ),
 ]
-MaxSecondsOption = Annotated[float | None, typer.Option(help="time limit for all training steps, by the estimate")]
+MaxSecondsOption = Annotated[
+    float | None, typer.Option(rich_help_panel=MACHINE, help="time limit for all training steps, by the estimate")
+]
 TargetOption = Annotated[
     str | None,
     typer.Option(
-        help="what is exported: a name in export/, a TOML file, or auto: the smallest that keeps the fine-tune"
+        rich_help_panel=TRAINING,
+        help="what is exported: a name in export/, a TOML file, or auto: the smallest that keeps the fine-tune",
     ),
 ]
 JobOption = Annotated[

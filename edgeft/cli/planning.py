@@ -12,6 +12,7 @@ from edgeft.api import plan_and_train
 from edgeft.api.job_file import job_values, results_folder
 from edgeft.cli import next_steps
 from edgeft.cli.options import (
+    MACHINE,
     DeviceOption,
     JobOption,
     MaxMemoryOption,
@@ -50,7 +51,9 @@ def plan(
     max_memory: MaxMemoryOption = None,
     max_seconds: MaxSecondsOption = None,
     job: JobOption = None,
-    processes: Annotated[int, typer.Option(help="how many share each step's samples, under torchrun")] = 1,
+    processes: Annotated[
+        int, typer.Option(rich_help_panel=MACHINE, help="how many share each step's samples, under torchrun")
+    ] = 1,
     verify_here: Annotated[
         bool, typer.Option("--verify", help="measure the plan's own steps here, with random weights")
     ] = False,

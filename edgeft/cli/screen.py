@@ -28,11 +28,13 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="where to write; d
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of text")]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option(help="training data, also several: files (jsonl, json, csv, parquet), patterns, a hub dataset id, "
+    typer.Option(rich_help_panel="Data", help="training data, also several: files (jsonl, json, csv, parquet), "
+                 "patterns, a hub dataset id, "
                  "a folder with train, valid and test files; FILE#500 is 500 of its rows, FILE#3x all three times"),
 ]  # fmt: skip
 ColumnsOption = Annotated[
-    str | None, typer.Option(help="own columns by the known names: prompt=question,completion=answer")
+    str | None,
+    typer.Option(rich_help_panel="Data", help="own columns by the known names: prompt=question,completion=answer"),
 ]
 
 

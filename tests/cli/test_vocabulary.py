@@ -138,3 +138,11 @@ def test_help_has_the_main_line_first() -> None:
     shown = typed("--help").stdout
     panels = ["From a plan to a bundle", "Understand", "Ship"]
     assert [shown.index(name) for name in panels] == sorted(shown.index(name) for name in panels)
+
+
+@pytest.mark.parametrize("verb", ["plan", "build"])
+def test_the_many_options_of_a_verb_are_in_groups(verb: str) -> None:
+    shown = typed(verb, "--help").stdout
+    for group, words in (("Machine and device", ("--on", "--memory", "--for")), ("Data", ("--data", "--columns"))):
+        box = shown[shown.index(f"╭─ {group} ") :].partition("╯")[0]
+        assert all(f"│ {word} " in box for word in words), group

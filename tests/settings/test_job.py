@@ -235,3 +235,28 @@ def test_counts_are_shown(count: float, expected: str) -> None:
 )  # fmt: skip
 def test_seconds_are_shown(seconds: float, expected: str) -> None:
     assert show_seconds(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("rnak", "rank"), ("lora_rank", "rank"), ("max_seq_length", "max_length"), ("num_train_epochs", "epochs"),
+        ("per_device_train_batch_size", "batch_size"), ("gradient_checkpointing", "checkpointing"),
+        ("learning_rates", "learning_rate"), ("lora_alhpa", "lora_alpha"), ("warmup_fractoin", "warmup_fraction"),
+    ],
+)  # fmt: skip
+def test_a_setting_by_the_name_that_another_tool_gives_it_leads_to_ours(asked: str, meant: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        parse_settings([f"{asked}=1"])
+    assert refused.value.hint == f"did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("t4-24bg", "t4-24gb"), ("rtx4090", "rtx4090-24gb"), ("raspberrypi5", "raspberrypi5-8gb")]
+)
+def test_a_machine_by_a_slip_leads_to_the_nearest(asked: str, meant: str) -> None:
+    from edgeft.machines.profile import load_profile
+
+    with pytest.raises(BadInput) as refused:
+        load_profile(asked)
+    assert refused.value.hint == f"did you mean {meant!r}?"
