@@ -14,14 +14,15 @@ from pydantic import Field
 
 from edgeft.documents import Strict
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError
-from edgeft.machines.profile import Profile, list_profiles
+from edgeft.machines.profile import Profile, list_profiles, load_profile
+from edgeft.machines.sized import machine_name
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.card import Card, plan_card, refusal_card
 from edgeft.reporting.matrix import device_cell
 from edgeft.settings.job import make_job
 from edgeft.settings.tuners import TUNERS
-from edgeft.units import GIB, show_bytes
+from edgeft.units import show_bytes
 
 PASTED = "your-model"  # folder of a config that was pasted
 LONGEST_CONFIG = 2**20  # letters
@@ -32,8 +33,8 @@ class Request(Strict):
 
     model: str = Field(default="", pattern=r"^(\w[\w.-]*)?$", description="one of the shapes; empty: `config`")
     config: str = Field(default="", description="text of a config.json")
-    machine: str = Field(default="", description="a training profile; empty: the smallest GPU with `gib`")
-    gib: float | None = Field(default=None, gt=0, lt=1e6, description="memory for training; the machine's when absent")
+    machine: str = Field(default="", description="a training profile; empty: a graphics card of `gib`")
+    gib: float | None = Field(default=None, gt=0, lt=1e6, description="the machine's memory; its own when absent")
     length: int | None = Field(default=None, ge=8, le=1_000_000, description="tokens of the longest sample")
     tuner: str = ""
     base_precision: str = ""
@@ -68,33 +69,35 @@ def _machine(profile: Profile) -> dict[str, str]:
     return {"value": profile.name, "text": f"{profile.name}, {show_bytes(profile.budget_bytes)}: {profile.description}"}
 
 
-def smallest_gpu(need_bytes: int) -> str:
-    """The shipped GPU whose memory is nearest above a number of bytes, the largest where none is."""
-    gpus = sorted(
-        (p for p in list_profiles() if p.device == "cuda" and "train" in p.roles), key=lambda p: p.budget_bytes
-    )
-    return next((p.name for p in gpus if p.budget_bytes >= need_bytes), gpus[-1].name)
-
-
 def settings(request: Request, folder: str) -> dict[str, Any]:
     """The request as the planner takes it."""
-    budget = None if request.gib is None else round(request.gib * GIB)
     found = {
-        "model": folder, "profile": request.machine or smallest_gpu(budget or 0), "max_memory_bytes": budget,
-        "max_length": request.length, "tuner": request.tuner, "base_precision": request.base_precision,
-        "device": request.device,
+        "model": folder, "profile": _machine_of(request), "max_length": request.length, "tuner": request.tuner,
+        "base_precision": request.base_precision, "device": request.device,
     }  # fmt: skip
     return {name: value for name, value in found.items() if value}
 
 
+def _machine_of(request: Request) -> str:
+    """The machine's name. Raises BadInput where neither machine nor memory was chosen."""
+    if not request.machine and request.gib is None:
+        raise BadInput("machine", "none was chosen", "choose one, or say how many GiB")
+    return machine_name(request.machine or None, _size(request), "")
+
+
+def _size(request: Request) -> str | None:
+    return None if request.gib is None else f"{request.gib:g}GiB"
+
+
 def command(request: Request) -> str:
     """The same on the command line."""
-    model = f"examples/configs/{request.model}" if request.model else PASTED
-    values = settings(request, model)
-    words = ["edgeft", "plan", "--model", model, "--profile", values["profile"]]
-    words += ["--max-memory", f"{request.gib:g}GiB"] if request.gib is not None else []
-    pinned = {name: values[name] for name in ("max_length", "tuner", "base_precision", "device") if name in values}
-    return shlex.join([*words, *(word for name, value in pinned.items() for word in ("--set", f"{name}={value}"))])
+    words = ["edgeft", "plan", f"examples/configs/{request.model}" if request.model else PASTED]
+    options = {"--on": request.machine, "--memory": _size(request), "--for": request.device}
+    words += [word for option, value in options.items() if value for word in (option, value)]
+    pinned = {"max_length": request.length, "tuner": request.tuner, "base_precision": request.base_precision}
+    return shlex.join(
+        [*words, *(word for name, value in pinned.items() if value for word in ("--set", f"{name}={value}"))]
+    )
 
 
 def answer(text: str, configs: Path) -> str:
@@ -131,8 +134,7 @@ def _answer(request: Request, folder: Path) -> Answer:
     try:
         plan = make_plan(job, spec=spec)
     except DoesNotFit as problem:
-        machine = next(p for p in list_profiles() if p.name == job.profile)
-        limit = min(machine.budget_bytes, job.max_memory_bytes or machine.budget_bytes)
+        limit = load_profile(job.profile).budget_bytes
         card = refusal_card(problem, folder.name, spec.total_parameters, job.profile, limit)
         refused = {"need_bytes": problem.need_bytes, "budget_bytes": limit}
         return Answer(html=_html(card, None), command=command(request), state="no", numbers=refused)

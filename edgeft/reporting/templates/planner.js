@@ -20,7 +20,7 @@
     at("pasted").hidden = at("model").value !== "";
     if (!at("form").checkValidity()) { at("state").textContent = "Memory and length are numbers above 0."; return; }
     if (!at("model").value && !at("config").value.trim()) { at("state").textContent = "Paste the text of a config.json."; return; }
-    if (!at("machine").value && !at("gib").value) { at("state").textContent = "Say how many GiB the GPU has."; return; }
+    if (!at("machine").value && !at("gib").value) { at("state").textContent = "Say how many GiB the card has."; return; }
     asked += 1;
     if (ready) { at("state").textContent = "Planning\u2026"; at("answer").classList.add("old"); }
     worker.postMessage({ number: asked, request: JSON.stringify(request()) });
