@@ -40,6 +40,8 @@ def given(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "example" / "model", folder / "merged")
     (folder / "merged" / "merged.json").write_text('{"train": null}')
     shutil.copytree(bundle("ort-int4"), folder / "bundle")
+    for name in ("gpt2", "mixtral-8x7b"):  # torch is asked about the second one alone
+        shutil.copytree(folder / "example" / "shapes" / name, folder / "few" / name)
     (folder / "rows.parquet").write_bytes(b"PAR1")
     return folder
 
@@ -52,7 +54,7 @@ WORKS = {
     "init": ["example/model", "--data", "example", "--on", "cpu-16gb", "--file", "job.toml"],
     "data": ["example/train.jsonl", "--model", "example/model"],
     "report": ["planned/plan.json"],
-    "report --models": ["--models", "example/shapes/gpt2", "--out", "matrix.html"],
+    "report --models": ["--models", "few", "--out", "matrix.html"],
     "show": ["profiles"],
 }
 NEEDS = [
@@ -106,6 +108,13 @@ def test_what_no_extra_brings_is_named_too(verb: str, bare: Path, given: Path, t
     done = edgeft(bare, verb, *arguments, cwd=given, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 5 and "Traceback" not in done.stderr, done.stderr
     assert said in done.stderr + done.stdout
+
+
+def test_what_only_torch_can_count_is_a_cell_that_says_so(bare: Path, given: Path) -> None:
+    done = edgeft(bare, "report", "--models", "few", "--on", "t4", "--out", "two.html", cwd=given)
+    assert done.returncode == 0, done.stderr
+    text = (given / "two.md").read_text(encoding="utf-8")
+    assert "torch is not installed" in text or "torch: is not installed" in text
 
 
 def test_a_push_needs_nothing_more(bare: Path, given: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, versions
 from edgeft.errors import BadInput, DoesNotFit, MissingExtra
+from edgeft.machines.extras import installed
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
 from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
@@ -211,9 +212,12 @@ def model_row(
 ) -> ModelRow:
     """One model on every machine."""
     try:
-        spec = read_model_spec(folder)
+        with installed("train"):  # torch counts what a family is that edgeft does not know
+            spec = read_model_spec(folder)
     except BadInput as problem:
         return ModelRow(name=name, parameters=None, problem=problem.problem.splitlines()[0])
+    except MissingExtra as problem:
+        return ModelRow(name=name, parameters=None, problem=f"{problem.where} {problem.problem}")
     asked = parse_kv_bits(settings.get("kv_bits", AUTO))
     return ModelRow(
         name=name,
@@ -247,9 +251,9 @@ def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -
     """What `edgeft plan` would answer for this model and machine."""
     budget = profile.budget_bytes
     try:
-        plan = make_plan(
-            make_job(**{**settings, "model": spec.model, "profile": profile.name}), spec=spec, profile=profile
-        )
+        with installed("train"):  # and simulates what has no closed form
+            job = make_job(**{**settings, "model": spec.model, "profile": profile.name})
+            plan = make_plan(job, spec=spec, profile=profile)
     except DoesNotFit as problem:
         shorter = re.match(r"samples of at most (\d+) tokens would fit", problem.hint)
         return TrainingCell(
@@ -261,7 +265,7 @@ def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -
             hint=problem.hint,
             fits_at_tokens=int(shorter[1]) if shorter else None,
         )
-    except BadInput as problem:
+    except (BadInput, MissingExtra) as problem:
         return TrainingCell(
             machine=profile.name,
             grade="none",
