@@ -277,15 +277,16 @@ def check_adapter(bundle: Path, manifest: dict[str, Any], name: str, check: bool
     where, again = f"adapter {name}", "export the bundle again with this adapter"
     try:
         entry, inputs = adapters[name], manifest["adapter_inputs"]
-        base, wanted = manifest["provenance"].get("base weights"), entry["base_sha256"]
-        if base != wanted:
-            raise RunError(where, f"was trained on the base {wanted}, this bundle holds {base}", again)
+        base, own = manifest["provenance"].get("base weights"), entry["base_sha256"]
+        if base != own:
+            raise RunError(where, f"was trained on the base {own}, this bundle holds {base}", again)
         for parameter, shape in entry["parameters"].items():
             if parameter not in inputs:
                 raise RunError(where, f"{parameter}: the graph has no such input", again)
-            # 0 stands for the rank, which every adapter has its own of
-            if len(shape) != 2 or any(size not in (0, given) for size, given in zip(inputs[parameter], shape)):  # noqa: B905
-                raise RunError(where, f"{parameter}: shape {shape} does not fit the graph's {inputs[parameter]}", again)
+            # 0 stands for the rank, or a prefix's tokens, which every adapter has its own of
+            wanted = inputs[parameter]
+            if len(shape) != len(wanted) or any(size not in (0, shape[n]) for n, size in enumerate(wanted)):
+                raise RunError(where, f"{parameter}: shape {shape} does not fit the graph's {wanted}", again)
         file = entry["file"]
         if linked(bundle, file):
             raise NotAsExported(where, f"{linked(bundle, file)}: is a link, the export wrote none", COPY_AGAIN)
@@ -605,35 +606,44 @@ def read_template(bundle: Path) -> tuple[str | None, dict[str, str]]:
 
 
 def read_past(bundle: Path, prefix: dict[str, Any] | None, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(tokens, keys and values by a graph's input) that every text begins with: none without a prefix.
-
-    A safetensors file: the length of its header, the header as JSON, the numbers. Raises RunError.
-    """
+    """(tokens, keys and values by a graph's input) that a text begins with: none without a prefix. Raises RunError."""
     import numpy
 
     wanted = {name: value.shape for name, value in inputs.items() if name.startswith("past_key_values.")}
     if prefix is None:
         return 0, {name: numpy.zeros((1, shape[1], 0, shape[3]), numpy.float32) for name, shape in wanted.items()}
-    path, tokens = bundle / prefix["file"], prefix["tokens"]
+    tokens = prefix["tokens"]
+    shapes = {name: [1, heads, tokens, width] for name, (_, heads, _, width) in wanted.items()}
+    return tokens, read_tensors(bundle / prefix["file"], shapes)
+
+
+def read_tensors(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """A safetensors file's numbers in fp32: the length of its header, the header as JSON, the numbers.
+
+    Raises RunError where it has other tensors than these, or of other shapes.
+    """
+    import numpy
+
     try:
-        raw = path.read_bytes()
+        raw, found = path.read_bytes(), {}
         start = 8 + int.from_bytes(raw[:8], "little")
-        header, past = json.loads(raw[8:start]), {}
-        if set(header) - {"__metadata__"} != set(wanted):
-            raise ValueError("its tensors are not the graph's inputs of a past")
-        for name, (_, heads, _, width) in wanted.items():
+        header = json.loads(raw[8:start])
+        if set(header) - {"__metadata__"} != set(shapes):
+            raise ValueError("its tensors are not the graph's inputs")
+        for name, shape in shapes.items():
             begin, end = header[name]["data_offsets"]
-            if header[name]["dtype"] != "F32" or header[name]["shape"] != [1, heads, tokens, width]:
-                raise ValueError(f"{name} is no fp32 tensor of shape {[1, heads, tokens, width]}")
-            numbers = numpy.frombuffer(raw[start + begin : start + end], dtype="<f4")
-            past[name] = numbers.reshape(1, heads, tokens, width)
+            if header[name]["dtype"] != "F32" or header[name]["shape"] != list(shape):
+                raise ValueError(f"{name} is no fp32 tensor of shape {list(shape)}")
+            found[name] = numpy.frombuffer(raw[start + begin : start + end], dtype="<f4").reshape(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise RunError(path, f"cannot be used: {problem}", "run --verify") from None
-    return tokens, past
+    return found
 
 
 class OnnxRuntime:
     """A bundle's model.onnx in plain onnxruntime; text by the tokenizers library and jinja2."""
+
+    check = True  # compare an adapter's file with its hash
 
     def __init__(self, bundle: Path, manifest: dict[str, Any]) -> None:
         self.ort = runtime("onnxruntime", "onnxruntime")
@@ -664,7 +674,12 @@ class OnnxRuntime:
         self.template, self.special = read_template(bundle)
         self.inputs = {value.name: value for value in self.model.get_inputs()}
         self.outputs = [value.name for value in self.model.get_outputs()]
-        self.before, self.past = read_past(bundle, manifest.get("kv_prefix"), self.inputs)
+        self.manifest = manifest
+        # (tokens, keys and values before a text, other inputs) without an adapter, and of each that was in use
+        self.used: dict[str | None, tuple[int, dict[str, Any], dict[str, Any]]] = {
+            None: (*read_past(bundle, manifest.get("kv_prefix"), self.inputs), {})
+        }
+        self.before, self.past, self.given = self.used[None]
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -692,9 +707,21 @@ class OnnxRuntime:
         return decode
 
     def use(self, adapter: str | None) -> None:
-        if adapter is not None:
-            hint = "only bundles of onnxruntime-genai hold adapters"
-            raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
+        """As Runner.use: what the graph is given of texts that begin from now on."""
+        if adapter not in self.used:
+            entry = (self.manifest.get("adapters") or {}).get(adapter) or {}
+            before = _stamps(self.bundle, [entry["file"]] if self.check and entry else ())
+            path = check_adapter(self.bundle, self.manifest, str(adapter), self.check)
+            tokens = (entry.get("kv_prefix") or {}).get("tokens")
+            if tokens is None:
+                read = read_tensors(path, entry["parameters"])
+                make = self.ort.OrtValue.ortvalue_from_numpy
+                self.used[adapter] = (*self.used[None][:2], {name: make(values) for name, values in read.items()})
+            else:
+                past = read_past(self.bundle, {"file": entry["file"], "tokens": tokens}, self.inputs)
+                self.used[adapter] = (*past, {})
+            _same_as_checked(self.bundle, before)
+        self.before, self.past, self.given = self.used[adapter]
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         if self.template is None:
@@ -714,7 +741,7 @@ class OnnxRuntimeSession(Guided):
     """One text through the model. Its KV cache is what the graph gave for the tokens before, and grows with them."""
 
     def __init__(self, engine: OnnxRuntime, grammar: Grammar | None = None) -> None:
-        self.engine, self.done = engine, 0
+        self.engine, self.done, self.before, self.given = engine, 0, engine.before, engine.given
         self.hold(engine, grammar)
         make = engine.ort.OrtValue.ortvalue_from_numpy
         self.cache = {name: make(values) for name, values in engine.past.items()}
@@ -723,7 +750,7 @@ class OnnxRuntimeSession(Guided):
         """Logits after the last token, or after each: (vocabulary,) or (len(ids), vocabulary)."""
         import numpy
 
-        total, before = self.done + len(ids), self.engine.before
+        total, before = self.done + len(ids), self.before
         given = {
             "input_ids": numpy.array([ids], dtype=numpy.int64),
             "attention_mask": numpy.ones((1, before + total), dtype=numpy.int64),
@@ -731,7 +758,7 @@ class OnnxRuntimeSession(Guided):
         }
         make = self.engine.ort.OrtValue.ortvalue_from_numpy
         feeds = {name: make(array) for name, array in given.items() if name in self.engine.inputs}
-        values = self.engine.model.run_with_ort_values(self.engine.outputs, {**feeds, **self.cache})
+        values = self.engine.model.run_with_ort_values(self.engine.outputs, {**feeds, **self.given, **self.cache})
         made = dict(zip(self.engine.outputs, values))  # noqa: B905
         # present.N.key is the next past_key_values.N.key
         self.cache = {name: made["present" + name[len("past_key_values") :]] for name in self.cache}
@@ -743,7 +770,7 @@ class OnnxRuntimeSession(Guided):
         """Forget all but the first `tokens`."""
         make = self.engine.ort.OrtValue.ortvalue_from_numpy
         # copies: a value made of an array lies in its memory, and this one's is given back
-        kept = self.engine.before + tokens
+        kept = self.before + tokens
         self.cache = {name: make(value.numpy()[:, :, :kept].copy()) for name, value in self.cache.items()}
         self.done = tokens
         self.begin()
@@ -818,7 +845,7 @@ class LlamaCpp:
 
     def use(self, adapter: str | None) -> None:
         if adapter is not None:
-            hint = "only bundles of onnxruntime-genai hold adapters"
+            hint = "only bundles for ONNX Runtime hold adapters"
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
@@ -1142,6 +1169,7 @@ class Runner:
             raise RunError(bundle / MANIFEST, f"{named!r:.80} begins no text with keys and values", "run --verify")
         if str(named) in engines:
             self.engine: Any = engines[str(named)](bundle, self.manifest)
+            self.engine.check = check
         else:
             self.engine = OnnxRuntimeGenAI(bundle, self.manifest, check, graph)
         _same_as_checked(bundle, before)

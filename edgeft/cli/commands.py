@@ -264,7 +264,8 @@ def adapters(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Build one bundle of a base model and LoRA adapters that run.py --adapter NAME switches between, each proven."""
+    """Build one bundle of a base and what run.py --adapter NAME switches between, each proven: LoRA adapters on ort-
+    targets; prefixes, prompts and bottlenecks on onnx-portable- ones."""
     folders = _named("adapters", trained)
     from edgeft.exporting.bundle import adapters_digest, measurement_of
     from edgeft.machines.profile import load_profile

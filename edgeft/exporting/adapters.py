@@ -17,9 +17,13 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.documents import saving
 from edgeft.errors import BadInput
 from edgeft.exporting.bundle import GoldenInput, PromptFormat
+from edgeft.merging.peft_folder import lora_scale, read_adapter_config
+from edgeft.models.checkpoint import Checkpoint, TensorFile
 from edgeft.models.metrics import Proof
 from edgeft.models.spec import ModelSpec
-from edgeft.settings.tuners import DOWN, UP
+from edgeft.settings.tuners import ADAPTERS, DOWN, UP, Tuning, adapter_parts
+from edgeft.targets.runtimes import runtime_of
+from edgeft.targets.target import Target
 
 FOLDER = "adapters"
 Matrix = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -42,6 +46,7 @@ class AdapterSource(NamedTuple):
     tokenizer: TextTokenizer
     prove: Callable[[Any], Proof] | None = None  # given the bundle in its runtime, with this adapter in use
     system: str | None = None  # message that every training row had
+    tensors: dict[str, Any] | None = None  # by a portable graph's inputs (`exporting.portable_adapters`)
 
 
 class Written(NamedTuple):
@@ -50,6 +55,42 @@ class Written(NamedTuple):
     file: str
     rank: int
     parameters: dict[str, list[int]]
+    tokens: int = 0  # that it puts before the text
+
+
+def check_switches(target: Target) -> None:
+    """Nothing. Raises BadInput for a target whose bundles hold one model each."""
+    if runtime_of(target).switches is None:
+        problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
+        hint = "choose an ort- or onnx-portable- target, or export each merged model by itself"
+        raise BadInput(f"target {target.name}", problem, hint)
+
+
+def check_switched(folder: Path, tuner: Tuning, target: Target) -> None:
+    """Nothing. Raises BadInput for what was trained where a target's runtime cannot switch to it."""
+    check_switches(target)
+    own, beside = "merge it and export a bundle of its own", not tuner.folds
+    inputs = runtime_of(target).switches == "inputs"
+    if beside and not inputs:
+        problem = f"was trained by {tuner.title}, and the graph of {target.name} takes no more than factors of weights"
+        raise BadInput(folder, problem, f"choose an onnx-portable- target, or {own}")
+    if tuner.switched and inputs:
+        problem = f"was trained by {tuner.title}, whose factors the graph of {target.name} has no inputs for"
+        raise BadInput(folder, problem, f"choose an ort- target, or {own}")
+    if not tuner.switched and not beside:
+        problem = f"was trained by {tuner.title}, whose change cannot be switched to"
+        raise BadInput(folder, problem, f"plan with --set tuner={'prefix' if inputs else ADAPTERS}, or {own}")
+
+
+def factors(folder: Path, base: Path) -> dict[str, tuple[Matrix, Matrix]]:
+    """LoRA's factors by the base's weights, the scale in the second one."""
+    config, weights = read_adapter_config(folder), Checkpoint(base)
+    file, changes = TensorFile(folder / "adapter_model.safetensors"), {}
+    for module, keys in adapter_parts(file.entries).items():
+        down, up = (file.read(keys[part.strip(".")]).float().numpy().T for part in (DOWN, UP))
+        scale = numpy.float32(lora_scale(config, module, down.shape[1]))
+        changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
+    return changes
 
 
 def add_adapters(

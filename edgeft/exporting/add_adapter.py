@@ -10,10 +10,11 @@ from typing import Any
 from edgeft.documents import nearest_folder, saving, sha256_file, staging
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.exporting.adapters import AdapterSource, Written, write_adapter
-from edgeft.exporting.build import hash_files, prove_adapters, with_adapters
+from edgeft.exporting.build import hash_files, prove_adapters, tokens_before, with_adapters
 from edgeft.exporting.bundle import MANIFEST, README, SBOM, Bundle, adapters_digest, measurement_path, readme
 from edgeft.exporting.export import adapter_source, made_from
 from edgeft.exporting.golden import environment
+from edgeft.exporting.portable_adapters import write_inputs
 from edgeft.exporting.sbom import extended
 from edgeft.merging.merge import check_trained
 from edgeft.models.headers import local_folder
@@ -29,7 +30,7 @@ AGAIN = "export all of them again: edgeft adapters NAME=TRAIN ..."
 
 
 def add_adapter(folder: Path, name: str, trained: Path, out: Path, progress: Progress) -> Bundle:
-    """The bundle in `folder` with one more LoRA adapter, proven, in `out` (which may be `folder`), or not at all.
+    """The bundle in `folder` with one more adapter or prefix, proven, in `out` (which may be `folder`), or not at all.
 
     Model, tokenizer, runner and the other adapters stay byte for byte; manifest, README and bill of materials name one
     more, and a signature is left out: sign it again. Raises BadInput where the contract does not hold (a bundle that
@@ -51,7 +52,11 @@ def add_adapter(folder: Path, name: str, trained: Path, out: Path, progress: Pro
             shutil.copytree(folder, temporary, dirs_exist_ok=True)
             (temporary / runner_module().SIGNATURE).unlink(missing_ok=True)
         progress("add", 0, 1, {})
-        written = write_adapter(temporary, result.plan.spec, source, bundle.adapter_inputs)
+        if source.tensors is not None:
+            _room(result, bundle, source)
+            written = write_inputs(temporary, source, bundle.adapter_inputs)
+        else:
+            written = write_adapter(temporary, result.plan.spec, source, bundle.adapter_inputs)
         made = _described(temporary, bundle, result, source, written, base)
         made.write(temporary / MANIFEST)
         _unchanged(folder, temporary, written)
@@ -76,6 +81,14 @@ def _checked(folder: Path, name: str) -> Bundle:
         )
         raise BadInput(folder, problem, f"add it on such a machine, or {AGAIN}")
     return bundle
+
+
+def _room(result: TrainResult, bundle: Bundle, source: AdapterSource) -> None:
+    """Nothing. Raises DoesNotFit for a prefix that leaves a text fewer positions than the bundle promises it."""
+    tokens, most = result.plan.training.prefix_tokens, result.plan.spec.max_position_embeddings
+    if most is not None and tokens + bundle.context_tokens > most:
+        problem = f"puts {tokens} tokens before a text: of {most} positions the bundle promises {bundle.context_tokens}"
+        raise DoesNotFit(source.folder, problem, AGAIN)
 
 
 def _described(
@@ -106,10 +119,13 @@ def _described(
 def _sizes(folder: Path, bundle: Bundle, result: TrainResult, written: Written) -> dict[str, Any]:
     """What the bundle needs with all its adapters loaded. Raises DoesNotFit where its device has not that much."""
     backend: Any = importlib.import_module(f"edgeft.targets.{runtime_of(bundle.target).builder}")
-    every = {name: Written(each.file, each.rank, each.parameters) for name, each in bundle.adapters.items()}
-    weights = with_adapters(backend.read_weights(folder), every | {"": written})
+    every = {"": written} | {
+        name: Written(each.file, each.rank, each.parameters, each.kv_prefix.tokens if each.kv_prefix else 0)
+        for name, each in bundle.adapters.items()
+    }
+    weights, before = with_adapters(backend.read_weights(folder), every), tokens_before(None, every)
     device = bundle.predicted.device_memory_bytes
-    predicted = predict(result.plan.spec, bundle.target, weights, bundle.context_tokens, device)
+    predicted = predict(result.plan.spec, bundle.target, weights, bundle.context_tokens, device, before=before)
     if device is not None and predicted.memory_bytes > device:
         need = show_bytes(predicted.memory_bytes)
         raise DoesNotFit(folder, f"needs {need} with one more adapter, its device has {show_bytes(device)}", AGAIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.data.labels import FILE, labels_file
 from edgeft.documents import saving, sha256_file, shipped_folder, staging, versions
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed
-from edgeft.exporting.adapters import AdapterSource, Written, add_adapters
+from edgeft.exporting.adapters import AdapterSource, Written, add_adapters, check_switches
 from edgeft.exporting.answers import Answers, HeldToGrammar
 from edgeft.exporting.artifact import ArtifactModel, load_shipped
 from edgeft.exporting.bundle import (
@@ -38,6 +39,7 @@ from edgeft.exporting.bundle import (
     readme,
 )
 from edgeft.exporting.golden import environment, record
+from edgeft.exporting.portable_adapters import add_inputs
 from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
 from edgeft.machines.extras import missing
@@ -83,8 +85,8 @@ class Filled(NamedTuple):
 
     @property
     def before(self) -> int:
-        """Tokens of the prefix."""
-        return self.prefix.tokens if self.prefix else 0
+        """Tokens of the prefix, or of the longest that it can be switched to."""
+        return tokens_before(self.prefix, self.adapters)
 
 
 def build_bundle(
@@ -175,9 +177,8 @@ def _hold(folder: Path, held_to: HeldTo) -> Answers | HeldToGrammar | None:
 
 def _check_target(target: Target, *, adapted: bool, coded: bool, scaled: bool) -> None:
     """Nothing. Raises BadInput for what a target cannot hold, MissingExtra where its runtime is not here."""
-    if adapted and not runtime_of(target).switches_adapters:
-        problem = f"runs in {target.runtime}, which edgeft cannot give several adapters to switch between"
-        raise BadInput(f"target {target.name}", problem, "choose an ort- target, or export each merged model by itself")
+    if adapted:
+        check_switches(target)
     if coded != (target.calibration != "none"):
         problem = f"has calibration {target.calibration!r}: it is built with calibrated codes, and no other target is"
         raise BadInput(
@@ -215,15 +216,15 @@ def _fill(
         _give_back()
     builder_bytes = backend.build_model(merged, target, spec, folder, **chosen)
     shutil.rmtree(scratch, ignore_errors=True)
-    inputs, written = add_adapters(folder, spec, adapters) if adapters else ({}, {})
+    put = add_inputs if runtime_of(target).switches == "inputs" else add_adapters
+    inputs, written = put(folder, spec, adapters) if adapters else ({}, {})
     with saving(out):
         prefix = _bring_prefix(merged, folder)
         shutil.copyfile(shipped_folder("export") / RUNNER, folder / RUNNER)
         (folder / README).write_text(page, encoding="utf-8")
     weights = with_adapters(backend.read_weights(folder), written)
-    context_tokens, limited_by = choose_context(
-        spec, target, weights, device_memory_bytes, prefix.tokens if prefix else 0
-    )
+    before = tokens_before(prefix, written)
+    context_tokens, limited_by = choose_context(spec, target, weights, device_memory_bytes, before)
     backend.write_limits(folder, context_tokens, tokenizer.stop_ids)
     hashes = {name: file.sha256 for name, file in hash_files(folder).items()}
     with saving(out):
@@ -302,9 +303,14 @@ def _give_back() -> None:
     meter.give_back()
 
 
+def tokens_before(prefix: BundledPrefix | None, written: Mapping[str, Written]) -> int:
+    """The most tokens that may lie before a text."""
+    return max([prefix.tokens if prefix else 0, *(each.tokens for each in written.values())])
+
+
 def with_adapters(weights: Weights, written: Mapping[str, Written]) -> Weights:
     """All adapters may be loaded at a time; a token reads those of one."""
-    sizes = [sum(4 * rows * columns for rows, columns in each.parameters.values()) for each in written.values()]
+    sizes = [sum(4 * math.prod(shape) for shape in each.parameters.values()) for each in written.values()]
     if not sizes:
         return weights
     return Weights(weights.stored_bytes + sum(sizes), weights.head_bytes, weights.bytes_per_token + max(sizes))
@@ -318,12 +324,13 @@ def prove_adapters(
     if not sources:
         return entries
     for source in sources:
-        file, rank, parameters = written[source.name]
+        file, rank, parameters, tokens = written[source.name]
         entries[source.name] = BundledAdapter(
             file=file,
             base_sha256=source.base_sha256,
             train_sha256=source.train_sha256,
             rank=rank,
+            kv_prefix=BundledPrefix(file=file, tokens=tokens) if tokens else None,
             prompt_format=source.prompt_format,
             system=source.system,
             parameters=parameters,

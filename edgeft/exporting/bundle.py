@@ -83,25 +83,26 @@ class BundledFile(Strict):
     size_bytes: int
 
 
-class BundledAdapter(Strict):
-    """A LoRA adapter that run.py loads beside the model and switches to, fed to the graph's `adapter_inputs`."""
-
-    file: FileName
-    base_sha256: str = Field(description="of the base weights it was trained on: the bundle must hold the same")
-    train_sha256: str = Field(description="of its train.json")
-    rank: int
-    prompt_format: PromptFormat
-    system: str | None = Field(default=None, description="system message that every training row had")
-    parameters: dict[str, list[int]] = Field(description="names and shapes in the file; the scale is in lora_B")
-    golden: list[Golden]
-    proof: Proof | None = None
-
-
 class BundledPrefix(Strict):
     """Keys and values of tokens before every text: run.py begins the graph's past with them."""
 
     file: FileName = Field(description="safetensors, by the names of the graph's inputs; (1, heads, tokens, width)")
     tokens: int = Field(ge=1, description="whose positions come before the text's, beside the context")
+
+
+class BundledAdapter(Strict):
+    """What run.py loads beside the model and switches to, fed to the graph's `adapter_inputs`: LoRA, or a prefix."""
+
+    file: FileName
+    base_sha256: str = Field(description="of the base weights it was trained on: the bundle must hold the same")
+    train_sha256: str = Field(description="of its train.json")
+    rank: int = Field(description="of LoRA; 0 of a prefix")
+    kv_prefix: BundledPrefix | None = Field(default=None, description="what it puts before a text; null: nothing")
+    prompt_format: PromptFormat
+    system: str | None = Field(default=None, description="system message that every training row had")
+    parameters: dict[str, list[int]] = Field(description="names and shapes in the file; the scale is in lora_B")
+    golden: list[Golden]
+    proof: Proof | None = None
 
 
 class Measured(Strict):

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy
-
 from edgeft.data.dataset import Sample, TextTokenizer, read_samples
 from edgeft.data.sources import names
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, QualityLost
-from edgeft.exporting.adapters import AdapterSource
+from edgeft.exporting.adapters import AdapterSource, check_switched, factors
 from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
@@ -27,6 +25,7 @@ from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, first, give_back
+from edgeft.exporting.portable_adapters import inputs_of
 from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, proof, stages
@@ -35,9 +34,8 @@ from edgeft.memory.train_step import Phase, Workload
 from edgeft.merging.ancestors import ancestors_of, provenance_of
 from edgeft.merging.merge import check_trained, verify_merged
 from edgeft.merging.merged_tensors import merged_rung
-from edgeft.merging.peft_folder import lora_scale, read_adapter_config
 from edgeft.merging.result import MergedCheckpoint
-from edgeft.models.checkpoint import Checkpoint, TensorFile, load_plain, local_folder
+from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.identity import DATA
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair, pair
 from edgeft.models.streamed import Load, load_streamed
@@ -45,7 +43,7 @@ from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
-from edgeft.settings.tuners import ADAPTERS, DOWN, TUNERS, UP, adapter_parts
+from edgeft.settings.tuners import TUNERS
 from edgeft.targets.target import Target
 from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
@@ -296,7 +294,7 @@ def _scores_of_training(result: TrainResult, test: bool) -> dict[str, Metrics]:
 def export_adapters(
     trained: Mapping[str, Path], target: Target, out: Path, *, device: str | None, progress: Progress
 ) -> Bundle:
-    """Build, prove and write one bundle of a base model and its LoRA adapters, by the names they get in it.
+    """Build, prove and write one bundle of a base model and its adapters or prefixes, by the names they get in it.
 
     Raises BadInput (full fine-tunes, adapters of different bases, a base that is no longer what they were trained on),
     ParityFailed if base or an adapter is not in the runtime what it was in training: then nothing is written.
@@ -354,23 +352,15 @@ def _same_base(trained: Mapping[str, Path], results: Mapping[str, TrainResult]) 
 def adapter_source(
     name: str, folder: Path, result: TrainResult, base: Path, target: Target, progress: Progress
 ) -> AdapterSource:
-    """A training result as an adapter of a bundle, with what proves it. Raises BadInput if it is no plain LoRA."""
+    """A training result as an adapter of a bundle, with what proves it. Raises BadInput as `check_switched`."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise BadInput("adapters", f"{name!r} is no name", "use small letters, digits, - and _: NAME=TRAIN")
     if held_to := result.plan.held_to:
         what = "labels" if isinstance(held_to, tuple) else "a grammar"
         hint = "merge it and export a bundle of its own, or train with --set answers=free"
         raise BadInput(folder, f"is held to {what}, which a bundle of adapters cannot switch between", hint)
-    tuner = TUNERS[result.plan.training.tuner]
-    if not tuner.switched:
-        hint = f"plan with --set tuner={ADAPTERS}, or merge it and export a bundle of its own"
-        raise BadInput(folder, f"was trained by {tuner.title}, whose change cannot be switched to", hint)
-    config, weights = read_adapter_config(folder), Checkpoint(base)
-    file, changes = TensorFile(folder / "adapter_model.safetensors"), {}
-    for module, keys in adapter_parts(file.entries).items():
-        down, up = (file.read(keys[part.strip(".")]).float().numpy().T for part in (DOWN, UP))
-        scale = numpy.float32(lora_scale(config, module, down.shape[1]))
-        changes[weights.name_of(f"{module}.weight")] = (down, up * scale)
+    check_switched(folder, TUNERS[result.plan.training.tuner], target)
+    tensors = None if result.plan.training.folds else inputs_of(folder, result, base)
     tokenizer = TextTokenizer(local_folder(result.plan.job.model))
     prompts, chat = golden_inputs(result.plan.job, tokenizer)
     data = Data.read(result.plan, train=False)
@@ -392,4 +382,7 @@ def adapter_source(
     digest = sha256_file(folder / "train.json")
     form: PromptFormat = "chat" if chat else "plain"
     system = shared_system(result.plan.job, prompts, tokenizer)
-    return AdapterSource(name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system)
+    changes = factors(folder, base) if tensors is None else {}
+    return AdapterSource(
+        name, folder, changes, result.base_sha256, digest, form, prompts, tokenizer, prove, system, tensors
+    )  # fmt: skip

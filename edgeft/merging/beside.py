@@ -16,7 +16,7 @@ from edgeft.models import soft_prompt
 from edgeft.models.bottleneck import places
 from edgeft.models.checkpoint import Checkpoint, write_tensors
 from edgeft.models.headers import BOTTLENECKS, KV_PREFIX
-from edgeft.models.kv_prefix import PEFT_KIND, PEFT_NAME, kept, pairs_in
+from edgeft.models.kv_prefix import PEFT_KIND, PEFT_NAME, kept
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.settings.tuners import AFTER, NARROW, SAVED, WIDE
@@ -77,11 +77,8 @@ def write_beside(
     if PEFT_NAME in saved.entries:
         if shares.nothing:
             return 0
-        read = saved.read(PEFT_NAME)
-        if kind == soft_prompt.PEFT_KIND:
-            pairs = soft_prompt.pairs_made(base, read)
-        else:
-            pairs = pairs_in(read, spec.num_hidden_layers, spec.num_key_value_heads)
+        embeds = kind == soft_prompt.PEFT_KIND
+        pairs = soft_prompt.pairs_of(saved.read(PEFT_NAME), base, spec, embeds=embeds)
         write_tensors(out / KV_PREFIX, kept(pairs))
         return len(pairs)
     for (module, where), parts in places(name.removeprefix(SAVED) for name in saved.entries).items():

@@ -18,6 +18,7 @@ from torch import nn
 from edgeft.models import kv_prefix
 from edgeft.models.kv_prefix import Pair, attention_of
 from edgeft.models.parts import Parts, find_parts
+from edgeft.models.spec import ModelSpec
 from edgeft.models.streamed import load_streamed
 from edgeft.settings.tuners import PREFIX, PROMPT
 
@@ -124,6 +125,13 @@ def _made_in(layer: nn.Module) -> Made | None:
     found = (layer._modules[name] for name in kv_prefix.ATTENTIONS if name in layer._modules)
     made = next((each._modules.get(PREFIX) for each in found if each is not None), None)
     return made if isinstance(made, Made) else None
+
+
+def pairs_of(saved: torch.Tensor, base: Path, spec: ModelSpec, *, embeds: bool) -> list[Pair]:
+    """The keys and values of every layer, of PEFT's tensor of a prefix, or of a prompt (`embeds`) that `base` reads."""
+    if embeds:
+        return pairs_made(base, saved)
+    return kv_prefix.pairs_in(saved, spec.num_hidden_layers, spec.num_key_value_heads)
 
 
 @torch.no_grad()

@@ -88,7 +88,8 @@ class Runtime:
     calibrates: bool = True  # takes codes that were chosen on training rows
     cache_scales: bool = False  # a cache of 8 bits has scales that are found on training rows
     climbs_calibrated: bool = False  # any of its 4-bit targets is tried calibrated too, not only a shipped one
-    switches_adapters: bool = False
+    # what a device switches to without a reload: LoRA's factors; what a graph takes as inputs, prefixes and bottlenecks
+    switches: Literal["factors", "inputs"] | None = None
     runs_beside: bool = False  # computes adapters that no weight can hold: they are nodes of its graph
     encoders: bool = False
     other_interpreter: bool = False  # its exporter lives in an environment of its own
@@ -228,7 +229,7 @@ RUNTIMES: dict[str, Runtime] = {
         grids="ort",
         cache_scales=True,
         climbs_calibrated=True,
-        switches_adapters=True,
+        switches="factors",
         graph_is_read=True,
         widened_proof=True,
         guides=True,
@@ -283,6 +284,7 @@ RUNTIMES: dict[str, Runtime] = {
         scores_at_once=3,  # masked, as shares and as the product's input
         every_position=True,
         calibrates=False,
+        switches="inputs",
         runs_beside=True,
         encoders=True,
         other_interpreter=True,

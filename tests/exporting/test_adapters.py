@@ -414,7 +414,9 @@ def test_the_verb_refuses_what_it_cannot_read(trained: dict[str, Path], tmp_path
 
 def test_adapters_are_refused_where_the_runtime_is_llama_cpp(tmp_path: Path) -> None:
     anything: Any = [None]
-    with pytest.raises(BadInput, match=r"target gguf-q8_0: runs in llama\.cpp, .*\n\nhint: choose an ort- target"):
+    with pytest.raises(
+        BadInput, match=r"target gguf-q8_0: runs in llama\.cpp, .*\n\nhint: choose an ort- or onnx-portable- target"
+    ):
         build_bundle(checkpoint(), load_target("gguf-q8_0"), tmp_path / "b", prompts=[], adapters=anything)
 
 
