@@ -1068,7 +1068,7 @@ class Cache:
     def append(self, ids: list[int], every: bool = False) -> Any:
         """Logits after the last of some more tokens, or after each."""
         self.ids += ids
-        return self.session.append(ids, every)
+        return self.session.append(ids, every=True) if every else self.session.append(ids)
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first `tokens`."""

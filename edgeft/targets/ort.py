@@ -192,14 +192,15 @@ def every_position(folder: Path, full_cache: bool = False) -> bytes:
         with_full_cache(model)
     ours = {node.op_type: node for node in graph.node if node.name.startswith(f"{LAST}/")}
     if ours:
-        cut, take = ours["Slice"], ours["Gather"]
+        cut, take = ours.get("Slice", ours["Gather"]), ours["Gather"]
         for node in ours.values():
             graph.node.remove(node)
         _rename(graph, cut.output[0], cut.input[0])
-        _rename(graph, take.input[0], "logits")
         for few in [each for each in graph.initializer if each.name.startswith(f"{LAST}/")]:
             graph.initializer.remove(few)
-        graph.output.remove(next(each for each in graph.output if each.name == take.input[0]))
+        if cut is not take:  # else a bundle of 0.2, whose head sees the last position alone
+            _rename(graph, take.input[0], "logits")
+            graph.output.remove(next(each for each in graph.output if each.name == take.input[0]))
         _declare_logits(graph, "sequence_length")
     return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 

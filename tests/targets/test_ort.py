@@ -54,6 +54,28 @@ def test_every_position_is_the_graph_before_pruning(name: str, tmp_path: Path) -
     assert (tmp_path / "b" / MODEL).read_bytes() == (bundle(name) / MODEL).read_bytes()
 
 
+def test_a_bundle_of_0_2_whose_head_sees_the_last_position_alone_is_read_too(tmp_path: Path) -> None:
+    shutil.copytree(bundle("ort-int4"), tmp_path / "b")
+    whole = every_position(bundle("ort-int4"))
+    model = onnx.load_from_string(whole)
+    graph = model.graph
+    head = next(node for node in graph.node if node.name.startswith("/lm_head"))
+    take = onnx.helper.make_node(
+        "Gather", [head.input[0], f"{LAST}/index"], [f"{LAST}/output"], f"{LAST}/Gather", axis=1
+    )
+    head.input[0] = take.output[0]
+    graph.node.insert(list(graph.node).index(head), take)
+    graph.initializer.append(onnx.helper.make_tensor(f"{LAST}/index", onnx.TensorProto.INT64, [1], [-1]))
+    graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    (tmp_path / "b" / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+    assert every_position(tmp_path / "b") == whole
+    reseal(tmp_path / "b", lambda manifest: None)
+    runner = runner_module().Runner(tmp_path / "b")
+    assert runner.greedy(some_ids(20), 8, ()) == runner_module().Runner(bundle("ort-int4")).greedy(some_ids(20), 8, ())
+    with pytest.raises(runner_module().RunError, match="this graph gives those of a pass's last token alone"):
+        runner.logits(some_ids(3))
+
+
 def test_a_graph_without_a_known_head_stays_as_it_is(tmp_path: Path) -> None:
     shutil.copytree(bundle("ort-fp32"), tmp_path / "b")
     model = onnx.load_from_string(every_position(bundle("ort-fp32")))
