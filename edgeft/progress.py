@@ -10,6 +10,7 @@ Say = Callable[[str], None]  # a sentence for people: a warning, what is up to d
 # Stages as people read them; one named `parity: NAME` or `repair: NAME` is of a bundle, or of an adapter in it.
 WORDS = {
     "add": "adding the adapter",
+    "answers": "writing sample answers",
     "base on test": "scoring the base on test rows",
     "base on valid": "scoring the base on validation rows",
     "build": "building the bundle",

@@ -8,7 +8,8 @@ import torch
 
 from edgeft.errors import ParityFailed
 from edgeft.exporting.artifact import ArtifactModel
-from edgeft.exporting.export import ProofRows, prove_bundle
+from edgeft.exporting.export import prove_bundle
+from edgeft.exporting.proof_rows import ProofRows
 from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.result import MergedCheckpoint

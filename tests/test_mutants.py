@@ -27,9 +27,10 @@ from edgeft.errors import BadInput, EdgeftError
 from edgeft.exporting.artifact import ArtifactModel, load_shipped
 from edgeft.exporting.build import build_bundle, hash_files
 from edgeft.exporting.bundle import Bundle
-from edgeft.exporting.export import ProofRows, prove_bundle
+from edgeft.exporting.export import prove_bundle
 from edgeft.exporting.golden import golden_inputs, record
 from edgeft.exporting.parity import Ladder
+from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.rehearsal import ROUNDED_ALIKE
 from edgeft.merging.merge import find_trained, merge, verify_merged
 from edgeft.merging.result import MergedCheckpoint

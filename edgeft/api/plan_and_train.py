@@ -209,7 +209,7 @@ def _announce(made: plans.Plan, deviations: Sequence[trainings.Deviation], say: 
         say(f"WARNING: the same plan runs on this machine's CPU, much slower: {changes}. It is recorded in train.json.")
     else:
         each = show_seconds(made.seconds_per_step)
-        scoring = f"and {show_seconds(made.scoring_seconds)} of scoring before and after it"
+        scoring = f"and {show_seconds(made.scoring_seconds + made.answering_seconds)} of scoring before and after it"
         say(f"about {show_seconds(made.seconds)} of training ({each} a step) {scoring} are estimated")
     if made.lengths is not None:
         say("; ".join([f"{made.lengths.path}: {made.lengths.line}", *made.lengths.remarks]))

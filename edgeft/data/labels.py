@@ -65,16 +65,19 @@ class AskedAnswers:
         self.asked.append(place)
 
     @property
-    def offer(self) -> str:
-        """One line for a user whose rows ask for the same few answers again and again; else nothing."""
+    def repeats(self) -> bool:
+        """Whether the rows ask for the same few answers again and again."""
         counts = Counter(self.asked)
         whole = NO_LABEL not in counts and not self.too_many
-        if not whole or not 2 <= len(counts) <= OFFERED or statistics.median(counts.values()) < ROWS_EACH:
+        return whole and 2 <= len(counts) <= OFFERED and statistics.median(counts.values()) >= ROWS_EACH
+
+    @property
+    def offer(self) -> str:
+        """One line for a user whose rows do that; else nothing."""
+        if not self.repeats:
             return ""
-        return (
-            f"{len(self.asked):,} rows ask for {len(counts)} different answers: --set answers=labels holds the device "
-            "to them, each with its probability"
-        )
+        asked = f"{len(self.asked):,} rows ask for {len(set(self.asked))} different answers"
+        return f"{asked}: --set answers=labels holds the device to them, each with its probability"
 
 
 def whole_answer(sample: Sample, stop_ids: Sequence[int]) -> tuple[int, ...] | None:

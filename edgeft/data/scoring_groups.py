@@ -60,6 +60,7 @@ class Scoring:
     answers: Answers | None
     tokens: int  # padded tokens of all groups
     trained_tokens: int
+    written: Answers | None = None  # the answers that are written out in any case
 
 
 def by_length(sizes: Sequence[Size], tokens: int) -> Iterator[list[int]]:
@@ -109,6 +110,24 @@ def scoring(files: Sequence[Sequence[Size]], tokens: int) -> Scoring:
         tokens=sum(shape.rows * shape.tokens for shape in shapes),
         trained_tokens=sum(shape.trained for shape in shapes),
     )
+
+
+def sampled(rows: int, most: int) -> list[int]:
+    """Which of so many rows are taken, at most so many, spread evenly: the same ones every time."""
+    count = min(rows, most)
+    return [number * rows // count for number in range(count)]
+
+
+def sampled_sizes(files: Sequence[Sequence[Size]], most: int) -> list[list[Size]]:
+    """The rows of each file whose answers are written out."""
+    found = [[sizes[i] for i in sampled(len(sizes), most) if sizes[i].prompt] for sizes in files]
+    return [sizes for sizes in found if sizes]
+
+
+def with_written(plain: Scoring, files: Sequence[Sequence[Size]], most: int) -> Scoring:
+    """`plain` with what writing out the answers of so many rows of each file takes."""
+    each = [answers(sizes, plain.group_tokens) for sizes in sampled_sizes(files, most)]
+    return replace(plain, written=max(each, key=lambda found: found.tokens)) if each else plain
 
 
 def answers(sizes: Sequence[Size], tokens: int) -> Answers:

@@ -31,6 +31,7 @@ from edgeft.exporting.bundle import (
     BundledFile,
     BundledPrefix,
     GoldenInput,
+    Kept,
     Measured,
     Measurement,
     PromptFormat,
@@ -45,7 +46,7 @@ from edgeft.machines import meter
 from edgeft.machines.extras import missing
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.headers import KV_PREFIX, Header, lies_beside
-from edgeft.models.metrics import Metrics, Promotion, Proof, Repair
+from edgeft.models.metrics import Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
@@ -96,7 +97,7 @@ def build_bundle(
     provenance: dict[str, str] | None = None, prove: Callable[[ArtifactModel], Proof] | None = None,
     measure: bool = True, predicted_peak_bytes: int | None = None, sources: Sequence[Component] = (),
     adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
-    keep_failed: bool = False, size_budget_bytes: int | None = None, rows: Mapping[str, Metrics] | None = None,
+    keep_failed: bool = False, size_budget_bytes: int | None = None, kept: Kept | None = None,
     codes: Callable[[Path], Codes] | None = None, scales: Callable[[Codes | None], CacheScales] | None = None,
     held_to: HeldTo = (), judge: Callable[[ArtifactModel, Bundle], Bundle] | None = None,
 ) -> Bundle:  # fmt: skip
@@ -104,7 +105,7 @@ def build_bundle(
 
     `sources` are what it was made from, for the bill of materials. What is measured goes beside the folder: the same
     inputs give the same bundle, byte for byte. `adapters` go beside the model, each with golden vectors of its own;
-    `rows` are each row's results, which `prove` has put there, and which go beside the folder as well.
+    `kept` has each row's results, which `prove` has put there, and which go beside the folder as well.
     Answers are held to labels or a grammar; `judge` adds what the proven bundle's answers show on rows.
     `codes` makes those of a calibrated target in a folder of its own, `scales` those of a KV cache of 8 bits. With
     `keep_failed` a bundle that fails its proof lies in `failed_path(out)`, and says why; one that passes removes it.
@@ -147,18 +148,19 @@ def build_bundle(
         measured = _measure(folder) if measure else None
     _forget(measurement_path(out.resolve()), failed)
     if measured is not None:
-        _write_measurement(out, measured, spec, target, filled, rows or {}, predicted_peak_bytes, peak, start)
+        _write_measurement(out, measured, spec, target, filled, kept or Kept(), predicted_peak_bytes, peak, start)
     return Bundle.read(out / MANIFEST)
 
 
 def _write_measurement(
-    out: Path, measured: Measured, spec: ModelSpec, target: Target, filled: Filled, rows: Mapping[str, Metrics],
+    out: Path, measured: Measured, spec: ModelSpec, target: Target, filled: Filled, kept: Kept,
     predicted_peak_bytes: int | None, measured_peak_bytes: int | None, started: float,
 ) -> None:  # fmt: skip
     """Beside a bundle: what running it took here, what that was to take, and what its export took."""
     here = predict(spec, target, filled.weights, measured.prompt_tokens + measured.new_tokens, before=filled.before)
     Measurement(
-        input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=dict(rows),
+        input_sha256=sha256_file(out / MANIFEST), versions=versions(), measured=measured, rows=kept.scores,
+        answers=tuple(kept.answers),
         predicted_here_bytes=here.memory_bytes, predicted_peak_bytes=predicted_peak_bytes,
         measured_peak_bytes=measured_peak_bytes, seconds=time.perf_counter() - started,
     ).write(measurement_path(out.resolve()))  # fmt: skip

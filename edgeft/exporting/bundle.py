@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,6 +123,14 @@ class Measured(Strict):
     cores: int
 
 
+@dataclass
+class Kept:
+    """What a proof finds of single rows: each form's scores of them, and the bundle's answers to some."""
+
+    scores: dict[str, Metrics] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+
+
 class Measurement(Artifact):
     """BUNDLE.measured.json, beside the bundle: what it cost here. `input_sha256` is the hash of its bundle.json.
 
@@ -130,6 +139,7 @@ class Measurement(Artifact):
 
     measured: Measured
     rows: dict[str, Metrics] = Field(default={}, description="each scored row's own results, by the form of the model")
+    answers: tuple[str, ...] = Field(default=(), description="the bundle's, to the rows of train.json's `samples`")
     predicted_here_bytes: int = Field(description="peak memory as predicted for what was measured")
     predicted_peak_bytes: int | None = Field(default=None, description="of the export: this process and the builder's")
     measured_peak_bytes: int | None = Field(default=None, description="the same, measured; None where no /proc tells")

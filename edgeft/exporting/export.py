@@ -17,7 +17,7 @@ from edgeft.exporting.adapters import AdapterSource, check_switched, factors
 from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
-from edgeft.exporting.bundle import MANIFEST, Bundle, PromptFormat, adapters_digest
+from edgeft.exporting.bundle import MANIFEST, Bundle, Kept, PromptFormat, adapters_digest
 from edgeft.exporting.golden import golden_inputs, shared_system
 from edgeft.exporting.guesses import measured, note
 from edgeft.exporting.kv_rung import CacheRows, cache_rows
@@ -26,6 +26,7 @@ from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, first, give_back
 from edgeft.exporting.portable_adapters import inputs_of
+from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, proof, stages
@@ -120,7 +121,7 @@ def export(
     data = Data.read(plan, train=False)
     tokenizer = TextTokenizer(merged_folder)
     rows = ProofRows.of(data, plan)
-    kept, clocked = dict[str, Metrics](), list[float | None]()
+    kept, clocked = Kept(), list[float | None]()
 
     def tuning() -> list[Sample]:
         return calibration_samples(merged_folder, plan, calibration, stages.CALIBRATION_ROWS)
@@ -129,9 +130,7 @@ def export(
         context = Bundle.read(artifact.folder / MANIFEST).context_tokens
         cache = cache_rows(target, tuning, plan.spec, rows.every, context)
         known = chosen.known if chosen else None
-        made, scores = prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache, known)
-        kept.update(scores)
-        return made
+        return prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache, known, kept)
 
     progress("build", 0, 1, {})
     golden, chat = golden_inputs(plan.job, tokenizer)
@@ -149,7 +148,7 @@ def export(
         } | provenance_of(merged.ancestors) | notes,
         prove=prove, predicted_peak_bytes=expected_bytes, sources=made_from(merged.train, merged_folder),
         promotion=chosen.promotion if chosen else None, repair=chosen.repair if chosen else None,
-        keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, rows=kept,
+        keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, kept=kept,
         codes=_codes(merged_folder, target, tuning, chosen, progress),
         scales=finder(merged_folder, target, tuning, plan.spec, progress), held_to=plan.held_to,
         judge=_judging(plan, rows, tokenizer, clocked, progress),
@@ -178,8 +177,9 @@ def _judging(
 def prove_bundle(
     trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
     artifact: ArtifactModel, progress: Progress, cache: CacheRows | None = None, known: Known | None = None,
-) -> tuple[Proof, dict[str, Metrics]]:  # fmt: skip
-    """(the proof of a merged checkpoint's bundle, every form's scores with their rows). Raises ParityFailed."""
+    kept: Kept | None = None,
+) -> Proof:  # fmt: skip
+    """The proof of a merged checkpoint's bundle; each row's own results go into `kept`. Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
     plan = merged.train.plan
     ladder = Ladder(target, tokenizer, progress, load=loader(plan), held_to=plan.held_to)
@@ -187,36 +187,21 @@ def prove_bundle(
     ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
     made = ladder.climb_artifact(
         merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
-        answers=rows.scored, gate=len(rows.trained), cache=cache, known=known,
+        answers=rows.scored, gate=len(rows.trained), cache=cache, known=known, write=rows.write(plan),
     )  # fmt: skip
     scores = _scores_of_training(merged.train, rows.source == "test")
     for name, form in zip(("merged", target.name), made, strict=True):
-        scores[name] = form.metrics(rows.every, tokenizer, rows.scored)
+        scores[name] = rows.metrics(form, tokenizer, plan)
+    if kept is not None:
+        kept.scores.update(scores)
+        kept.answers += made[1].answers(rows.shown(plan))
     if problem := exact_match_problem(*made, target.parity, rows.scored):
         lost = QualityLost(
             f"parity ladder, exact match of the artifact on {rows.source} rows", problem, HINTS["artifact"]
         )
         lost.rows = rows.source
         raise lost
-    return make_proof(ladder, scores, rows.source, made[0]), scores
-
-
-@dataclass(frozen=True)
-class ProofRows:
-    """The rows a proof takes: those that training scored, and those whose scores are shown, each read once."""
-
-    trained: list[Sample]
-    every: list[Sample]
-    scored: slice
-    source: str
-
-    @classmethod
-    def of(cls, data: Data, plan: Plan) -> ProofRows:
-        """The validation rows that training scored, and the test rows after them where there are any."""
-        trained = data.valid[: plan.training.eval_rows]
-        if data.test:
-            return cls(trained, [*trained, *data.test], slice(len(trained), None), "test")
-        return cls(trained, trained, slice(None), "validation")
+    return make_proof(ladder, scores, rows.source, made[0])
 
 
 def make_proof(ladder: Ladder, scores: Mapping[str, Metrics], source: str, form: Form) -> Proof:
@@ -373,10 +358,12 @@ def adapter_source(
         progress(f"parity: {name}", 0, 1, {})
         form = observe_model(f"{name} as trained", load_tuned(folder, result, load=ladder.load), rows.trained)
         give_back()
-        made = observe_artifact(name, artifact, rows.every, tokenizer, answers=rows.scored)
+        made = observe_artifact(
+            name, artifact, rows.every, tokenizer, answers=rows.scored, write=rows.write(result.plan)
+        )
         ladder.add(compare(form, first(made, count), target.parity, ladder.gain))
         scores = _scores_of_training(result, bool(data.test))
-        scores[target.name] = made.metrics(rows.every, tokenizer, rows.scored)
+        scores[target.name] = rows.metrics(made, tokenizer, result.plan)
         return make_proof(ladder, scores, rows.source, form)
 
     digest = sha256_file(folder / "train.json")

@@ -18,8 +18,8 @@ from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.engine.label_scores import label_numbers
 from edgeft.exporting.answers import Answers, Bin, Calibration, Certain, Threshold
+from edgeft.exporting.artifact_answers import Artifact
 from edgeft.exporting.label_search import known_enough
-from edgeft.exporting.outputs import Artifact
 from edgeft.models.intervals import paired_losses
 from edgeft.models.metrics import Difference
 from edgeft.progress import Progress

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
-from edgeft.data.grammar import Grammar, HeldTo
+from edgeft.data.grammar import HeldTo
 from edgeft.data.scoring_groups import EVAL_TOKENS
 from edgeft.engine.forms import adapted, form_of, restore
 from edgeft.engine.fp32_layers import DenseTurns
@@ -22,7 +22,8 @@ from edgeft.engine.label_scores import label_numbers
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.trainable import apply_tuner, make_lisa
-from edgeft.exporting.label_search import known_enough
+from edgeft.engine.written import answer_text, written
+from edgeft.exporting.artifact_answers import Artifact, answered
 from edgeft.machines import meter
 from edgeft.memory.proof import PASS_POSITIONS, POSITIONS
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
@@ -37,13 +38,9 @@ from edgeft.models.checkpoint import (
 )  # fmt: skip
 from edgeft.models.evaluate import (
     answer_open,
-    answer_tokens,
-    asked_for,
     autocast,
     by_length,
-    is_exact,
     judge,
-    may_become,
     metrics,
 )
 from edgeft.models.layer_shares import Shares, layer_of
@@ -56,22 +53,6 @@ from edgeft.training.result import TrainResult
 
 WHOLE = Shares()
 CPU = torch.device("cpu")
-
-
-class Artifact(Protocol):
-    """What a target's runtime must offer to be compared."""
-
-    folder: Path
-
-    def with_full_cache(self) -> Artifact: ...
-    def cached(self, ids: list[int], layers: int) -> list[tuple[Any, Any]]: ...
-    def each_pass(self, ids: list[int], first: int = 0) -> Iterator[Any]: ...
-    def follow(
-        self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
-        take: Callable[[Any], None], hopeless: Callable[[list[int]], bool],
-    ) -> list[int]: ...  # fmt: skip
-    def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any: ...
-    def write(self, ids: list[int], most: int) -> list[int] | None: ...
 
 
 @dataclass
@@ -87,6 +68,7 @@ class Form:
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
     exact: tuple[bool, ...] = ()
+    written: dict[int, str] = field(default_factory=dict)  # answers of rows, by their number, where they were asked for
 
     @property
     def loss(self) -> float:
@@ -97,6 +79,10 @@ class Form:
         """Scores of some of the rows, `samples` being all of them."""
         exact = self.exact or (False,) * len(self.losses)
         return metrics(samples[rows], tokenizer, self.losses[rows], exact[rows])
+
+    def answers(self, rows: Sequence[int]) -> list[str]:
+        """What was written for some rows; nothing where any of them was not written."""
+        return [self.written[row] for row in rows] if all(row in self.written for row in rows) else []
 
 
 def trained_at(sample: Sample) -> list[int]:
@@ -112,6 +98,7 @@ class Observer:
         self.losses, self.tokens = [0.0] * len(rows), [0] * len(rows)
         self.likely: list[list[int]] = [[] for _ in rows]
         self.tables: list[list[torch.Tensor]] = [[] for _ in rows[:PARITY_PROMPTS]]
+        self.written: dict[int, str] = {}
 
     def add(self, row: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """The next positions of a row: logits (n, V) and the tokens that follow."""
@@ -145,7 +132,7 @@ class Observer:
     def form(self, name: str, exact: Sequence[bool] = ()) -> Form:
         """All that was gathered."""
         table = torch.cat([part for row in self.tables for part in row])
-        return Form(name, table, tuple(self.losses), tuple(self.tokens), tuple(exact))
+        return Form(name, table, tuple(self.losses), tuple(self.tokens), tuple(exact), self.written)
 
 
 @torch.no_grad()
@@ -173,11 +160,12 @@ def row_logits(
 def observe_model(
     name: str, model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer | None = None, *,
     compute: torch.dtype = torch.float32, group_tokens: int = EVAL_TOKENS, answers: slice | None = None,
-    held_to: HeldTo = (), progress: Callable[[int, int], None] = lambda done, total: None,
+    held_to: HeldTo = (), write: Sequence[int] = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Form:  # fmt: skip
     """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
 
     Only what the likeliest tokens along the row's own answer leave open is generated, or found as `held_to` wants it.
+    The answers to the rows numbered in `write` are written out whatever they are.
     """
     seen, parts = Observer(rows), find_parts(model)
     asked = rows[answers] if answers is not None and tokenizer is not None else []
@@ -187,6 +175,12 @@ def observe_model(
             held.along(rows[number], seen.tokens[number], logits)
         seen.add(number, logits, targets)
         progress(sum(count > 0 for count in seen.tokens), len(rows))
+    if write and tokenizer is not None:
+        found = written(
+            model, parts, [rows[i] for i in write], tokenizer, held_to, device=CPU, compute=compute,
+            chunk_tokens=POSITIONS, group_tokens=group_tokens,
+        )  # fmt: skip
+        seen.written = {i: answer_text(tokenizer, ids) for i, ids in zip(write, found, strict=True)}
     if answers is None or tokenizer is None or not rows[0].has_prompt:
         return seen.form(name)
     if held is not None:
@@ -201,7 +195,7 @@ def observe_model(
 
 def observe_artifact(
     name: str, artifact: Artifact, rows: Sequence[Sample], tokenizer: TextTokenizer, *, answers: slice | None = None,
-    held_to: HeldTo = (), progress: Callable[[int, int], None] = lambda done, total: None,
+    held_to: HeldTo = (), write: Sequence[int] = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Form:  # fmt: skip
     """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded.
 
@@ -210,36 +204,24 @@ def observe_artifact(
     """
     seen, exact = Observer(rows), [False] * len(rows)
     decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
-    stops = tokenizer.stop_ids
-    labels = held_to if isinstance(held_to, tuple) else ()
-    asked = label_numbers(labels, rows, tokenizer)
+    asked = label_numbers(held_to, rows, tokenizer) if isinstance(held_to, tuple) else []
     for number, sample in enumerate(rows):
-        ids, at = sample.ids, trained_at(sample)
+        at = trained_at(sample)
         if not at:
             continue
-        take = seen.taker(number)
-        if number in decoding and not held_to and sample.prompt_tokens:
-            answer = artifact.follow(
-                ids, at[0], sample.prompt_tokens, answer_tokens([sample]), stops, take,
-                functools.partial(cannot_match, tokenizer, sample),
-            )  # fmt: skip
-            exact[number] = is_exact(tokenizer, sample, answer)
+        if number in decoding or number in write:
+            answer, right = answered(
+                artifact, sample, at[0], tokenizer, held_to, asked[number:], seen.taker(number), number in write
+            )
+            exact[number] = right and number in decoding
+            if number in write:
+                seen.written[number] = answer_text(tokenizer, answer)
         else:
-            if labels and number in decoding:
-                search = artifact.choose(sample.prompt, known_enough(asked[number]))  # enough for calibration too
-                exact[number] = search.found[0][1] == asked[number]
-            elif isinstance(held_to, Grammar) and number in decoding:
-                written = artifact.write(sample.prompt, answer_tokens([sample]))
-                exact[number] = written is not None and is_exact(tokenizer, sample, written)
-            for logits in artifact.each_pass(ids, at[0]):
+            take = seen.taker(number)
+            for logits in artifact.each_pass(sample.ids, at[0]):
                 take(logits)
         progress(number + 1, len(rows))
     return seen.form(name, exact if decoding else ())
-
-
-def cannot_match(tokenizer: TextTokenizer, sample: Sample, made: list[int]) -> bool:
-    """Whether no continuation of `made` can be what the row asks for."""
-    return not may_become(tokenizer, asked_for(sample, tokenizer.stop_ids)[0], made)
 
 
 def trained_settings(result: TrainResult) -> tuple[Training, torch.dtype, str]:

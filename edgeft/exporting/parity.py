@@ -28,10 +28,10 @@ import torch
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
 from edgeft.errors import CacheLost, ParityFailed, QualityLost
+from edgeft.exporting.artifact_answers import Artifact
 from edgeft.exporting.kv_rung import TIE_NATS, CacheRows, cache_rungs
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
-    Artifact,
     Form,
     is_original,
     load_as_trained,
@@ -263,13 +263,14 @@ class Ladder:
         self, merged_folder: Path, bundle: Path, artifact: Artifact, rows: Sequence[Sample], *, tied: bool,
         answers: slice | None = None, gate: int | None = None, alike: Tolerance = ALIKE,
         quality: Tolerance | None = None, cache: CacheRows | None = None, near: Tolerance = CACHE,
-        known: Known | None = None,
+        known: Known | None = None, write: Sequence[int] = (),
     ) -> tuple[Form, Form]:  # fmt: skip
         """(merged, artifact) on all rows, after proving the bundle; rungs take the first `gate` rows.
 
         The model in torch comes first and is gone when the artifact is first asked: no memory has to hold both.
         `cache` are rows for what is proven of a KV cache of 8 bits. Its bundle computes as torch does with the
-        runtime's own cache, and comes `near` to that with its own. `known` forms are not found again.
+        runtime's own cache, and comes `near` to that with its own. `known` forms are not found again. Answers to the
+        rows numbered in `write` are written out by the artifact, and by a merged model that is in memory as a whole.
 
         Raises ParityFailed.
         """
@@ -278,11 +279,11 @@ class Ladder:
         few = rows_for(self.held_to, rows[:count]) if isinstance(self.held_to, tuple) else []
         if known is not None and count < min(PARITY_PROMPTS, len(rows)):  # tables are of the first rows of all
             known = None
-        merged, rounded, scores = self._climb_models(merged_folder, rows, answers, few, known, count)
+        merged, rounded, scores = self._climb_models(merged_folder, rows, answers, few, known, count, write)
         give_back()
         whole = self._climb_cache(artifact, cache, near)
         made = observe_artifact(
-            "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to,
+            "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to, write=write,
             progress=self._told("parity: artifact"),
         )  # fmt: skip
         head = first(made, count)
@@ -297,7 +298,7 @@ class Ladder:
 
     def _climb_models(
         self, folder: Path, rows: Sequence[Sample], answers: slice | None, few: Sequence[Sample], known: Known | None,
-        count: int,
+        count: int, write: Sequence[int],
     ) -> tuple[Form, Form | None, torch.Tensor | None]:  # fmt: skip
         """(merged on all rows, on the bundle's very weights where torch has them, labels' scores on them).
 
@@ -314,7 +315,7 @@ class Ladder:
         if unseen:
             more = observe_model(
                 "merged", model, unseen, self.tokenizer, answers=wanted, held_to=self.held_to,
-                progress=self._told("parity: merged"),
+                write=write if known is None and self.load is load_plain else (), progress=self._told("parity: merged"),
             )  # fmt: skip
             merged = more if merged is None else followed_by(merged, more)
         assert merged is not None

@@ -25,10 +25,11 @@ from edgeft.exporting.attempts import cost, shown
 from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
-from edgeft.exporting.export import Chosen, ProofRows, calibration_samples, check_room, export, loader, rows_of
+from edgeft.exporting.export import Chosen, calibration_samples, check_room, export, loader, rows_of
 from edgeft.exporting.outputs import Form, observe_model
 from edgeft.exporting.parity import HINTS, Gain, Known, compare, exact_match_problem, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
+from edgeft.exporting.proof_rows import ProofRows
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint

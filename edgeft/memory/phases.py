@@ -310,6 +310,10 @@ def _evaluate(
 
     losses, answered = scoring_terms(spec, training, scored)
     evaluate = scored_phase(losses)
+    if scored is not None and scored.written is not None:
+        evaluate = max(
+            evaluate, scored_phase(_answer_terms(spec, training, scored.written)), key=lambda one: one.expected_bytes
+        )
     if answered:  # for rows that a pass leaves open; there may be none
         most = scored_phase(answered).high_bytes
         evaluate = evaluate.model_copy(update={"high_bytes": max(evaluate.high_bytes, most)})

@@ -6,11 +6,12 @@ read once or twice, and on a CPU its pages are fetched from the system first, un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
 from edgeft.data.dataset import Lengths
-from edgeft.data.scoring_groups import Scoring
+from edgeft.data.scoring_groups import PROMPT_READINGS, Scoring, Size, by_answer
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.launches import launches, loss_launches, optimizer_launches
@@ -37,6 +38,8 @@ ROUNDED_BYTES = (
     60  # of a weight that is rounded for a pass and back (quantize_aware): fitted on the example's step alone
 )
 PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smaller products, more of them
+# Of one more token of answers: share of the bandwidth at which weights are read, and what calling takes; guesses.
+TOKEN_BANDWIDTH, TOKEN_SECONDS, LAYER_TOKEN_SECONDS = 0.5, 3e-3, 1e-3
 KEEPING = 1.25  # of a forward pass: its outputs are also written, hashed and compared; a guess
 READ_BYTES_PER_SECOND = 5e8  # of a file whose pages the system has not kept: what a SATA SSD gives; not measured
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
@@ -108,6 +111,38 @@ def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, score
         groups = -(-scored.tokens // training.group_tokens)
         forward = max(forward, groups * layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
     return 2 * forward
+
+
+def answering_seconds(
+    profile: Profile, spec: ModelSpec, training: Training, files: Sequence[Sequence[Size]], *, labels: bool
+) -> float:  # fmt: skip
+    """Seconds of writing out the answers of some rows, before training and after it: their prompts, token after token.
+
+    A token reads every weight once for all rows of its group. Of labels only what is read again behind a prompt.
+    """
+    if labels:
+        tokens = sum(round((1 + PROMPT_READINGS) * size.tokens) for sizes in files for size in sizes)
+        return 2 * _forward_seconds(profile, spec, training, spec.num_hidden_layers, tokens, 0)
+    seconds = 0.0
+    for sizes in files:
+        for group in by_answer(sizes, training.group_tokens):
+            rows = [sizes[i] for i in group]
+            prompts, new = len(rows) * max(row.prompt for row in rows), max(row.new for row in rows)
+            seconds += _forward_seconds(profile, spec, training, spec.num_hidden_layers, prompts, len(rows))
+            seconds += new * _token_seconds(profile, spec, training)
+    return 2 * seconds
+
+
+def _token_seconds(profile: Profile, spec: ModelSpec, training: Training) -> float:
+    """Seconds of one more token for each row of a group: every weight is read, 4-bit ones are made dense first."""
+    weights = spec.num_hidden_layers * sum(linear.in_features * linear.out_features for linear in spec.linears)
+    itemsize = train_step.DTYPE_BYTES[training.compute_dtype]
+    made = 2 * itemsize * weights if training.base_precision == "nf4" else 0
+    read = itemsize * (weights + spec.vocab_size * spec.hidden_size) + made
+    moved = read / (TOKEN_BANDWIDTH * profile.bandwidth_gb_per_second * 1e9)
+    if training.stream_layers:
+        moved = max(moved, spec.num_hidden_layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
+    return moved + TOKEN_SECONDS + LAYER_TOKEN_SECONDS * spec.num_hidden_layers
 
 
 def prefix_seconds(profile: Profile, spec: ModelSpec, training: Training) -> float:

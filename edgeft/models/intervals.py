@@ -58,6 +58,14 @@ def paired_losses(first: Sequence[float], second: Sequence[float], tokens: Seque
     return Interval(difference, difference - reach, difference + reach)
 
 
+def paired_means(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Difference of the means of a score that each row has under both forms, by Student's t of the rows' differences.
+
+    Raises ValueError for rows that do not match.
+    """
+    return paired_losses(first, second, [1] * len(first))
+
+
 def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     """Difference of two shares of right answers, from which rows each form answers.
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
 from edgeft.documents import Strict
-from edgeft.models.intervals import Interval, paired_losses, paired_rates
+from edgeft.models.intervals import Interval, paired_losses, paired_means, paired_rates
 from edgeft.models.layer_shares import Group, Shares
 from edgeft.settings.job import LayerScore
 
@@ -22,17 +22,22 @@ class Metrics(Strict):
     It compares token ids up to a stop id; other ids count where they spell the same text, white space around it left
     out. Of an answer longer than MAX_ANSWER_TOKENS only so many are compared, of one that was cut what is left of it.
 
-    The last three are each row's own, in the order of the data, where they were kept: pairs are formed of them.
+    The last four are each row's own, in the order of the data, where they were kept: pairs are formed of them.
     """
 
     rows: int
     loss: float
     perplexity: float
     exact_match: float | None
+    f1: float | None = Field(
+        default=None, description="mean F1 of the words of the answers that were written out, where it suits the task"
+    )
+    f1_rows: int = Field(default=0, description="of so many rows")
     long_answers: int = Field(0, description=f"rows whose answer has more than {MAX_ANSWER_TOKENS} tokens")
     row_losses: tuple[float, ...] = Field(default=(), description="nats, summed over a row's trained tokens")
     row_tokens: tuple[int, ...] = Field(default=(), description="trained tokens of each row")
     row_exact: str = Field(default="", description="1 for each row whose answer is exact, 0 for each other")
+    row_f1: tuple[float, ...] = Field(default=(), description="of each row whose answer was written out")
 
     @property
     def bare(self) -> Metrics:
@@ -42,7 +47,7 @@ class Metrics(Strict):
     @property
     def marked(self) -> Metrics:
         """The same scores with which rows are exact, of each row's own numbers nothing else."""
-        return self.model_copy(update={"row_losses": (), "row_tokens": ()})
+        return self.model_copy(update={"row_losses": (), "row_tokens": (), "row_f1": ()})
 
     def as_exact_as(self, other: Metrics) -> bool:
         """Whether the rows show no difference in exact match; without both forms' rows, whether it is the same."""
@@ -81,6 +86,7 @@ class Pair(Strict):
     after: str
     loss: Difference | None = Field(description="nats per token")
     exact_match: Difference | None = Field(description="a share of 1")
+    f1: Difference | None = Field(default=None, description="a share of 1, of the rows whose answers were written out")
 
 
 def pair(before: str, first: Metrics, after: str, second: Metrics) -> Pair | None:
@@ -92,7 +98,10 @@ def pair(before: str, first: Metrics, after: str, second: Metrics) -> Pair | Non
         exact = exact_interval(first, second)
     loss = paired_losses(first.row_losses, second.row_losses, first.row_tokens)
     match = Difference.of(exact) if exact else None
-    return Pair(before=before, after=after, loss=Difference.of(loss), exact_match=match)
+    words = None
+    if first.row_f1 and len(first.row_f1) == len(second.row_f1):
+        words = Difference.of(paired_means(first.row_f1, second.row_f1))
+    return Pair(before=before, after=after, loss=Difference.of(loss), exact_match=match, f1=words)
 
 
 class Rung(Strict):

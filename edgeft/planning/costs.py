@@ -14,7 +14,8 @@ from typing import Any
 
 from edgeft.data.dataset import Lengths
 from edgeft.data.labels import Label, tree_size
-from edgeft.data.scoring_groups import Scoring, Size, scoring, searched
+from edgeft.data.scoring_groups import Scoring, Size, sampled_sizes, scoring, searched, with_written
+from edgeft.data.task_score import TaskScore, rows_written
 from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
@@ -22,6 +23,7 @@ from edgeft.memory.phases import Simulated, phases
 from edgeft.memory.timing import (
     COUNTED,
     Counted,
+    answering_seconds,
     count,
     device_seconds,
     launch_seconds,
@@ -77,12 +79,13 @@ class Question:
     budget_bytes: int
     scored: tuple[tuple[Size, ...], ...] = ()  # the rows that are scored, before training and after; a file each
     labels: tuple[Label, ...] = ()  # what their answers are held to
+    task_score: TaskScore = "loss"
     # what has been counted, by a plan's id; the plan is kept, so that its id stays its own
     keys: dict[int, tuple[Training, tuple[float, float]]] = field(default_factory=dict, repr=False)
     heights: dict[int, tuple[Training, int]] = field(default_factory=dict, repr=False)
     counts: dict[tuple[Any, ...], Counted] = field(default_factory=dict, repr=False)  # by what `count` reads
     simulated: dict[Training, Simulated] = field(default_factory=dict, repr=False)
-    scorings: dict[tuple[int, int], Scoring] = field(default_factory=dict, repr=False)  # by a group's, a row's tokens
+    scorings: dict[tuple[int, int, int], Scoring] = field(default_factory=dict, repr=False)  # by what they depend on
 
     @cached_property
     def mean_work(self) -> train_step.Workload:
@@ -140,13 +143,33 @@ class Question:
 
     def scoring(self, training: Training) -> Scoring:
         """What scoring this job's rows takes, in groups of as many tokens as this way has at once."""
-        key = training.group_tokens, training.max_length
+        key = training.group_tokens, training.max_length, self.sample_answers(training)
         if key not in self.scorings:
             cut = [[size.cut(training.max_length) for size in sizes] for sizes in self.scored]
             plain = scoring(cut, training.group_tokens)
             longest, nodes = tree_size(self.labels)
-            self.scorings[key] = searched(plain, cut, longest, nodes) if self.labels else plain
+            found = searched(plain, cut, longest, nodes) if self.labels else plain
+            self.scorings[key] = found if self.labels else with_written(found, self._answered(training), key[-1])
         return self.scorings[key]
+
+    def sample_answers(self, training: Training) -> int:
+        """Of how many rows of each scored file answers are written out.
+
+        None unless asked for where layers stay in their files: each token would read all of them again.
+        """
+        if training.stream_layers and self.job.sample_answers is None:
+            return 0
+        return rows_written(self.task_score, self.job.sample_answers)
+
+    def _answered(self, training: Training) -> list[list[Size]]:
+        """The rows that a run has scores of, a file each: not those that say when it stops."""
+        files = self.scored[:-1] if training.patience else self.scored
+        return [[size.cut(training.max_length) for size in sizes] for sizes in files]
+
+    def answering_seconds(self, training: Training) -> float:
+        """Seconds of writing out answers, before training and after it."""
+        files = sampled_sizes(self._answered(training), self.sample_answers(training))
+        return answering_seconds(self.profile, self.spec, training, files, labels=bool(self.labels))
 
     def high_bytes(self, training: Training, work: train_step.Workload | None = None) -> int:
         """What the budget is held to: the highest phase's high estimate."""

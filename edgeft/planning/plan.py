@@ -10,18 +10,19 @@ import contextlib
 import gc
 import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from edgeft.data.dataset import Lengths
+from edgeft.data.dataset import Lengths, Measured
 from edgeft.data.grammar import Grammar, HeldTo, grammar_file
 from edgeft.data.labels import Label
 from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Scoring
+from edgeft.data.task_score import TaskScore, task_score
 from edgeft.documents import Artifact, sha256_file, sha256_json, versions
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.profile import Profile, detect, load_profile, profile_path
@@ -91,6 +92,9 @@ class Plan(Artifact):
     prefix_seconds: float = Field(default=0.0, description="of `seconds`: making the outputs of layers that are kept")
     scoring: Scoring
     scoring_seconds: float
+    task_score: TaskScore = Field(default="exact_match", description="which score says how well the task is done")
+    sample_answers: int = Field(default=0, description="rows of each scored file whose answers are written out")
+    answering_seconds: float = Field(default=0.0, description="of writing them out, before training and after it")
     notes: tuple[str, ...]
     gave_up: tuple[str, ...]
     looked_at: int  # candidates
@@ -227,6 +231,9 @@ def _planned(asked: _Asked) -> Plan:
         prefix_seconds=round(question.prefix_seconds(training), 1),
         scoring=question.scoring(training),
         scoring_seconds=round(question.scoring_seconds(training), 1),
+        task_score=question.task_score,
+        sample_answers=question.sample_answers(training),
+        answering_seconds=round(question.answering_seconds(training), 1),
         notes=(*notes, *stage_notes),
         gave_up=tuple(gave_up(question, best, training)) if better else (),
         looked_at=len(looked_at),
@@ -272,13 +279,19 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
     scores = importance.scores if importance else None
-    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, held.labels)
+    question = Question(job, profile, spec, lengths, work, data_bytes, budget, scored, held.labels, _score(job, files))
     rows_tokens = tokens_kept(job, files, length)
     looked_at = sorted(candidates(job, profile, spec, work, steps, scores, rows_tokens), key=question.key)
     if not looked_at:
         raise BadInput("settings", "no way of training is left by what was set", "leave base_precision to the planner")
     notes = [*([profile.assumed] if profile.assumed else []), *notes, *held.notes, *length_note]
     return _Asked(question, looked_at, steps, rows_tokens, held, importance, notes)
+
+
+def _score(job: Job, files: Mapping[str, Measured]) -> TaskScore:
+    """Which score suits the job's training data."""
+    read = files.get(job.data or "")
+    return task_score(read.sizes, read.asked, held_to_labels=job.answers == "labels") if read else "loss"
 
 
 def _importance_of(job: Job, spec: ModelSpec, given: Importance | None) -> Importance | None:

@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeft.models.metrics import Pair, Promotion, Proof, Repair
+from edgeft.reporting.answers import pair_cells, pair_head, samples_table, score_cells, score_head
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
-from edgeft.reporting.terminal import metrics_cells, new_table, predicted_expected
-from edgeft.reporting.words import attempt_cells, difference_text, percent, rung_cells
+from edgeft.reporting.terminal import new_table, predicted_expected
+from edgeft.reporting.words import attempt_cells, percent, rung_cells
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ def pairs_text(proof: Proof) -> RenderableType:
 
 def pairs_table(pairs: Sequence[Pair], title: str) -> RenderableType:
     """Differences on the same rows, a line a pair."""
-    table = new_table("from", "to", "loss, nats", "exact match, points", title=title)
+    head = pair_head(pairs)
+    table = new_table("from", "to", *head, title=title)
     for each in pairs:
-        table.add_row(each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
+        table.add_row(each.before, each.after, *pair_cells(each, head))
     return table
 
 
@@ -53,9 +55,10 @@ def evaluation_text(made: Evaluation) -> RenderableType:
     if made.scores:
         rows = next(iter(made.scores.values())).rows
         cut = f", {made.cut_rows} of them cut" if made.cut_rows else ""
-        table = new_table("model", "loss", "perplexity", "exact match", title=f"{rows} rows of {made.data}{cut}")
+        head = score_head(made.scores.values())
+        table = new_table("model", *head, title=f"{rows} rows of {made.data}{cut}")
         for name, metrics in made.scores.items():
-            table.add_row(name, *metrics_cells(metrics))
+            table.add_row(name, *score_cells(metrics, head))
         parts.append(table)
     if made.pairs:
         parts.append(pairs_table(made.pairs, "the same rows before and after, 95% intervals"))
@@ -87,11 +90,14 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
     if bundle.proof is not None:
         parts.append(ladder_text(bundle.proof))
         rows = next(iter(bundle.proof.scores.values())).rows
-        table = new_table("model", "loss", "perplexity", "exact match", title=f"{rows} {bundle.proof.scored_on} rows")
+        head = score_head(bundle.proof.scores.values())
+        table = new_table("model", *head, title=f"{rows} {bundle.proof.scored_on} rows")
         for name, metrics in bundle.proof.scores.items():
-            table.add_row(name, *metrics_cells(metrics))
+            table.add_row(name, *score_cells(metrics, head))
         parts.append(table)
         parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
+    if merged is not None and here is not None and here.answers:
+        parts.append(samples_table(merged.train.samples, here.answers))
     parts += [answers_text(bundle.answers)] if bundle.answers is not None else []
     table = new_table("", "predicted", "measured")
     if merged is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgeft.machines.profile import Profile
+from edgeft.reporting.answers import ANSWER_SHOWN, in_a_line, pair_cells, pair_head, score_cells, score_head
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.reporting.summary import Summary
@@ -15,9 +16,7 @@ from edgeft.reporting.words import (
     amount,
     attempt_cells,
     cell_text,
-    difference_text,
     grouped,
-    percent,
     signed,
     symbol,
 )
@@ -122,19 +121,24 @@ def _options(report: Summary) -> list[str]:
 def _quality(report: Summary) -> list[str]:
     blocks = []
     if report.scores:
-        rows = [
-            (each.name, f"{each.metrics.loss:.4f}", f"{each.metrics.perplexity:.2f}", percent(each.metrics.exact_match))
-            for each in report.scores
-        ]
-        head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", "loss", "perplexity", "exact match")
-        blocks += ["## How good it is", _table(head, rows, (1, 2, 3))]
+        scores = score_head(each.metrics for each in report.scores)
+        rows = [(each.name, *score_cells(each.metrics, scores)) for each in report.scores]
+        head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", *scores)
+        blocks += ["## How good it is", _table(head, rows, range(1, len(head)))]
     if report.pairs:
-        changes = [
-            (each.before, each.after, difference_text(each.loss), difference_text(each.exact_match, 100, 1))
-            for each in report.pairs
-        ]
-        head = ("from", "to", "loss, 95% interval", "exact match, points, 95% interval")
-        blocks.append(_table(head, changes, (2, 3)))
+        scores = pair_head(report.pairs)
+        changes = [(each.before, each.after, *pair_cells(each, scores)) for each in report.pairs]
+        head = ("from", "to", *(f"{name}, 95% interval" for name in scores))
+        blocks.append(_table(head, changes, range(2, len(head))))
+    if report.samples:
+        forms = ("base", "tuned", *(["bundle"] if any(each.bundle for each in report.samples) else []))
+        answers = [
+            (in_a_line(each.prompt[-ANSWER_SHOWN:]), in_a_line(each.expected),
+             *(in_a_line(getattr(each, form)) for form in forms))
+            for each in report.samples
+        ]  # fmt: skip
+        head = ("end of the prompt", "expected", "base", "fine-tuned", "bundle")[: 2 + len(forms)]
+        blocks += ["Answers to some of the scored validation rows:", _table(head, answers)]
     return blocks
 
 

@@ -10,6 +10,7 @@ from edgeft.documents import saving
 from edgeft.machines.profile import Profile
 from edgeft.memory.timing import DATASHEET_SHARES, MEASURED_SHARES
 from edgeft.reporting import bars, charts
+from edgeft.reporting.answers import in_a_line, pair_cells, pair_head, score_cells, score_head
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.markdown import approximate, to_markdown
 from edgeft.reporting.matrix import Grade, Matrix, ModelRow
@@ -103,6 +104,8 @@ def environment() -> jinja2.Environment:
         "certain_table": lambda made: (CERTAIN_HEAD, certain_rows(made)),
         "bin_table": lambda made: (BIN_HEAD, bin_rows(made)),
         "difference": difference_text,
+        "score_head": score_head, "score_cells": score_cells, "pair_head": pair_head, "pair_cells": pair_cells,
+        "in_a_line": in_a_line,
         "words": lambda value: value.replace("_", " "),
     }  # fmt: skip
     return environment

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from edgeft.data.task_score import TaskScore
 from edgeft.documents import Artifact, Strict, versions
 from edgeft.exporting.answers import Answers, HeldToGrammar
 from edgeft.exporting.bundle import Bundle, Measurement
@@ -19,6 +20,7 @@ from edgeft.models.metrics import Metrics, Pair, Proof, Repair, pair
 from edgeft.planning.alternatives import Alternative, Saving
 from edgeft.planning.costs import Candidate
 from edgeft.planning.plan import Plan
+from edgeft.reporting.answers import shown
 from edgeft.reporting.card import Card, headline, plan_card, run_card, scores_of
 from edgeft.reporting.matrix import DeviceCell, device_cell, method
 from edgeft.reporting.read_run import Run
@@ -105,6 +107,16 @@ class Scored(Strict):
     metrics: Metrics
 
 
+class Answered(Strict):
+    """One validation row and what each form of the model answers; a bundle that was not asked says nothing."""
+
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+    bundle: str = ""
+
+
 class Summary(Artifact):
     """report.json of one plan; `kind` is "run" when there was a training run to compare it with."""
 
@@ -145,6 +157,8 @@ class Summary(Artifact):
         default=None, description="how a bundle's answers are held; null: they are free"
     )
     repair: Repair | None = Field(default=None, description="what was considered, where the export chose its target")
+    task_score: TaskScore = Field(default="exact_match", description="which score says how well the task is done")
+    samples: tuple[Answered, ...] = Field(default=(), description="answers to some of the scored validation rows")
     loss_curve: tuple[tuple[int, float], ...] = ()
     validations: tuple[tuple[int, float], ...] = Field(default=(), description="(step, loss) of rows that stop a run")
     notes: tuple[str, ...]
@@ -203,6 +217,8 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         proof=bundle.proof if bundle else None,
         answers=bundle.answers if bundle else None,
         repair=bundle.repair if bundle else None,
+        task_score=plan.task_score,
+        samples=_samples(train, run.here),
         loss_curve=_thinned(train.loss_curve) if train else (),
         validations=_thinned(train.validations) if train else (),
         notes=tuple(said),
@@ -235,6 +251,11 @@ def _thinned(curve: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
     size = -(-len(curve) // CURVE_POINTS) or 1
     parts = [curve[i : i + size] for i in range(0, len(curve), size)]
     return tuple((part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts)
+
+
+def _samples(train: TrainResult | None, here: Measurement | None) -> tuple[Answered, ...]:
+    rows = shown(train.samples, here.answers if here else ()) if train else []
+    return tuple(Answered(**row.model_dump(), bundle=answer) for row, answer in rows)
 
 
 def _pairs(train: TrainResult | None, bundle: Bundle | None) -> tuple[Pair, ...]:

@@ -10,16 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeft.data.labels import labels_line
+from edgeft.data.task_score import TaskScore
 from edgeft.machines.profile import Profile
 from edgeft.memory.disk import total
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.train_step import Phase
 from edgeft.models.layer_shares import Shares
-from edgeft.models.metrics import Importance, Metrics, Pair, Sweep, pair
+from edgeft.models.metrics import Importance, Metrics, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
+from edgeft.reporting.answers import changes_text, samples_table, score_cells, score_head
 from edgeft.reporting.curve import curve_lines
-from edgeft.reporting.words import difference_text, kept_step, memory_line, method_text, percent, step_time, verdict
+from edgeft.reporting.words import kept_step, memory_line, method_text, percent, step_time, verdict
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from edgeft.models.discover import Discovery
     from edgeft.training.result import Rehearsal, TrainResult, Trial
 
+LEADS: dict[TaskScore, str] = {
+    "exact_match": "exact match leads", "f1": "loss leads, with F1 of words", "loss": "loss leads",
+}  # fmt: skip
 # terms of a step that no tensor of it accounts for
 NOT_TENSORS = ("process", "data", "buffers", "pool", "cuBLAS workspace", "reserved")
 
@@ -117,7 +122,11 @@ def scoring_text(plan: Plan) -> str:
     if not rows:
         return "not estimated: no data given"
     more = ", without answers that must be generated" if plan.scoring.answers else ""
-    return f"about {show_seconds(plan.scoring_seconds)} for {rows} rows before and after training{more} (estimate)"
+    written = ""
+    if plan.sample_answers:
+        written = f"; {show_seconds(plan.answering_seconds)} to write out {plan.sample_answers} of their answers"
+    scored = f"about {show_seconds(plan.scoring_seconds)} for {rows} rows before and after training"
+    return f"{scored}{more}{written} (estimate); {LEADS[plan.task_score]}"
 
 
 def simulation_line(plan: Plan, simulation: Simulation) -> str:
@@ -247,7 +256,9 @@ def metrics_cells(metrics: Metrics) -> tuple[str, str, str]:
 
 def train_text(result: TrainResult) -> RenderableType:
     """A training run: scores before and after, memory predicted and measured."""
-    table = new_table("scored on", "rows", "loss", "perplexity", "exact match")
+    found = [each for each in (result.base_valid, result.valid, result.base_test, result.test) if each is not None]
+    head = score_head(found)
+    table = new_table("scored on", "rows", *head)
     rounded = f", as {result.scored_as}" if result.scored_as else ""
     for name, metrics in (
         ("validation, base", result.base_valid),
@@ -256,13 +267,13 @@ def train_text(result: TrainResult) -> RenderableType:
         (f"test, fine-tuned{rounded}", result.test),
     ):
         if metrics is not None:
-            table.add_row(name, str(metrics.rows), *metrics_cells(metrics))
+            table.add_row(name, str(metrics.rows), *score_cells(metrics, head))
     changes = [
-        Text(f"{name}, base to fine-tuned: loss {difference_text(found.loss)}" + exact_text(found))
+        Text(f"{name}, base to fine-tuned: {changes_text(change)}")
         for name, base, tuned in (
             ("validation", result.base_valid, result.valid), ("test", result.base_test, result.test)
         )
-        if base is not None and tuned is not None and (found := pair("base", base, "fine-tuned", tuned)) is not None
+        if base is not None and tuned is not None and (change := pair("base", base, "fine-tuned", tuned)) is not None
     ]  # fmt: skip
     speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
     memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
@@ -286,18 +297,14 @@ def train_text(result: TrainResult) -> RenderableType:
         lines.append(Text(f"{result.skipped_steps} updates overflowed in fp16 and were made again at a smaller scale"))
     lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
-    return Group(table, *lines)
+    samples = [samples_table(result.samples)] if result.samples else []
+    return Group(table, *samples, *lines)
 
 
 def continued(result: TrainResult) -> str:
     """At which steps a run went on that had been stopped."""
     steps = ", ".join(f"{step + 1:,}" for step in result.resumed_at)
     return f"was stopped, and continued at step {steps} of {result.plan.training.steps:,}"
-
-
-def exact_text(found: Pair) -> str:
-    """The paired change of exact match behind that of the loss, where rows have answers."""
-    return f", exact match {difference_text(found.exact_match, 100, 1, 'points')}" if found.exact_match else ""
 
 
 def rehearsal_line(rehearsal: Rehearsal) -> str:

@@ -151,6 +151,9 @@ class Job(Strict):
         None, ge=1, description="steps between checkpoints; about a minute when absent"
     )
     eval_rows: int = Field(200, ge=1, description="validation rows scored before and after training")
+    sample_answers: int | None = Field(
+        None, ge=0, description="rows of each scored file whose answers are written out: 10, of free text 30; 0: none"
+    )
     patience: int | None = Field(
         None, ge=1, description="validations in a row without a lower loss that end a run; its best step is kept"
     )

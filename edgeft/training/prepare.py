@@ -70,9 +70,10 @@ def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
         return plan
     machine, data_bytes = detect(load_profile("cpu")), plan.stages.data_bytes
     budget = budget_of_one(plan.job, machine)
-    scorings = {(training.group_tokens, training.max_length): plan.scoring}
+    scorings = {(training.group_tokens, training.max_length, plan.sample_answers): plan.scoring}
     question = Question(
-        plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget, scorings=scorings
+        plan.job, machine, plan.spec, plan.lengths, plan.work, data_bytes, budget, task_score=plan.task_score,
+        scorings=scorings,
     )  # fmt: skip
     if not train_step.known(plan.spec):
         question.simulate(training)

@@ -47,6 +47,15 @@ class Deviation(Strict):
     done: str
 
 
+class SampleAnswer(Strict):
+    """A validation row, and what base and fine-tuned model answer."""
+
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+
+
 class TrainResult(Artifact):
     """train.json: what was trained, on what, how well, and how much memory it took."""
 
@@ -73,6 +82,7 @@ class TrainResult(Artifact):
     valid: Metrics
     base_test: Metrics | None
     test: Metrics | None
+    samples: tuple[SampleAnswer, ...] = Field(default=(), description="answers to some of the scored validation rows")
     scored_as: str = Field(default="", description="the target whose rounding `valid` and `test` saw; none: unrounded")
     units: tuple[UnitRecord, ...]
     process_peak_bytes: tuple[int, ...] = ()  # of each of several processes, before scores

@@ -45,8 +45,8 @@ from edgeft.training.prepare import (
     tf32,
 )
 from edgeft.training.promise import above, check_budget, highest, promise
-from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, TrainResult
-from edgeft.training.scoring import scorer
+from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, SampleAnswer, TrainResult
+from edgeft.training.scoring import Scorer, Scores, side_by_side
 from edgeft.training.step_down import taken
 from edgeft.training.step_log import STEPS, StepLog, StepRecord
 from edgeft.training.stop import Stop
@@ -165,9 +165,9 @@ class Session:
             phases["prefix"] = meter.peak_bytes(device)
         if ranks.first and not any(work.glob("step-*")):
             meter.reset_peak(device)
-            score = scorer(model, parts, data, training, device, compute, progress, prefix)
-            fresh["base_valid"] = score("base on valid", data.valid[: training.eval_rows]).model_dump()
-            fresh["base_test"] = score("base on test", data.test).model_dump() if data.test else None
+            found = Scorer(here, data, model, parts, device, compute, progress, prefix).scores("base on ")
+            fresh = {"base_valid": found.valid.model_dump(), "base_answers": found.answers,
+                     "base_test": found.test.model_dump() if found.test else None}  # fmt: skip
             phases["evaluate"] = meter.peak_bytes(device)
         if prefix is not None:
             prefix.drop()
@@ -297,11 +297,12 @@ class Session:
             self.phases["save"] = meter.peak_bytes(self.device)
             meter.reset_peak(self.device)
             settle(self.run.model)  # what is scored is what will be shipped
-            valid, test = self.score()
+            scores = self.score()
             self.phases["evaluate"] = max(self.phases.get("evaluate", 0), meter.peak_bytes(self.device))
             result = TrainResult(
                 input_sha256=plan_sha256, versions=versions(), plan=self.plan, inputs=self.inputs,
-                files=written_files(temporary, "train.json", STEPS), valid=valid, test=test, rehearsal=rehearsal,
+                files=written_files(temporary, "train.json", STEPS), valid=scores.valid, test=scores.test,
+                rehearsal=rehearsal, samples=self.samples(scores.answers),
                 units=self.unit_records(temporary), **self.base_facts(), **self.step_facts(), **self.memory_facts(),
             )  # fmt: skip
             result.write(temporary / "train.json")
@@ -318,12 +319,16 @@ class Session:
         kept = run.chosen if run.lisa is None else run.lisa.in_memory()
         save_tuned(run.model, run.parts, self.training, kept, self.plan.job.model, folder)
 
-    def score(self) -> tuple[Metrics, Metrics | None]:
-        """Of the trained model, on validation data and, where there is any, on test data."""
-        run, data = self.run, self.data
-        score = scorer(run.model, run.parts, data, self.training, self.device, self.compute, self.progress, self.prefix)
-        valid = score("valid", data.valid[: self.training.eval_rows])
-        return valid, score("test", data.test) if data.test else None
+    def score(self) -> Scores:
+        """Of the trained model."""
+        run = self.run
+        return Scorer(
+            self.here, self.data, run.model, run.parts, self.device, self.compute, self.progress, self.prefix
+        ).scores()
+
+    def samples(self, tuned: list[str]) -> tuple[SampleAnswer, ...]:
+        """Answers before and after; none where a checkpoint of another version has none of before."""
+        return side_by_side(self.here, self.data, self.scores.get("base_answers", ()), tuned)
 
     def unit_records(self, folder: Path) -> tuple[UnitRecord, ...]:
         """How often each part of the model trained, and how far what lies in `folder` moved it."""

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.artifact_answers import cannot_match
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.outputs import (
-    cannot_match,
     is_original,
     load_as_trained,
     observe_artifact,

@@ -19,10 +19,11 @@ from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed, Quali
 from edgeft.exporting import repair
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
-from edgeft.exporting.export import Chosen, ProofRows
+from edgeft.exporting.export import Chosen
 from edgeft.exporting.outputs import observe_artifact
 from edgeft.exporting.parity import compare
 from edgeft.exporting.promotion import file_bytes
+from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.repair import Climb, Step, climbing, export_smallest
 from edgeft.merging.merge import merge
 from edgeft.planning import expected as expected_module

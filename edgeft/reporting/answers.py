@@ -1,0 +1,86 @@
+"""How do scores of answers, and the answers themselves, read side by side: before and after, and from the device?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from edgeft.data.scoring_groups import sampled
+from edgeft.data.task_score import SHOWN
+from edgeft.models.metrics import Metrics, Pair
+from edgeft.reporting.words import difference_text, percent
+
+if TYPE_CHECKING:
+    from edgeft.training.result import SampleAnswer
+
+PROMPT_SHOWN, ANSWER_SHOWN = 26, 200  # characters: of a prompt the last ones, of an answer the first
+F1 = "F1, {rows} rows"  # of words, as SQuAD defines it
+
+
+def score_head(scores: Iterable[Metrics]) -> tuple[str, ...]:
+    """The columns of scores: F1 beside the loss where it suits the task."""
+    rows = max((found.f1_rows for found in scores), default=0)
+    return ("loss", "perplexity", *([F1.format(rows=rows)] if rows else []), "exact match")
+
+
+def score_cells(metrics: Metrics, head: Sequence[str]) -> tuple[str, ...]:
+    """One model's scores under that head."""
+    words = [percent(metrics.f1)] if len(head) > 3 else []
+    return (f"{metrics.loss:.4f}", f"{metrics.perplexity:.2f}", *words, percent(metrics.exact_match))
+
+
+def pair_head(pairs: Iterable[Pair]) -> tuple[str, ...]:
+    """The columns of what changed between two forms of a model."""
+    return ("loss, nats", *(["F1, points"] if any(each.f1 for each in pairs) else []), "exact match, points")
+
+
+def pair_cells(found: Pair, head: Sequence[str]) -> tuple[str, ...]:
+    """One pair's changes under that head, with their 95% intervals."""
+    words = [difference_text(found.f1, 100, 1)] if len(head) > 2 else []
+    return (difference_text(found.loss), *words, difference_text(found.exact_match, 100, 1))
+
+
+def changes_text(found: Pair) -> str:
+    """A pair's changes in one line."""
+    text = f"loss {difference_text(found.loss)}"
+    text += f", F1 {difference_text(found.f1, 100, 1, 'points')}" if found.f1 else ""
+    return text + (f", exact match {difference_text(found.exact_match, 100, 1, 'points')}" if found.exact_match else "")
+
+
+def shown(samples: Sequence[SampleAnswer], bundle: Sequence[str] = ()) -> list[tuple[SampleAnswer, str]]:
+    """The rows that are shown, each with the bundle's answer, or nothing where there is none."""
+    given = bundle if len(bundle) == len(samples) else [""] * len(samples)
+    return [(samples[number], given[number]) for number in sampled(len(samples), SHOWN)]
+
+
+def in_a_line(text: str, most: int = ANSWER_SHOWN) -> str:
+    """The start of a text without line breaks."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def end_of(prompt: str, most: int = PROMPT_SHOWN) -> str:
+    """The end of a prompt without line breaks."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= most else "..." + line[3 - most :]
+
+
+def samples_table(samples: Sequence[SampleAnswer], bundle: Sequence[str] = ()) -> Table:
+    """A line a row, no wider than the screen; = where the last form answers what was expected."""
+    rows = shown(samples, bundle)
+    with_bundle = any(answer for _, answer in rows)
+    title = f"answers to {len(rows)} of the scored validation rows"
+    title += f", {len(samples)} are in train.json" if len(samples) > len(rows) else ""
+    table = Table(box=None, title=title, title_justify="left", pad_edge=False, expand=True)
+    table.add_column("", width=1)
+    table.add_column("prompt", no_wrap=True, width=PROMPT_SHOWN)
+    for name in ("expected", "base", "fine-tuned", *(["bundle"] if with_bundle else [])):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
+    for row, answer in rows:
+        last = answer if with_bundle else row.tuned
+        cells = (end_of(row.prompt), row.expected, row.base, row.tuned, *([answer] if with_bundle else []))
+        table.add_row("=" if last == row.expected else "", *(Text(in_a_line(cell)) for cell in cells))
+    return table
