@@ -92,16 +92,20 @@ def try_plan(plan_file: Path, say: Say = quiet) -> Trial:
 
 def train(
     plan: Plan | str | Path, out: str | Path | None = None, *, device: str | None = None, rehearsal: bool = True,
-    target: str | None = None, runs_on: str | None = None, smaller: bool = False, progress: Progress = silent,
-    say: Say = quiet,
+    target: str | None = None, runs_on: str | None = None, smaller: bool = False, track: Sequence[str] = (),
+    progress: Progress = silent, say: Say = quiet,
 ) -> TrainResult:  # fmt: skip
     """Carry out a plan into `out` (train/ beside plan.json when absent), or go on from its last checkpoint.
 
     `smaller`: after memory ran out, in the next smaller way that trains the same. A result that is current is read.
+    `track` names trackers that are told each step and the scores (`edgeft.training.tracking`).
     `device`: cpu, cuda or mps; where the plan cannot run on it, nothing runs. With `rehearsal`, two layers go the whole
     way to the bundle first: what cannot become one (`target`, on the device `runs_on`; the plan's when absent) fails
     before the first step. Raises as `training.train.train` does.
     """
+    from edgeft.training.tracking import check_trackers, tracking, watch_of
+
+    check_trackers(track)
     plan_file = _plan_file(plan, out)
     made, digest = plans.Plan.read(plan_file), sha256_file(plan_file)
     folder = Path(out) if out is not None else plan_file.parent / "train"
@@ -118,7 +122,6 @@ def train(
     need("train")
     from edgeft.training.join import together
     from edgeft.training.prepare import choose_device
-    from edgeft.training.promise import MORE_MEMORY
     from edgeft.training.train import train as carry_out
 
     here, _, deviations = choose_device(made, device)
@@ -137,14 +140,25 @@ def train(
                 _step_down(made, folder, digest, say)
             if rehearsal:
                 rehearsed = _rehearse(made, folder, digest, (target, runs_on), say)
-        ranks.wait()
-        result = carry_out(
-            made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed, ranks=ranks
-        )
+        with tracking(track if ranks.first else (), made, folder, say) as tracker:
+            ranks.wait()
+            result = carry_out(
+                made, folder, plan_sha256=digest, progress=progress, wanted_device=device, rehearsal=rehearsed,
+                ranks=ranks, watch=watch_of(tracker),
+            )  # fmt: skip
+            if tracker:
+                tracker.scores(result)
+    _warn(result, say)
+    return TrainResult.at(record, result)
+
+
+def _warn(result: trainings.TrainResult, say: Say) -> None:
+    """Say where a run took more memory than was planned."""
+    from edgeft.training.promise import MORE_MEMORY
+
     for deviation in result.deviations:
         if deviation.what == MORE_MEMORY:
             say(f"WARNING: training took {deviation.done}, {deviation.planned} were planned: report this plan.json")
-    return TrainResult.at(record, result)
 
 
 def _step_down(made: plans.Plan, folder: Path, digest: str, say: Say) -> None:

@@ -54,6 +54,10 @@ def train(
     smaller: Annotated[
         bool, typer.Option("--smaller", help="after memory ran out: go on in the next smaller way that trains the same")
     ] = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="tell each step to a tracker: tensorboard, trackio, wandb, mlflow ... (docs/train.md)"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
@@ -65,7 +69,7 @@ def train(
         progress.budget_bytes = made.budget_bytes
         result = plan_and_train.train(
             plan_file, out, device=_computes(on, made), runs_on=device, rehearsal=rehearsal, target=target,
-            smaller=smaller, progress=progress, say=say,
+            smaller=smaller, track=track or (), progress=progress, say=say,
         )  # fmt: skip
     show(as_json, result, result.text())
     next_steps.after_train(result.folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pydantic
@@ -30,12 +30,22 @@ class StepRecord(Strict):
     valid_loss: float | None = Field(default=None, description="of the rows that say when to stop, where it was scored")
 
 
+Watch = Callable[[StepRecord], None]
+
+
+def unwatched(record: StepRecord) -> None:
+    """A Watch that tells nobody."""
+
+
 class StepLog:
     """The file, in a run's work folder, with one line for each step that the run has behind it."""
 
-    def __init__(self, work: Path, step: int, *, writes: bool = True) -> None:
-        """Keep what a checkpoint of `step` knows of; later lines, whole or torn, are of steps that come again."""
-        self.path, self.writes = work / STEPS, writes
+    def __init__(self, work: Path, step: int, *, writes: bool = True, watch: Watch = unwatched) -> None:
+        """Keep what a checkpoint of `step` knows of; later lines, whole or torn, are of steps that come again.
+
+        `watch` is told every step, also those that are there already.
+        """
+        self.path, self.writes, self.watch = work / STEPS, writes, watch
         if not writes:
             return
         with saving(self.path):
@@ -43,12 +53,15 @@ class StepLog:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
             temporary.replace(self.path)
+        for record in kept:
+            watch(record)
 
     def add(self, record: StepRecord) -> None:
         """One more step."""
         if self.writes:
             with saving(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
+            self.watch(record)
 
     def sync(self) -> None:
         """Have every line on the disk: a checkpoint that is written now counts on them."""

@@ -48,7 +48,7 @@ from edgeft.training.promise import above, check_budget, highest, promise
 from edgeft.training.result import NOT_REHEARSED, Deviation, Rehearsal, SampleAnswer, TrainResult
 from edgeft.training.scoring import Scorer, Scores, side_by_side
 from edgeft.training.step_down import taken
-from edgeft.training.step_log import STEPS, StepLog, StepRecord
+from edgeft.training.step_log import STEPS, StepLog, StepRecord, Watch, unwatched
 from edgeft.training.stop import Stop
 from edgeft.training.stopping import Stopping, facts
 from edgeft.training.work import open_work, work_folder
@@ -58,12 +58,13 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 def train(
     plan: Plan, out: Path, *, plan_sha256: str, progress: Progress, wanted_device: str | None = None,
-    rehearsal: Rehearsal = NOT_REHEARSED, emulate: bool = False, ranks: Ranks | None = None,
+    rehearsal: Rehearsal = NOT_REHEARSED, emulate: bool = False, ranks: Ranks | None = None, watch: Watch = unwatched,
 ) -> TrainResult:  # fmt: skip
     """Run a plan and write `out`/train.json beside what was trained; `rehearsal` is what came of one, to be recorded.
 
     `emulate` runs a GPU's plan on the CPU in the plan's own dtypes (autocast, scaled gradients): slow, for tests.
     `ranks`: the processes that this one is of, where it has joined them already; all give what the first one wrote.
+    `watch` is told each step as steps.jsonl has it, of a run that goes on those before as well.
     Raises BadInput for data or a model that cannot be used, DoesNotFit when this machine has less memory or disk than
     the plan needs or memory runs out, EdgeftError when loss, gradients or scores are not finite, KeyboardInterrupt
     after saving when asked to stop.
@@ -75,7 +76,7 @@ def train(
     if ranks is None:
         with together(plan, device, out.parent / "plan.json") as ranks:
             return train(plan, out, plan_sha256=plan_sha256, progress=progress, wanted_device=wanted_device,
-                         rehearsal=rehearsal, emulate=emulate, ranks=ranks)  # fmt: skip
+                         rehearsal=rehearsal, emulate=emulate, ranks=ranks, watch=watch)  # fmt: skip
     if ranks.first:
         disk.require(disk.train_disk(plan.spec, plan.training), out, there=disk.size_of(work_folder(out)))
     progress = progress if ranks.first else silent
@@ -88,13 +89,13 @@ def train(
         progress(stage, done, total, numbers)
 
     with explained(here, device, phase), capped(here.budget_bytes, device), tf32(here.training, device), pool_ends():
-        session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks)
+        session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks, watch)
         scored = bool(session.scores)
         if not ranks.told(lambda: scored):  # every checkpoint there was had become unreadable
             if ranks.first:
                 shutil.rmtree(session.work)
             del session
-            session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks)
+            session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks, watch)
         session.loop()
         session.compare()
         result = session.finish(out, plan_sha256, rehearsal) if ranks.first else None
@@ -137,7 +138,7 @@ class Session:
     @classmethod
     def open(
         cls, plan: Plan, here: Plan, out: Path, plan_sha256: str, progress: Progress, device: torch.device,
-        compute: torch.dtype, deviations: list[Deviation], ranks: Ranks,
+        compute: torch.dtype, deviations: list[Deviation], ranks: Ranks, watch: Watch,
     ) -> Session:  # fmt: skip
         """Data, model and the newest checkpoint; the base is scored when there is none."""
         training = here.training
@@ -185,7 +186,7 @@ class Session:
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
         stopping = Stopping(training, data.stopping, work)
         stopping.go_on(before.get("validations", ()))
-        log = StepLog(work, run.step, writes=ranks.first)
+        log = StepLog(work, run.step, writes=ranks.first, watch=watch)
         return cls(
             plan, here, device, compute, deviations, data, work, progress, run, pool, inputs,
             before["scores"], highest(phases, before["phases"]), [*before["resumed_at"], *resumed],

@@ -10,7 +10,7 @@ import pytest
 from tiny import ROWS, killed_at, run, write_plan
 
 from edgeft.errors import EdgeftError
-from edgeft.training.step_log import STEPS, StepLog, StepRecord, read_steps
+from edgeft.training.step_log import STEPS, StepLog, StepRecord, Watch, read_steps
 from edgeft.training.work import work_folder
 
 SETTINGS: dict[str, Any] = {"epochs": 3.0, "checkpoint_steps": 3, "patience": 20, "valid_steps": 2, "eval_rows": 6}
@@ -59,8 +59,8 @@ def test_a_killed_run_that_goes_on_has_each_step_once(plan: Path, tmp_path: Path
 def test_a_log_that_is_only_added_to_would_be_seen(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: what a checkpoint does not know of stays in the file."""
 
-    def begin(self: StepLog, work: Path, step: int, *, writes: bool = True) -> None:
-        self.path, self.writes = work / STEPS, writes
+    def begin(self: StepLog, work: Path, step: int, *, writes: bool, watch: Watch) -> None:
+        self.path, self.writes, self.watch = work / STEPS, writes, watch
 
     monkeypatch.setattr(StepLog, "__init__", begin)
     with pytest.raises(KeyboardInterrupt):
