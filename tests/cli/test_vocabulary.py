@@ -52,6 +52,20 @@ def test_an_old_word_stands_for_one_that_is_there(verb: str) -> None:
     assert all(f"--{new}" in known and f"--{old}" not in known for old, new in OLD_OPTIONS[verb].items())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("plan", "--profile", "t5"), ("train", "PLAN", "--device", "cuda"), ("export", "FOLDER", "--device", PI),
+     ("adapters", "a=b", "--device", PI), ("verify", "BUNDLE", "--on", "t4"), ("report", "PLAN", "--profiles", "t4")],
+)  # fmt: skip
+def test_every_old_word_is_understood(words: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = [str(tmp_path / word) if word.isupper() else word for word in words]
+    extra = ["--model", MODEL, "--out", "-"] if words[0] == "plan" else []
+    done = typed(*arguments, *extra)
+    assert isinstance(done.exception, BadInput) and "No such option" not in done.output
+    unknown = typed(*(f"{word}s" if word.startswith("--") else word for word in arguments), *extra)
+    assert unknown.exit_code == 2
+
+
 def test_a_plan_is_the_same_in_the_old_words() -> None:
     now = typed("plan", MODEL, "--on", "t4", "--for", PI, "--out", "-", "--json")
     then = typed("plan", "--model", MODEL, "--profile", "t4", "--set", f"device={PI}", "--out", "-", "--json")
