@@ -17,6 +17,7 @@ WORDS = {
     "calibrate": "calibrating",
     "calibrate the cache": "calibrating the KV cache",
     "labels: calibration": "calibrating probabilities",
+    "guesses": "counting the passes that guesses save",
     "load": "loading the model",
     "merge": "merging",
     "parity: artifact": "checking the bundle",

@@ -91,7 +91,7 @@ def stages() -> set[str]:
 
 def test_every_stage_has_its_words() -> None:
     found = stages()
-    assert {"train", "parity: merged", "answers", "build"} <= found
+    assert {"train", "parity: trained", "answers", "build"} <= found
     assert found - {"done"} <= WORDS.keys(), "edgeft/progress.py says how they read"
 
 
