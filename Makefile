@@ -217,6 +217,9 @@ bench-bakeoff: .venv/installed-dev  ## which way to 4 bits keeps most of a fine-
 bench-house: .venv/installed  ## counts of the source: files, circles, places that know a tuner, now and before packages
 	@$(py) bench/house.py
 
+methods-table: .venv/installed-dev  ## the tables of docs/methods.md as the tests that run every combination find them
+	OMP_NUM_THREADS=1 EDGEFT_WRITE_TABLES=1 $(py) -m pytest tests/test_methods.py -m 'slow or not slow' -q
+
 first-page: .venv/installed  ## what README shows of a plan, text and picture, as it is now
 	@$(py) bench/first_page.py
 

@@ -1,10 +1,12 @@
 """The table of docs/methods.md: every way to train, which layers and which base, carried out or refused.
 
-What trains runs two real steps; the second holds what the simulated step says, to the byte.
+What trains runs two real steps; the second holds what the simulated step says, to the byte. What is refused says why.
+`make methods-table` lets these tests write both tables.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "all": {}, "sparse": {"active_layers": 1}, "lisa": {"active_layers": 1, "lisa_interval": 1},
 }  # fmt: skip
 USUAL = ("random", "both")
+PAGE, HEADING = ROOT / "docs" / "methods.md", "## Which go together"
 WAYS = {
     f"tuner={name}" + ("" if form in USUAL else f" {tuner.chosen_by}={form}"): {"tuner": name, tuner.chosen_by: form}
     for name, tuner in TUNERS.items()
@@ -46,8 +49,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return save_model(tmp_path_factory.mktemp("llama"))
 
 
-def planned(spec: ModelSpec, way: dict[str, Any], layers: str, base: str) -> Training | None:
-    """The first candidate of a combination, for the CPU; None where it is refused."""
+def planned(spec: ModelSpec, way: dict[str, Any], layers: str, base: str) -> Training | str:
+    """The first candidate of a combination, for the CPU; or why it is refused."""
     job = make_job(model=spec.model, layers=layers, base_precision=base, profile=BASES[base], batch_size=4,
                    micro_batch_size=2, checkpointing=False, loss_chunk_tokens=32,
                    **LAYERS[layers], **way, **({"rank": 4} if TUNERS[way["tuner"]].ranked else {}))  # fmt: skip
@@ -56,7 +59,7 @@ def planned(spec: ModelSpec, way: dict[str, Any], layers: str, base: str) -> Tra
         found = next(candidates(job, load_profile(job.profile), spec, WORK, 4))
     except BadInput as problem:
         assert problem.hint
-        return None
+        return f"`{problem.where}`: {problem.problem}"
     return found.model_copy(update={"device": "cpu", "optimizer": "adamw"})
 
 
@@ -90,12 +93,50 @@ def test_the_table_says_what_trains(
     way: str, llama: ModelSpec, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "methods-cache"))
-    cells = []
+    cells, refused = [], dict[str, dict[str, list[str]]]()
     for base in BASES:
         made = {layers: planned(llama, WAYS[way], layers, base) for layers in LAYERS}
-        cells.append(", ".join(each for each in made if made[each] is not None))
+        cells.append(", ".join(each for each in made if not isinstance(made[each], str)) or "none")
         for layers, training in made.items():
-            assert training is None or trains(llama, training, tmp_path / f"{base} {layers}"), (base, layers)
-    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("## Which go together")[2]
-    row = re.search(rf"^\| `{re.escape(way)}` \| (.+) \|$", table, re.MULTILINE)
-    assert row is not None and row[1].split(" | ") == cells
+            if isinstance(training, str):
+                refused.setdefault(training, {}).setdefault(layers, []).append(base)
+            else:
+                assert trains(llama, training, tmp_path / f"{base} {layers}"), (base, layers)
+    wanted = [f"| `{way}` | {' | '.join(cells)} |"]
+    for why, where in refused.items():
+        places = "; ".join(f"{layers} on {', '.join(bases)}" for layers, bases in where.items())
+        wanted.append(f"| `{way}` | {places} | {why} |")
+    if os.environ.get("EDGEFT_WRITE_TABLES"):
+        write_rows(way, wanted)
+    page = PAGE.read_text(encoding="utf-8").partition(HEADING)[2].partition("\n## ")[0]
+    assert [line for line in page.splitlines() if line.startswith(f"| `{way}` |")] == wanted
+
+
+def write_rows(way: str, rows: list[str]) -> None:
+    """Put a way's rows into the page's two tables, in the order of WAYS."""
+    before, heading, rest = PAGE.read_text(encoding="utf-8").partition(HEADING)
+    section, mark, after = rest.partition("\n## ")
+    lines = [line for line in section.splitlines() if not line.startswith(f"| `{way}` |")]
+    heads = [n for n, line in enumerate(lines) if line.startswith("|---")]
+    order = list(WAYS)
+
+    def place(row: str) -> int:
+        match = re.match(r"\| `(.+?)` \|", row)
+        return order.index(match[1]) if match and match[1] in order else -1
+
+    for head, own in (
+        (heads[1], rows[1:]),
+        (heads[0], rows[:1]),
+    ):  # the lower table first: lines above stay where they are
+        at = head + 1
+        while at < len(lines) and lines[at].startswith("|") and place(lines[at]) < order.index(way):
+            at += 1
+        lines[at:at] = own
+    PAGE.write_text(before + heading + "\n".join(lines) + "\n" + mark + after, encoding="utf-8")
+
+
+def test_every_way_has_its_row() -> None:
+    """In the order of the tuners, so that a new one is not forgotten."""
+    page = PAGE.read_text(encoding="utf-8").partition(HEADING)[2].partition("\n## ")[0]
+    first = [line for line in page.splitlines() if line.startswith("| `tuner=") and line.count(" | ") == len(BASES)]
+    assert [re.match(r"\| `(.+?)` \|", line)[1] for line in first] == list(WAYS)  # type: ignore[index]
