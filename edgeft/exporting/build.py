@@ -372,6 +372,7 @@ def hash_files(folder: Path) -> dict[str, BundledFile]:
 
 def _measure(folder: Path) -> Measured:
     """run.py --bench in a process of its own, so that its peak memory is the runner's."""
+    _give_back()  # of the proof
     command = [sys.executable, "-P", str(folder / RUNNER), "--bench", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,7 +1,8 @@
 """What does the parity ladder hold in the host's memory at its highest moment?
 
 It has two sides, one after the other: the model in torch, in one form after the other, and the bundle in its runtime.
-Beside each lie the tables of log-probabilities that are compared at the end. Which side holds more decides.
+Beside each lie the tables of log-probabilities that are compared at the end. Last the bundle is measured in a process
+of its own, while this one waits. Whichever holds most decides.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from edgeft.memory.streamed import stored_as, window_bytes
 from edgeft.memory.train_step import DTYPE_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import STORED_BYTES, ModelSpec
-from edgeft.settings.job import Training
+from edgeft.settings.job import AUTO, Training
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.matrices import linear_weights
 from edgeft.targets.runner import runner_module
@@ -35,6 +36,7 @@ from edgeft.targets.target import Target
 NAME = "export: prove"
 POSITIONS = 256  # of a row in torch, whose logits are held at a time
 LOGIT_FORMS = 3  # of those: as they come, scaled, as log-probabilities
+BENCH_TOKENS, BENCH_BYTES = 192, 64 * 2**20  # what run.py --bench reads and writes; of an array that a thread reads
 PASS_POSITIONS = 64  # of a pass of the bundle, which become log-probabilities at a time
 
 
@@ -48,6 +50,7 @@ def prove(planned: Planned, training: Training, target: Target, have_bytes: int 
     sides = [
         *_models(planned, training, streamed=streams(planned, training, have_bytes)),
         _bundle(planned, training, target),
+        _measuring(planned, training, target),
     ]
     if target.kv_bits == 8:
         sides.append(_both_caches(planned, training, target))
@@ -99,7 +102,8 @@ def _models(planned: Planned, training: Training, *, streamed: bool) -> list[lis
     logits = 4 * LOGIT_FORMS * spec.vocab_size * min(POSITIONS, longest)
     tokens = max(longest, min(EVAL_TOKENS, rows * longest))
     activations = 4 * tokens * (3 * widest + 4 * spec.hidden_size)
-    tables = _tables(planned, training, 3, max(logits, activations))
+    climbing = planned.job.target == AUTO  # a climb keeps the forms that its proof takes
+    tables = _tables(planned, training, 4 if climbing else 3, max(logits, activations))
     changed = 4 * learnt_parameters(spec, training)
     adapters = Term(name="adapters", bytes=changed if training.adapts else 0, formula=f"{changed // 4} x 4 B")
     if streamed:
@@ -108,7 +112,11 @@ def _models(planned: Planned, training: Training, *, streamed: bool) -> list[lis
     reading = Term(name="weight file", bytes=max(file, 0 if training.adapts else changed), formula="read beside it")
     held = Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B")
     earlier = _tables(planned, training, 1)
-    return [[held, adapters, *max([tables], [reading, earlier], key=_total)]]
+    return [[held, adapters, *max([_rounding(), tables], [reading, earlier], key=_total)]]
+
+
+def _rounding() -> Term:
+    return Term(name="rounding", bytes=ROUNDING_BLOCKS * BLOCK_BYTES, formula="rows of a weight, in fp64")
 
 
 def _as_trained(spec: ModelSpec, training: Training) -> list[Term]:
@@ -140,7 +148,7 @@ def _one_layer(spec: ModelSpec, training: Training) -> list[Term]:
         file_term(spec),
         Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B"),
         Term(name="one layer", bytes=4 * layer, formula=f"{layer} x 4 B"),
-        Term(name="rounding", bytes=ROUNDING_BLOCKS * BLOCK_BYTES, formula="rows of a weight, in fp64"),
+        _rounding(),
         Term(name="learnt tensor", bytes=4 * learnt, formula=f"{learnt} x 4 B, read beside it"),
     ]
 
@@ -160,6 +168,17 @@ def _bundle(planned: Planned, training: Training, target: Target) -> list[Term]:
         Term(name="logits", bytes=logits, formula="of a pass, in the runtime and out of it"),
         _tables(planned, training, 4, 8 * spec.vocab_size * min(PASS_POSITIONS, work.longest)),
     ]  # fmt: skip
+
+
+def _measuring(planned: Planned, training: Training, target: Target) -> list[Term]:
+    """The finished bundle in a process of its own, which measures its speed and that of the memory."""
+    spec = planned.spec
+    found = predict(spec, target, bundle_weights(spec, target), BENCH_TOKENS, before=training.prefix_tokens)
+    threads = planned.profile.cores or 1
+    return [
+        Term(name="bundle", bytes=found.memory_bytes, formula=f"run.py --bench, {BENCH_TOKENS} tokens"),
+        Term(name="bandwidth", bytes=threads * BENCH_BYTES, formula=f"{threads} threads read 64 MiB each"),
+    ]
 
 
 def _both_caches(planned: Planned, training: Training, target: Target) -> list[Term]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from bundles import loose
 from tiny import EXAMPLE
 from transformers import LlamaForCausalLM
 
+from edgeft.errors import EdgeftError
+from edgeft.exporting import build
 from edgeft.exporting import export as export_module
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.export import export, loader
@@ -87,6 +90,35 @@ def test_a_proof_is_planned_by_the_side_that_holds_more_and_names_the_others_pag
     assert {"bundle", "logits"} <= names["ort-int8"] and "model" not in names["ort-int8"]
     side = proof._phase(question, proof._models(question, training, streamed=True)[1])
     assert proof.prove(question, training, load_target("ort-int8"), 16 * GIB).expected_bytes == side.expected_bytes
+
+
+def test_the_bundle_is_measured_when_the_proofs_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, beside what the export still holds: the plan counts both."""
+    events = list[str]()
+
+    def started(*arguments: Any, **options: Any) -> Any:
+        events.append("bench")
+        return SimpleNamespace(returncode=1, stderr="enough", stdout="")
+
+    monkeypatch.setattr(build, "_give_back", lambda: events.append("back"))
+    monkeypatch.setattr(build, "subprocess", SimpleNamespace(run=started))
+    with pytest.raises(EdgeftError, match="enough"):
+        build._measure(Path("bundle"))
+    assert events == ["back", "bench"]
+
+
+def test_a_bundle_that_is_measured_beside_a_small_model_decides() -> None:
+    made = make_plan(make_job(model=str(CONFIGS / "smollm2-135m"), profile="cpu-16gb", max_length=64, eval_rows=1))
+    question, target = export_module.question_of(made), load_target("ort-fp32")
+    sides = {
+        name: proof._phase(question, terms).expected_bytes
+        for name, terms in (
+            ("bundle", proof._bundle(question, made.training, target)),
+            ("measured", proof._measuring(question, made.training, target)),
+        )
+    }
+    assert sides["measured"] > sides["bundle"]  # its own process, and arrays that measure the memory
+    assert proof.prove(question, made.training, target, None).expected_bytes >= sides["measured"]
 
 
 def models_alive() -> set[int]:
