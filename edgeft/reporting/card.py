@@ -15,6 +15,7 @@ from edgeft.reporting.words import percent, show_rate
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
+    from edgeft.data.task_score import TaskScore
     from edgeft.exporting.bundle import Bundle
     from edgeft.models.metrics import Metrics, Pair
     from edgeft.planning.plan import Plan
@@ -167,7 +168,7 @@ def run_card(run: Run) -> Card:
     title = "Not what was trained" if failed else "Trained and proven" if proven else "Trained"
     elsewhere = any(deviation.what == "device" for deviation in train.deviations)
     memory = _memory(plan) | {"uses_bytes": train.measured_peak_bytes, "uses_note": "at most, measured"}
-    facts = [_quality(train, bundle), *_equal(bundle), *_size(run), _took(run)]
+    facts = [_quality(train, bundle, plan.task_score), *_equal(bundle, plan.task_score), *_size(run), _took(run)]
     return Card(
         state="failed" if failed else "done",
         title=title.upper(),
@@ -194,32 +195,38 @@ def scores_of(train: TrainResult | None, bundle: Bundle | None) -> tuple[dict[st
     return {"base": train.base_valid, "fine-tuned": train.valid}, "validation"
 
 
-def _quality(train: TrainResult, bundle: Bundle | None) -> Fact:
-    """The score of what ships, or of what was trained, beside the base's."""
+def _quality(train: TrainResult, bundle: Bundle | None, score: TaskScore) -> Fact:
+    """The score of what ships, or of what was trained, beside the base's: the one that suits the task."""
     scores, rows = scores_of(train, bundle)
     base, last = scores["base"], list(scores.values())[-1]
     on = f"on {last.rows:,} {rows} rows; the base"
-    if last.exact_match is not None:
+    if score == "exact_match" and last.exact_match is not None:
         return Fact(name="exact match", value=percent(last.exact_match), note=f"{on}: {percent(base.exact_match)}")
-    return Fact(name="loss", value=f"{last.loss:.3f}", note=f"{on}: {base.loss:.3f}; less is better")
+    words = ""
+    if last.f1 is not None and base.f1 is not None:
+        words = f"; F1 of words {percent(last.f1)} on {last.f1_rows:,} rows, the base {percent(base.f1)}"
+    return Fact(name="loss", value=f"{last.loss:.3f}", note=f"{on}: {base.loss:.3f}; less is better{words}")
 
 
-def _equal(bundle: Bundle | None) -> tuple[Fact, ...]:
+def _equal(bundle: Bundle | None, score: TaskScore) -> tuple[Fact, ...]:
     """Whether the bundle answers as what was trained."""
     if bundle is None or bundle.proof is None:
         return ()
     name = f"{bundle.target.name} equals trained"
     failed = bundle.failed or _problems(bundle)
     pairs = bundle.proof.pairs
-    return (Fact(name=name, value="failed" if failed else "passed", note=_rounding(pairs[-1]) if pairs else ""),)
+    return (Fact(name=name, value="failed" if failed else "passed", note=_rounding(pairs[-1], score) if pairs else ""),)
 
 
-def _rounding(found: Pair) -> str:
-    """What the last step to the device changed of the answers."""
-    match = found.exact_match
-    if match is None or not match.shown:
+def _rounding(found: Pair, score: TaskScore) -> str:
+    """What the last step to the device changed of the answers, or of the loss where text is free."""
+    exact = score == "exact_match"
+    change = found.exact_match if exact else found.loss
+    if change is None or not change.shown:
         return "rounding: no difference shown"
-    return f"rounding: {100 * match.difference:+.1f} points ({100 * match.low:+.1f} to {100 * match.high:+.1f})"
+    if not exact:
+        return f"rounding: loss {change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
+    return f"rounding: {100 * change.difference:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
 def _size(run: Run) -> tuple[Fact, ...]:

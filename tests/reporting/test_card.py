@@ -88,6 +88,18 @@ def test_a_run_without_a_bundle_and_without_answers() -> None:
     assert "on 1,000 test rows; the base: 3.000" in card.facts[0].note and "were estimated" in card.facts[-1].note
 
 
+def test_free_text_is_told_by_its_loss_with_f1_beside_it() -> None:
+    """An exact match of nearly nothing says nothing of free text, and must not lead."""
+    plan = plan_of("smollm2-135m", "cpu-16gb").model_copy(update={"task_score": "f1"})
+    words = {"base_test": {"f1": 0.031, "f1_rows": 30}, "test": {"f1": 0.452, "f1_rows": 30}}
+    scores = {
+        name: metrics(0.01, loss).model_copy(update=words[name]) for name, loss in (("base_test", 3.0), ("test", 2.0))
+    }
+    fact = run_card(Run(plan, train_of(plan, **scores))).facts[0]
+    assert (fact.name, fact.value) == ("loss", "2.000")
+    assert fact.note.endswith("less is better; F1 of words 45.2% on 30 rows, the base 3.1%")
+
+
 def test_a_bundle_that_is_not_what_was_trained() -> None:
     for changes in ({"proof": proof("top-1 agreement 0.5")}, {"failed": "mean KL of 0.4 nats"}):
         card = run_card(finished_run(**changes))
