@@ -72,7 +72,7 @@ class Theirs:
 HF = Theirs(loss="at once", adapters="fp32", optimizer="foreach")
 
 
-class _TheirLayer(dataflow._Layer):
+class _TheirLayer(dataflow.DecoderLayer):
     """A decoder layer with PEFT's adapters as another trainer has them."""
 
     theirs = Theirs()
@@ -184,7 +184,7 @@ def as_theirs(theirs: Theirs) -> Iterator[None]:
         return train_step.trained_parameters(spec, training) * trained_itemsize(training) if training.adapts else 0
 
     clear()
-    with mock.patch.object(dataflow, "_Layer", layer), mock.patch.object(dataflow, "_Ends", ends), \
+    with mock.patch.object(dataflow, "DecoderLayer", layer), mock.patch.object(dataflow, "_Ends", ends), \
             mock.patch.object(train_step, "trained_itemsize", trained_itemsize), \
             mock.patch.object(train_step, "adapter_bytes", adapter_bytes):  # fmt: skip
         yield

@@ -145,7 +145,7 @@ def test_portable_sessions_forget_what_was_rewound() -> None:
     shapes = {"input_ids": None, "attention_mask": None, "position_ids": None, "past_key_values.0.key": (1, 1, 0, 1)}
     inputs = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     engine = SimpleNamespace(
-        inputs=inputs, outputs=["logits", "present.0.key"], ort=onnxruntime, model=Remembers(), before=0,
+        inputs=inputs, outputs=["logits", "present.0.key"], ort=onnxruntime, model=Remembers(), before=0, given={},
         past={"past_key_values.0.key": np.zeros((1, 1, 0, 1), dtype=np.float32)},
     )  # fmt: skip
     session = run.OnnxRuntimeSession(engine)

@@ -73,7 +73,8 @@ def test_the_line_ends_with_a_proven_bundle(line: Path) -> None:
     assert proof["gain_nats"] > 0 and proof["pairs"][0]["loss"] is None  # one row held out says nothing of others
     assert bundle["prompt_format"] == "chat"
     here = json.loads((line / "bundle.measured.json").read_text())
-    assert here["measured_peak_bytes"] == pytest.approx(here["predicted_peak_bytes"], rel=0.15)
+    # planned with an array of 64 MiB for each core that --bench reads by; tests run on one thread
+    assert 0.7 < here["measured_peak_bytes"] / here["predicted_peak_bytes"] < 1.05
 
 
 def test_every_stage_names_its_input(line: Path) -> None:

@@ -110,8 +110,7 @@ def build_bundle(
     `codes` makes those of a calibrated target in a folder of its own, `scales` those of a KV cache of 8 bits. With
     `keep_failed` a bundle that fails its proof lies in `failed_path(out)`, and says why; one that passes removes it.
 
-    Raises BadInput (an architecture that the runtime's builder does not know, no tokenizer), DoesNotFit,
-    ParityFailed (the runtime tokenizes or templates a prompt differently) and MissingExtra.
+    Raises BadInput (an unknown architecture, no tokenizer), DoesNotFit, ParityFailed (other ids), MissingExtra.
     """
     start = time.perf_counter()
     _check_target(target, adapted=bool(adapters), coded=codes is not None, scaled=scales is not None)
@@ -144,11 +143,12 @@ def build_bundle(
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
         bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, judge, failed)
         _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
-        peak = max(waiting + filled.builder_bytes, resident_bytes(highest=True)) or None
-        measured = _measure(folder) if measure else None
+        measured, peak = _measure(folder, waiting + filled.builder_bytes) if measure else (None, 0)
     _forget(measurement_path(out.resolve()), failed)
     if measured is not None:
-        _write_measurement(out, measured, spec, target, filled, kept or Kept(), predicted_peak_bytes, peak, start)
+        _write_measurement(
+            out, measured, spec, target, filled, kept or Kept(), predicted_peak_bytes, peak or None, start
+        )
     return Bundle.read(out / MANIFEST)
 
 
@@ -370,12 +370,19 @@ def hash_files(folder: Path) -> dict[str, BundledFile]:
     }
 
 
-def _measure(folder: Path) -> Measured:
-    """run.py --bench in a process of its own, so that its peak memory is the runner's."""
+def _measure(folder: Path, building_bytes: int) -> tuple[Measured, int]:
+    """run.py --bench in a process of its own, so that its peak is the runner's; what the export took at most.
+
+    That is of the builder beside this process, of the proof, or of this process beside the one that measures; 0 where
+    no /proc tells.
+    """
+    highest = max(building_bytes, resident_bytes(highest=True))
     _give_back()  # of the proof
+    waiting = resident_bytes()
     command = [sys.executable, "-P", str(folder / RUNNER), "--bench", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise EdgeftError(folder / RUNNER, f"--bench failed (exit {done.returncode}): {lines[-1]}")
-    return Measured.model_validate_json(done.stdout)
+    measured = Measured.model_validate_json(done.stdout)
+    return measured, max(highest, waiting + measured.peak_memory_bytes) if highest else 0

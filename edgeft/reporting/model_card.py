@@ -78,8 +78,9 @@ def write_card(folder: Path, text: str) -> bool:
     path = folder / CARD
     if path.is_file() and not is_sealed(path.read_text(encoding="utf-8", errors="replace")):
         return False
-    with saving(path):
-        path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with saving(path):
+            path.write_text(text, encoding="utf-8")
     return True
 
 

@@ -360,7 +360,10 @@ def test_the_plan_expects_what_was_measured_and_has_room_for_all(tmp_path: Path)
     for phase in large.phases:
         if phase.where == "host":
             others = [p.high_bytes for stages in each for p in stages.phases if p.name == phase.name]
-            assert phase.high_bytes == max(others), phase.name
+            if phase.name == "export: prove":  # a climb keeps a table more: what it found of the rounded model
+                assert phase.high_bytes > max(others)
+            else:
+                assert phase.high_bytes == max(others), phase.name
     assert "export: calibrate" in {phase.name for phase in large.phases}
     assert large.disk[-1].peak_bytes >= max(stages.disk[-1].peak_bytes for stages in each)
     assert not any("auto" in note for note in planned("debian-tiny", "ort-int4")[1])

@@ -168,7 +168,7 @@ def test_verb_skips_what_is_measured_and_measures_what_is_asked(trained: Path, t
     found = Sweep.model_validate(made["sweep"])
     plot_sweep(found, tmp_path / "b.svg")
     drawn = (tmp_path / "a.svg").read_bytes()
-    assert drawn == (tmp_path / "b.svg").read_bytes() and b"general loss, nats per token" in drawn
+    assert drawn == (tmp_path / "b.svg").read_bytes() and b"loss on general text, nats per token" in drawn
     assert "is up to date" in edgeft("--sweep", "--golden", "--general", texts).stderr
     texts.write_text(texts.read_text() + json.dumps({"text": "one more"}) + "\n")
     assert "up to date" not in edgeft("--sweep", "--golden", "--general", texts).stderr

@@ -229,7 +229,7 @@ def test_scores_that_are_not_finite_are_never_a_result(
     whole = run(path, tmp_path / "whole")
     nan = Metrics(rows=4, loss=float("nan"), perplexity=1.0, exact_match=None)
     scored: list[Metrics] = [whole.base_valid]
-    monkeypatch.setattr("edgeft.training.train.evaluate", lambda *_, **__: scored.pop() if scored else nan)
+    monkeypatch.setattr("edgeft.training.scoring.evaluate", lambda *_, **__: scored.pop() if scored else nan)
     with pytest.raises(
         EdgeftError, match="training: the loss of valid is nan: nothing is written as a result\n\nhint:"
     ):
