@@ -113,6 +113,7 @@ def run_cells(name: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.cold
 def test_the_notebook_that_plans_runs(tmp_path: Path) -> None:
     shown = run_cells("plan_for_hardware.ipynb", tmp_path)

@@ -55,7 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16}, "gemma3_text": {"layer_types": ["full_attention"] * 3},
     "gpt2": {"n_inner": 192}, "opt": {"ffn_dim": 192, "word_embed_proj_dim": 64},
 }  # fmt: skip
-ALIKE = ("qwen2", "qwen3", "granite", "gemma", "phi3")  # computed as one of the others, but for a detail
+ALIKE = ("qwen2", "qwen3", "granite", "gemma", "phi3", "opt")  # computed as one of the others, but for a detail
 BATCHES = {"micro_batch_size": 1, "batch_size": 1}
 
 

@@ -99,6 +99,7 @@ def test_savings_are_what_the_peak_would_be_without_each_choice() -> None:
     assert all(saved > 0 for saved in found.values())
 
 
+@pytest.mark.slow
 def test_a_time_limit_is_kept_or_named() -> None:
     free = plan(profile="cpu-8gb", model=str(CONFIGS / "smollm2-135m"))
     limited = plan(profile="cpu-8gb", model=str(CONFIGS / "smollm2-135m"), max_seconds=0.8 * free.seconds)
