@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeft.api import plan_and_train
 from edgeft.api.job_file import NAME, job_values, results_folder, write_job_file
 from edgeft.cli import next_steps
 from edgeft.cli.options import (
@@ -25,8 +24,8 @@ from edgeft.cli.options import (
     asked_for,
     typed_job,
 )
-from edgeft.cli.planning import say_shortages
-from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, Reporter, say, show, stderr, stdout, stopping
+from edgeft.cli.planning import make_and_say
+from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, say, show, stdout
 from edgeft.errors import BadInput
 from edgeft.machines import processes
 from edgeft.machines.extras import need
@@ -95,9 +94,7 @@ def build(
 
 
 def _plan(values: dict[str, Any], folder: Path, file: Path | None, as_json: bool) -> None:
-    with stopping("no plan was made"), Reporter(stderr) as progress:
-        made = plan_and_train.plan(out=folder / "plan.json", job_file=file, progress=progress, say=say, **values)
-    say_shortages(made, folder)
+    made = make_and_say(values, folder / "plan.json", file)
     if made.training.processes > 1:
         hint = "edgeft plan says how they are started; then edgeft merge and edgeft export"
         raise BadInput("build", f"{made.training.processes} processes train together, under torchrun", hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -33,7 +33,7 @@ from edgeft.documents import cache_folder
 from edgeft.errors import BadInput
 
 if TYPE_CHECKING:
-    from edgeft.planning.plan import Plan
+    from edgeft.api.results import Plan
 
 
 def plan(
@@ -81,11 +81,7 @@ def plan(
     written = None if str(path) == "-" else path
     if verify_here and written is None:
         raise BadInput("--verify", "needs the plan as a file", "leave --out - out")
-    with stopping("no plan was made"), Reporter(stderr) as progress:
-        made = plan_and_train.plan(
-            out=written, simulate=simulate, job_file=file, progress=progress, say=say, **values
-        )  # fmt: skip
-    say_shortages(made, Path() if written is None else path.parent)
+    made = make_and_say(values, written, file, simulate=simulate)
     from edgeft.reporting.explain import explain_text
 
     show(as_json, made, Group(made.text(), explain_text(made)) if explain else made.text())
@@ -98,7 +94,15 @@ def plan(
         next_steps.after_plan(made, written)
 
 
-def say_shortages(made: Plan, folder: Path) -> None:
+def make_and_say(values: dict[str, Any], out: Path | None, file: Path | None, *, simulate: bool = False) -> Plan:
+    """The plan of a job, written to `out`, with its progress and what its folder's disk is short of said on stderr."""
+    with stopping("no plan was made"), Reporter(stderr) as progress:
+        made = plan_and_train.plan(out=out, simulate=simulate, job_file=file, progress=progress, say=say, **values)
+    _say_shortages(made, Path() if out is None else out.parent)
+    return made
+
+
+def _say_shortages(made: Plan, folder: Path) -> None:
     """Warn when the disk of the stages' folder has too little room: of this machine now, so not a part of the plan."""
     from edgeft.memory.disk import shortages
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import merged_beside
+from beside import computes_as_trained
 from safetensors.torch import load_file, save_file
 from tiny import run, save_model, write_plan
 
@@ -23,7 +23,6 @@ from edgeft.models.evaluate import evaluate
 from edgeft.models.headers import BOTTLENECKS
 from edgeft.models.layer_shares import Group, Shares
 from edgeft.models.parts import find_parts
-from edgeft.models.streamed import load_streamed
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.settings.job import make_job
@@ -88,13 +87,7 @@ def test_what_was_trained_is_the_formula(trained: Path, checkpoint_folder: Path)
 def test_a_merge_has_their_share_beside_the_bases_own_bytes(
     share: float, trained: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    merged = tmp_path / "merged"
-    result = merged_beside(trained, checkpoint_folder, merged, BOTTLENECKS, share)
-    found = logits(load_plain(merged))
-    if not share:
-        assert torch.equal(found, logits(load_plain(checkpoint_folder)))
-    assert torch.equal(found, logits(load_tuned(trained, result, Shares(rest=share))))
-    assert torch.equal(found, logits(load_streamed(merged)))
+    found = computes_as_trained(trained, checkpoint_folder, tmp_path / "merged", BOTTLENECKS, share, logits)
     torch.testing.assert_close(
         found.double(), logits(in_float64(checkpoint_folder, trained, share)), rtol=1e-4, atol=2e-5
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import merged_beside
+from beside import computes_as_trained
 from safetensors.torch import load_file, save_file
 from tiny import plan_of, run, save_model, write_plan
 
@@ -28,7 +28,6 @@ from edgeft.models.headers import KV_PREFIX
 from edgeft.models.layer_shares import Group, Shares
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import ModelSpec, read_model_spec
-from edgeft.models.streamed import load_streamed
 from edgeft.models.tree_pass import Begun, TreeReader
 from edgeft.planning.candidates import candidates
 from edgeft.planning.job_checks import check_job
@@ -154,13 +153,7 @@ def test_layers_that_do_not_train_keep_what_theirs_began_as(checkpoint_folder: P
 def test_a_merge_has_it_beside_the_bases_own_bytes(
     share: float, trained: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
-    merged = tmp_path / "merged"
-    result = merged_beside(trained, checkpoint_folder, merged, KV_PREFIX, share)
-    found = logits(load_plain(merged))
-    assert torch.equal(found, logits(load_tuned(trained, result, Shares(rest=share))))
-    assert torch.equal(found, logits(load_streamed(merged)))
-    if not share:
-        assert torch.equal(found, logits(load_plain(checkpoint_folder)))
+    computes_as_trained(trained, checkpoint_folder, tmp_path / "merged", KV_PREFIX, share, logits)
 
 
 def test_no_share_of_it_is_between(trained: Path, tmp_path: Path) -> None:
