@@ -6,6 +6,7 @@ or onnxruntime with tokenizers, and jinja2 for a chat template; the latter two l
 
 python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
                             --system TEXT and --messages FILE for a chat; --adapter NAME with one of the bundle's
+python run.py               on a terminal: a conversation with a model of chats, each line behind what was said before
                             A bundle that is held to labels answers with one of them: --json adds how probable it and
                             the next best are, --min-probability P says "none of these" below, --free lets it write
                             One that is held to a grammar (a JSON Schema, a regular expression) writes a whole answer
@@ -492,7 +493,7 @@ class OnnxRuntimeGenAI:
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         if not tools:
-            return str(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(json.dumps(as_seen(messages)), add_generation_prompt=True))
         # onnxruntime-genai 0.18 rewrites tools before a template sees them: other keys, "str" for "string"
         runtime("jinja2", "jinja2")
         template, special = read_template(self.bundle)
@@ -585,9 +586,29 @@ def apply_template(
     extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    compiled = environment.from_string(template)
-    return str(compiled.render(messages=messages, add_generation_prompt=True, tools=tools, documents=None, **special))
+    environment.filters["tojson"] = to_json
+    given = {"messages": as_seen(messages), "tools": tools, "documents": None, **special}
+    return str(environment.from_string(template).render(add_generation_prompt=True, **given))
+
+
+def as_seen(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a template sees them: without what is null, thoughts under every name that they have."""
+    seen = []
+    for message in messages:
+        kept = {key: value for key, value in message.items() if value is not None}
+        thoughts = next((kept[name] for name in ("reasoning_content", "thinking", "reasoning") if name in kept), None)
+        if thoughts is not None:
+            kept = {"thinking": thoughts, **kept, "reasoning_content": thoughts}
+        seen.append(kept)
+    return seen
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """The filter of that name as templates know it."""
+    options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def read_template(bundle: Path) -> tuple[str | None, dict[str, str]]:
@@ -596,10 +617,10 @@ def read_template(bundle: Path) -> tuple[str | None, dict[str, str]]:
     try:
         config = parse_json(config_path, read_limited(config_path), "run --verify") if config_path.is_file() else {}
         text = read_limited(path).decode("utf-8") if path.is_file() else None
-        special = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name) or ""
-            special[name] = str(value["content"] if isinstance(value, dict) else value)
+        special = {}  # a token that is not there has no name either
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
+            if value := config.get(name):
+                special[name] = str(value["content"] if isinstance(value, dict) else value)
     except (OSError, ValueError, KeyError, AttributeError) as problem:
         raise RunError(bundle, f"the chat template cannot be read: {problem!r}", "run --verify") from None
     return text, special
@@ -856,8 +877,8 @@ class LlamaCpp:
         special = {}
         for name in ("bos", "eos", "pad"):
             token = getattr(self.api, f"llama_vocab_{name}")(self.vocab)
-            text = self.api.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
-            special[f"{name}_token"] = text.decode("utf-8")
+            if token >= 0:
+                special[f"{name}_token"] = self.api.llama_vocab_get_text(self.vocab, token).decode("utf-8")
         return apply_template(template.decode("utf-8"), messages, special, tools)
 
     def start(self, max_tokens: int, grammar: Grammar | None = None) -> LlamaSession:
@@ -2038,14 +2059,24 @@ def show_bench(made: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+NO_PROMPT = 'python run.py "prompt", or pipe one in; --help shows more'
+
+
 def read_prompt(given: str | None) -> str:
     """The prompt: as given, or from standard input for `-` and for a pipe. Raises RunError."""
     if given is not None and given != "-":
         return given
-    if given is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise RunError("prompt", "there is none", 'python run.py "prompt", or pipe one in; --help shows more')
+    if given is None and on_terminal():
+        raise RunError("prompt", "there is none", NO_PROMPT)
     text = read_input()
+    if not text.strip():
+        raise RunError("prompt", "standard input is empty", NO_PROMPT)
     return text[:-1] if text.endswith("\n") else text  # the line end that echo and editors add
+
+
+def on_terminal() -> bool:
+    """Whether somebody types what is read."""
+    return sys.stdin is None or sys.stdin.isatty()
 
 
 def read_input() -> str:
@@ -2162,23 +2193,68 @@ def prompt_ids(runner: Runner, options: argparse.Namespace, asked: Asked) -> lis
 
 def answer(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
     """0, after writing the answer to standard output as it comes."""
+    if options.prompt is None and options.messages is None and on_terminal() and not options.json:
+        return converse(bundle, options, trusted)
     asked = Asked(read_prompt(options.prompt)) if options.messages is None else read_messages(options.messages)
     runner = ready(bundle, options, trusted)
     ids = prompt_ids(runner, options, asked)
     if options.json:
         print(json.dumps(reply(runner, options, ids)))
-    elif runner.task != "text-generation":
-        print(encoded(runner, ids, False))
-    elif runner.labels is not None and not options.free:
-        print(choice(runner, options, ids, shown=False)["text"])
-    elif runner.grammar is not None and not options.free:  # whole or not at all
-        print(runner.decode(written(runner, options, ids)))
     else:
-        piece = runner.engine.decoder()
-        for token in continued(runner, options, ids):
-            print(piece(token), end="", flush=True)
-        print()
+        speak(runner, options, ids)
     return 0
+
+
+def speak(runner: Runner, options: argparse.Namespace, ids: list[int]) -> str:
+    """The answer, after writing it to standard output as it comes."""
+    if runner.task != "text-generation":
+        text = str(encoded(runner, ids, False))
+    elif runner.labels is not None and not options.free:
+        text = str(choice(runner, options, ids, shown=False)["text"])
+    elif runner.grammar is not None and not options.free:  # whole or not at all
+        text = runner.decode(written(runner, options, ids))
+    else:
+        piece, parts = runner.engine.decoder(), []
+        for token in continued(runner, options, ids):
+            parts.append(piece(token))
+            print(parts[-1], end="", flush=True)
+        text = "".join(parts)
+        print()
+        return text
+    print(text)
+    return text
+
+
+def converse(bundle: Path, options: argparse.Namespace, trusted: bytes | None) -> int:
+    """0, after a conversation on the terminal: each line is asked behind all before it, until one that is empty.
+
+    Raises RunError for a model that has no conversations.
+    """
+    manifest = read_manifest(bundle)
+    trained = (manifest.get("adapters") or {}).get(options.adapter, manifest)
+    if (options.format or trained.get("prompt_format")) != "chat":
+        read_prompt(None)  # says that there is none
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # lines that are edited and come back
+    runner, said = ready(bundle, options, trusted), list[Any]()
+    print("a conversation; an empty line ends it", file=sys.stderr)
+    while line := next_line():
+        asked = [*said, {"role": "user", "content": line}]
+        try:
+            text = speak(runner, options, prompt_ids(runner, options, Asked(messages=asked)))
+        except RunError as problem:
+            print(problem, file=sys.stderr)
+            continue
+        said = [*asked, {"role": "assistant", "content": text}]
+    return 0
+
+
+def next_line() -> str:
+    """What is typed next; nothing at its end."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = None) -> Runner:
@@ -2812,15 +2888,31 @@ def _share(text: str) -> float:
     return value
 
 
+HELP, HERE = frozenset(("-h", "--help")), Path(__file__).resolve().parent
+
+
+def about(bundle: Path) -> str:
+    """What a bundle's prompts are like, for its --help; nothing where this file lies in none."""
+    try:
+        manifest = read_manifest(bundle)
+        golden = manifest["golden"][0]
+        said = str(golden["messages"][-1]["content"] if golden.get("messages") else golden["text"])
+        chat = manifest["prompt_format"] == "chat"
+    except (RunError, LookupError, TypeError, AttributeError):
+        return ""
+    said = "".join(letter for letter in said[:600] if letter.isprintable() or letter == "\n")
+    how = "goes through its chat template" if chat else "goes in as it is, and the model writes on"
+    return f"This bundle: a prompt {how}. It was exported with prompts like this one:\n\n{said}"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=about(HERE) if HELP.intersection(sys.argv if argv is None else argv) else None,
+    )  # fmt: skip
     parser.add_argument("prompt", nargs="?", help="the prompt; - reads standard input")
-    parser.add_argument(
-        "--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: where this file is"
-    )
+    parser.add_argument("--bundle", type=Path, default=HERE, help="default: where this file is")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--bench", action="store_true", help="measure speed and memory")
     action.add_argument("--verify", action="store_true", help="check hashes, signature and golden vectors")

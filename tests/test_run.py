@@ -442,6 +442,56 @@ def test_standard_input_is_limited_and_must_be_text(copy: Path) -> None:
     assert given.returncode == 1 and given.stderr.startswith("prompt: is no text: ")
 
 
+class Terminal:
+    """Standard input on which somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_each_line_is_asked_behind_those_before(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed, asked, encode = iter(["hello", "x" * 4000, " more ", ""]), list[Any](), RUNNER.prompt_ids
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", lambda shown: next(typed))
+    monkeypatch.setattr(RUNNER, "prompt_ids", lambda *given: asked.append(encode(*given)) or asked[-1])
+    reseal(copy, lambda manifest: manifest.update(prompt_format="chat", system="Be brief."))
+    assert RUNNER.main(["--bundle", str(copy), "--max-tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    first, second = out.splitlines()
+    assert "an empty line ends it" in err and "tokens" in err  # and what is too long for the context is no end
+    talk = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first}, {"role": "user", "content": "more"},
+    ]  # fmt: skip
+    tokenizer = TextTokenizer(copy)
+    assert asked[-1] == tokenizer.encode([tokenizer.render(talk, add_generation_prompt=True)])[0] and second
+    monkeypatch.setattr("builtins.input", lambda shown: (_ for _ in ()).throw(EOFError))
+    assert RUNNER.main(["--bundle", str(copy)]) == 0  # ^D
+    assert RUNNER.main(["--bundle", str(copy), "--plain"]) == 1  # a plain model has no conversations
+    assert capsys.readouterr().err.endswith(f"prompt: there is none\n\nhint: {RUNNER.NO_PROMPT}\n")
+
+
+def test_an_empty_standard_input_is_no_prompt(copy: Path) -> None:
+    for arguments in ((), ("-",)):
+        done = script(copy, *arguments, stdin=" \n")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("prompt: standard input is empty")
+
+
+def test_help_shows_how_this_bundle_is_asked(copy: Path) -> None:
+    golden = json.loads((copy / "bundle.json").read_text())["golden"][0]
+    said = " ".join(script(copy, "--help").stdout.split())
+    how = "a prompt goes in as it is, and the model writes on. It was exported with prompts like this one:"
+    assert f"{how} {golden['text']}" in said
+    reseal(copy, lambda manifest: manifest.update(prompt_format="chat"))
+    assert "a prompt goes through its chat template." in " ".join(script(copy, "--help").stdout.split())
+    (copy / "bundle.json").write_text("[")
+    done = script(copy, "--help")
+    assert done.returncode == 0 and "This bundle" not in done.stdout
+
+
 def prompt_ids(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> Any:
     capsys.readouterr()
     code = RUNNER.main(["--bundle", str(folder), *arguments, "--json", "--max-tokens", "1"])

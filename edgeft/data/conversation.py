@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from edgeft.data.formats import SHAPES, as_known
 from edgeft.data.json_values import parse_json
-from edgeft.data.tokenizer import TextTokenizer
+from edgeft.data.tokenizer import REASONING, TextTokenizer
 
 COLUMNS = (*("{" + ", ".join(map(repr, shape.columns)) + "}" for shape in SHAPES), "{'text'}")
 PromptFormat = Literal["plain", "chat"]
@@ -167,7 +167,7 @@ def _as_rendered(messages: Sequence[Message], tools: Any, tokenizer: TextTokeniz
         kept = {key: value for key, value in message.items() if key not in MARKS}
         if kept.get("tool_calls") and not tokenizer.uses("tool_calls"):
             raise ValueError("a message calls tools ('tool_calls'), which the chat template does not write")
-        unused = [key for key in kept if key not in ("role", "content") and not tokenizer.uses(key)]
+        unused = [key for key in kept if key not in ("role", "content") and not any(map(tokenizer.uses, _names(key)))]
         remarks += [f"the key {key!r} of a message is not used by the chat template" for key in unused]
         content = kept.get("content") or ""
         if kept["role"] == "assistant" and "</" in content:
@@ -178,6 +178,11 @@ def _as_rendered(messages: Sequence[Message], tools: Any, tokenizer: TextTokeniz
     if tools and not tokenizer.uses("tools"):
         remarks.append("the key 'tools' is not used by the chat template")
     return shown, remarks
+
+
+def _names(key: str) -> tuple[str, ...]:
+    """What templates may call a key of a message."""
+    return REASONING if key in REASONING else (key,)
 
 
 def _of_answer(message: Message, written: str) -> list[str]:

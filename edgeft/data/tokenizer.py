@@ -16,7 +16,8 @@ from edgeft.errors import BadInput
 TEMPLATE = "chat template"  # where an error is that a template itself raised
 ENCODE_TEXTS = 32  # at a time: an encoding takes a hundred times the bytes of the ids that are kept of it
 ANCHORS = ("\n", "a", "0", "=", "\u4e00")  # a text after one of these is encoded as one that goes on
-SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates and data call a message's thoughts
 
 
 class TextTokenizer:
@@ -160,11 +161,11 @@ class TextTokenizer:
         if self.template_text is None:
             hint = "use {'prompt', 'completion'} rows, or add chat_template.jinja to the model folder"
             raise BadInput(self.folder, "the tokenizer has no chat template, so {'messages'} rows cannot be used", hint)
-        specials = {name: self.special(name) for name in SPECIALS}
+        specials = {name: token for name in SPECIALS if (token := self.special(name))}
         compiled = self._compiled
         try:
             text = compiled.render(
-                messages=messages,
+                messages=as_seen(messages),
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 documents=None,
@@ -196,11 +197,31 @@ class TextTokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda style: datetime.datetime.now().strftime(style)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+        environment.filters["tojson"] = to_json
         try:
             return environment.from_string(self.template_text or "")
         except TemplateSyntaxError as problem:
             raise BadInput(self.folder, f"the chat template is broken, line {problem.lineno}: {problem}") from None
+
+
+def as_seen(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as transformers 5 shows them to a template: without what is null, thoughts under all of their names."""
+    seen = []
+    for message in messages:
+        kept = {key: value for key, value in message.items() if value is not None}
+        thoughts = next((kept[name] for name in REASONING if name in kept), None)
+        if thoughts is not None:
+            kept = {"thinking": thoughts, **kept, "reasoning_content": thoughts}
+        seen.append(kept)
+    return seen
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """The filter of that name as templates know it: jinja2's own would write <, > and & otherwise."""
+    options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def token_at(encoding: Any, character: int, length: int) -> tuple[int, bool]:
