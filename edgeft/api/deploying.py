@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeft.api import current
+from edgeft.api import current, folders
 from edgeft.api.results import Bundle, Merged, OnDisk, place
 from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput, ParityFailed, of_exit_code
@@ -53,6 +53,7 @@ def export(
         say(f"{folder} is up to date")
     else:
         current.replaceable(folder, "bundle.json")
+        folders.refuse_others_bundle(folder, source)
         need("export")
         from edgeft.exporting.repair import check_calibration, export_named, export_smallest
 

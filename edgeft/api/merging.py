@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeft.api import current
+from edgeft.api import current, folders
 from edgeft.api.results import Merged, MergedForeign, OnDisk, TrainResult
 from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput
@@ -53,6 +53,7 @@ def merge(
         say(f"{folder} is up to date")
         return _read_merged(record, "train" in old)
     current.replaceable(folder, "merged.json")
+    folders.refuse_others_merge(folder, source, base)
     need("train")
     from edgeft.merging.merge import merge as blend_all
 

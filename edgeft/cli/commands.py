@@ -11,7 +11,7 @@ import typer
 
 from edgeft.api import current, deploying, merging, plan_and_train
 from edgeft.cli import next_steps
-from edgeft.cli.options import DeviceOption
+from edgeft.cli.options import DeviceOption, TrackOption
 from edgeft.cli.screen import (
     JsonOption,
     OutOption,
@@ -54,10 +54,7 @@ def train(
     smaller: Annotated[
         bool, typer.Option("--smaller", help="after memory ran out: go on in the next smaller way that trains the same")
     ] = False,
-    track: Annotated[
-        list[str] | None,
-        typer.Option(help="tell each step to a tracker: tensorboard, trackio, wandb, mlflow ... (docs/train.md)"),
-    ] = None,
+    track: TrackOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""

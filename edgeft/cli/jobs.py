@@ -20,6 +20,7 @@ from edgeft.cli.options import (
     SetOption,
     TargetOption,
     TestOption,
+    TrackOption,
     ValidOption,
     asked_for,
     typed_job,
@@ -64,6 +65,7 @@ def build(
     wise_alpha: Annotated[
         str | None, typer.Option(help="share of the change that the merge takes: 0 base, 1 fine-tuned")
     ] = None,
+    track: TrackOption = None,
     job: JobOption = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the results; default build/<model>-<data>-<machine>")
@@ -83,10 +85,14 @@ def build(
     values = job_values(asked)
     if values["data"] is None:
         raise BadInput("build", "there is no training data", "name it with --data FILE, or as data = ... in a job file")
-    need("export")  # the last stage's part, before the first begins
+    need("export")  # the last stage's part, and trackers, before the first begins
+    from edgeft.training.tracking import check_trackers
+
+    check_trackers(track or ())
     folder = results_folder(asked, values)
     _plan(values, folder, file, as_json)
-    _stage("train", folder / "plan.json", "--out", folder / "train", quiet=as_json)
+    told = [part for name in track or () for part in ("--track", name)]
+    _stage("train", folder / "plan.json", "--out", folder / "train", *told, quiet=as_json)
     _stage(
         "merge", folder / "train", "--wise-alpha", asked.wise_alpha or "1", "--out", folder / "merged", quiet=as_json
     )

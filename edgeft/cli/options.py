@@ -64,6 +64,13 @@ TargetOption = Annotated[
         help="what is exported: a name in export/, a TOML file, or auto: the smallest that keeps the fine-tune",
     ),
 ]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=TRAINING,
+        help="tell each step to a tracker: tensorboard, trackio, wandb, mlflow ... (docs/train.md)",
+    ),
+]
 JobOption = Annotated[
     Path | None, typer.Option("--job", help="job file; edgeft.toml of this folder when absent, - reads none")
 ]

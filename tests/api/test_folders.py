@@ -14,9 +14,14 @@ import pytest
 from tiny import ROOT, ROWS, run
 
 import edgeft
-from edgeft.api.folders import job_folder, refuse_others_training
+from edgeft.api.folders import job_folder, refuse_others_bundle, refuse_others_training
 from edgeft.errors import BadInput
+from edgeft.exporting.bundle import SBOM
+from edgeft.exporting.export import made_from
+from edgeft.exporting.sbom import bill_of_materials
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.planning.plan import Plan
+from edgeft.targets.target import load_target
 
 CASES = [
     ("Qwen/Qwen2.5-1.5B-Instruct", "mine.jsonl", "t4", "Qwen2.5-1.5B-Instruct-mine-t4"),
@@ -132,6 +137,55 @@ def test_the_same_job_with_other_settings_is_no_other_job(job: dict[str, Any], t
     finally:
         Path(job["data"]).write_bytes(rows)
         job["out"].write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def merged_jobs(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of two jobs on other data, trained and merged."""
+    folder = tmp_path_factory.mktemp("other")
+    edgeft.plan(**{**job, "data": rows_of(folder / "others.jsonl", 20), "out": folder / "plan.json"})
+    run(folder / "plan.json", folder / "train")
+    places = [job["out"].parent, folder]
+    for place in places:
+        edgeft.merge(place / "train")
+    return places
+
+
+def test_a_merge_does_not_replace_another_jobs(merged_jobs: list[Path], tmp_path: Path) -> None:
+    one, other = merged_jobs
+    before = (one / "merged" / "merged.json").read_bytes()
+    with pytest.raises(BadInput, match=r"holds the results of another job: .*rows\.jsonl for cpu-8gb") as refused:
+        edgeft.merge(other / "train", one / "merged")
+    assert "--out" in refused.value.hint and (one / "merged" / "merged.json").read_bytes() == before
+    edgeft.merge(one / "train", tmp_path / "shared")
+    edgeft.merge(one / "train", tmp_path / "shared", wise_alpha=0.5)  # the same job may
+    with pytest.raises(BadInput, match="another job"):
+        edgeft.merge(one / "train", tmp_path / "shared", base=json.loads(before)["train"]["plan"]["job"]["model"])
+
+
+def as_bundle(merged: Path, folder: Path) -> None:
+    """What an export leaves for whoever comes next: manifest and bill of materials."""
+    folder.mkdir()
+    train = MergedCheckpoint.read(merged / "merged.json").train
+    (folder / "bundle.json").write_text(json.dumps({"provenance": {"training data": train.inputs["training data"]}}))
+    (folder / SBOM).write_text(bill_of_materials({}, made_from(train, merged), load_target("ort-int4")))
+
+
+def test_an_export_does_not_replace_another_jobs_bundle(merged_jobs: list[Path], tmp_path: Path) -> None:
+    one, other = (place / "merged" for place in merged_jobs)
+    as_bundle(one, tmp_path / "bundle")
+    with pytest.raises(BadInput, match=r"holds the results of another job: \S+ on rows\.jsonl\n"):
+        edgeft.export(other, tmp_path / "bundle", target="ort-fp32")
+    refuse_others_bundle(tmp_path / "bundle", one)
+    bill = (tmp_path / "bundle" / SBOM).read_text()
+    (tmp_path / "bundle" / SBOM).write_text(bill.replace("rows.jsonl", "moved.jsonl"))
+    refuse_others_bundle(tmp_path / "bundle", one)  # by its content
+    (tmp_path / "bundle" / "bundle.json").write_text('{"provenance": {"training data": "grown"}}')
+    (tmp_path / "bundle" / SBOM).write_text(bill)
+    refuse_others_bundle(tmp_path / "bundle", one)  # by its name
+    (tmp_path / "bundle" / SBOM).write_text("")
+    with pytest.raises(BadInput, match="another job"):
+        refuse_others_bundle(tmp_path / "bundle", one)
 
 
 def test_documents_that_cannot_be_read_are_nobodys(plan_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -169,6 +169,12 @@ def test_stages_follow_one_another(checkpoint_folder: Path, tmp_path: Path, stag
     ]
     assert [environment.get("EDGEFT_NEXT") for _, _, environment, _ in stages["run"]] == ["0", "0", None]
     stages["run"].clear()
+    own = ("--track", f"{__name__}:Own", "--track", f"{__name__}:Other")  # a name is looked for before anything runs
+    assert build(folder, *own, stage=stages["stage"]).exit_code == 0
+    assert stages["run"][0][1][-4:] == list(own) and all(own[1] not in run[1] for run in stages["run"][1:])
+    stages["run"].clear()
+    unknown = build(folder, "--track", "tensorbord", stage=stages["stage"]).exception
+    assert isinstance(unknown, BadInput) and "tensorboard" in unknown.hint and stages["run"] == []
     assert build(folder, "--json", stage=stages["stage"]).stdout == ""  # the export's
     assert [quiet for *_, quiet in stages["run"]] == [True, True, False] and "--json" in stages["run"][2][1]
 
