@@ -170,10 +170,19 @@ FAMILIES: dict[str, Family] = {
 }
 # of other model types, whose parameters are counted on the meta device
 UNKNOWN = Family("", (), {})
+# of other model types those that onnxruntime-genai 0.18 has a builder for; nobody has tried them here
+OTHERS_ORT_BUILDS = ("Ernie4_5ForCausalLM", "GptOssForCausalLM", "GraniteMoeHybridForCausalLM", "InternLM2ForCausalLM",
+                     "Lfm2ForCausalLM", "NemotronForCausalLM", "OlmoForCausalLM", "PhiForCausalLM")  # fmt: skip
 OTHERS_IN_CONV1D = ("openai-gpt", "imagegpt", "decision_transformer", "clvp")
 OTHERS_OVERFLOW_FP16 = ("gemma3", "gemma3n", "gemma3n_text")
 # their steps are within 5% of those of a Llama of their widths (tests/memory/test_families.py); the rest is simulated
 LIKE_LLAMA = ("olmo", "olmo2", "cohere", "phi", "starcoder2", "stablelm")
+
+
+def ort_builds(architecture: str) -> bool:
+    """Whether onnxruntime-genai's builder knows an architecture by its name."""
+    own = (family.architecture for family in FAMILIES.values() if family.ort_builds or family.ort_problem)
+    return architecture in (*own, *OTHERS_ORT_BUILDS)
 
 
 def family_of(model_type: str) -> Family:

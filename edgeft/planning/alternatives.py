@@ -50,7 +50,7 @@ def describe(training: Training, name: str) -> str:
 
 
 def alternatives(question: Question, chosen: Training, looked_at: Iterable[Training]) -> tuple[Alternative, ...]:
-    """Every candidate that differs from the chosen one in exactly one choice."""
+    """Every change of exactly one choice, once: of the ways that make it the one that the planner would choose."""
     quality, seconds = question.key(chosen)
     here = question.high_bytes(chosen)
     own = [(name, describe(chosen, name)) for name in CHOICES]
@@ -65,17 +65,25 @@ def alternatives(question: Question, chosen: Training, looked_at: Iterable[Train
             changed = [name for name in changed if name != "checkpointing"]
             if len(changed) == 1:
                 near.append((training.model_copy(update={"kept_layers": chosen.kept_layers}), changed[0]))
-    found = []
+    found: dict[tuple[str, str], Alternative] = {}
     for training, name in near:
         high = question.high_bytes(training)
         other_quality, other_seconds = question.key(training)
-        found.append(Alternative(
+        other = Alternative(
             setting=name, value=describe(training, name), high_bytes=high, more_bytes=high - here,
             more_seconds_per_step=round(other_seconds - seconds, 4),
             more_quality_cost=round(other_quality - quality, 3),
             fits=high <= question.budget_bytes and not question.too_slow(training),
-        ))  # fmt: skip
-    return tuple(sorted(found, key=lambda a: (CHOICES.index(a.setting), a.high_bytes)))
+        )  # fmt: skip
+        old = found.setdefault((name, other.value), other)
+        if _worth(other) < _worth(old):
+            found[name, other.value] = other
+    return tuple(sorted(found.values(), key=lambda a: (CHOICES.index(a.setting), a.high_bytes)))
+
+
+def _worth(change: Alternative) -> tuple[bool, float, float, int]:
+    """What decides between two ways of the same change: fitting, quality, time, memory."""
+    return not change.fits, change.more_quality_cost, change.more_seconds_per_step, change.high_bytes
 
 
 def frontier(question: Question, chosen: Training, looked_at: list[Training]) -> tuple[Candidate, ...]:

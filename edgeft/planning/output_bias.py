@@ -7,7 +7,7 @@ from edgeft.models.output_biases import holds_shift, with_biases
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import ALL_THAT_FIT, AUTO, Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, Tuning
-from edgeft.targets.runtimes import output_bias_problem
+from edgeft.targets.runtimes import cannot_build
 from edgeft.targets.target import load_target
 
 
@@ -22,7 +22,8 @@ def check_shift(job: Job, spec: ModelSpec, row: Tuning) -> None:
     if job.target in (AUTO, ALL_THAT_FIT):
         return
     target = load_target(job.target)
-    if problem := output_bias_problem(target, with_biases(spec)):
+    problem = cannot_build(target, with_biases(spec))
+    if problem and not cannot_build(target, spec):
         raise BadInput(f"target {target.name}", problem, f"name an ort- or onnx-portable- target, or {other}")
 
 

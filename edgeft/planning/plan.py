@@ -56,7 +56,7 @@ from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes
 from edgeft.planning.quantize_aware import rounding_notes
-from edgeft.planning.rows_read import DEFAULT_LENGTH, read_data, read_lengths
+from edgeft.planning.rows_read import DEFAULT_LENGTH, DEFAULT_ROWS, assumed_rows, read_data, read_lengths
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.planning.streaming import streaming_notes
 from edgeft.settings.job import Job, Training
@@ -272,6 +272,7 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
     lengths, data_bytes, scored, notes = read_lengths(job, spec, read)
     held = read_held(job, files, read.tokenizer if read else None)
     length, length_note = _max_length(job, spec, lengths)
+    notes += assumed_rows(job, length) if lengths is None else []
     check_processes(job, profile)
     budget = budget_of_one(job, profile)
     steps = _steps(job, lengths)
@@ -332,7 +333,9 @@ def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int
         if limit is not None and job.max_length > limit:
             raise BadInput("max_length", f"{job.max_length} is more than {own}", f"at most {limit}")
         return min(job.max_length, lengths.longest) if lengths else job.max_length, []
-    longest = lengths.longest if lengths else DEFAULT_LENGTH
+    if lengths is None:
+        return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), []
+    longest = lengths.longest
     if limit is not None and longest > limit:
         return limit, [f"samples reach {longest} tokens, more than {own}: longer ones are cut"]
     return longest, []
@@ -340,7 +343,7 @@ def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int
 
 def _steps(job: Job, lengths: Lengths | None) -> int:
     """Optimizer steps."""
-    rows = lengths.rows if lengths else 1000
+    rows = lengths.rows if lengths else DEFAULT_ROWS
     if lengths and job.valid is None:
         rows -= min(500, max(1, round(rows * HELD_OUT_SHARE)))
     steps = max(1, round(job.epochs * -(-max(1, rows) // job.batch_size)))

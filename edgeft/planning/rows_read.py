@@ -15,7 +15,7 @@ from edgeft.models.spec import ModelSpec
 from edgeft.planning.early_stopping import rows_scored
 from edgeft.settings.job import Job
 
-DEFAULT_LENGTH = 2048  # tokens planned for when no data is given
+DEFAULT_LENGTH, DEFAULT_ROWS = 2048, 1000  # planned for when no data is given
 # Samples in memory: ids and labels in arrays of 4 bytes a token each, 300 bytes for the objects of a row; a tokenizer
 # takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
 # back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
@@ -42,8 +42,7 @@ def read_data(job: Job, folder: Path | None) -> Read | None:
 def read_lengths(job: Job, spec: ModelSpec, read: Read | None) -> tuple[Lengths | None, int, Scored, list[str]]:
     """(training data's lengths, what all of it takes in memory, the sizes of what is scored, notes)."""
     if read is None:
-        note = f"no data given: planned for samples of {job.max_length or DEFAULT_LENGTH} tokens, all trained"
-        return None, 0, (), [note]
+        return None, 0, (), []
     sources = [source for source in (job.data, job.valid, job.test) if source]
     every, sizes = zip(*(read.files[source][:2] for source in sources), strict=True)
     notes = [f"{entry.path}: {entry.cut_rows} of {entry.rows} rows are cut to {job.max_length} tokens"
@@ -53,6 +52,12 @@ def read_lengths(job: Job, spec: ModelSpec, read: Read | None) -> tuple[Lengths 
         check_vocabulary(entry, spec)
     data_bytes = samples_bytes(every, read.tokenizer.backend.get_vocab_size())
     return every[0], data_bytes, _scored(job, sizes), notes
+
+
+def assumed_rows(job: Job, length: int) -> list[str]:
+    """What is planned for where no data is given, in a line."""
+    often = f"{job.max_steps} steps at most" if job.max_steps else f"{job.epochs:g} epochs"
+    return [f"no data given: {DEFAULT_ROWS:,} rows of {length:,} tokens, all trained, {often}, are assumed"]
 
 
 def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:

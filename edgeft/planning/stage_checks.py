@@ -40,8 +40,8 @@ from edgeft.targets.footprint import (
 )
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import runner_module
-from edgeft.targets.runtimes import runtime_of
-from edgeft.targets.target import Target, candidates
+from edgeft.targets.runtimes import cannot_build, runtime_of
+from edgeft.targets.target import Target, candidates, instead
 from edgeft.units import GIB, MIB, show_bytes
 
 
@@ -56,6 +56,7 @@ class Stages(Strict):
     host_bytes: int | None = Field(description="what the host has for a stage; None: not known")
     target_bytes: int | None = Field(description="what the named device has for the bundle; None: none named")
     target_name: str = ""
+    cannot_build: str = Field(default="", description="why the target's bundle of this model cannot be built, if so")
     data_bytes: int = Field(description="samples in memory, in the stages that read them")
 
     def limit_bytes(self, phase: Phase) -> int | None:
@@ -116,8 +117,11 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         host_bytes=host_bytes,
         target_bytes=device_bytes,
         target_name=device.name if device else "",
+        cannot_build=cannot_build(target, as_merged(spec, training)),
     )
-    said = [*([why] if why else []), *cache_notes(spec, named[found.index(target)], target, context, device_bytes)]
+    said = [why] if why and not stages.cannot_build else []
+    said += build_notes(spec, target, stages.cannot_build)
+    said += cache_notes(spec, named[found.index(target)], target, context, device_bytes)
     if streams(question, training, host_bytes):
         said.append("export: prove reads the model a layer at a time, anew for each pass: less memory, more time")
     return stages, [
@@ -132,6 +136,12 @@ def on_device(
     """What a device holds of a bundle, its context, and what limits that. Raises DoesNotFit."""
     weights = bundle_weights(as_merged(spec, training), target, beside(spec, training))
     return weights, *choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
+
+
+def build_notes(spec: ModelSpec, target: Target, problem: str) -> list[str]:
+    """A line where a target's bundle cannot be built, with those that can."""
+    able = " or ".join(f"--target {each.name}" for each in instead(target, spec))
+    return [f"{target.name} cannot be built: {problem}" + (f"; {able} may do" if able else "")] if problem else []
 
 
 def times(phase: Phase, processes: int) -> Phase:
@@ -149,14 +159,19 @@ def times(phase: Phase, processes: int) -> Phase:
 def cache_notes(
     spec: ModelSpec, named: Target, target: Target, context_tokens: int, device_bytes: int | None
 ) -> list[str]:
-    """A line where a KV cache of 8 bits was taken for what a device holds."""
+    """A line where keys and values are kept in 8 bits: what that gains on the device."""
     if target == named or target.kv_bits != 8 or device_bytes is None:
         return []
     try:
-        own = f"of {choose_context(spec, named, bundle_weights(spec, named), device_bytes)[0]}"
+        own = choose_context(spec, named, bundle_weights(spec, named), device_bytes)[0]
     except DoesNotFit:
-        own = "that does not fit"
-    return [f"KV cache of 8 bits: the device holds a context of {context_tokens} tokens instead of one {own}"]
+        return [f"KV cache of 8 bits: the device holds a context of {context_tokens} tokens, and none without"]
+    if own < context_tokens:
+        return [f"KV cache of 8 bits: the device holds a context of {context_tokens} tokens instead of one of {own}"]
+    saved = context_tokens * (kv_cache_bytes_per_token(spec, named) - kv_cache_bytes_per_token(spec, target))
+    return [
+        f"KV cache of 8 bits: {show_bytes(saved)} less; the context has {context_tokens} tokens with it and without"
+    ]
 
 
 def _largest(phases: Iterable[tuple[Phase, ...]]) -> tuple[Phase, ...]:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from edgeft.documents import Strict
 from edgeft.errors import DoesNotFit
+from edgeft.planning.stage_checks import build_notes
 from edgeft.reporting.matrix import DeviceCell, method
 from edgeft.reporting.words import percent, show_rate
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -68,12 +69,15 @@ def plan_card(plan: Plan, devices: Sequence[DeviceCell] = ()) -> Card:
     elsewhere = plan.stages.too_large()
     stages = list(dict.fromkeys(name.partition(":")[0] for name in elsewhere))
     title = f"Fits, {' and '.join(stages)} elsewhere" if stages else "Fits"
+    if plan.stages.cannot_build:
+        title = "Fits, export not possible"
     name = name_of(plan.job.model, plan.spec.total_parameters)
     host = show_bytes(plan.stages.host_bytes or 0)
     hints = [f"{stage} needs up to {show_bytes(need)} of main memory, and {plan.profile.name} has {host}: "
              "run it on another machine" for stage, need in _highest(elsewhere).items()]  # fmt: skip
+    hints += build_notes(plan.spec, plan.stages.target, plan.stages.cannot_build)
     return Card(
-        state="elsewhere" if stages else "fits",
+        state="elsewhere" if hints else "fits",
         title=title.upper(),
         said=f"{name} can be fine-tuned on {plan.profile.name}: {method(plan)}.",
         **_memory(plan),

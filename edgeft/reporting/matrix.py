@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,6 @@ from edgeft.documents import Artifact, Strict, versions
 from edgeft.errors import BadInput, DoesNotFit, MissingExtra
 from edgeft.machines.extras import installed
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
-from edgeft.models.families import FAMILIES
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.planning.rows_read import DEFAULT_LENGTH
@@ -23,6 +23,7 @@ from edgeft.progress import Progress, silent
 from edgeft.settings.job import AUTO, make_job, parse_kv_bits
 from edgeft.settings.tuners import TUNERS
 from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_cache, choose_context, predict
+from edgeft.targets.runtimes import cannot_build
 from edgeft.targets.target import Target, candidates
 
 # What a plan keeps of the best there is: "full" every layer over a 16- or 32-bit base, "4-bit" every layer over a 4-bit
@@ -111,11 +112,23 @@ class Matrix(Artifact):
 
 def find_models(folder: Path) -> list[tuple[str, str]]:
     """(name, folder) of every model below `folder`, itself included. Raises BadInput when there is none."""
-    found = sorted(path.parent for path in folder.rglob("config.json")) if folder.is_dir() else []
+    found = sorted(_holding("config.json", folder))
     if not found:
         problem = "holds no config.json" if folder.is_dir() else "no such folder"
         raise BadInput(folder, problem, "give a folder of model folders, as examples/configs is one")
     return [(path.relative_to(folder).as_posix() if path != folder else folder.name, str(path)) for path in found]
+
+
+def _holding(name: str, folder: Path) -> Iterator[Path]:
+    """The folders below one, itself included, that hold a file of this name; links are followed, each place once."""
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+        elif name in files:
+            yield Path(place)
+        seen.add(real)
 
 
 def find_profiles(names: str, option: str = "--on") -> list[Profile]:
@@ -318,8 +331,8 @@ def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | 
     refused = DeviceCell(machine=profile.name, fits=False, budget_bytes=budget)
     if outside_projections(spec) > WHOLE:
         return refused.model_copy(update={"problem": "bundles of mixtures of experts are not predicted"})
-    if not any(family.ort_builds and family.architecture == spec.architecture for family in FAMILIES.values()):
-        return refused.model_copy(update={"problem": f"the runtime's builder cannot build {spec.architecture}"})
+    if problem := cannot_build(target, spec):
+        return refused.model_copy(update={"problem": problem})
     try:
         target = choose_cache(target, spec, asked, budget)
     except BadInput as problem:

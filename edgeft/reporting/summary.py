@@ -207,7 +207,7 @@ def summarise(run: Run, devices: Sequence[Profile] = ()) -> Summary:
         looked_at=plan.looked_at,
         gave_up=plan.gave_up,
         savings=plan.savings,
-        alternatives=_best_of_each(plan.alternatives),
+        alternatives=plan.alternatives,
         target=around.target.name,
         devices=cells,
         compared=() if train is None or elsewhere else compared(plan, train, merged, run.here),
@@ -236,14 +236,6 @@ def stages_of(
 
 def _stage(phase: Phase, limit: int | None, measured: Measurements) -> Stage:
     return Stage(**dict(phase), limit_bytes=limit, measured_bytes=measured.get(phase.name))
-
-
-def _best_of_each(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
-    """One alternative for each change: another tuner comes in many ranks, of which the best is shown."""
-    found: dict[tuple[str, str], Alternative] = {}
-    for change in sorted(alternatives, key=lambda change: (change.more_quality_cost, change.high_bytes)):
-        found.setdefault((change.setting, change.value), change)
-    return tuple(change for change in alternatives if change is found[change.setting, change.value])
 
 
 def _thinned(curve: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

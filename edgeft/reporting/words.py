@@ -90,6 +90,8 @@ def amount(value: float, unit: str) -> str:
 def verdict(plan: Plan) -> str:
     """Whether a plan fits its machine, all stages of it, in a few words; where nothing fits there is no plan."""
     elsewhere = plan.stages.too_large()
+    if plan.stages.cannot_build:
+        return f"fits, but {plan.stages.target.name} cannot be built: {plan.stages.cannot_build}"
     if not elsewhere:
         return "fits"
     stages = list(dict.fromkeys(name.partition(":")[0] for name in elsewhere))
@@ -109,7 +111,9 @@ def memory_line(plan: Plan) -> str:
 def step_time(plan: Plan) -> str:
     """The estimate of a plan's seconds, and what decides it where that is not the GPU itself."""
     bound = f"; {plan.launches:,} launches bind, not the GPU" if plan.launches else ""
-    return f"about {show_seconds(plan.seconds_per_step)} a step, {show_seconds(plan.seconds)} in all (estimate{bound})"
+    rows = "" if plan.lengths else " for the rows that are assumed"
+    whole = f"{show_seconds(plan.seconds)} in all (estimate{rows}{bound})"
+    return f"about {show_seconds(plan.seconds_per_step)} a step, {whole}"
 
 
 def method_text(plan: Plan) -> str:

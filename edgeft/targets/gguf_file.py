@@ -21,14 +21,14 @@ from edgeft.targets import k_quants
 from edgeft.targets.gguf_tokenizer import write_vocabulary
 from edgeft.targets.grid import GGML, Encoded
 from edgeft.targets.matrices import GGUF_ROWS_BYTES, GGUF_TYPES, Weights
-from edgeft.targets.runtimes import output_bias_problem
+from edgeft.targets.runtimes import cannot_build
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:
     from edgeft.targets.codes import Codes
 
 MODEL = "model.gguf"
-ORT = "export with an ort- target"
+OTHERS = "export with an ort- or an onnx-portable- target"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
 PROJECTIONS = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj", "attn_qkv": "qkv_proj",
@@ -126,16 +126,10 @@ def read_weights(folder: Path) -> Weights:
 
 
 def _known(merged: Path, target: Target, spec: ModelSpec) -> Gguf:
-    family = spec.family.gguf
-    if family is None:
-        hint = "it knows Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 and Phi-3"
-        raise BadInput(merged, f"the GGUF writer does not know the model type {spec.model_type!r}", hint)
-    if problem := output_bias_problem(target, spec):
-        raise BadInput(merged / "config.json", problem, ORT)
-    if family.square and spec.num_attention_heads * spec.head_dim != spec.hidden_size:
-        what = f"{spec.num_attention_heads} heads of {spec.head_dim} are not the hidden size, {spec.hidden_size}"
-        raise BadInput(merged / "config.json", f"{what}, as llama.cpp assumes for {family.name}", ORT)
-    return family
+    if problem := cannot_build(target, spec):
+        raise BadInput(merged / "config.json", problem, OTHERS)
+    assert spec.family.gguf is not None
+    return spec.family.gguf
 
 
 def _config(merged: Path) -> Any:
@@ -156,9 +150,7 @@ def _place(gguf: ModuleType, checkpoint: Checkpoint, target: Target, spec: Model
         bare = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", source)
         name = names.get_name(bare, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise BadInput(
-                checkpoint.folder, f"llama.cpp has no place for tensor {source}", "export with an ort- target"
-            )
+            raise BadInput(checkpoint.folder, f"llama.cpp has no place for tensor {source}", OTHERS)
         shape = checkpoint.shape(source)
         yield Placed(name, source, shape, _type_of(name, shape, target, spec, promoted))
 
@@ -246,7 +238,7 @@ def _describe(
         scale = spec.hidden_size // spec.num_attention_heads if widest else spec.head_dim
         if config.query_pre_attn_scalar != scale:
             what = f"query_pre_attn_scalar {config.query_pre_attn_scalar}, llama.cpp computes with {scale}"
-            raise BadInput(merged / "config.json", what, ORT)
+            raise BadInput(merged / "config.json", what, OTHERS)
     if spec.attn_logit_softcapping is not None:
         writer.add_attn_logit_softcapping(spec.attn_logit_softcapping)
     if spec.final_logit_softcapping is not None:
@@ -269,7 +261,7 @@ def _describe_rope(gguf: ModuleType, writer: Any, merged: Path, config: Any, spe
             )
         rope = rope["full_attention"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise BadInput(merged / "config.json", "rotary positions on part of a head", ORT)
+        raise BadInput(merged / "config.json", "rotary positions on part of a head", OTHERS)
     writer.add_rope_dimension_count(spec.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope["rope_type"]
@@ -282,9 +274,9 @@ def _describe_rope(gguf: ModuleType, writer: Any, merged: Path, config: Any, spe
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         changed = sorted(set(rope) & {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"})
         if changed:
-            raise BadInput(merged / "config.json", f"yarn with {', '.join(changed)}", ORT)
+            raise BadInput(merged / "config.json", f"yarn with {', '.join(changed)}", OTHERS)
     elif kind not in ("default", "llama3"):
-        raise BadInput(merged / "config.json", f"rotary scaling {kind!r} is not written to GGUF", ORT)
+        raise BadInput(merged / "config.json", f"rotary scaling {kind!r} is not written to GGUF", OTHERS)
 
 
 def _rope_factors(merged: Path, config: Any, family: Gguf) -> torch.Tensor | None:
@@ -292,9 +284,7 @@ def _rope_factors(merged: Path, config: Any, family: Gguf) -> torch.Tensor | Non
     if config.rope_parameters.get("rope_type") != "llama3":
         return None
     if not family.rope_factors:
-        raise BadInput(
-            merged / "config.json", f"llama3's rotary scaling in {family.name}", "export with an ort- target"
-        )
+        raise BadInput(merged / "config.json", f"llama3's rotary scaling in {family.name}", OTHERS)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0].double()

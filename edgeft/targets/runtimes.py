@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from edgeft.data.grammar import Grammar, HeldTo
+from edgeft.models.families import ort_builds
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings.job import Bits, Rounding
 from edgeft.targets.build_bytes import (
@@ -60,6 +61,7 @@ class Runtime:
     packages: tuple[str, ...]  # that decide its numbers, the one of the module first
     part: str  # of edgeft that brings them: an extra, or several
     problem: Callable[[Target], str]  # what of a target it cannot do, or nothing
+    cannot_build: Callable[[ModelSpec], str]  # why no bundle of a model can be built for it, as far as that is known
     build_parts: Callable[[Build], list[Part]]  # memory beside the waiting export
     scratch: Callable[[ModelSpec, Target, int], Scratch]  # of so many bytes of weights
     # a bundle's weights
@@ -144,6 +146,30 @@ def gguf_problem(target: Target) -> str:
     return "8 bits of llama.cpp are symmetric" if target.weight_bits == 8 and not target.symmetric else ""
 
 
+def genai_cannot_build(spec: ModelSpec) -> str:
+    if not ort_builds(spec.architecture):
+        return f"onnxruntime-genai's builder does not know {spec.architecture}"
+    return spec.family.ort_problem
+
+
+def gguf_cannot_build(spec: ModelSpec) -> str:
+    family = spec.family.gguf
+    if family is None:
+        return f"the GGUF writer does not know the model type {spec.model_type!r}"
+    biased = any(linear.has_bias for linear in spec.linears if linear.role == "attention_out")
+    if biased and not family.output_bias:
+        return f"llama.cpp adds no bias to what attention gives in {family.name}, and this model has one there"
+    if family.square and spec.num_attention_heads * spec.head_dim != spec.hidden_size:
+        what = f"{spec.num_attention_heads} heads of {spec.head_dim} are not the hidden size, {spec.hidden_size}"
+        return f"{what}, as llama.cpp assumes for {family.name}"
+    return ""
+
+
+def cannot_build(target: Target, spec: ModelSpec) -> str:
+    """Why a target's bundle of this model cannot be built, as far as its config tells; nothing where it can."""
+    return runtime_of(target).cannot_build(spec)
+
+
 def kv_bits_problem(target: Target) -> str:
     """What is wrong with the bits of a target's KV cache, or nothing."""
     runtime = runtime_of(target)
@@ -151,15 +177,6 @@ def kv_bits_problem(target: Target) -> str:
     if target.kv_bits in (None, *known):
         return ""
     return f"kv_bits of runtime {target.runtime} must be {' or '.join(map(str, known))}"
-
-
-def output_bias_problem(target: Target, spec: ModelSpec) -> str:
-    """Why a target cannot add the bias that a model's attention output has, or nothing."""
-    biased = any(linear.has_bias for linear in spec.linears if linear.role == "attention_out")
-    gguf = spec.family.gguf
-    if runtime_of(target).grids != "ggml" or not biased or gguf is None or gguf.output_bias:
-        return ""
-    return f"llama.cpp adds no bias to what attention gives in {gguf.name}, and this model has one there"
 
 
 def genai_tables(spec: ModelSpec, target: Target) -> Tables:
@@ -211,6 +228,7 @@ RUNTIMES: dict[str, Runtime] = {
         packages=("onnxruntime-genai", "onnxruntime"),
         part="export",
         problem=genai_problem,
+        cannot_build=genai_cannot_build,
         build_parts=genai_build,
         scratch=genai_scratch,
         matrix_bytes=lambda linear, bits, target, layer, layers: int(quantised_bytes(linear, bits, target)),
@@ -241,6 +259,7 @@ RUNTIMES: dict[str, Runtime] = {
         packages=("llama-cpp-python",),
         part="gguf,llama",
         problem=gguf_problem,
+        cannot_build=gguf_cannot_build,
         build_parts=gguf_build,
         build_margins=2,
         scratch=gguf_scratch,
@@ -267,6 +286,7 @@ RUNTIMES: dict[str, Runtime] = {
         packages=("onnxruntime",),
         part="export",
         problem=portable_problem,
+        cannot_build=lambda spec: "",  # optimum alone knows, in an environment of its own
         build_parts=portable_build,
         build_margins=2,
         scratch=portable_scratch,

@@ -10,8 +10,9 @@ from pydantic import Field
 
 from edgeft.documents import NameIn, Strict, invalid, read_toml, shipped_folder, shipped_path
 from edgeft.errors import BadInput, did_you_mean
+from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import AUTO, Rounding
-from edgeft.targets.runtimes import RUNTIMES, kv_bits_problem, runtime_of
+from edgeft.targets.runtimes import RUNTIMES, cannot_build, kv_bits_problem, runtime_of
 
 RuntimeName = Annotated[str, NameIn(RUNTIMES)]
 SMALLEST = "ort-int4"  # where the search for the smallest artifact that keeps the fine-tune starts
@@ -166,6 +167,15 @@ def list_targets() -> list[Target]:
     return [
         load_target(str(path)) for path in sorted(shipped_folder("export").glob("*.toml"), key=lambda path: path.stem)
     ]
+
+
+def instead(target: Target, spec: ModelSpec) -> list[Target]:
+    """Of each other runtime that can build this model its smallest shipped target."""
+    able = [each for each in list_targets() if each.runtime != target.runtime and not cannot_build(each, spec)]
+    of_each: dict[str, Target] = {}
+    for each in sorted(able, key=lambda each: each.weight_bits):
+        of_each.setdefault(each.runtime, each)
+    return list(of_each.values())
 
 
 def load_target(name_or_path: str) -> Target:

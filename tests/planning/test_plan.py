@@ -18,6 +18,7 @@ from edgeft.planning.alternatives import does_not_fit
 from edgeft.planning.candidates import candidates
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan, make_plan, request_digest
+from edgeft.reporting.words import step_time, verdict
 from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import make_job
 from edgeft.units import GIB
@@ -90,6 +91,41 @@ def test_alternatives_differ_in_one_choice_and_say_what_it_costs() -> None:
         assert other.fits == (other.high_bytes <= made.budget_bytes)
         better = (other.more_quality_cost, other.more_seconds_per_step) < (0, 0)
         assert not (other.fits and better), f"{other} was the better plan"
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-1.5b", "llama-3.1-8b"])  # both keep the activations of a few layers
+def test_each_change_of_one_choice_is_said_once(model: str) -> None:
+    made = plan(model=str(CONFIGS / model))
+    assert made.training.kept_layers and len(made.alternatives) > 10
+    assert len(made.alternatives) == len({(each.setting, each.value) for each in made.alternatives})
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "why"),
+    [
+        ("gpt2", None, "onnxruntime-genai's builder does not know GPT2LMHeadModel; --target onnx-portable-int8 may do"),
+        ("gemma-3-270m", "ort-int8", "onnxruntime-genai 0.18 cannot build Gemma 3: .*; --target gguf-q4_0 or "),
+        ("smollm3-3b", "gguf-q8_0", "the GGUF writer does not know the model type 'smollm3'; --target ort-int4 or "),
+        ("gpt2", "onnx-portable-int8", None), ("gemma-3-270m", "gguf-q4_0", None), ("smollm2-135m", None, None),
+    ],
+)  # fmt: skip
+def test_a_bundle_that_cannot_be_built_is_said_with_one_that_can(
+    model: str, target: str | None, why: str | None
+) -> None:
+    made = plan(model=str(CONFIGS / model), **({"target": target} if target else {}))
+    said = [note for note in made.notes if "cannot be built" in note]
+    assert len(said) == (why is not None) and bool(made.stages.cannot_build) == (why is not None)
+    assert verdict(made).startswith("fits, but " + made.stages.target.name) if why else verdict(made) == "fits"
+    if why:
+        assert re.match(f"{made.stages.target.name} cannot be built: {why}", said[0])
+
+
+def test_without_data_a_plan_says_what_it_assumes() -> None:
+    for settings, length in (({}, "1,024"), ({"max_length": 100}, "100")):
+        made = plan(model=str(CONFIGS / "gpt2"), **settings)  # of 1,024 positions
+        assert f"no data given: 1,000 rows of {length} tokens, all trained, 3 epochs, are assumed" in made.notes
+        assert made.training.max_length == int(length.replace(",", ""))
+        assert "for the rows that are assumed" in step_time(made)
 
 
 def test_savings_are_what_the_peak_would_be_without_each_choice() -> None:

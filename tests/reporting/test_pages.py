@@ -265,7 +265,7 @@ def test_the_largest_and_the_smallest(matrix: Matrix) -> None:
     assert by_name["smollm2-135m"]["fastest"].machine == "t4"
     assert by_name["llama-3.1-8b"]["first"].machine == "cpu-8gb" and by_name["llama-3.1-8b"]["best"] is None
     assert by_name["qwen2.5-72b"]["first"] is None and by_name["qwen2.5-72b"]["why"] == ""
-    assert by_name["gpt2"]["why"] == "the runtime's builder cannot build GPT2LMHeadModel"
+    assert by_name["gpt2"]["why"] == "onnxruntime-genai's builder does not know GPT2LMHeadModel"
 
 
 def test_wording() -> None:
