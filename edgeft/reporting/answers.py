@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,26 @@ def changes_text(found: Pair) -> str:
     return text + (f", exact match {difference_text(found.exact_match, 100, 1, 'points')}" if found.exact_match else "")
 
 
+def without_common_end(prompts: Sequence[str]) -> list[str]:
+    """Prompts without what all of them end with (a chat's next turn, a form's last line), which tells none apart.
+
+    It begins at a mark or a line, so that no word is cut: `turn it on<|im_end|>...` keeps its words.
+    """
+    turned = [prompt[::-1] for prompt in prompts] if len(prompts) > 1 else [""]
+    first, last = min(turned), max(turned)  # what these two begin with all others do
+    length = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    common = first[:length][::-1]
+    begins = re.search(r"[<\[\n]", common)
+    cut = len(common) - begins.start() if begins else 0
+    return [prompt[: len(prompt) - cut] or prompt for prompt in prompts]
+
+
 def shown(samples: Sequence[SampleAnswer], bundle: Sequence[str] = ()) -> list[tuple[SampleAnswer, str]]:
     """The rows that are shown, each with the bundle's answer, or nothing where there is none."""
     given = bundle if len(bundle) == len(samples) else [""] * len(samples)
-    return [(samples[number], given[number]) for number in sampled(len(samples), SHOWN)]
+    prompts = without_common_end([row.prompt for row in samples])
+    told = [row.model_copy(update={"prompt": prompt}) for row, prompt in zip(samples, prompts, strict=True)]
+    return [(told[number], given[number]) for number in sampled(len(samples), SHOWN)]
 
 
 def in_a_line(text: str, most: int = ANSWER_SHOWN) -> str:

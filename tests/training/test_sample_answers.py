@@ -19,7 +19,7 @@ from edgeft.models.intervals import paired_means
 from edgeft.models.metrics import pair
 from edgeft.models.token_f1 import token_f1
 from edgeft.planning.plan import Plan
-from edgeft.reporting.answers import samples_table
+from edgeft.reporting.answers import end_of, samples_table, without_common_end
 from edgeft.reporting.terminal import plan_text, train_text
 from edgeft.training.job_data import Data
 from edgeft.training.result import SampleAnswer, TrainResult
@@ -201,6 +201,17 @@ def test_a_table_fits_eighty_columns() -> None:
         assert "...pt long prompt Section:" in lines[2] and "one two" in lines[2] and "[red]" in lines[3]
         assert lines[3].startswith("=" if not bundle else " ")
     assert "bundle" in lines[1]
+
+
+def test_what_all_prompts_end_with_is_left_out() -> None:
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    asked = [f"<|im_start|>user\n{words} the light{end}" for words in ("dim", "turn on", "turn off")]
+    assert [each[-9:] for each in without_common_end(asked)] == ["the light"] * 3
+    assert end_of(without_common_end(asked)[1]).endswith("user turn on the light")
+    assert without_common_end([f"Name: {name}\nSection:" for name in "ab"]) == ["Name: a", "Name: b"]
+    assert without_common_end(["one light", "other light"]) == ["one light", "other light"]  # no word is cut
+    assert without_common_end([asked[0]]) == [asked[0]] and without_common_end([end, end]) == [end, end]
+    assert without_common_end(["", "a"]) == ["", "a"] and without_common_end([]) == []
 
 
 def test_at_most_ten_are_shown() -> None:
