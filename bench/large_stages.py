@@ -31,7 +31,8 @@ LIMIT_GIB = 8.0
 STANDARD_DEVIATION = 0.008  # at 0.02 logits of noise differ by more than the proof allows where activations are int8
 MODEL, ROWS = "llama-3.2-3b", 8  # the model that is meant where none is named
 SETTINGS = {
-    "max_steps": 1, "batch_size": 1, "max_length": 64, "eval_rows": 4, "rank": 8, "base_precision": "bf16",
+    "max_steps": 1, "batch_size": 1, "max_length": 64, "eval_rows": 4, "rank": 8, "base_precision": "nf4",
+    "sample_answers": 0,
 }  # fmt: skip
 TARGETS = ("ort-int4", "ort-int8")
 # which phase of a plan the stages of an export's progress belong to
@@ -45,8 +46,9 @@ def prepare(scratch: Path, model: str) -> list[str]:
         random_shards(scratch / "model", model)
     files = []
     for name, option in (("train", "--data"), ("valid", "--valid")):
-        lines = (SECTIONS / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        (scratch / f"{name}.jsonl").write_text("".join(lines[:ROWS]))
+        rows = [json.loads(line) for line in (SECTIONS / f"{name}.jsonl").read_text().splitlines()[:ROWS]]
+        texts = [json.dumps({"text": row["prompt"] + row["completion"]}) for row in rows]  # every position is compared
+        (scratch / f"{name}.jsonl").write_text("\n".join(texts) + "\n")
         files += [option, str(scratch / f"{name}.jsonl")]
     return ["plan", "--model", str(scratch / "model"), *files, *pins(SETTINGS)]
 

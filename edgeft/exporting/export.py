@@ -31,7 +31,7 @@ from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, proof, stages
 from edgeft.memory.stages import PARITY_PROMPTS
-from edgeft.memory.train_step import Phase, Workload
+from edgeft.memory.train_step import Phase
 from edgeft.merging.ancestors import ancestors_of, provenance_of
 from edgeft.merging.merge import check_trained, verify_merged
 from edgeft.merging.merged_tensors import merged_rung
@@ -82,21 +82,24 @@ def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibra
 
 def question_of(plan: Plan) -> Question:
     """What a plan's stages after training depend on."""
-    longest = plan.training.max_length
-    work = Workload(longest, min(longest, plan.lengths.longest_trained if plan.lengths else longest))
     data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
-    return Question(plan.job, plan.profile, plan.spec, plan.lengths, work, data_bytes, budget)
+    return Question(plan.job, plan.profile, plan.spec, plan.lengths, plan.work, data_bytes, budget)
+
+
+def room_bytes(plan: Plan) -> int:
+    """What a proof here may hold: what its plan counts on, less where this process can have less."""
+    here, planned = memory_limit().bytes, plan.stages.host_bytes
+    return here if planned is None else min(planned, here)
 
 
 def proof_phase(plan: Plan, target: Target) -> Phase:
-    """The parity ladder in the memory that this process can have."""
-    return proof.prove(question_of(plan), plan.training, target, memory_limit().bytes)
+    """The parity ladder as it was planned, or in the memory that this process can have where that is less."""
+    return proof.prove(question_of(plan), plan.training, target, room_bytes(plan))
 
 
 def loader(plan: Plan) -> Load:
     """How a proof here loads models in fp32: whole, or a layer at a time."""
-    streamed = proof.streams(question_of(plan), plan.training, memory_limit().bytes)
-    return load_streamed if streamed else load_plain
+    return load_streamed if proof.streams(question_of(plan), plan.training, room_bytes(plan)) else load_plain
 
 
 def export(

@@ -63,9 +63,41 @@ def test_layers_stay_in_their_files_where_whole_models_have_no_room(
     question = export_module.question_of(plan)
     [whole] = proof._models(question, plan.training, streamed=False)
     need = proof._phase(question, whole).high_bytes
-    for limit, expected in ((need, load_plain), (need - 1, load_streamed)):
-        monkeypatch.setattr(export_module, "memory_limit", lambda limit=limit: Limit(limit, "a test"))
-        assert loader(plan) is expected
+    for here, planned, expected in (
+        (need, need, load_plain),
+        (need - 1, need, load_streamed),  # less here than the plan counts on
+        (need, need - 1, load_streamed),  # what was planned, where there is more
+        (need, None, load_plain),
+        (need - 1, None, load_streamed),
+    ):
+        monkeypatch.setattr(export_module, "memory_limit", lambda here=here: Limit(here, "a test"))
+        stages_ = plan.stages.model_copy(update={"host_bytes": planned})
+        assert loader(plan.model_copy(update={"stages": stages_})) is expected, (here, planned)
+
+
+@pytest.mark.parametrize("target", ["ort-int4", "ort-int8", "gguf-q4_0"])
+@pytest.mark.parametrize(
+    ("model", "profile", "memory"),
+    [
+        ("llama-3.1-8b", "t4", None),
+        ("llama-3.1-8b", "laptop-16gb", None),
+        ("llama-3.2-3b", "cpu-16gb", 8 * GIB),
+        ("smollm2-135m", "cpu-16gb", GIB),
+        ("smollm2-135m", "cpu-16gb", None),
+    ],
+)
+def test_an_export_proves_as_its_plan_says_where_this_machine_has_more(
+    monkeypatch: pytest.MonkeyPatch, model: str, profile: str, memory: int | None, target: str
+) -> None:
+    """Whole or a layer at a time is decided once: the phase that an export checks is its plan's, to the byte."""
+    made = make_plan(make_job(
+        model=str(CONFIGS / model), profile=profile, max_memory_bytes=memory, target=target, max_length=128
+    ))  # fmt: skip
+    [planned] = [phase for phase in made.stages.phases if phase.name == "export: prove"]
+    monkeypatch.setattr(export_module, "memory_limit", lambda: Limit(256 * GIB, "a test"))
+    assert export_module.proof_phase(made, made.stages.target) == planned
+    said = any(note.startswith("export: prove reads the model a layer at a time") for note in made.notes)
+    assert (loader(made) is load_streamed) == said
 
 
 def test_an_8b_model_is_proven_in_16_gib() -> None:
