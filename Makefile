@@ -204,8 +204,8 @@ rows ?= 1000
 bench-smollm2: .venv/installed-dev  ## a real 135M model from a package, two tasks, every int4 and what auto ends in (rows=200 is shorter)
 	$(py) bench/smollm2.py --rows $(rows)
 
-bench-emulated: .venv/installed-dev  ## three bundles on an emulated Raspberry Pi 5: golden vectors, tokens that differ from here, memory
-	$(py) bench/emulated.py
+bench-emulated: .venv/installed-dev  ## three bundles on an emulated Raspberry Pi 5: golden vectors, tokens that differ from here, memory (merged=FOLDER: SmolLM2, trained)
+	$(py) bench/emulated.py $(call option,merged,$(merged))
 
 bench-kv-cache: .venv/installed-dev  ## a KV cache of 8 bits beside the runtime's own on that model: memory, loss, long rows
 	$(py) bench/kv_cache.py --rows $(if $(filter 1000,$(rows)),200,$(rows))
