@@ -37,6 +37,7 @@ TRACKERS = {
 }  # fmt: skip
 PROJECT = "edgeft"
 LOG = "tracker.log"  # what trackers print
+SECONDS_TO_START = 120.0  # that trackers have to say that they are there: one may wait for a network, or for a login
 SECONDS_TO_END = 60.0  # that a tracker has, behind the last step, to send what it holds
 UNUSED = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}  # a tracker needs no GPU, nor a context on one
 
@@ -63,7 +64,7 @@ def _is_there(module: str) -> bool:
 
 
 class Tracker:
-    """Trackers in a process of their own; `step` and `end` never wait for them but at the end, for a minute."""
+    """Trackers in a process of their own, which nothing waits for but its start and its end, and these not for ever."""
 
     def __init__(self, names: Sequence[str], place: Path, config: Mapping[str, Any]) -> None:
         """Start them, each writing below `place` where it writes files. Raises BadInput with what they say."""
@@ -79,11 +80,22 @@ class Tracker:
         self.lines.put(json.dumps({"trackers": list(names), "place": str(place), "config": dict(config)}))
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        if problem := json.loads(said).get("problem") if said else "ended at once":
+        if problem := self._started():
             self.end()
             raise BadInput(f"--track {','.join(names)}", problem, f"what it said is in {place / LOG}")
+
+    def _started(self) -> str:
+        """Why the trackers are not there, or nothing; killed where they do not answer."""
+        stream, answers = self.process.stdout, queue.Queue[str]()
+        assert stream is not None
+        threading.Thread(target=lambda: answers.put(stream.readline()), daemon=True).start()
+        try:
+            said = answers.get(timeout=SECONDS_TO_START)
+        except queue.Empty:
+            self.process.kill()
+            answers.get()  # its end: nobody reads the stream any more
+            return f"had not started after {SECONDS_TO_START:.0f} seconds"
+        return str(json.loads(said).get("problem", "")) if said else "ended at once"
 
     def step(self, record: StepRecord) -> None:
         """One step of the run, or one that it had behind it when it was stopped."""

@@ -62,6 +62,11 @@ class Hangs(Recorded):
 class Refuses(Recorded):
     def store_init_configuration(self, values):
         raise ValueError("api_key is not configured")
+
+class Waits(Recorded):
+    def store_init_configuration(self, values):
+        import time
+        time.sleep(1000)
 """
 
 
@@ -135,6 +140,14 @@ def test_one_that_cannot_begin_is_an_error_before_anything_runs(own: str, plan_f
     assert not (tmp_path / ".train.work").exists()
     with pytest.raises(BadInput, match="--track ours:Missing: AttributeError"):
         edgeft.train(plan_file(), tmp_path / "train", rehearsal=False, track=[f"{own}:Missing"])
+
+
+def test_one_that_waits_for_ever_at_its_start_is_an_error_too(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_TO_START", 0.2)
+    with pytest.raises(BadInput, match=r"(?s)had not started after 0 seconds.*tracker\.log"):
+        Tracker([f"{own}:Waits"], tmp_path / "tracking", {})
 
 
 def test_names_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
