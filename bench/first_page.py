@@ -10,12 +10,18 @@ from collections.abc import Sequence
 
 from run import ROOT
 
+from edgeft.machines.limits import usable_cores
 from edgeft.machines.profile import load_profile
 from edgeft.reporting.bars import Bar
 from edgeft.reporting.card import Card
+from edgeft.reporting.matrix import TrainingCell, find_profiles, make_matrix
 from edgeft.reporting.palette import FAMILIES, Family
-from edgeft.units import show_bytes
+from edgeft.reporting.words import show_pace, symbol
+from edgeft.units import show_bytes, show_count
 
+SHOWN = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen2.5-1.5b", "llama-3.2-3b", "qwen2.5-7b", "llama-3.1-8b",
+         "qwen2.5-14b")  # fmt: skip
+MACHINES = ("cpu-8gb", "rtx4060-8gb", "t4", "rtx4090-24gb")
 MODEL, PROFILE, DEVICE = "examples/configs/qwen2.5-1.5b", "t4", "raspberrypi5-8gb"
 PLAN = ["plan", MODEL, "--on", PROFILE, "--for", DEVICE]
 
@@ -40,6 +46,22 @@ def output() -> str:
         [sys.executable, "-m", "edgeft", *PLAN, "--out", "-"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def machines() -> str:
+    """Which machine trains which model, and what it needs there, as a table."""
+    profiles = find_profiles(",".join(MACHINES))
+    folders = [(name, str(ROOT / "examples" / "configs" / name)) for name in SHOWN]
+    made = make_matrix(folders, profiles, workers=usable_cores())
+    lines = [["model", *(f"{each.name}, {show_bytes(each.budget_bytes)}" for each in profiles)], ["---"] * 5]
+    lines += [[f"{row.name}, {show_count(row.parameters or 0)}", *map(cell, row.training)] for row in made.models]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(found: TrainingCell) -> str:
+    need = "" if found.need_bytes is None else show_bytes(found.need_bytes)
+    pace = f", {show_pace(found.seconds_per_million_tokens)}" if found.fits else ""
+    return f"{symbol(found)} {need}{pace}"
 
 
 def picture() -> str:
@@ -120,12 +142,12 @@ def write(top: int, text: str, kind: str = "") -> str:
 
 
 def main() -> None:
-    page = ROOT / "README.md"
-    shown = re.sub(
-        r"```\nverdict .*?```", lambda _: f"```\n{output()}\n```", page.read_text(encoding="utf-8"), flags=re.S
-    )
+    page, plan, table, drawn = ROOT / "README.md", output(), machines(), picture()
+    shown = page.read_text(encoding="utf-8")
+    shown = re.sub(r"```\nverdict .*?```", lambda _: f"```\n{plan}\n```", shown, flags=re.S)
+    shown = re.sub(r"^\| model \| cpu-8gb.*(\n\|.*)+", lambda _: table, shown, count=1, flags=re.M)
     page.write_text(shown, encoding="utf-8")
-    (ROOT / "docs" / "plan.svg").write_text(picture(), encoding="utf-8")
+    (ROOT / "docs" / "plan.svg").write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def cache_folder() -> Path:
 
 
 def shipped_folder(name: str) -> Path:
-    """`profiles`, `export` or `examples`: at the top of a checkout, inside the package when installed from a wheel.
+    """`profiles`, `export`, `examples` or `docs`: at the top of a checkout, in the package when installed from a wheel.
 
     `edgeft.export` is a function, so a wheel holds the targets as `export_targets`.
     """

@@ -2888,13 +2888,15 @@ def _share(text: str) -> float:
     return value
 
 
-HELP, HERE = frozenset(("-h", "--help")), Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 
 
-def about(bundle: Path) -> str:
-    """What a bundle's prompts are like, for its --help; nothing where this file lies in none."""
+def about(argv: list[str]) -> str:
+    """What a bundle's prompts are like, where --help is asked for and there is a bundle; else nothing."""
+    if not {"-h", "--help"}.intersection(argv):
+        return ""
     try:
-        manifest = read_manifest(bundle)
+        manifest = read_manifest(Path(argv[argv.index("--bundle") + 1]) if "--bundle" in argv else HERE)
         golden = manifest["golden"][0]
         said = str(golden["messages"][-1]["content"] if golden.get("messages") else golden["text"])
         chat = manifest["prompt_format"] == "chat"
@@ -2909,7 +2911,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=about(HERE) if HELP.intersection(sys.argv if argv is None else argv) else None,
+        epilog=about(sys.argv[1:] if argv is None else argv),
     )  # fmt: skip
     parser.add_argument("prompt", nargs="?", help="the prompt; - reads standard input")
     parser.add_argument("--bundle", type=Path, default=HERE, help="default: where this file is")

@@ -63,6 +63,15 @@ def test_the_first_page_shows_what_the_command_prints() -> None:
     assert page.stdout.strip() in FIRST and len(FIRST.splitlines()) < 160
 
 
+@pytest.mark.slow  # 32 plans
+def test_the_table_of_machines_is_what_is_planned() -> None:
+    table = subprocess.run(
+        [sys.executable, "-c", "import first_page\nif __name__ == '__main__': print(first_page.machines())"], cwd=BENCH,
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert table.stdout.strip() in FIRST
+
+
 @pytest.mark.parametrize("page", [page.name for page in PAGES])
 def test_every_page_begins_with_an_example_and_the_first_page_leads_to_it(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

@@ -245,7 +245,7 @@ def bad(tmp_path: Path, model: Path, case: str) -> tuple[list[object], int, str]
         (tmp_path / "bare").mkdir()
         shutil.copyfile(model / "config.json", tmp_path / "bare" / "config.json")
         rows.write_text(good)
-        return [*plan, tmp_path / "bare", "--data", rows], 1, "there is no tokenizer.json"
+        return [*plan, tmp_path / "bare", "--data", rows], 1, "is the shape of a model: it has no tokenizer"
     if case == "adapter":
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')

@@ -29,5 +29,5 @@ def example(out: str | Path) -> Path:
         shutil.copytree(source / "configs", made / SHAPES)
         for name in ROWS:
             shutil.copyfile(source / "debian-sections" / f"{name}.jsonl", made / f"{name}.jsonl")
-        shutil.copyfile(source / "README.md", made / SOURCES)
+        shutil.copyfile(source / SOURCES, made / SOURCES)
     return folder

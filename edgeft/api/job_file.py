@@ -30,8 +30,23 @@ HEAD = """\
 KEYS = {"profile": "on", "device": "for", "max_memory_bytes": "max_memory"} | {
     name: name for name in ("model", "data", "valid", "test", "target", "max_seconds")
 }
-SHOWN = ("epochs", "rank", "learning_rate", "batch_size", "max_length", "seed")  # of the settings, in a new file
-EXAMPLES = {"rank": 16, "learning_rate": 2e-4, "max_length": 512}  # of those that are planned where they are not set
+SHOWN = (
+    "epochs",
+    "rank",
+    "learning_rate",
+    "batch_size",
+    "max_length",
+    "answers",
+    "kv_bits",
+    "seed",
+)  # of the settings, in a new file
+EXAMPLES = {
+    "rank": 16,
+    "learning_rate": 2e-4,
+    "max_length": 512,
+    "answers": "labels",
+    "kv_bits": 8,
+}  # of those that are planned where they are not set
 PINNED = {"device": "device", "target": "target", "max_seconds": "max_seconds", "max_memory_bytes": "max_memory"}
 # what is read together: where the command line names the first of them, the others of the file are not meant
 TOGETHER = (("on", "memory"), ("memory", "on"), ("data", "valid", "test", "columns"))

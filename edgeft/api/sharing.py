@@ -61,9 +61,15 @@ def push(
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, added, commit_message=f"{parcel.kind}, by edgeft")
     except Exception as problem:  # huggingface_hub raises many kinds, and those of its client
-        said = getattr(problem, "server_message", None) or str(problem).strip().splitlines()[0]
+        said = "; ".join(_words(each) for each in (problem, problem.__cause__) if each is not None)
         raise BadInput(repository, f"was not uploaded: {said}", "check its name, and what the token may do") from None
     return str(done.commit_url)
+
+
+def _words(problem: BaseException) -> str:
+    """What the hub says of a request, or else the client."""
+    told = getattr(problem, "server_message", None) or str(problem).strip() or type(problem).__name__
+    return str(told).splitlines()[0]
 
 
 def pack(result: OnDisk | str | Path, *, base: str | None = None) -> Parcel:

@@ -41,7 +41,7 @@ PANELS: dict[str, tuple[Any, ...]] = {
     "Understand": (example, doctor, data, report, survival),
     "Ship": (adapters, verify, sign, arm64, push),
 }
-PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def _say_version(asked: bool) -> None:

@@ -15,8 +15,12 @@ from edgeft.errors import BadInput
 def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
     """Run a bundle here, by edgeft's own run.py: edgeft run BUNDLE "prompt" [--system TEXT | --plain | --bench ...].
 
-    The bundle's own copy is a program that came with it and is not started; `edgeft verify` says if it is another.
+    edgeft run BUNDLE --help shows every option, and how this bundle is asked. The bundle's own copy is a program that
+    came with it and is not started; `edgeft verify` says if it is another.
     """
+    if str(bundle) in ("-h", "--help"):
+        print(context.get_help())
+        raise typer.Exit
     raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
 
 

@@ -23,7 +23,9 @@ def report(
     plan_file: Annotated[
         Path | None, typer.Argument(metavar="PLAN", help="plan.json, or the build folder that holds it")
     ] = None,
-    models: Annotated[Path | None, typer.Option(help="instead of a plan: every model in this folder")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="instead of a plan: every model below this folder, or these folders: a,b,c")
+    ] = None,
     machines: Annotated[
         str | None, typer.Option("--on", help="for --models: machines that train; all, or names as in t4,l4-24gb")
     ] = None,
@@ -44,7 +46,7 @@ def report(
 ) -> None:
     """Write one page to decide on hardware with: a plan, the run made from it, or many models on many machines."""
     from edgeft.machines.limits import usable_cores
-    from edgeft.reporting.matrix import Matrix, find_devices, find_models, make_matrix
+    from edgeft.reporting.matrix import Matrix, find_all, find_devices, make_matrix
     from edgeft.reporting.pages import write_report
     from edgeft.reporting.summary import Summary
 
@@ -54,7 +56,7 @@ def report(
     if models is None and machines is not None:
         raise BadInput("--on", "the machine of a report is its plan's", "give --on to edgeft plan, or --models FOLDER")
     if models is not None:
-        found, pinned = find_models(models), [text.partition("=") for text in settings or []]
+        found, pinned = find_all(models), [text.partition("=") for text in settings or []]
         parse_settings(settings or [])  # a misspelt key is an error, not a cell
         with Reporter(stderr) as progress:
             made = make_matrix(
@@ -134,8 +136,13 @@ class Shown(enum.StrEnum):
 
 
 def show_what(
-    what: Annotated[Shown, typer.Argument(help="profiles, targets, settings; layers MODEL; schema plan or report")],
-    name: Annotated[str | None, typer.Argument(help="of a model (folder or hub id), or of a document")] = None,
+    what: Annotated[
+        Shown,
+        typer.Argument(
+            help="profiles, or one of them as a file to copy; targets, settings; layers MODEL; schema plan or report"
+        ),
+    ],
+    name: Annotated[str | None, typer.Argument(help="of a profile, a model (folder or hub id), or a document")] = None,
     here: Annotated[
         Path | None, typer.Option(metavar="OUT.toml", help="profiles: measure this machine and write its own, for --on")
     ] = None,
@@ -145,10 +152,14 @@ def show_what(
     if here is not None and what is not Shown.profiles:
         raise BadInput("--here", f"is for profiles, not for {what}", "edgeft show profiles --here OUT.toml")
     needed = {Shown.layers: "a model", Shown.schema: "a document: plan or report"}
-    if (name is None) == (what in needed):
+    if (name is None) == (what in needed) and what is not Shown.profiles:
         raise BadInput(f"show {what}", f"needs {needed[what]}" if what in needed else f"takes no name, got {name!r}")
     if here is not None:
         _write_here(here)
+    elif what is Shown.profiles and name is not None:
+        from edgeft.documents import shipped_path
+
+        stdout.print(shipped_path("profile", "profiles", name).read_text(encoding="utf-8"), markup=False, end="")
     elif what is Shown.profiles:
         _show_profiles(as_json)
     elif what is Shown.targets:
@@ -171,7 +182,7 @@ def _write_here(path: Path) -> None:
 
 def _show_profiles(as_json: bool) -> None:
     from edgeft.machines.profile import list_profiles
-    from edgeft.reporting.terminal import profiles_text
+    from edgeft.reporting.listings import profiles_text
 
     found = list_profiles()
     if as_json:
@@ -187,8 +198,9 @@ def _show_targets(as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([target.model_dump() for target in found]) + "\n")
         return
-    for target in found:
-        stdout.print(f"{target.name:20} {target.description}", soft_wrap=True)
+    from edgeft.reporting.listings import named_text
+
+    stdout.print(named_text("target", {target.name: target.description for target in found}))
 
 
 def _show_layers(model: str, as_json: bool) -> None:
@@ -208,6 +220,6 @@ def _show_settings(as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(Job.model_json_schema()["properties"]) + "\n")
         return
-    for name, field in Job.model_fields.items():
-        default = "required" if field.is_required() else "planned" if field.default is None else f"{field.default}"
-        stdout.print(f"{name:18} {default:10} {field.description}", soft_wrap=True, markup=False)
+    from edgeft.reporting.listings import settings_text
+
+    stdout.print(settings_text())

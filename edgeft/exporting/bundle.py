@@ -194,8 +194,10 @@ def readme(
     lines = [
         "# A language model to run on a device",
         "",
+        "    python3 -m venv ../runtime && . ../runtime/bin/activate",
         f"    pip install {' '.join(needed_packages(target, held_to))}",
         '    python run.py "a prompt"',
+        *(["    python run.py                # a conversation"] if prompt_format == "chat" else []),
         "    python run.py --serve 8080",
         "    python run.py --bench",
         "    python run.py --verify",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from edgeft.documents import Artifact, Strict, saving, sha256_file
-from edgeft.errors import BadInput, EdgeftError
+from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.models.metrics import Metrics
 from edgeft.targets.target import Target, list_targets
 
@@ -66,7 +66,8 @@ def compare_targets(
         try:
             candidates.append(_measured(target, build(target, out / target.name), out / target.name))
         except EdgeftError as problem:
-            candidates.append(Candidate(name=target.name, runtime=target.runtime, problem=str(problem.problem)))
+            said = f"{problem.where} {problem.problem}" if isinstance(problem, MissingExtra) else str(problem.problem)
+            candidates.append(Candidate(name=target.name, runtime=target.runtime, problem=said))
             shutil.rmtree(out / target.name, ignore_errors=True)  # of an earlier run, that passed
     ship, reason = choose(candidates)
     made = Comparison(

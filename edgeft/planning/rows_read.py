@@ -10,7 +10,7 @@ from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, meas
 from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Size
 from edgeft.errors import BadInput
-from edgeft.models.headers import local_folder
+from edgeft.models.headers import has_weights, local_folder
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.early_stopping import rows_scored
 from edgeft.settings.job import Job
@@ -20,6 +20,7 @@ DEFAULT_LENGTH, DEFAULT_ROWS = 2048, 1000  # planned for when no data is given
 # takes 340 for each entry of its vocabulary with its merge (16,000 to 150,000 entries, after freed memory was given
 # back), and 3 MB whatever it holds. The text itself is read a few rows at a time.
 DATA_BYTES, BYTES_PER_TOKEN, BYTES_PER_ROW, BYTES_PER_ENTRY = 3_000_000, 8, 300, 340
+FEW = 50  # rows: the 95% interval of their exact match is some 28 points wide
 Scored = tuple[tuple[Size, ...], ...]
 
 
@@ -34,7 +35,11 @@ def read_data(job: Job, folder: Path | None) -> Read | None:
     """The job's data files; None where it has none. A hub model's tokenizer is fetched to measure them."""
     if job.data is None:
         return None
-    tokenizer = TextTokenizer(folder or local_folder(job.model))
+    folder = folder or local_folder(job.model)
+    if not (folder / "tokenizer.json").is_file() and not has_weights(folder):
+        hint = "leave --data out and say how long rows are (--set max_length=64), or name the model itself"
+        raise BadInput(folder, "is the shape of a model: it has no tokenizer to count data with", hint)
+    tokenizer = TextTokenizer(folder)
     sources = filter(None, (job.data, job.valid, job.test))
     return Read(tokenizer, {source: measure(source, tokenizer, job.max_length) for source in sources})
 
@@ -51,7 +56,8 @@ def read_lengths(job: Job, spec: ModelSpec, read: Read | None) -> tuple[Lengths 
     for entry in every:
         check_vocabulary(entry, spec)
     data_bytes = samples_bytes(every, read.tokenizer.backend.get_vocab_size())
-    return every[0], data_bytes, _scored(job, sizes), notes
+    scored = _scored(job, sizes)
+    return every[0], data_bytes, scored, [*notes, *few_rows(job, scored)]
 
 
 def assumed_rows(job: Job, length: int) -> list[str]:
@@ -64,6 +70,17 @@ def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
     """The rows that a run scores before training and after it: of validation data the first, of test data all."""
     valid = sizes[1] if job.valid else hold_out(sizes[0], HELD_OUT_SHARE, job.seed)[1]
     return rows_scored(job, valid, sizes[-1] if job.test else None)
+
+
+def few_rows(job: Job, scored: Scored) -> list[str]:
+    """A line where so few rows are scored that their scores say little, and what to do about it."""
+    most = max(map(len, scored))
+    if most >= FEW:
+        return []
+    where = "of the data are held out" if job.valid is None else "are there to validate"
+    return [
+        f"{most} rows {where}: their scores tell only large differences from chance; --valid FILE with {FEW} or more"
+    ]
 
 
 def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:

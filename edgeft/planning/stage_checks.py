@@ -64,11 +64,17 @@ class Stages(Strict):
         return self.target_bytes if phase.where == "target" else self.host_bytes
 
     def notes(self) -> list[str]:
-        """A line for each stage that may need more of the host than there is, pages of files left out of it."""
-        return [
+        """A line for each stage that may need more than there is: of the host, pages of files apart, or the device."""
+        lines = [
             f"{name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes or 0)}: run it elsewhere"
             for name, need in self.too_large().items()
         ]
+        bundle = self.phases[-1]
+        if self.target_bytes is not None and bundle.high_bytes > self.target_bytes:
+            need, has = show_bytes(bundle.high_bytes), show_bytes(self.target_bytes)
+            line = f"{show_bytes(bundle.expected_bytes)} are expected: a smaller target or context is safer"
+            lines.append(f"the bundle may need {need} of {self.target_name}'s {has}, {line}")
+        return lines
 
     def too_large(self) -> dict[str, int]:
         """Bytes that may be needed by each stage for which the host has less; nothing where that is not known."""

@@ -75,6 +75,7 @@ def plan_card(plan: Plan, devices: Sequence[DeviceCell] = ()) -> Card:
     host = show_bytes(plan.stages.host_bytes or 0)
     hints = [f"{stage} needs up to {show_bytes(need)} of main memory, and {plan.profile.name} has {host}: "
              "run it on another machine" for stage, need in _highest(elsewhere).items()]  # fmt: skip
+    hints += [note for note in plan.stages.notes() if note.startswith("the bundle may need")]
     hints += build_notes(plan.spec, plan.stages.target, plan.stages.cannot_build)
     return Card(
         state="elsewhere" if hints else "fits",
@@ -218,8 +219,9 @@ def _equal(bundle: Bundle | None, score: TaskScore) -> tuple[Fact, ...]:
         return ()
     name = f"{bundle.target.name} equals trained"
     failed = bundle.failed or _problems(bundle)
-    pairs = bundle.proof.pairs
-    return (Fact(name=name, value="failed" if failed else "passed", note=_rounding(pairs[-1], score) if pairs else ""),)
+    rounded = [each for each in bundle.proof.pairs if each.before == "merged"]
+    note = _rounding(rounded[-1], score) if rounded else ""
+    return (Fact(name=name, value="failed" if failed else "passed", note=note),)
 
 
 def _rounding(found: Pair, score: TaskScore) -> str:

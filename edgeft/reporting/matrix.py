@@ -110,6 +110,13 @@ class Matrix(Artifact):
     models: tuple[ModelRow, ...]
 
 
+def find_all(folders: str) -> list[tuple[str, str]]:
+    """(name, folder) of every model below one folder or several, `a,b,c`. Raises BadInput where one holds none."""
+    if Path(folders).exists() or "," not in folders:
+        return find_models(Path(folders))
+    return [each for folder in folders.split(",") for each in find_models(Path(folder.strip()))]
+
+
 def find_models(folder: Path) -> list[tuple[str, str]]:
     """(name, folder) of every model below `folder`, itself included. Raises BadInput when there is none."""
     found = sorted(_holding("config.json", folder))

@@ -11,6 +11,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.timing import DATASHEET_SHARES, MEASURED_SHARES
 from edgeft.reporting import bars, charts
 from edgeft.reporting.answers import in_a_line, pair_cells, pair_head, score_cells, score_head
+from edgeft.reporting.glossary import words_of
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.markdown import approximate, to_markdown
 from edgeft.reporting.matrix import Grade, Matrix, ModelRow
@@ -55,6 +56,7 @@ def to_html(report: Summary | Matrix) -> str:
     """The page: styles and figures inside it, no script, no address."""
     values = _matrix_values(report) if isinstance(report, Matrix) else _summary_values(report)
     name = "matrix.html.j2" if isinstance(report, Matrix) else "summary.html.j2"
+    values["words_used"] = words_of(to_markdown(report))
     text = environment().get_template(name).render(report=report, **values)
     return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
 

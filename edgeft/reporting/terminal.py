@@ -11,7 +11,6 @@ from rich.text import Text
 
 from edgeft.data.labels import labels_line
 from edgeft.data.task_score import TaskScore
-from edgeft.machines.profile import Profile
 from edgeft.memory.disk import total
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.train_step import Phase
@@ -196,25 +195,6 @@ def importance_text(importance: Importance) -> str:
 
 def _layers(layers: tuple[int, ...]) -> str:
     return ",".join(map(str, layers))
-
-
-def profiles_text(profiles: list[Profile]) -> RenderableType:
-    """All shipped profiles, one line each."""
-    table = new_table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
-    for profile in profiles:
-        memory = f"{profile.memory_gib:g} GiB" if profile.memory_gib else "detected"
-        bandwidth = f"{profile.bandwidth_gb_per_second:g}" if profile.bandwidth_gb_per_second else "measured"
-        dtypes = " ".join(profile.dtypes) or "measured"
-        table.add_row(
-            profile.name,
-            " ".join(profile.roles),
-            profile.device,
-            memory,
-            dtypes,
-            bandwidth,
-            profile.description,
-        )
-    return table
 
 
 def layers_text(found: Discovery) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -28,12 +29,15 @@ from edgeft.models import hub
 
 @dataclass
 class Hub:
-    """As much of the hub as an upload talks to; every file goes the short way, within the commit."""
+    """As much of the hub as an upload talks to. Small files go within the commit, `large` ones by Git LFS before it."""
 
     address: str = ""
     tokens: set[str] = field(default_factory=lambda: {"hf_right"})
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
+    large: tuple[str, ...] = ()
+    stored: dict[str, bytes] = field(default_factory=dict)  # by sha256
+    full: bool = False
 
 
 @pytest.fixture
@@ -48,6 +52,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             if token not in made.tokens:
                 return self.answer(401, {"error": "Invalid credentials"})
+            if self.path.endswith(".git/info/lfs/objects/batch"):
+                found = [{**each, "actions": {"upload": {"href": f"{made.address}/store/{each['oid']}"}}}
+                         for each in json.loads(raw)["objects"]]  # fmt: skip
+                return self.answer(200, {"transfer": "basic", "objects": found})
             if self.path == "/api/repos/create":
                 asked = json.loads(raw)
                 name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
@@ -61,15 +69,25 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                 return self.answer(200, {"errors": wrong, "warnings": []})
             _, _, _, owner, name, what, *_ = self.path.partition("?")[0].split("/")
             if what == "preupload":
-                files = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
-                         for each in json.loads(raw)["files"]]  # fmt: skip
+                files = [{"path": each["path"], "uploadMode": "lfs" if each["path"] in made.large else "regular",
+                          "shouldIgnore": False} for each in json.loads(raw)["files"]]  # fmt: skip
                 return self.answer(200, {"files": files})
             for line in filter(None, raw.split(b"\n")):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
                     made.repositories[f"{owner}/{name}"][entry["value"]["path"]] = content
+                if entry["key"] == "lfsFile":
+                    content = made.stored[entry["value"]["oid"]]
+                    made.repositories[f"{owner}/{name}"][entry["value"]["path"]] = content
             self.answer(200, {"commitUrl": f"{made.address}/{owner}/{name}/commit/{'a' * 40}", "commitOid": "a" * 40})
+
+        def do_PUT(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if made.full:
+                return self.answer(403, {"error": "no room"})
+            made.stored[self.path.rpartition("/")[2]] = content
+            self.answer(200, {})
 
         def do_GET(self) -> None:
             self.answer(404, {"error": "not here"})
@@ -117,6 +135,31 @@ def test_a_bundle_arrives_whole_and_runs(here: Hub, job: Path, tmp_path: Path) -
         (tmp_path / name).write_bytes(content)
     edgeft.verify(tmp_path)  # every hash, and the golden vectors
     assert holds_no_path(arrived, job)
+
+
+LARGE = ("model.onnx.data", "tokenizer.json")
+
+
+def test_large_files_go_by_git_lfs(here: Hub, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    here.large = LARGE
+    edgeft.push(job / "bundle", "me/model", token="hf_right")
+    assert {hashlib.sha256(content).hexdigest() for content in here.stored.values()} == set(here.stored)
+    assert len(here.stored) == len(LARGE)
+    for name, content in here.repositories["me/model"].items():
+        (tmp_path / name).write_bytes(content)
+    edgeft.verify(tmp_path, replay=False)
+    here.full = True
+    with pytest.raises(BadInput, match=r"me/other: was not uploaded: .*(no room|403)"):
+        edgeft.push(job / "bundle", "me/other", token="hf_right")
+    assert here.repositories["me/other"] == {}  # no commit names what never arrived
+
+
+def test_a_store_that_cannot_be_reached_commits_nothing(here: Hub, job: Path) -> None:
+    here.large = LARGE  # and this hub gives no token for Xet, which the client takes where it is installed
+    with pytest.raises(BadInput, match="me/model: was not uploaded: "):
+        edgeft.push(job / "bundle", "me/model", token="hf_right")
+    assert here.repositories["me/model"] == {} and here.stored == {}
 
 
 def test_a_merged_checkpoint_goes_with_its_card_and_without_its_record(here: Hub, job: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from tiny import ROOT
 from typer.testing import CliRunner
 
 from edgeft.cli import MOVED, app
+from edgeft.machines.profile import load_profile
+from edgeft.reporting.listings import GROUPS, values_of
 from edgeft.settings.job import Job
 
 
@@ -34,9 +38,39 @@ def test_settings_are_those_of_a_job() -> None:
     assert set(json.loads(shown.output)) == set(Job.model_fields)
 
 
+def test_a_profile_is_shown_as_the_file_to_copy(tmp_path: Path) -> None:
+    shown = edgeft("show", "profiles", "rtx4060-8gb")
+    assert shown.stdout == (ROOT / "profiles" / "rtx4060-8gb.toml").read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(shown.stdout.replace("memory_gib = 7.6", "memory_gib = 11.6"))
+    assert load_profile(str(tmp_path / "mine.toml")).memory_gib == 11.6
+    unknown = edgeft("show", "profiles", "rtx4600")
+    assert unknown.returncode == 1 and "rtx4060-8gb" in unknown.stderr
+
+
+def test_settings_are_listed_by_what_they_are_about_with_what_they_may_be() -> None:
+    shown = edgeft("show", "settings").stdout
+    assert [name for name in Job.model_fields if name in GROUPS] == list(GROUPS)
+    places = [shown.index(f"\n {name} ") for name in Job.model_fields]  # each once, in the model's order
+    assert places == sorted(places) and all(title in shown for title in GROUPS.values())
+    words = " ".join(shown.split())
+    assert "[fp32 | bf16 | fp16 | nf4]" in words and "[true | false]" in words and "[auto | 8 | 16 | 32]" in words
+    assert values_of({"type": "integer"}) == []
+
+
+def test_help_behind_a_bundle_is_that_of_its_runner(tmp_path: Path) -> None:
+    for words in (["--help"], ["-h"]):
+        assert "Run a bundle here" in CliRunner().invoke(app, ["run", *words]).output
+    shown = edgeft("run", str(tmp_path), "--help")
+    assert shown.returncode == 0 and "--min-probability" in shown.stdout and "This bundle" not in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [(["layers"], "needs a model"), (["schema"], "needs a document"), (["profiles", "t4"], "takes no name, got 't4'")],
+    [
+        (["layers"], "needs a model"),
+        (["schema"], "needs a document"),
+        (["targets", "ort-int4"], "takes no name, got 'ort-int4'"),
+    ],
 )
 def test_show_says_what_it_needs(arguments: list[str], problem: str) -> None:
     done = edgeft("show", *arguments)

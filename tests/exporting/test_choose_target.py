@@ -70,7 +70,11 @@ def test_every_target_is_tried_and_each_failure_keeps_its_reason(tmp_path: Path)
     made = compare_targets(tmp_path, out, device="raspberrypi5-8gb", build=build)
     assert [row.name for row in made.candidates] == [target.name for target in list_targets()]
     problems = {row.name: row.problem for row in made.candidates if row.problem}
-    assert problems["ort-fp32"] == "needs 9 GiB" and problems["gguf-q8_0"] == "is not installed" and len(problems) == 6
+    assert (
+        problems["ort-fp32"] == "needs 9 GiB"
+        and problems["gguf-q8_0"] == "llama-cpp-python is not installed"
+        and len(problems) == 6
+    )
     assert made.ship == "ort-int8" and not (out / "gguf-f16").exists()
     assert Comparison.read(out / COMPARISON) == made
 

@@ -128,6 +128,26 @@ def test_without_data_a_plan_says_what_it_assumes() -> None:
         assert "for the rows that are assumed" in step_time(made)
 
 
+def test_a_bundle_that_may_need_more_than_its_device_is_said() -> None:
+    made = plan(profile="rtx4060-8gb", device="raspberrypi5-8gb")
+    bundle = made.stages.phases[-1]
+    assert bundle.expected_bytes <= made.stages.target_bytes < bundle.high_bytes
+    (said,) = [note for note in made.notes if note.startswith("the bundle may need")]
+    assert "of raspberrypi5-8gb's 6.80 GiB" in said and said in made.stages.notes()
+    assert not [
+        n for n in plan(model=QWEN_SMALL, device="raspberrypi5-8gb").notes if n.startswith("the bundle may need")
+    ]
+
+
+def test_few_scored_rows_are_said_before_they_are_scored() -> None:
+    rows = str(CONFIGS.parent / "debian-sections" / "valid.jsonl")  # 500 of them
+    tiny = {"model": str(CONFIGS.parent / "debian-tiny"), "profile": "cpu-8gb", "data": rows}
+    assert any(note.startswith("25 rows of the data are held out: ") for note in plan(**tiny).notes)
+    assert any(note.startswith("12 rows are there to validate: ") for note in plan(valid=f"{rows}#12", **tiny).notes)
+    for enough in ({"valid": rows}, {"test": rows}):
+        assert not [note for note in plan(**tiny, **enough).notes if "only large differences" in note]
+
+
 def test_savings_are_what_the_peak_would_be_without_each_choice() -> None:
     made = plan(max_memory_bytes=9 * GIB)
     found = {saving.choice: saving.bytes for saving in made.savings}

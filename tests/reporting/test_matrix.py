@@ -20,6 +20,7 @@ from edgeft.planning.plan import make_plan
 from edgeft.reporting.matrix import (
     Matrix,
     device_cell,
+    find_all,
     find_models,
     find_profiles,
     make_matrix,
@@ -205,6 +206,11 @@ def test_models_are_found_by_their_configs(tmp_path: Path) -> None:
     (tmp_path / "linked" / "c").symlink_to(tmp_path / "b")
     (tmp_path / "linked" / "round").symlink_to(tmp_path / "linked")
     assert [name for name, _ in find_models(tmp_path / "linked")] == ["c"]
+    both = f"{tmp_path / 'b'}, {tmp_path / 'a'}"
+    assert find_all(both) == [("b", str(tmp_path / "b")), ("x", str(tmp_path / "a" / "x"))]
+    assert find_all(str(tmp_path)) == find_models(tmp_path)
+    with pytest.raises(BadInput, match="no such folder"):
+        find_all(f"{tmp_path / 'b'},{tmp_path / 'none'}")
     assert find_models(tmp_path / "b") == [("b", str(tmp_path / "b"))]
     with pytest.raises(BadInput, match="no such folder"):
         find_models(tmp_path / "c")

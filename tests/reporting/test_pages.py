@@ -16,6 +16,7 @@ from warm import edgeft
 from edgeft.errors import EdgeftError
 from edgeft.machines.profile import list_profiles, load_profile
 from edgeft.planning.plan import make_plan
+from edgeft.reporting.glossary import glossary, words_of
 from edgeft.reporting.markdown import escape, to_markdown
 from edgeft.reporting.matrix import Matrix, find_profiles, make_matrix
 from edgeft.reporting.pages import largest_run, largest_trained, smallest_machine, to_html, write_report
@@ -266,6 +267,21 @@ def test_the_largest_and_the_smallest(matrix: Matrix) -> None:
     assert by_name["llama-3.1-8b"]["first"].machine == "cpu-8gb" and by_name["llama-3.1-8b"]["best"] is None
     assert by_name["qwen2.5-72b"]["first"] is None and by_name["qwen2.5-72b"]["why"] == ""
     assert by_name["gpt2"]["why"] == "onnxruntime-genai's builder does not know GPT2LMHeadModel"
+
+
+def test_the_words_of_a_page_are_explained_on_it() -> None:
+    rows = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(glossary()) == len(rows) >= 40 and [word.names for word in glossary()] == [
+        r.split(" | ")[0][2:] for r in rows
+    ]
+    assert [word.names for word in words_of("The ladder's rungs; a **Golden vector** and Mtok.")] == [
+        "golden vectors", "ladder, rung", "Mtok"
+    ]  # fmt: skip
+    assert words_of("artifacts")[0].names == "artifact" and not words_of("a stagecoach")
+    page = Page(to_html(summarise(Run(make_plan(make_job(model=str(CONFIGS / "smollm2-135m"), profile="t4"))))))
+    said = " ".join(" ".join(page.text).split())
+    assert "Words on this page" in said and "the folder that goes to the device" in said
+    assert page.tags.count("dt") == page.tags.count("dd") >= 5
 
 
 def test_wording() -> None:

@@ -12,6 +12,7 @@ from edgeft.planning.plan import make_plan
 from edgeft.settings.job import make_job
 from edgeft.targets.footprint import bundle_weights, choose_cache, choose_context, kv_cache_bytes, predict
 from edgeft.targets.target import Target, load_target
+from edgeft.units import show_bytes
 
 INT4, GGUF, PORTABLE = (load_target(name) for name in ("ort-int4", "gguf-q8_0", "onnx-portable-fp32"))
 
@@ -67,7 +68,8 @@ def test_the_longest_context_is_exact() -> None:
 
 def test_a_plan_says_what_it_took() -> None:
     def stages(**settings: object) -> tuple[object, list[str]]:
-        made = make_plan(make_job(model=str(CONFIGS / "llama-3.1-8b"), profile="t4", target="ort-int4", **settings))
+        job = {"model": str(CONFIGS / "llama-3.1-8b"), "profile": "t4", "target": "ort-int4"} | settings
+        made = make_plan(make_job(**job))
         return made.stages, [note for note in made.notes if "KV cache" in note]
 
     made, notes = stages(device="raspberrypi5-8gb")
@@ -79,6 +81,12 @@ def test_a_plan_says_what_it_took() -> None:
     assert made.target.kv_bits is None and notes == []  # type: ignore[attr-defined]
     made, notes = stages(kv_bits="8")
     assert made.target.kv_bits == 8 and notes == []  # type: ignore[attr-defined]
+    made, notes = stages(kv_bits="8", device="raspberrypi5-8gb", model=str(CONFIGS / "smollm2-135m"))
+    own = stages(kv_bits="32", device="raspberrypi5-8gb", model=str(CONFIGS / "smollm2-135m"))[0]
+    cached = [next(term.bytes for term in each.phases[-1].terms if term.name == "key-value cache")
+              for each in (own, made)]  # type: ignore[attr-defined]  # fmt: skip
+    saved = show_bytes(cached[0] - cached[1])
+    assert notes == [f"KV cache of 8 bits: {saved} less; the context has 4096 tokens with it and without"]
 
 
 @pytest.mark.parametrize(
