@@ -19,7 +19,7 @@ class Word(NamedTuple):
 
     def stands_in(self, text: str) -> bool:
         """Whether one of them is used, in the singular or the plural."""
-        names = (re.escape(re.sub(r" \(.*\)", "", name)) for name in self.names.split(", "))
+        names = (re.escape(re.sub(r" \(.*\)", "", name).removesuffix("s")) for name in self.names.split(", "))
         return re.search(rf"\b(?:{'|'.join(names)})s?\b", text, re.IGNORECASE) is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from edgeft.units import show_bytes, show_count, show_seconds
 if TYPE_CHECKING:
     import jinja2
 
+TAGS = re.compile(r"<style>.*?</style>|<[^>]*>", re.DOTALL)
 USEFUL_CONTEXT = 1024  # tokens: less is no device for a chat or a document
 FAST = 5  # tokens a second: about the speed of reading
 
@@ -56,8 +58,9 @@ def to_html(report: Summary | Matrix) -> str:
     """The page: styles and figures inside it, no script, no address."""
     values = _matrix_values(report) if isinstance(report, Matrix) else _summary_values(report)
     name = "matrix.html.j2" if isinstance(report, Matrix) else "summary.html.j2"
-    values["words_used"] = words_of(to_markdown(report))
-    text = environment().get_template(name).render(report=report, **values)
+    page = environment().get_template(name)
+    said = TAGS.sub(" ", page.render(report=report, **values))
+    text = page.render(report=report, words_used=words_of(said), **values)
     return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
 
 
