@@ -56,7 +56,15 @@ import stat
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence  # noqa: UP035 (one import less on a device)
+from typing import (  # noqa: UP035 (one import less on a device)
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    NamedTuple,
+    Optional,
+    Sequence,
+)
 
 # onnxruntime since 1.29 and onnxruntime-genai since 0.18 write a device id into the home folder and look for a
 # collector, unless told before they are imported. What a user has set stays.
@@ -491,15 +499,15 @@ class OnnxRuntimeGenAI:
         """
         return self.tokenizer.create_stream().decode  # type: ignore[no-any-return]
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
-        if not tools:
+    def render(self, messages: list[dict[str, Any]], tools: Listed = None, documents: Listed = None) -> str:
+        if not tools and not documents:
             return str(self.tokenizer.apply_chat_template(json.dumps(as_seen(messages)), add_generation_prompt=True))
         # onnxruntime-genai 0.18 rewrites tools before a template sees them: other keys, "str" for "string"
         runtime("jinja2", "jinja2")
         template, special = read_template(self.bundle)
         if template is None:
             raise RunError(self.bundle / TEMPLATE, "no such file")
-        return apply_template(template, messages, special, tools)
+        return apply_template(template, messages, special, tools, documents)
 
     def start(self, max_tokens: int, grammar: Grammar | None = None) -> OnnxSession:
         return OnnxSession(self, max_tokens, grammar)
@@ -565,9 +573,13 @@ class OnnxSession:
         return self.generator.get_logits()[0, -1]
 
 
+Listed = Optional[list[Any]]  # noqa: UP045 (evaluated, by Python 3.9)
+
+
 def apply_template(
-    template: str, messages: list[dict[str, Any]], special: dict[str, str], tools: list[Any] | None = None
-) -> str:
+    template: str, messages: list[dict[str, Any]], special: dict[str, str], tools: Listed = None,
+    documents: Listed = None,
+) -> str:  # fmt: skip
     """A chat template's text for messages, by jinja2 in its sandbox: templates are programs from strangers."""
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
@@ -587,7 +599,7 @@ def apply_template(
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
     environment.filters["tojson"] = to_json
-    given = {"messages": as_seen(messages), "tools": tools, "documents": None, **special}
+    given = {"messages": as_seen(messages), "tools": tools, "documents": documents, **special}
     return str(environment.from_string(template).render(add_generation_prompt=True, **given))
 
 
@@ -744,10 +756,10 @@ class OnnxRuntime:
             _same_as_checked(self.bundle, before)
         self.before, self.past, self.given = self.used[adapter]
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: Listed = None, documents: Listed = None) -> str:
         if self.template is None:
             raise RunError(self.bundle / TEMPLATE, "no such file")
-        return apply_template(self.template, messages, self.special, tools)
+        return apply_template(self.template, messages, self.special, tools, documents)
 
     def start(self, max_tokens: int, grammar: Grammar | None = None) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(self, grammar)
@@ -869,7 +881,7 @@ class LlamaCpp:
             hint = "only bundles for ONNX Runtime hold adapters"
             raise RunError("--adapter", f"there is no adapter {adapter!r} in this bundle", hint)
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: Listed = None, documents: Listed = None) -> str:
         """By the template in the file and jinja2, which llama-cpp-python needs itself."""
         template = self.api.llama_model_chat_template(self.model, None)
         if not template:
@@ -879,7 +891,7 @@ class LlamaCpp:
             token = getattr(self.api, f"llama_vocab_{name}")(self.vocab)
             if token >= 0:
                 special[f"{name}_token"] = self.api.llama_vocab_get_text(self.vocab, token).decode("utf-8")
-        return apply_template(template.decode("utf-8"), messages, special, tools)
+        return apply_template(template.decode("utf-8"), messages, special, tools, documents)
 
     def start(self, max_tokens: int, grammar: Grammar | None = None) -> LlamaSession:
         return LlamaSession(self, max_tokens, grammar)
@@ -1239,10 +1251,10 @@ class Runner:
         piece = self.engine.decoder()
         return "".join(piece(token) for token in ids)
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: Listed = None, documents: Listed = None) -> str:
         """The chat template's text for messages [{role, content}, ...] and tools, up to where the answer starts."""
         try:
-            return str(self.engine.render(messages, tools))
+            return str(self.engine.render(messages, tools, documents))
         except RunError:
             raise
         except Exception as problem:
@@ -2092,11 +2104,15 @@ def read_input() -> str:
 
 
 class Asked(NamedTuple):
-    """What is to be answered: a prompt, or a conversation with its tools."""
+    """What is to be answered: a prompt, or a conversation with its tools and documents."""
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
+    documents: list[Any] | None = None
+
+
+BESIDE = ("tools", "documents")  # a conversation, as a row of training data has them
 
 
 MESSAGES = 'give a list as in [{"role": "user", "content": "hello"}]'
@@ -2105,7 +2121,8 @@ MESSAGES = 'give a list as in [{"role": "user", "content": "hello"}]'
 def read_messages(path: Path) -> Asked:
     """A conversation, and its tools, from a JSON file; `-` is standard input. Raises RunError.
 
-    [{"role": ..., "content": ...}, ...] or, as a row of training data has them, {"messages": [...], "tools": [...]}.
+    [{"role": ..., "content": ...}, ...] or, as a row of training data has them, {"messages": [...], "tools": [...]},
+    and "documents" as tools.
     """
     try:
         raw = read_input().encode("utf-8") if str(path) == "-" else read_limited(path)
@@ -2113,23 +2130,27 @@ def read_messages(path: Path) -> Asked:
         raise RunError(path, f"cannot be read: {problem.strerror or problem}", MESSAGES) from None
     given = parse_json(path, raw, MESSAGES)
     if not isinstance(given, dict) or "messages" not in given:
-        return as_messages(path, given, None)
-    unknown = sorted(given.keys() - {"messages", "tools"})
+        return as_messages(path, {"messages": given})
+    unknown = sorted(given.keys() - {"messages", *BESIDE})
     if unknown:
-        raise RunError(path, f"has keys that are not used: {', '.join(unknown)}", "give messages and tools alone")
-    return as_messages(path, given["messages"], given.get("tools"))
+        raise RunError(
+            path, f"has keys that are not used: {', '.join(unknown)}", "give messages, tools and documents alone"
+        )
+    return as_messages(path, given)
 
 
-def as_messages(where: object, messages: Any, tools: Any) -> Asked:
-    """A conversation and its tools as JSON has them. Raises RunError for what is none."""
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RunError(where, "'tools' is no list of objects", "give them as the training rows have them")
+def as_messages(where: object, given: dict[str, Any]) -> Asked:
+    """A conversation, its tools and documents as JSON has them. Raises RunError for what is none."""
+    messages, beside = given["messages"], {name: given.get(name) for name in BESIDE}
+    for name, value in beside.items():
+        if value is not None and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+            raise RunError(where, f"{name!r} is no list of objects", "give them as the training rows have them")
     if not isinstance(messages, list) or not messages:
         raise RunError(where, "is no list of messages", MESSAGES)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RunError(where, f"message {number} has no 'role': {message!r:.80}", MESSAGES)
-    return Asked(messages=messages, tools=tools or None)
+    return Asked(messages=messages, **{name: value or None for name, value in beside.items()})
 
 
 def conversation(options: argparse.Namespace, asked: Asked, own_system: str | None) -> list[dict[str, Any]]:
@@ -2173,7 +2194,8 @@ def prompt_text(runner: Runner, options: argparse.Namespace, asked: Asked) -> tu
         raise RunError("messages", "this model continues plain prompts", "give a prompt, or add --chat")
     if not chat:
         return str(asked.prompt), True
-    return runner.render(conversation(options, asked, trained.get("system")), asked.tools), False
+    messages = conversation(options, asked, trained.get("system"))
+    return runner.render(messages, asked.tools, asked.documents), False
 
 
 def prompt_ids(runner: Runner, options: argparse.Namespace, asked: Asked) -> list[int]:
@@ -2340,7 +2362,9 @@ def reply(runner: Runner, options: argparse.Namespace, ids: list[int]) -> dict[s
     return {"text": runner.decode(made), "ids": made, "prompt_ids": ids, **passes}
 
 
-BATCH_ROW = 'a line is {"prompt": TEXT} or {"messages": [...], "tools": [...]}, with an "id" of your own if you like'
+BATCH_ROW = (
+    'a line is {"prompt": TEXT} or {"messages": [...], "tools": [...], "documents": [...]}, with an "id" of your own'
+)
 MOST_SHOWN = 5  # of a batch's bad lines
 
 
@@ -2361,12 +2385,13 @@ def batch_row(where: str, line: int, raw: bytes) -> BatchRow:
     row = parse_json(where, raw.strip(), BATCH_ROW)
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise RunError(where, f"has no prompt and no messages, or both: {str(row)[:80]}", BATCH_ROW)
-    unknown = sorted(map(str, row.keys() - {"prompt", "messages", "tools", "id"}))
-    if unknown or ("tools" in row and "messages" not in row):
-        raise RunError(where, f"has keys that are not used: {', '.join(unknown) or 'tools'}", BATCH_ROW)
+    unknown = sorted(map(str, row.keys() - {"prompt", "messages", *BESIDE, "id"}))
+    unknown += [name for name in BESIDE if name in row and "messages" not in row]
+    if unknown:
+        raise RunError(where, f"has keys that are not used: {', '.join(unknown)}", BATCH_ROW)
     if "prompt" in row and not isinstance(row["prompt"], str):
         raise RunError(where, f"'prompt' is no text: {row['prompt']!r:.80}", BATCH_ROW)
-    asked = Asked(row["prompt"]) if "prompt" in row else as_messages(where, row["messages"], row.get("tools"))
+    asked = Asked(row["prompt"]) if "prompt" in row else as_messages(where, row)
     return BatchRow(line, asked, {"id": row["id"]} if "id" in row else {})
 
 
@@ -2595,7 +2620,7 @@ def checked(chat: bool, given: Any) -> dict[str, Any]:
     if not chat and not isinstance(given["prompt"], str):
         raise RunError("prompt", f"must be a text, got {given['prompt']!r:.60}")
     if "messages" in given:
-        asked_for = as_messages("messages", given["messages"], given.get("tools"))
+        asked_for = as_messages("messages", {name: given.get(name) for name in ("messages", "tools")})
         given["messages"] = [with_text(each) for each in asked_for.messages or []]
     return given
 

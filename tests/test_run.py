@@ -530,6 +530,7 @@ def test_the_system_message_that_was_trained_is_given_and_can_be_replaced(
     ("document", "problem"),
     [
         ({"messages": [{"role": "user", "content": "x"}], "tools": "weather"}, "'tools' is no list of objects"),
+        ({"messages": [{"role": "user", "content": "x"}], "documents": ["x"]}, "'documents' is no list of objects"),
         ({"messages": [{"role": "user", "content": "x"}], "tool": []}, "has keys that are not used: tool"),
         ({"messages": []}, "is no list of messages"),
         ({"tools": []}, "is no list of messages"),
@@ -541,8 +542,8 @@ def test_a_conversation_with_tools_is_read_or_refused(document: Any, problem: st
     with pytest.raises(RUNNER.RunError, match=problem):
         RUNNER.read_messages(path)
     user, tools = {"role": "user", "content": "x"}, [{"type": "function"}]
-    path.write_text(json.dumps({"messages": [user], "tools": tools}), encoding="utf-8")
-    assert RUNNER.read_messages(path) == (None, [user], tools)
+    path.write_text(json.dumps({"messages": [user], "tools": tools, "documents": [{}]}), encoding="utf-8")
+    assert RUNNER.read_messages(path) == (None, [user], tools, [{}])
 
 
 def golden_of(folder: Path, change: Callable[[dict[str, Any]], None]) -> tuple[list[str], list[str]]:

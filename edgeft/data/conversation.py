@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def to_row(value: Any, tokenizer: TextTokenizer, columns: Mapping[str, str] | No
         raise ValueError(f"expected an object, got {type(value).__name__}")
     value, shape = as_known(value, columns)
     if "messages" in value:
-        row, used = _chat(value, tokenizer), {"messages", "tools"}
+        row, used = _chat(value, tokenizer), {"messages", "tools", "documents"}
     elif "prompt" in value or "completion" in value:
         row, used = _asked(_text(value, "prompt"), _text(value, "completion"), tokenizer), {"prompt", "completion"}
     elif "text" in value:
@@ -95,21 +96,24 @@ def _refuse_begin(key: str, text: str, tokenizer: TextTokenizer) -> None:
 
 def _chat(value: Message, tokenizer: TextTokenizer) -> Row:
     messages = _messages(value["messages"])
-    tools = _tools(value.get("tools"))
+    tools, documents = (_listed(name, value.get(name)) for name in ("tools", "documents"))
+    if not all(isinstance(each, dict) for each in documents or ()):
+        raise ValueError(f"'documents' must be a list of objects, as {{'title', 'text'}}, got {documents!r:.60}")
     marked = [message["role"] == "assistant" and _trains(message) for message in messages]
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's")
     if not any(marked):
         raise ValueError("no answer of it is trained: each is marked as context")
     last = max(turn for turn, trains in enumerate(marked) if trains)
-    shown, remarks = _as_rendered(messages[: last + 1], tools, tokenizer)
-    whole = tokenizer.render(shown, False, tools)
+    render = functools.partial(tokenizer.render, tools=tools, documents=documents)
+    shown, remarks = _as_rendered(messages[: last + 1], tools, documents, tokenizer)
+    whole = render(shown, False)
     spans: list[tuple[int, int]] = []
     for turn in range(last + 1):
         if not marked[turn]:
             continue
-        before = tokenizer.render(shown[:turn], True, tools)
-        after = whole if turn == last else tokenizer.render(shown[: turn + 1], False, tools)
+        before = render(shown[:turn], True)
+        after = whole if turn == last else render(shown[: turn + 1], False)
         if not after.startswith(before) and turn == last:
             raise ValueError("the chat template does not keep its own generation prompt before an answer")
         if not after.startswith(before) or not whole.startswith(after):
@@ -136,12 +140,13 @@ def _messages(messages: Any) -> list[Message]:
     return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
 
 
-def _tools(tools: Any) -> Any:
-    if isinstance(tools, str) and tools:  # csv holds it as JSON text
-        tools = parse_json(tools)
-    if isinstance(tools, Exception) or not isinstance(tools, list | None | str) or (isinstance(tools, str) and tools):
-        raise ValueError(f"'tools' must be a list, got {tools!r:.60}")
-    return tools or None
+def _listed(name: str, value: Any) -> Any:
+    """Tools, or documents, of a row; None without any."""
+    if isinstance(value, str) and value:  # csv holds it as JSON text
+        value = parse_json(value)
+    if isinstance(value, Exception) or not isinstance(value, list | None | str) or (isinstance(value, str) and value):
+        raise ValueError(f"{name!r} must be a list, got {value!r:.60}")
+    return value or None
 
 
 def _trains(message: Message) -> bool:
@@ -155,7 +160,9 @@ def _trains(message: Message) -> bool:
     return all(said.values())
 
 
-def _as_rendered(messages: Sequence[Message], tools: Any, tokenizer: TextTokenizer) -> tuple[list[Message], list[str]]:
+def _as_rendered(
+    messages: Sequence[Message], tools: Any, documents: Any, tokenizer: TextTokenizer
+) -> tuple[list[Message], list[str]]:
     """(messages as the template gets them, remarks on what it does not look at).
 
     An answer that goes on from a block which the generation prompt leaves open, and closes it, gets its beginning:
@@ -171,12 +178,13 @@ def _as_rendered(messages: Sequence[Message], tools: Any, tokenizer: TextTokeniz
         remarks += [f"the key {key!r} of a message is not used by the chat template" for key in unused]
         content = kept.get("content") or ""
         if kept["role"] == "assistant" and "</" in content:
-            opened = OPENED.search(tokenizer.render(shown, True, tools))
+            opened = OPENED.search(tokenizer.render(shown, True, tools, documents))
             if opened and f"</{opened[1]}>" in content and f"<{opened[1]}>" not in content:
                 kept["content"] = opened[0] + content
         shown.append(kept)
-    if tools and not tokenizer.uses("tools"):
-        remarks.append("the key 'tools' is not used by the chat template")
+    for name, given in (("tools", tools), ("documents", documents)):
+        if given and not tokenizer.uses(name):
+            remarks.append(f"the key {name!r} is not used by the chat template")
     return shown, remarks
 
 

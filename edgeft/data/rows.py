@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from edgeft.data.tokenizer import TEMPLATE, TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.machines.extras import missing
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*(/[\w.\[\]:%-]+)?)?")  # ORG/NAME:CONFIG/SPLIT
 LONGEST_LINE = 64 * 2**20  # characters: what is longer is no row but a file without line ends
 
 
@@ -65,18 +67,21 @@ def _each_value(source: str) -> Iterator[tuple[str, Any, Mapping[str, str]]]:
     found = parts(source)
     for part in found:
         before = f"{Path(part.place).name}, " if len(found) > 1 else ""
-        for place, value in part.chosen(_read_values(part.place)):
+        for place, value in part.chosen(_read_values(part.place, part.rows)):
             yield f"{before}{place}", value, part.columns
 
 
-def _read_values(source: str) -> Iterator[tuple[str, Any]]:
-    """(where, row as a dict or the error that it is). Line numbers count from 1, a csv header included."""
+def _read_values(source: str, most: int | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, row as a dict or the error that it is). Line numbers count from 1, a csv header included.
+
+    Of a hub dataset the first `most`; of a file all, whoever wants fewer chooses among them.
+    """
     path = Path(source)
     name = path.name.removesuffix(".gz")
     if not path.exists():
-        if path.suffix or source.count("/") != 1:
+        if not HUB_ID.fullmatch(source) or re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):
             raise BadInput(source, "no such data file", "give a .jsonl, .csv or .parquet file, or a hub dataset id")
-        yield from _numbered("row", _hub_rows(source))
+        yield from _numbered("row", _hub_rows(source, most))
     elif path.is_dir():
         raise BadInput(source, "is a folder", "give one data file; as --data a folder with train.jsonl is one")
     elif name.endswith(".parquet"):
@@ -165,14 +170,20 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         raise BadInput(path, f"cannot be read: {problem}") from None
 
 
-def _hub_rows(source: str) -> Iterator[Any]:
+def _hub_rows(source: str, most: int | None) -> Iterator[Any]:
+    """The rows of a hub dataset, ORG/NAME:CONFIG/SPLIT; of its first `most` no more than those is fetched."""
     try:
         import datasets
     except ImportError:
         what = "is no file; reading a hub dataset needs the package datasets"
         raise missing(source, what, "data", "give a file") from None
+    name, _, part = source.partition(":")
+    config, _, split = part.partition("/")
+    options = {"name": config} if config else {}
+    options |= {"streaming": True} if most else {}
     try:
-        found = datasets.load_dataset(source, split="train")
+        found = datasets.load_dataset(name, split=split or "train", **options)
+        yield from islice(found, most)
     except Exception as problem:  # datasets raises its own, huggingface_hub's and network errors
-        raise BadInput(source, f"is no file and could not be loaded as a hub dataset: {problem}") from None
-    yield from found
+        hint = "a dataset of several is named ORG/NAME:CONFIG, another split than train ORG/NAME:CONFIG/SPLIT"
+        raise BadInput(source, f"is no file and could not be loaded as a hub dataset: {problem}", hint) from None

@@ -1,8 +1,9 @@
 """Which files, and which of their rows, does a data source name? (no torch)
 
-A source is a text: `a.jsonl`, `chats/*.jsonl`, a hub id, or several joined by " + ". Behind each may stand
-`[prompt=question,completion=answer]`, its own columns by the known names, and `#500`, so many of its rows, spread
-evenly over it, or `#3x`, all of them three times. A path that is there as it is written is no pattern.
+A source is a text: `a.jsonl`, `chats/*.jsonl`, a hub id (`ORG/NAME:CONFIG/SPLIT`), or several joined by " + ". Behind
+each may stand `[prompt=question,completion=answer]`, its own columns by the known names, and `#500`, so many of its
+rows, spread evenly over a file, the first ones of a hub dataset, or `#3x`, all of them three times. A path that is
+there as it is written is no pattern.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgeft.errors import BadInput, did_you_mean
 
 T = TypeVar("T")
 JOIN = " + "
-KNOWN = ("prompt", "completion", "messages", "text", "system", "tools")
+KNOWN = ("prompt", "completion", "messages", "text", "system", "tools", "documents")
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 SPLITS = {"data": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 SYNTAX = re.compile(r"(?P<place>.*?)(\[(?P<columns>[^\[\]]*=[^\[\]]*)\])?(#(?P<count>\d+)(?P<times>x)?)?", re.DOTALL)

@@ -156,7 +156,9 @@ class TextTokenizer:
         """Whether the chat template mentions a name, such as `tools`."""
         return re.search(rf"\b{re.escape(name)}\b", self.template_text or "") is not None
 
-    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: Any = None) -> str:
+    def render(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: Any = None, documents: Any = None
+    ) -> str:
         """The chat template's text for messages [{role, content}, ...]. Raises BadInput without a template."""
         if self.template_text is None:
             hint = "use {'prompt', 'completion'} rows, or add chat_template.jinja to the model folder"
@@ -168,7 +170,7 @@ class TextTokenizer:
                 messages=as_seen(messages),
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
-                documents=None,
+                documents=documents,
                 **specials,
             )
             return str(text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,7 +196,37 @@ def test_hub_rows_come_from_the_training_split(tokenizer: TextTokenizer, monkeyp
     with pytest.raises(BadInput) as caught:
         read_rows("someone/else", tokenizer)
     problem = "is no file and could not be loaded as a hub dataset: Couldn't reach the Hub"
-    assert str(caught.value) == f"someone/else: {problem}"
+    assert str(caught.value).startswith(
+        f"someone/else: {problem}\n\nhint: a dataset of several is named ORG/NAME:CONFIG"
+    )
+
+
+def test_parts_of_a_hub_dataset_and_its_first_rows(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked, drawn = list[Any](), list[int]()
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(10**9):  # what is not asked for is not fetched
+            drawn.append(number)
+            yield {"text": f"row {number}"}
+
+    def load_dataset(path: str, **options: Any) -> Iterator[dict[str, str]]:
+        asked.append((path, options))
+        return rows() if options.get("streaming") else itertools.islice(rows(), 3)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_rows("org/sum-1.5:main/test#2", tokenizer) == [text_row("row 0"), text_row("row 1")]
+    assert len(drawn) <= 3 and asked == [("org/sum-1.5", {"name": "main", "split": "test", "streaming": True})]
+    assert [row.text for row in read_rows("org/sum:/test#2x", tokenizer)] == [f"row {n}" for n in (0, 1, 2)] * 2
+    assert asked[-1] == ("org/sum", {"split": "test"})
+    read_rows("org/sum:socratic", tokenizer)
+    assert asked[-1] == ("org/sum", {"name": "socratic", "split": "train"})
+    for source in ("a/b/c", "folder/missing.jsonl", "nothing"):
+        with pytest.raises(BadInput, match="no such data file"):
+            read_rows(source, tokenizer)
+    assert len(asked) == 3
 
 
 # errors

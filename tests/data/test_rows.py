@@ -210,6 +210,30 @@ def test_tools_and_calls_reach_the_template(
     assert made.remarks == ("what tools return is read, not trained",)
 
 
+DOCUMENT_TEMPLATE = (
+    "{% for d in documents or [] %}[{{ d.title }}] {{ d.text }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_documents_reach_the_template(
+    templated: Callable[[str], TextTokenizer], write_rows: WriteRows, tokenizer: TextTokenizer
+) -> None:
+    row: dict[str, Any] = {"messages": [USER, ANSWER], "documents": [{"title": "Bonn", "text": "sunny"}]}
+    path = write_rows("data.jsonl", [row, {**row, "documents": json.dumps(row["documents"])}, {**row, "documents": []}])
+    first, second, without = read_rows(str(path), templated(DOCUMENT_TEMPLATE))
+    assert first == second and first.prompt.startswith("[Bonn] sunny\nuser: ") and not first.remarks
+    assert without.text == first.text.removeprefix("[Bonn] sunny\n")
+    assert read_rows(str(path), tokenizer)[0].remarks == ("the key 'documents' is not used by the chat template",)
+    for wrong, problem in (
+        ("Bonn", "'documents' must be a list, got"),
+        (["Bonn"], "'documents' must be a list of objects"),
+    ):
+        said = refusal(write_rows("wrong.jsonl", [{**row, "documents": wrong}]), tokenizer)
+        assert said.split("\n")[1].startswith(f"line 1: {problem}")
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

@@ -42,6 +42,7 @@ CALL = {
 }
 RESULT = {"role": "tool", "name": "get_weather", "content": '{"c": -4}', "tool_call_id": "abcdefgh1"}
 THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
+DOCUMENTS = [{"title": "Oslo <guide>", "text": "Cold \u732b.\n"}, {"title": "Bod\u00f8", "text": "Colder."}]
 CHATS: dict[str, tuple[list[dict[str, Any]], Any]] = {
     "one turn": ([USER, ANSWER], None),
     "a system message": ([SYSTEM, USER, ANSWER], None),
@@ -86,13 +87,15 @@ def test_training_and_device_say_what_transformers_does(folder: Path) -> None:
     reference, own, runner = AutoTokenizer.from_pretrained(folder), TextTokenizer(folder), runner_module()
     template, special = runner.read_template(folder)
     seen = []
-    for name, (messages, tools) in CHATS.items():
+    for number, (name, (messages, tools)) in enumerate(CHATS.items()):
+        documents = DOCUMENTS if number % 2 else None
         for turns, prompt in ((messages, False), (messages[:-1], True)):
-            named = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+            beside = {"tools": tools, "documents": documents}
+            named = {"add_generation_prompt": prompt, "tokenize": False, **beside}
             expected = outcome(reference.apply_chat_template, turns, **named)
-            assert outcome(own.render, turns, prompt, tools) == expected, name
+            assert outcome(own.render, turns, prompt, **beside) == expected, name
             if prompt:
-                assert outcome(runner.apply_template, template, turns, special, tools) == expected, name
+                assert outcome(runner.apply_template, template, turns, special, **beside) == expected, name
             seen.append(expected)
     assert len([text for text in seen if text.startswith("said: ")]) >= 6 and len(set(seen)) >= 6
 

@@ -218,6 +218,7 @@ def test_tools_reach_the_template_on_the_device_as_in_training(tmp_path: Path) -
     folder = tmp_path / "model"
     shutil.copytree(checkpoint(), folder)
     template = "{% if tools %}TOOLS {{ tools | length }} {{ tools[0].function.name }}\n{% endif %}" + CHAT_TEMPLATE
+    template += "{% if documents %}{{ documents[0].text }}{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
     messages = [{"role": "user", "content": "how warm?"}]
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -226,6 +227,7 @@ def test_tools_reach_the_template_on_the_device_as_in_training(tmp_path: Path) -
     expected = TextTokenizer(folder).render(messages, True, tools=tools)
     assert runner.render(messages, tools) == expected and expected.startswith("TOOLS 1 weather")
     assert not runner.render(messages).startswith("TOOLS")
+    assert runner.render(messages, documents=[{"text": "12 C"}]) == runner.render(messages) + "12 C"
 
 
 def test_answers_end_where_the_chat_template_ends_them() -> None:
