@@ -112,9 +112,10 @@ def _piece(piece: Segment, end: float) -> Piece:
 def said(stage: Stage) -> str:
     """A phase's numbers in a line: `10.2 GiB expected, 11.8 at most of 14.0 GiB`."""
     of = f" of {show_bytes(stage.limit_bytes)}" if stage.limit_bytes else ""
-    text = f"{show_bytes(stage.expected_bytes)} expected, {show_bytes(stage.high_bytes)} at most{of}"
+    expected, high = (show_bytes(size - stage.file_bytes) for size in (stage.expected_bytes, stage.high_bytes))
+    text = f"{expected} expected, {high} at most{of}"
     if stage.measured_bytes is not None:
         text += f", {show_bytes(stage.measured_bytes)} measured"
     if stage.file_bytes:
-        text += f", {show_bytes(stage.file_bytes)} of it pages of a file"
+        text += f"; beside it {show_bytes(stage.file_bytes)} of a file's pages, which the system takes back"
     return text

@@ -132,11 +132,12 @@ def _device(plan: Plan, devices: Sequence[DeviceCell]) -> tuple[Fact, ...]:
         problem = devices[-1].problem if devices else ""
         return (Fact(name="on a device", value="none of those known", note=problem),) if devices else ()
     cell = min(cells, key=lambda cell: cell.budget_bytes)
+    on = f"on {cell.machine}" if named else f"for example on {cell.machine}"
     if not cell.fits:
-        return (Fact(name=f"on {cell.machine}", value="does not run", note=cell.problem),)
+        return (Fact(name=on, value="does not run", note=cell.problem),)
     bound = cell.tokens_per_second_bound
     speed = f"at most {show_rate(bound)} tok/s" if bound else "runs"
-    return (Fact(name=f"on {cell.machine}", value=speed, note=f"context {cell.context_tokens:,} tokens"),)
+    return (Fact(name=on, value=speed, note=f"context {cell.context_tokens:,} tokens"),)
 
 
 def given_up(plan: Plan) -> tuple[str, ...]:

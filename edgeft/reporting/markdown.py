@@ -203,7 +203,7 @@ def _head(machines: Sequence[Profile]) -> list[str]:
 def _row(model: ModelRow, cells: Sequence[TrainingCell] | Sequence[DeviceCell], count: int) -> list[str]:
     size = show_count(model.parameters) if model.parameters else "-"
     if model.problem:
-        return [model.name, size, f"{SYMBOLS['none']} cannot be planned: {model.problem}", *[""] * (count - 1)]
+        return [model.name, size, f"? cannot be planned: {model.problem}", *[""] * (count - 1)]
     return [model.name, size, *(f"{symbol(cell)} {cell_text(cell)}" for cell in cells)]
 
 

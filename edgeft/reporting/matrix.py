@@ -237,7 +237,7 @@ def model_row(
     except BadInput as problem:
         return ModelRow(name=name, parameters=None, problem=problem.problem.splitlines()[0])
     except MissingExtra as problem:
-        return ModelRow(name=name, parameters=None, problem=f"{problem.where} {problem.problem}")
+        return ModelRow(name=name, parameters=None, problem=f"{problem.where} {problem.problem}: {problem.hint}")
     asked = parse_kv_bits(settings.get("kv_bits", AUTO))
     return ModelRow(
         name=name,

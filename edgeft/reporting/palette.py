@@ -32,7 +32,7 @@ FAMILIES: dict[Family, Look] = {
     "optimizer": Look(VERMILLION, BLACK, "optimizer"),
     "activations": Look(GREEN, BLACK, "activations and kept outputs"),
     "temporary": Look(PURPLE, BLACK, "held for a moment (hatched)"),
-    "files": Look(SKY, BLACK, "pages of files, which the system can take back"),
+    "files": Look(SKY, BLACK, "pages of files, which the system takes back (outlined)"),
     "other": Look(SLATE, "#ffffff", "process, libraries, data"),
 }
 
