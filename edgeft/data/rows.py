@@ -179,7 +179,7 @@ def _hub_rows(source: str, most: int | None) -> Iterator[Any]:
         raise missing(source, what, "data", "give a file") from None
     name, _, part = source.partition(":")
     config, _, split = part.partition("/")
-    options = {"name": config} if config else {}
+    options: dict[str, Any] = {"name": config} if config else {}
     options |= {"streaming": True} if most else {}
     try:
         found = datasets.load_dataset(name, split=split or "train", **options)

@@ -338,8 +338,8 @@ def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | 
     refused = DeviceCell(machine=profile.name, fits=False, budget_bytes=budget)
     if outside_projections(spec) > WHOLE:
         return refused.model_copy(update={"problem": "bundles of mixtures of experts are not predicted"})
-    if problem := cannot_build(target, spec):
-        return refused.model_copy(update={"problem": problem})
+    if why := cannot_build(target, spec):
+        return refused.model_copy(update={"problem": why})
     try:
         target = choose_cache(target, spec, asked, budget)
     except BadInput as problem:
