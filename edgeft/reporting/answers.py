@@ -1,13 +1,13 @@
-"""How do scores of answers, and the answers themselves, read side by side: before and after, and from the device?"""
+"""How do scores of answers, and the answers themselves, read side by side: before and after, and from the device?
+
+Pages ask this in a browser too, where rich is not.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
-
-from rich.table import Table
-from rich.text import Text
 
 from edgeft.data.scoring_groups import sampled
 from edgeft.data.task_score import SHOWN
@@ -83,21 +83,3 @@ def end_of(prompt: str, most: int = PROMPT_SHOWN) -> str:
     """The end of a prompt without line breaks."""
     line = " ".join(prompt.split())
     return line if len(line) <= most else "..." + line[3 - most :]
-
-
-def samples_table(samples: Sequence[SampleAnswer], bundle: Sequence[str] = ()) -> Table:
-    """A line a row, no wider than the screen; = where the last form answers what was expected."""
-    rows = shown(samples, bundle)
-    with_bundle = any(answer for _, answer in rows)
-    title = f"answers to {len(rows)} of the scored validation rows"
-    title += f", {len(samples)} are in train.json" if len(samples) > len(rows) else ""
-    table = Table(box=None, title=title, title_justify="left", pad_edge=False, expand=True)
-    table.add_column("", width=1)
-    table.add_column("prompt", no_wrap=True, width=PROMPT_SHOWN)
-    for name in ("expected", "base", "fine-tuned", *(["bundle"] if with_bundle else [])):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
-    for row, answer in rows:
-        last = answer if with_bundle else row.tuned
-        cells = (end_of(row.prompt), row.expected, row.base, row.tuned, *([answer] if with_bundle else []))
-        table.add_row("=" if last == row.expected else "", *(Text(in_a_line(cell)) for cell in cells))
-    return table

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeft.models.metrics import Pair, Promotion, Proof, Repair
-from edgeft.reporting.answers import pair_cells, pair_head, samples_table, score_cells, score_head
+from edgeft.reporting.answers import pair_cells, pair_head, score_cells, score_head
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
-from edgeft.reporting.terminal import new_table, predicted_expected
+from edgeft.reporting.terminal import new_table, predicted_expected, samples_table
 from edgeft.reporting.words import attempt_cells, percent, rung_cells
 from edgeft.units import show_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -18,7 +19,15 @@ from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Sweep, pair
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
-from edgeft.reporting.answers import changes_text, samples_table, score_cells, score_head
+from edgeft.reporting.answers import (
+    PROMPT_SHOWN,
+    changes_text,
+    end_of,
+    in_a_line,
+    score_cells,
+    score_head,
+    shown,
+)
 from edgeft.reporting.curve import curve_lines
 from edgeft.reporting.words import kept_step, memory_line, method_text, percent, step_time, verdict
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
     from edgeft.merging.result import Merged
     from edgeft.merging.survival import Survival
     from edgeft.models.discover import Discovery
-    from edgeft.training.result import Rehearsal, TrainResult, Trial
+    from edgeft.training.result import Rehearsal, SampleAnswer, TrainResult, Trial
 
 LEADS: dict[TaskScore, str] = {
     "exact_match": "exact match leads", "f1": "loss leads, with F1 of words", "loss": "loss leads",
@@ -352,3 +361,21 @@ def sweep_text(sweep: Sweep) -> RenderableType:
         table.add_row(str(point.shares), *cells, ", ".join(marks))
     shares = Shares(rest=sweep.wise_alpha, groups=sweep.groups)
     return Group(table, Text(f"wise_alpha {shares} ({sweep.select}): {sweep.why}"))
+
+
+def samples_table(samples: Sequence[SampleAnswer], bundle: Sequence[str] = ()) -> Table:
+    """A line a row, no wider than the screen; = where the last form answers what was expected."""
+    rows = shown(samples, bundle)
+    with_bundle = any(answer for _, answer in rows)
+    title = f"answers to {len(rows)} of the scored validation rows"
+    title += f", {len(samples)} are in train.json" if len(samples) > len(rows) else ""
+    table = Table(box=None, title=title, title_justify="left", pad_edge=False, expand=True)
+    table.add_column("", width=1)
+    table.add_column("prompt", no_wrap=True, width=PROMPT_SHOWN)
+    for name in ("expected", "base", "fine-tuned", *(["bundle"] if with_bundle else [])):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
+    for row, answer in rows:
+        last = answer if with_bundle else row.tuned
+        cells = (end_of(row.prompt), row.expected, row.base, row.tuned, *([answer] if with_bundle else []))
+        table.add_row("=" if last == row.expected else "", *(Text(in_a_line(cell)) for cell in cells))
+    return table

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reports import plan_of
-from tiny import CONFIGS
+from tiny import CONFIGS, ROOT
 
 from edgeft.machines.profile import list_profiles, load_profile
 from edgeft.reporting.planning_page import Answer, Request, answer, choices, command
@@ -91,3 +93,30 @@ def test_every_shape_and_machine_can_be_chosen() -> None:
         each["value"] for each in found["devices"]
     }
     assert all(re.fullmatch(r"[\w.-]+", each["value"]) for part in found.values() for each in part)
+
+
+ALONE = """
+import importlib.abc, re, sys
+sys.path[:0] = [{root!r}]
+named = re.findall(r"^([\\w-]+)==", open({wheels!r}).read(), re.MULTILINE)
+there = {{name.replace("-", "_") for name in named}} | {{"edgeft"}} | set(sys.stdlib_module_names)
+
+class Page(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in there and not name.startswith("_sysconfigdata"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Page())
+from pathlib import Path
+from edgeft.reporting.planning_page import answer
+print(answer('{{"model": "smollm2-135m", "machine": "t4"}}', Path({configs!r})))
+"""
+
+
+def test_the_page_has_all_that_it_imports() -> None:
+    """As in the browser, where no package is but those of bench/planner-wheels.txt."""
+    code = ALONE.format(root=str(ROOT), wheels=str(ROOT / "bench" / "planner-wheels.txt"), configs=str(CONFIGS))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = Answer.model_validate_json(done.stdout)
+    assert found.state == "fits" and "FITS" in found.html

@@ -19,8 +19,8 @@ from edgeft.models.intervals import paired_means
 from edgeft.models.metrics import pair
 from edgeft.models.token_f1 import token_f1
 from edgeft.planning.plan import Plan
-from edgeft.reporting.answers import end_of, samples_table, without_common_end
-from edgeft.reporting.terminal import plan_text, train_text
+from edgeft.reporting.answers import end_of, without_common_end
+from edgeft.reporting.terminal import plan_text, samples_table, train_text
 from edgeft.training.job_data import Data
 from edgeft.training.result import SampleAnswer, TrainResult
 
