@@ -90,7 +90,7 @@ def job_data(merged: Path) -> Data:
 
 def plan_of(spec: ModelSpec, trained: range, **changes: Any) -> Training:
     """How a run trains, without a planner: LoRA in fp32 of the layers `trained`, and what is changed of that."""
-    from edgeft.planning.candidates import target_modules
+    from edgeft.planning.projections import target_modules
     from edgeft.settings.job import Training
     from edgeft.settings.tuners import TUNERS
 

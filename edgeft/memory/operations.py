@@ -113,14 +113,14 @@ class Operations:
         return self.tape.run(size, [a, b], [], back)
 
     def multiply(self, a: Value, b: Value) -> Value:
-        """a b, in fp32 where one of them is."""
+        """a b, in fp32 where one of them is; each is kept for the other's gradient, where that is wanted."""
         first, second = a.size, b.size
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             other = Storage(tape, second) if wanted[1] else None
             return [Storage(tape, first) if wanted[0] else None, other]
 
-        return self.tape.run(max(first, second, key=abs), [a, b], [a, b], back)
+        return self.tape.run(max(first, second, key=abs), [a, b], [x for x, y in ((a, b), (b, a)) if y.node], back)
 
     def power(self, x: Value) -> Value:
         size = x.size

@@ -21,10 +21,11 @@ from edgeft.planning.job_checks import (
 from edgeft.planning.layer_choice import layer_choices
 from edgeft.planning.prefix_cache import check_prefix, prefixes
 from edgeft.planning.prefix_tuner import tokens_of
+from edgeft.planning.projections import target_modules
 from edgeft.planning.quantize_aware import exact_precisions, rounding_of
 from edgeft.planning.rank_budget import target_rank
 from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Rounding, Training, Tuner
-from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, Form, adapts
+from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
 
 # Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
 # memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
@@ -41,7 +42,8 @@ def _tuners(job: Job, spec: ModelSpec) -> list[Tuner]:
         return [job.tuner]
     if any(getattr(job, end) not in (None, "off") for end in ENDS):
         return [WEIGHTS]
-    asked = job.rank is not None or job.lora_alpha is not None or job.lora_plus != 1 or job.init != "random"
+    asked = job.rank is not None or job.lora_alpha is not None or job.target_modules is not None
+    asked = asked or job.lora_plus != 1 or job.init != "random"
     pinned_lora = asked or job.base_precision in SMALL_PRECISIONS
     small = spec.total_parameters <= SMALL_MODEL and not spec.stacked
     return [WEIGHTS, ADAPTERS] if small and not pinned_lora else [ADAPTERS]
@@ -210,7 +212,7 @@ def _training(
         init=job.init,
         adapter_at=job.adapter_at,
         prefix_tokens=tokens_of(job),
-        target_modules=target_modules(spec, method.tuner, form_of(job, row)),
+        target_modules=target_modules(spec, method.tuner, form_of(job, row), job.target_modules),
         **method.layers,
         **execution,
         batch_size=job.batch_size,
@@ -231,16 +233,6 @@ def _training(
         quantize_aware=rounding,
         stored_dtype=spec.dtype if rounding else "",
     )
-
-
-def target_modules(spec: ModelSpec, tuner: Tuner, form: Form | None = None) -> tuple[str, ...]:
-    """The projections of a layer that a tuner adapts; none where weights train themselves."""
-    row = TUNERS[tuner]
-    roles = (form or next(iter(row.forms.values()))).roles
-    asking = [linear.name for linear in spec.linears if linear.role == "attention_in"]
-    left_out = asking[:1] if len(asking) == 3 and not row.asks else []
-    found = [linear.name for linear in spec.linears if linear.role in roles and linear.name not in left_out]
-    return tuple(found) if row.adapters else ()
 
 
 def _recomputing(job: Job, spec: ModelSpec) -> list[tuple[bool, int]]:

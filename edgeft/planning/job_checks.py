@@ -7,6 +7,7 @@ from edgeft.models.spec import ModelSpec
 from edgeft.planning.early_stopping import check_patience
 from edgeft.planning.output_bias import check_shift
 from edgeft.planning.prefix_tuner import check_prefix_tuner
+from edgeft.planning.projections import check_modules
 from edgeft.planning.quantize_aware import rounding_of
 from edgeft.planning.rank_budget import check_target_rank
 from edgeft.settings.job import ENDS, Job
@@ -89,6 +90,7 @@ def _check_form(job: Job, spec: ModelSpec) -> None:
         raise BadInput("init", f"{job.tuner} has nothing that could begin as {job.init} does", hint)
     if row.prefixed or job.prefix_tokens:
         check_prefix_tuner(job, spec, row)
+    check_modules(job, row)
     check_shift(job, spec, row)
     check_target_rank(job, row)
     form = form_of(job, row)

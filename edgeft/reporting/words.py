@@ -123,7 +123,12 @@ def method_text(plan: Plan) -> str:
     if training.layers == "lisa":
         layers = f"{training.active_layers} of {len(training.trained_layers)} layers at a time"
         layers += f" (LISA, {training.lisa_schedule}, drawn every {training.lisa_interval} steps)"
-    how = TUNERS[training.tuner].method.format(rank=training.rank, tokens=training.prefix_tokens, layers=layers)
+    row = TUNERS[training.tuner]
+    how = row.method.format(rank=training.rank, tokens=training.prefix_tokens, layers=layers)
+    if row.placed and len(training.target_modules) < len(plan.spec.linears):
+        how += f", {', '.join(training.target_modules)} alone"
+    if row.scaled:
+        how += f", scaled by {training.adapter_scale:.3g} (alpha {training.lora_alpha:g})"
     rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
     return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
 

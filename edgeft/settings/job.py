@@ -12,7 +12,8 @@ import pydantic
 from pydantic import BeforeValidator, Field
 
 from edgeft.documents import NameIn, Strict, invalid
-from edgeft.errors import BadInput, did_you_mean
+from edgeft.errors import BadInput
+from edgeft.settings.other_names import hint_for
 from edgeft.settings.tuners import SCALES, TUNERS, Form
 
 Precision = Literal["fp32", "bf16", "fp16", "nf4"]
@@ -45,6 +46,16 @@ def parse_layers(value: Any) -> Any:
     return tuple(sorted(found))
 
 
+def parse_names(value: Any) -> Any:
+    """`"q_proj,v_proj"` as ("q_proj", "v_proj"); anything else as it is. Raises ValueError where a name is missing."""
+    if not isinstance(value, str):
+        return value
+    names = tuple(part.strip() for part in value.split(","))
+    if not all(names):
+        raise ValueError("expected names with commas between them, as in q_proj,v_proj, or attention, mlp, all")
+    return names
+
+
 def parse_answers(value: Any) -> Any:
     """A form of answers as it was given. Raises ValueError for what is none."""
     known = isinstance(value, str) and (value in ("free", "labels") or value.startswith("regex:"))
@@ -61,6 +72,7 @@ def parse_kv_bits(value: Any) -> Any:
 KvBits = Annotated[Literal["auto", 8, 16, 32], BeforeValidator(parse_kv_bits)]
 AnswerForm = Annotated[str, BeforeValidator(parse_answers)]
 LayerSet = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
+ModuleSet = Annotated[tuple[str, ...], BeforeValidator(parse_names), Field(min_length=1)]
 
 
 class Job(Strict):
@@ -92,6 +104,10 @@ class Job(Strict):
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale before division, see lora_scale")
     lora_scale: LoraScale = Field(
         "rslora", description="what lora_alpha is divided by: rslora: the root of the rank, plain: the rank"
+    )
+    target_modules: ModuleSet | None = Field(
+        None,
+        description="projections that lora, dora, adalora adapt: all, attention, mlp, or names as in q_proj,v_proj",
     )
     lora_plus: float = Field(1.0, ge=1, description="learning rate of LoRA's B, in times A's (LoRA+; 16 is usual)")
     init: Init = Field(
@@ -185,7 +201,7 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
         if not equals:
             raise BadInput("--set", f"expected key=value, got {assignment!r}")
         if key not in Job.model_fields:
-            raise BadInput("--set", f"unknown setting {key!r}", did_you_mean(key, Job.model_fields))
+            raise BadInput("--set", f"unknown setting {key!r}", hint_for(key, Job.model_fields))
         values[key] = None if value in ("", "none") else value
     return values
 

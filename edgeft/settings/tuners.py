@@ -67,6 +67,7 @@ class Tuning:
     shifts: bool = False  # whether what it adds needs a bias of the attention's output
     ranked: bool = False  # whether a rank is chosen
     scaled: bool = False  # whether a scale is
+    placed: bool = False  # whether `target_modules` may say which projections it adapts
     scale: Callable[[float, int], float] | None = None  # its own, of alpha and rank; none: `lora_scale` says which
     pruned: bool = False  # whether ranks go while it trains
     prefixed: bool = False  # whether it trains what lies before the text: so many tokens in every layer
@@ -85,6 +86,7 @@ TUNERS: dict[str, Tuning] = {
         sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs),
         ranked=True,
         scaled=True,
+        placed=True,
         rounded=True,
         forms={
             "random": Form("product", made=(46, 18, 20, 22, 14), joined=(31, 8, 14, 14, 14)),
@@ -105,6 +107,7 @@ TUNERS: dict[str, Tuning] = {
         sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs, outputs),
         ranked=True,
         scaled=True,
+        placed=True,
         forms={"random": Form("lengths", made=(52, 24, 23, 28, 14), beside=lambda i, outputs, rank: outputs)},
         rate=lambda hidden: 2e-4 * (2000 / hidden) ** 0.775,
         faster=UP,
@@ -121,6 +124,7 @@ TUNERS: dict[str, Tuning] = {
         sizes=lambda inputs, outputs, rank, last: (rank * inputs, rank * outputs, rank),
         ranked=True,
         scaled=True,
+        placed=True,
         faster=UP,
         scale=lambda alpha, rank: alpha / (rank + 1e-5),  # as PEFT has it, of the rank that it begins with
         pruned=True,
