@@ -17,6 +17,7 @@ from edgeft.reporting.card import Card
 from edgeft.reporting.matrix import TrainingCell, find_profiles, make_matrix
 from edgeft.reporting.palette import FAMILIES, Family
 from edgeft.reporting.words import show_pace, symbol
+from edgeft.settings import other_names
 from edgeft.units import show_bytes, show_count
 
 SHOWN = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen2.5-1.5b", "llama-3.2-3b", "qwen2.5-7b", "llama-3.1-8b",
@@ -148,6 +149,10 @@ def main() -> None:
     shown = re.sub(r"^\| model \| cpu-8gb.*(\n\|.*)+", lambda _: table, shown, count=1, flags=re.M)
     page.write_text(shown, encoding="utf-8")
     (ROOT / "docs" / "plan.svg").write_text(drawn, encoding="utf-8")
+    names = ROOT / "docs" / "from_other_trainers.md"
+    theirs = r"^\| elsewhere \| here.*(\n\|.*)+\n"
+    said = re.sub(theirs, lambda _: other_names.table(), names.read_text(encoding="utf-8"), count=1, flags=re.M)
+    names.write_text(said, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from pydantic import BeforeValidator, Field
 from edgeft.api.folders import job_folder
 from edgeft.data.sources import by_role
 from edgeft.documents import Strict, invalid, parse_toml
-from edgeft.errors import BadInput, did_you_mean
+from edgeft.errors import BadInput
 from edgeft.machines.sized import machine_name
 from edgeft.settings.job import Job
+from edgeft.settings.other_names import hint_for
 from edgeft.units import parse_bytes
 
 NAME = Path("edgeft.toml")
@@ -147,9 +148,7 @@ def read_job_file(path: Path) -> JobFile:
         if key in KEYS:
             raise BadInput(path, f"settings: {key!r} is a key of its own", f"{KEYS[key]} = ... above [settings]")
         if key not in Job.model_fields:
-            raise BadInput(
-                path, f"settings: unknown setting {key!r}", did_you_mean(key, Job.model_fields.keys() - KEYS)
-            )
+            raise BadInput(path, f"settings: unknown setting {key!r}", hint_for(key, Job.model_fields.keys() - KEYS))
     return made
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pydantic
 import pytest
+from tiny import ROOT
 
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, MissingExtra, ParityFailed, did_you_mean
 from edgeft.settings.job import Job, Training, make_job, parse_settings
+from edgeft.settings.other_names import BY_NAME, ROWS, table
 from edgeft.units import GIB, KIB, MIB, parse_bytes, show_bytes, show_count, show_seconds
 
 # settings
@@ -238,17 +241,45 @@ def test_seconds_are_shown(seconds: float, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"),
+    ("asked", "hint"),
     [
-        ("rnak", "rank"), ("lora_rank", "rank"), ("max_seq_length", "max_length"), ("num_train_epochs", "epochs"),
-        ("per_device_train_batch_size", "batch_size"), ("gradient_checkpointing", "checkpointing"),
-        ("learning_rates", "learning_rate"), ("lora_alhpa", "lora_alpha"), ("warmup_fractoin", "warmup_fraction"),
+        ("rnak", "did you mean 'rank'?"), ("learning_rates", "did you mean 'learning_rate'?"),
+        ("lora_alhpa", "did you mean 'lora_alpha'?"), ("warmup_fractoin", "did you mean 'warmup_fraction'?"),
+        ("lora_rank", "it is rank= here"), ("max_seq_length", "it is max_length= here"),
+        ("lora-target", "it is target_modules= here: all, attention, mlp, names"),
+        ("num_train_epochs", "it is epochs= here"), ("use_dora", "it is tuner=dora here"),
+        ("per_device_train_batch_size",
+         "it is micro_batch_size= here: the plan chooses it; batch_size is what a step takes in all"),
+        ("lora_dropout",
+         "adapters train without dropout: what a step computes is planned and repeated bit for bit"),
+        ("report_to", "--track tensorboard, wandb, trackio ..., of train and build"),
     ],
 )  # fmt: skip
-def test_a_setting_by_the_name_that_another_tool_gives_it_leads_to_ours(asked: str, meant: str) -> None:
+def test_a_setting_by_a_slip_or_by_another_trainers_name_leads_to_ours(asked: str, hint: str) -> None:
     with pytest.raises(BadInput) as refused:
         parse_settings([f"{asked}=1"])
-    assert refused.value.hint == f"did you mean {meant!r}?"
+    assert refused.value.hint == hint
+
+
+def test_what_other_trainers_names_lead_to_is_there() -> None:
+    """Every setting that a row names, with the value that it gives, is one that a plan takes; no name stands twice."""
+    names = [name for row in ROWS for name in row.names]
+    assert len(names) == len(set(names)) == len(BY_NAME)
+    for row in ROWS:
+        assert row.here or row.said, row.names
+        setting, _, value = row.here.partition("=")
+        if row.here:
+            assert setting in Job.model_fields, row.names
+        if value:
+            assert getattr(make_job(model="m", **parse_settings([row.here])), setting) in (value, (value,)), row.names
+        for word in re.findall(r"\b([a-z_]+)(?==)|--([a-z]+)", row.said):
+            assert word[0] in Job.model_fields or word[1] in {"valid", "data", "out", "track"}, (row.names, word)
+        assert not (row.here and set(row.names) & set(Job.model_fields) - {setting}), row.names
+
+
+def test_the_page_for_who_comes_from_another_trainer_is_that_table() -> None:
+    """`make first-page` writes it."""
+    assert table() in (ROOT / "docs" / "from_other_trainers.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
