@@ -70,16 +70,20 @@ def report(
             )
         path = out or Path("build") / "report" / "matrix.html"
     else:
-        if plan_file is None:
-            raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
-        source = plan_file / "plan.json" if plan_file.is_dir() else plan_file
-        made = reports.summary(source, device)
-        path = out or source.parent / "report.html"
+        source = _plan_of(plan_file)
+        made, path = reports.summary(source, device), out or source.parent / "report.html"
     written = write_report(made, path)
     if as_json:
         sys.stdout.write(made.model_dump_json() + "\n")
     else:
         stdout.print("\n".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+def _plan_of(given: Path | None) -> Path:
+    """The plan.json that was named, or that a folder holds. Raises BadInput without any."""
+    if given is None:
+        raise BadInput("report", "no plan given", "name a plan.json, or a folder of models with --models")
+    return given / "plan.json" if given.is_dir() else given
 
 
 def _machines(names: str) -> list[Profile]:

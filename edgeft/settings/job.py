@@ -88,8 +88,8 @@ class Job(Strict):
 
     answers: AnswerForm = Field(
         "free",
-        description="labels: one of the training data's completions, with a probability; regex:..., FILE.json (a JSON "
-        "Schema), FILE.lark: answers that always parse",
+        description="labels: one of the data's completions, with a probability; regex:..., FILE.json (a JSON Schema), "
+        "FILE.lark: they always parse",
     )
 
     tuner: Tuner | None = Field(
