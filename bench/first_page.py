@@ -149,7 +149,7 @@ def main() -> None:
     shown = re.sub(r"^\| model \| cpu-8gb.*(\n\|.*)+", lambda _: table, shown, count=1, flags=re.M)
     page.write_text(shown, encoding="utf-8")
     (ROOT / "docs" / "plan.svg").write_text(drawn, encoding="utf-8")
-    names = ROOT / "docs" / "from_other_trainers.md"
+    names = ROOT / "docs" / "other-trainers.md"
     theirs = r"^\| elsewhere \| here.*(\n\|.*)+\n"
     said = re.sub(theirs, lambda _: other_names.table(), names.read_text(encoding="utf-8"), count=1, flags=re.M)
     names.write_text(said, encoding="utf-8")

@@ -127,8 +127,8 @@ def method_text(plan: Plan) -> str:
     how = row.method.format(rank=training.rank, tokens=training.prefix_tokens, layers=layers)
     if row.placed and len(training.target_modules) < len(plan.spec.linears):
         how += f", {', '.join(training.target_modules)} alone"
-    if row.scaled:
-        how += f", scaled by {training.adapter_scale:.3g} (alpha {training.lora_alpha:g})"
+    if training.lora_alpha and (plan.job.lora_alpha is not None or plan.job.lora_scale != "rslora"):
+        how += f", alpha {training.lora_alpha:g} as a scale of {training.adapter_scale:.3g}"
     rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
     return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
 

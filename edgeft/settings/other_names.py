@@ -57,6 +57,8 @@ ROWS = (
     Row(("dataset", "dataset_dir", "datasets"), "", "--data FILE: docs/data.md says which formats are read"),
     Row(("template", "chat_template"), "", "the model's own chat template is used"),
     Row(("output_dir",), "", "--out FOLDER"),
+    Row(("logging_steps", "logging_strategy"), "", "every step is in train/steps.jsonl"),
+    Row(("train_on_prompt", "completion_only_loss", "train_on_inputs"), "", "only answers train"),
     Row(("report_to",), "", "--track tensorboard, wandb, trackio ..., of train and build"),
     Row(("adapter_name_or_path", "adapters"), "", "a fine-tuned folder is the MODEL of the next run; an adapter is "
         "merged first"),
@@ -79,7 +81,7 @@ def hint_for(asked: str, known: Iterable[str]) -> str:
 
 
 def table() -> str:
-    """The rows as Markdown, as docs/from_other_trainers.md has them."""
+    """The rows as Markdown, as docs/other-trainers.md has them."""
     lines = ["| elsewhere | here | |", "|---|---|---|"]
     for row in ROWS:
         theirs = ", ".join(f"`{name}`" for name in row.names)

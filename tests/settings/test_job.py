@@ -279,7 +279,7 @@ def test_what_other_trainers_names_lead_to_is_there() -> None:
 
 def test_the_page_for_who_comes_from_another_trainer_is_that_table() -> None:
     """`make first-page` writes it."""
-    assert table() in (ROOT / "docs" / "from_other_trainers.md").read_text(encoding="utf-8")
+    assert table() in (ROOT / "docs" / "other-trainers.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
