@@ -31,7 +31,7 @@ py := .venv/bin/python
 edgeft = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,EDGEFT_NEXT=0 )$(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-decode-profile bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -186,6 +186,9 @@ shape ?= 135m
 bench-decode: .venv/installed  ## tokens/s of the bundle beside llama.cpp and PyTorch (needs edgeft[gguf,llama]): shape=135m, 0.5b or 1b
 	$(py) bench/decode.py $(shape)
 
+bench-decode-profile: .venv/installed  ## what a decoded token's time goes into, by kinds of operations, here and in llama.cpp (needs edgeft[gguf,llama])
+	$(py) bench/decode_profile.py
+
 bench-cuda: .venv/installed  ## planned against measured bytes on the GPU that is here
 	$(py) bench/gpu.py
 
@@ -205,7 +208,7 @@ bench-smollm2: .venv/installed-dev  ## a real 135M model from a package, two tas
 	$(py) bench/smollm2.py --rows $(rows)
 
 bench-emulated: .venv/installed-dev  ## three bundles on an emulated Raspberry Pi 5: golden vectors, tokens that differ from here, memory (merged=FOLDER: SmolLM2, trained)
-	$(py) bench/emulated.py $(call option,merged,$(merged))
+	$(py) bench/emulated.py $(call option,only,$(only)) $(call option,merged,$(merged))
 
 bench-kv-cache: .venv/installed-dev  ## a KV cache of 8 bits beside the runtime's own on that model: memory, loss, long rows
 	$(py) bench/kv_cache.py --rows $(if $(filter 1000,$(rows)),200,$(rows))

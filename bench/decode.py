@@ -159,8 +159,8 @@ def model_of(shape: str, folder: Path) -> int:
     return 4 * sum(parameter.numel() for parameter in made.parameters())
 
 
-def build(shape: str, scratch: Path) -> dict[str, tuple[Path, int]]:
-    """(what is loaded, weight bytes that a token reads) of every form."""
+def build(shape: str, scratch: Path, names: Sequence[str]) -> dict[str, tuple[Path, int]]:
+    """(what is loaded, weight bytes that a token reads) of these forms, and of PyTorch's."""
     from edgeft.data.rows import read_rows
     from edgeft.data.samples import to_samples
     from edgeft.data.tokenizer import TextTokenizer
@@ -173,7 +173,7 @@ def build(shape: str, scratch: Path) -> dict[str, tuple[Path, int]]:
     model = scratch / "model"
     forms = {TORCH: (model, model_of(shape, model))}
     spec, tokenizer = read_model_spec(str(model)), TextTokenizer(model)
-    for form in SHAPES[shape].forms:
+    for form in names:
         target, given = load_target(form.partition(",")[0]), dict[str, Any]()
         if form == CACHE_OF_8:
             rows = read_rows(str(ROOT / "examples" / "debian-sections" / "train.jsonl"), tokenizer)[:128]
@@ -294,7 +294,7 @@ def bench(shape: str, scratch: Path) -> dict[str, Any]:
     from edgeft.machines.limits import usable_cores
 
     rows, samples, bandwidth, given = [], [], read_bandwidth(), SHAPES[shape]
-    forms = build(shape, scratch)
+    forms = build(shape, scratch, given.forms)
     for threads in (1, 2)[: usable_cores()]:
         names = (*given.forms, TORCH) if threads == 1 and shape == "135m" else given.forms
         found = compare(forms, names, threads, given.rounds)

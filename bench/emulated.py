@@ -1,6 +1,6 @@
 """Does a bundle answer on a Raspberry Pi 5's processor as it does here, and what does it hold in memory there?
 
-    make bench-emulated [merged=FOLDER]
+    make bench-emulated [only=example,smollm2] [merged=FOLDER]
 
 The example as ort-int4; the same with answers held to labels and a KV cache of 8 bits; SmolLM2-135M-Instruct
 (bench/smollm2.py) with calibrated codes. Each is exported with its proof and then verified by `edgeft verify --for`
@@ -8,7 +8,8 @@ under emulation of a Cortex-A76, in the runtime's own build for aarch64: golden 
 from this machine's and by which margins, peak memory. Kernels with 8-bit activations differ between instruction sets.
 Nothing of it depends on what else runs, and no seconds are recorded: those of an emulation say nothing of a device.
 
-What is done is kept in build/emulated: a bundle that was verified is not verified again. SmolLM2 is trained as
+What is done is kept in build/emulated: a bundle that was verified is not verified again. With `only` the others stay as
+they are recorded. SmolLM2 is trained as
 `make bench-bakeoff model=smollm2` trains its plain run, or taken from `merged`, where such a run left it.
 """
 
@@ -52,6 +53,7 @@ CASES = {
     ),
     "smollm2": Case("smollm2", "ort-int4-calibrated", smollm2.SETTINGS, 16, 3600),
 }
+SHORT = {"example": "example", "labels": "example, labels, cache of 8 bits", "smollm2": "smollm2"}
 
 
 def example(case: Case, folder: Path) -> tuple[Path, Path]:
@@ -60,7 +62,7 @@ def example(case: Case, folder: Path) -> tuple[Path, Path]:
     files = ["--data", str(SECTIONS / "train.jsonl"), "--valid", str(SECTIONS / "valid.jsonl"), "--test", str(test)]
     settings = pins({**case.settings, "target": case.target, "device": PROFILE})
     verb("plan", "--model", str(BASE), "--profile", "cpu", *files, *settings, "--out", plan)
-    verb("train", plan, "--out", str(folder / "train"))
+    verb("train", plan, "--out", str(folder / "train"), "--no-rehearsal")
     verb("merge", str(folder / "train"), "--out", str(folder / "merged"))
     return folder / "merged", test
 
@@ -120,17 +122,28 @@ def bench(name: str, case: Case, given: Path | None) -> dict[str, Any]:
     return {"target": case.target, "settings": case.settings, **weighs, **verified(bundle, test, case)}
 
 
+def recorded() -> dict[str, Any]:
+    """The bundles of the record that is there."""
+    path = ROOT / "bench" / "results" / "emulated.json"
+    return dict(json.loads(path.read_text())["bundles"]) if path.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SHORT), help="some of these, separated by commas")
     parser.add_argument("--merged", type=Path, help="SmolLM2, trained and merged by another bench")
     given = parser.parse_args()
     try:
+        names = [SHORT[each] for each in given.only.split(",")]
         verb("arm64", as_json=False)
-        found = {name: bench(name, case, given.merged) for name, case in CASES.items()}
+        found = {name: bench(name, CASES[name], given.merged) for name in names}
+    except KeyError as problem:
+        parser.error(f"--only: there is no {problem}, only {', '.join(SHORT)}")
     except EdgeftError as problem:
         print(problem, file=sys.stderr)
         sys.exit(problem.exit_code)
-    record("emulated", {"profile": PROFILE, "bundles": found})
+    found = recorded() | found
+    record("emulated", {"profile": PROFILE, "bundles": {name: found[name] for name in CASES if name in found}})
 
 
 if __name__ == "__main__":
