@@ -66,7 +66,10 @@ def kind_of(node: str, runtime: int) -> str:
 
 
 def by_kind(tokens: Sequence[Sequence[Timed]], runtime: int) -> dict[str, dict[str, float]]:
-    """Of each kind its nodes, and the sum of their medians over tokens in milliseconds. Tokens must have the same nodes."""
+    """Of each kind its nodes, and the sum of their medians over tokens in milliseconds.
+
+    Raises ValueError where tokens have different nodes.
+    """
     names = [[name for name, _ in token] for token in tokens]
     if any(each != names[0] for each in names):
         raise ValueError("tokens have different nodes")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-import time
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import bundle
-from tiny import BENCH
+from tiny import BENCH, EXAMPLE
 
 from edgeft.exporting.bundle import Bundle
+from edgeft.models.spec import read_model_spec
+from edgeft.targets import gguf_file
+from edgeft.targets.target import load_target
 
 
 @pytest.fixture
@@ -122,24 +125,39 @@ def test_llama_cpps_operations_are_timed_one_by_one_between_two_calls(
     fake._ggml = types.SimpleNamespace(libggml=library)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", fake)
 
+    clock = [0.0]
+    monkeypatch.setattr(profile, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
     def step(token: int) -> int:
         callback = fake.llama_context_default_params().cb_eval  # type: ignore[attr-defined]
-        for tensor in names:
+        for tensor, microseconds in ((1, 2.0), (2, 9.0), (3, 5.0)):
             assert callback(tensor, True, None)
-            time.sleep(0.002 if tensor == 2 else 0)
+            clock[0] += 1e-6 * microseconds
             assert callback(tensor, False, None)
+            clock[0] += 1e-3  # what lies between operations is none's
         return token
 
     monkeypatch.setattr(profile.decode, "bundle_model", lambda run, bundle: (lambda ids, new: len(ids), step))
     found = profile.profile_llama(None, bundle)
     assert {kind: each["nodes"] for kind, each in found["kinds"].items()} == {"gate, up": 1, "head": 1}
-    assert found["kinds"]["gate, up"]["milliseconds"] > 1 and found["microseconds_of_a_call"] > 0
+    assert found["kinds"]["gate, up"]["milliseconds"] == pytest.approx(0.007)
+    assert found["kinds"]["head"]["milliseconds"] == pytest.approx(0.003)
+    assert found["microseconds_of_a_call"] == pytest.approx(2)
+
+
+def nearly_all(profile: Any, found: dict[str, int], whole: int) -> bool:
+    """Whether each kind of product reads something, and together all that a token reads but its norms."""
+    return set(found) == {*profile.LAYER_PRODUCTS, "head"} and 0.9 * whole < sum(found.values()) <= whole
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target, read", [("ort-int4", "ort_bytes"), ("gguf-q4_0", "gguf_bytes")])
-def test_products_read_nearly_all_bytes_that_a_token_reads(profile: Any, target: str, read: str) -> None:
-    found = getattr(profile, read)(bundle(target))
-    assert set(found) == {*profile.LAYER_PRODUCTS, "head"}
-    whole = Bundle.read(bundle(target) / "bundle.json").weight_bytes_per_token
-    assert 0.9 * whole < sum(found.values()) <= whole  # norms are the rest
+def test_products_read_nearly_all_bytes_that_a_token_reads(profile: Any) -> None:
+    whole = Bundle.read(bundle("ort-int4") / "bundle.json").weight_bytes_per_token
+    found = profile.ort_bytes(bundle("ort-int4"))
+    assert nearly_all(profile, found, whole)
+    assert not nearly_all(profile, found, whole // 2)  # planted: a count that takes too much
+
+
+def test_they_do_so_in_a_gguf_file(profile: Any, tmp_path: Path) -> None:
+    gguf_file.build_model(EXAMPLE, load_target("gguf-q4_0"), read_model_spec(str(EXAMPLE)), tmp_path)
+    assert nearly_all(profile, profile.gguf_bytes(tmp_path), gguf_file.read_weights(tmp_path).bytes_per_token)

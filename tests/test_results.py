@@ -71,6 +71,20 @@ def on_the_device() -> Iterator[str]:
         yield words.format(*(ratio(form, threads, "decode") for form in (full, small) for threads in (1, 2)))
 
 
+def emulated() -> Iterator[str]:
+    """The table of bundles on an emulated device: tokens that differ from here, at which margins, memory."""
+    for name, found in result("emulated")["bundles"].items():
+        rows, memory, binding = found["rows"], found["memory"], 2 * found["golden_logit_tolerance"]
+        margins = [other["margin_here"] for other in rows["others"]]
+        assert not found["problems"] and all(margin <= binding for margin in margins)
+        assert not [key for key in found if "seconds" in key]  # those of an emulation under load are no times
+        apart = f"{max(margins):.2f}" if margins else "none"
+        counts = f"{rows['tokens']} in {rows['rows']} answers | {len(margins)} | {apart} | {rows['close_tokens']}"
+        sizes = [memory["emulated_bytes"] - memory["emulator_bytes"], memory["here_bytes"]]
+        there, here = (f"{size / 2**20:.0f} MiB" for size in sizes)
+        yield f"| {name} | {counts} | {rows['logit_difference']:.2f} | {there} | {here} |"
+
+
 def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}%"
 
@@ -169,6 +183,7 @@ def sentences() -> Iterator[str]:
     ends = f"{steps['lowest']:.2f} to {steps['highest']:.2f}"
     yield f"a factor of {steps['typical_factor']:.2f} in {steps['runs']} runs, {ends} (`make bench-time`)"
     yield from on_the_device()
+    yield from emulated()
     swept = result("sweep")["sweep"]
     points = {point["wise_alpha"]: point["rounded_general"]["loss"] for point in swept["points"]}
     taken = swept["wise_alpha"]
