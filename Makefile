@@ -31,7 +31,7 @@ py := .venv/bin/python
 edgeft = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,EDGEFT_NEXT=0 )$(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-decode-profile bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-methods-time bench-methods-smollm2 bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-decode-profile bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -133,7 +133,7 @@ arm64: .venv/installed  ## set up the emulated aarch64 machine of `edgeft verify
 test-arm64: .venv/installed-dev  ## the tests that run a bundle on an emulated Raspberry Pi 5 (after make arm64)
 	OMP_NUM_THREADS=1 $(py) -m pytest -m arm64
 
-bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
+bench: bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-methods-time bench-rates bench-example bench-sweep bench-large bench-stages bench-published  ## every benchmark: writes bench/results/*.json
 
 bench-planner: .venv/installed  ## predicted against measured peak memory of real training runs, 72 of them random
 	$(py) bench/planner.py
@@ -165,6 +165,12 @@ bench-sparse: .venv/installed  ## which layers to train: full, LoRA, sparse by e
 sizes ?= 100,1000,6000
 bench-methods: .venv/installed  ## every tuner in all, few and alternating layers on the example task (only=lora,prefix:all sizes=100,1000)
 	OMP_NUM_THREADS=1 $(py) bench/methods.py $(call option,only,$(only)) --rows $(sizes)
+
+bench-methods-time: .venv/installed  ## seconds of a step of each of them, in turn, on a quiet machine (after make bench-methods)
+	OMP_NUM_THREADS=1 $(py) bench/methods.py --time
+
+bench-methods-smollm2: .venv/installed-dev  ## the best of them on a real 135M model from a package (after make bench-methods)
+	OMP_NUM_THREADS=1 $(py) bench/methods.py --model smollm2
 
 bench-rates: .venv/installed  ## which learning rate the default job should take, by its validation rows
 	$(py) bench/rates.py

@@ -1,0 +1,27 @@
+"""Do the best ways on the example hold on a real model? SmolLM2-135M-Instruct with 300 rows, as in bench/smollm2.py.
+
+The same task as chats. Learning rates are those that were chosen on the example, as far above or below each tuner's
+default, which follows the width: none is tried here.
+"""
+
+from __future__ import annotations
+
+from methods_ways import FOLDER, Setting
+from smollm2 import FOLDER as PACKAGE
+from smollm2 import base_model, chats
+
+ROWS, VALID_ROWS, TEST_ROWS = 300, 50, 500
+TASK, SEEDS = "sections", 2
+
+
+def smollm2() -> Setting:
+    """The model and its rows. Raises MissingExtra where its package cannot be had."""
+    folder = FOLDER / "smollm2"
+    for each in (folder, PACKAGE):
+        each.mkdir(parents=True, exist_ok=True)
+    counts = {"train": SEEDS * ROWS, "valid": VALID_ROWS, "test": TEST_ROWS}
+    files = {name: chats(TASK, name, count, folder / f"{name}.jsonl") for name, count in counts.items()}
+    return Setting(
+        name="smollm2", base=base_model(PACKAGE), **files, epochs={ROWS: 2}, eval_rows=VALID_ROWS, folder=folder,
+        active={"sparse": 7, "random": 7, "lisa": 4}, seeds=lambda way, rows: range(SEEDS),
+    )  # fmt: skip
