@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods_ways import CHOSEN_AT, REFERENCE, split, ways
+from methods_ways import REFERENCE, split
 from run import ROOT
 
-EVIDENCE = ROOT / "edgeft" / "planning" / "evidence.json"
+from edgeft.planning import evidence as read
+
 POINTS = 100  # of exact match
 
 
-def write_evidence(result: Mapping[str, Any], out: Path = EVIDENCE) -> None:
-    """Write what the planner reads of a result, where it is whole enough to be gone by."""
-    if missing := [way for way in ways() if f"{way}, {CHOSEN_AT} rows" not in done(result)]:
-        print(f"{out.name} stays as it is: {', '.join(missing)} has not run at {CHOSEN_AT} rows")
-        return
+def write_evidence(result: Mapping[str, Any], out: Path = read.FILE) -> None:
+    """Write what the planner reads of a result; what it has read before is forgotten."""
     out.write_text(lines_of(evidence(result)) + "\n", encoding="utf-8")
+    for kept in (read.evidence, read.nearest):
+        kept.cache_clear()
     print(f"wrote {out.relative_to(ROOT)}")
 
 
@@ -33,10 +33,6 @@ def lines_of(value: Any, depth: int = 0, within: int = 4) -> str:
     each = value.values() if isinstance(value, dict) else value
     inside = [" " * (depth + 1) + key + lines_of(one, depth + 1, within) for key, one in zip(keys, each, strict=True)]
     return brackets[0] + "\n" + ",\n".join(inside) + "\n" + " " * depth + brackets[1]
-
-
-def done(result: Mapping[str, Any]) -> set[str]:
-    return {part for part, said in result["parts"].items() if said == "has run"}
 
 
 def evidence(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from edgeft.models.intervals import share
 from edgeft.models.metrics import Metrics
 from edgeft.models.parts import find_parts
 
-GRID, MOST = (3.0**-1, 1.0, 3.0), 4  # times the tuner's own default; rates that are tried at most
+FIRST_FACTORS, MOST = (1.0, 3.0), 4  # times the tuner's own default; rates that are tried at most
 GENERAL = ROOT / "examples" / "debian-descriptions" / "valid.jsonl"
 GENERAL_ROWS, GENERAL_TOKENS = 100, 256
 LOADING = threading.Lock()  # transformers changes torch's own functions while it loads
@@ -167,17 +167,18 @@ class Bench:
         return {seed: self.kept.rows[name]["test"] for seed, name in names.items() if name in self.kept.rows}
 
     def best_ways(self) -> list[str]:
-        """The ways that run with most rows, by their validation loss; none before each has its learning rate."""
-        free = [way for way in ways() if not way.endswith("random")]
-        if None in map(self.chosen, free):
-            return []
-        best = sorted(free, key=lambda way: min(self.losses(way).values()))[:BEST]
-        return [*FIRST, *(way for way in best if way not in FIRST)]
+        """The ways that run with most rows, by their validation loss: of those that have their learning rate."""
+        known = [way for way in ways() if split(way)[1] != "random" and self.chosen(way) is not None]
+        best = sorted(known, key=lambda way: min(self.losses(way).values()))[:BEST]
+        return [*FIRST, *(way for way in best if way not in FIRST)] if known else []
 
 
 def next_factor(losses: Mapping[float, float]) -> float | None:
-    """The factor to be tried next: all of the grid, then one beyond its end while that end is best; None: no more."""
-    for factor in GRID:
+    """The factor to be tried next: the default, three times it, then one beyond the best while that is an end.
+
+    None: no more.
+    """
+    for factor in FIRST_FACTORS:
         if factor not in losses:
             return factor
     best = min(losses, key=lambda factor: losses[factor])

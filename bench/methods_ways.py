@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +47,10 @@ def split(way: str) -> tuple[str, str]:
 
 
 def seeds(way: str, rows: int) -> range:
-    """The seeds that a way runs with: three where a run is short, or where it is compared with random layers."""
+    """The seeds that a way runs with: three where a run is short, others are compared with it, or it with random."""
     method, layers = split(way)
-    controlled = method in CONTROLLED and layers in ("sparse", "random") and rows == CHOSEN_AT
-    return range(3 if controlled or (layers == "all" and rows < CHOSEN_AT) else 1)
+    controlled = way in FIRST or (method in CONTROLLED and layers in ("sparse", "random"))
+    return range(3 if (controlled and rows == CHOSEN_AT) or (layers == "all" and rows < CHOSEN_AT) else 1)
 
 
 class Setting(NamedTuple):
@@ -66,9 +66,11 @@ class Setting(NamedTuple):
     eval_rows: int
     folder: Path
     seeds: Callable[[str, int], range] = seeds  # of a way and so many rows
+    more: Mapping[str, Any] = {}  # settings that all ways share
 
     def data(self, rows: int, seed: int) -> Path:
         """A file with so many training rows: the first, where a seed's rows are few those behind the last seed's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         lines = self.train.read_text(encoding="utf-8").splitlines(keepends=True)
         first = seed * rows % len(lines)
         out = self.folder / f"train-{rows}-{first}.jsonl"
@@ -110,8 +112,8 @@ class Case(NamedTuple):
         rate = row.rate(json.loads((self.of.base / "config.json").read_text())["hidden_size"]) * self.factor
         more = {"learning_rate": float(f"{rate:.3g}"), "seed": self.seed, "epochs": self.of.epochs[self.rows]}
         few = {} if layers == "all" else {"active_layers": self.of.active[layers]}
-        shared = {"eval_rows": self.of.eval_rows, "prefix_cache": "false"}
-        return {**METHODS[tuner], **LAYERS[layers], **few, **more, **shared}
+        shared = {"eval_rows": self.of.eval_rows, "sample_answers": 0, "prefix_cache": "false"}
+        return {**METHODS[tuner], **LAYERS[layers], **few, **more, **shared, **self.of.more}
 
 
 def ways() -> Iterator[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from edgeft.errors import ParityFailed
+from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.export import prove_bundle
 from edgeft.exporting.outputs import load_tuned
@@ -47,6 +50,33 @@ def computes_as_trained(
     if not share:
         assert torch.equal(found, logits(load_plain(base)))
     return found
+
+
+def peft_logits(base: Path, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Of PEFT's own forward pass with its own model of a folder: the text's, without what PEFT puts before it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model: Any = PeftModel.from_pretrained(load_plain(base), adapter)
+        found = model(input_ids=ids, use_cache=True).logits
+    return found[:, found.shape[1] - ids.shape[1] :]  # type: ignore[no-any-return]
+
+
+def others_merge(config: Any, base: Path, work: Path, ids: torch.Tensor, wrong: str) -> None:
+    """What PEFT makes by `config` merges and computes as in PEFT; cut to half its width it is refused as `wrong`."""
+    from peft import get_peft_model
+
+    theirs, weights = work / "theirs", work / "theirs" / "adapter_model.safetensors"
+    torch.manual_seed(0)
+    get_peft_model(load_plain(base), config).save_pretrained(theirs)
+    merge(theirs, work / "merged", wise_alpha=1.0, progress=silent, base=str(base))
+    with torch.no_grad():
+        ours = load_plain(work / "merged")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(ours, peft_logits(base, theirs, ids), rtol=1e-4, atol=1e-5)
+    save_file({name: tensor[:, 2:].contiguous() for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(BadInput, match=wrong):
+        merge(theirs, work / "wrong", wise_alpha=1.0, progress=silent, base=str(base))
 
 
 def stopped_by(place: Path, bundle: Path, target: Target) -> str:

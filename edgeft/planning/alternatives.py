@@ -8,7 +8,9 @@ from edgeft.documents import Strict
 from edgeft.errors import DoesNotFit
 from edgeft.memory import train_step
 from edgeft.planning.costs import Candidate, Question
+from edgeft.planning.evidence import REFERENCE, Measured, method_of, nearest, of_layers
 from edgeft.settings.job import Training
+from edgeft.settings.tuners import WEIGHTS
 from edgeft.units import show_bytes, show_seconds
 
 
@@ -193,16 +195,18 @@ def unused_budget(question: Question, best: Training, chosen: Training, better: 
 
 def gave_up(question: Question, best: Training, chosen: Training) -> list[str]:
     """One line for each thing the budget took from the best candidate, worst first."""
-    spec = question.spec
-    lines = []
+    spec, method = question.spec, method_of(chosen)
+    near, lines = (question.rows, spec.total_parameters), []
     if chosen.tuner != best.tuner:
-        lines.append("LoRA instead of full fine-tuning")
+        lines.append("LoRA instead of full fine-tuning" + _cited(nearest(f"{WEIGHTS}, all", REFERENCE, *near)))
     if chosen.base_precision != best.base_precision:
         lines.append(f"base weights in {chosen.base_precision} instead of {best.base_precision}")
     if chosen.layers == "lisa" != best.layers:
-        lines.append(f"LISA: {chosen.active_layers} of {len(chosen.trained_layers)} layers train at a time")
+        measured = _cited(of_layers(method, "lisa", *near))
+        lines.append(f"LISA: {chosen.active_layers} of {len(chosen.trained_layers)} layers train at a time{measured}")
     elif len(chosen.trained_layers) != len(best.trained_layers):
-        lines.append(f"{len(chosen.trained_layers)} of {spec.num_hidden_layers} layers train")
+        measured = _cited(of_layers(method, "sparse", *near))
+        lines.append(f"{len(chosen.trained_layers)} of {spec.num_hidden_layers} layers train{measured}")
     if chosen.rank != best.rank and best.rank:
         lines.append(f"LoRA rank {chosen.rank} instead of {best.rank}")
     if chosen.optimizer != best.optimizer:
@@ -225,6 +229,16 @@ def gave_up(question: Question, best: Training, chosen: Training) -> list[str]:
         more = question.seconds(chosen) / question.seconds(chosen.model_copy(update={"malloc": best.malloc})) - 1
         lines.append(f"freed memory is returned at once (malloc=tight): {more:.0%} more time, same result")
     return [*lines, f"the best candidate needs {show_bytes(question.high_bytes(best))}"] if lines else []
+
+
+def _cited(measured: Measured | None) -> str:
+    """What was measured of it, behind a line."""
+    if measured is None:
+        return ""
+    kind = measured.comparison.way.partition(", ")[2]
+    share = measured.study.shares.get(kind)
+    of = f" of {round(share * measured.study.layers)} of {measured.study.layers} layers" if share else " of the latter"
+    return f"; measured{of}: {measured.line}"
 
 
 def does_not_fit(question: Question, looked_at: list[Training], change: str | None) -> DoesNotFit:

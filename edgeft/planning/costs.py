@@ -1,9 +1,10 @@
 """What does a way of training cost in quality, time and memory? The numbers that candidates are compared by.
 
-What quality costs is an order, not a measurement of your task; its evidence: rank 64 rsLoRA 51.3, rank 32 47.8, full
-fine-tuning 47.2 points on GSM8K at equal data (PEFT's MetaMathQA comparison on Llama-3.2-3B); NF4 with double
-quantisation follows 16-bit LoRA within half a point (QLoRA, arXiv 2305.14314); 8-bit AdamW follows 32-bit (arXiv
-2110.02861). Recomputing activations, a smaller micro-batch and loss chunks change no result, only time.
+What quality costs is an order, not a measurement of your task. What a tuner costs, and few layers instead of all, was
+measured (`make bench-methods`, `evidence.py`). The rest is published: rank 64 rsLoRA 51.3, rank 32 47.8 points on GSM8K
+at equal data (PEFT's MetaMathQA comparison on Llama-3.2-3B); NF4 with double quantisation follows 16-bit LoRA within
+half a point (QLoRA, arXiv 2305.14314); 8-bit AdamW follows 32-bit (arXiv 2110.02861). Recomputing activations, a
+smaller micro-batch and loss chunks change no result, only time.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from edgeft.memory.timing import (
 )
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.early_stopping import validating_seconds
+from edgeft.planning.evidence import layers_points, method_of, tuner_points
+from edgeft.planning.rows_read import DEFAULT_ROWS
 from edgeft.settings.job import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
 
-# expected quality points given up, by the evidence above; only their order decides
-NF4_COST, RANK_COST, LAYERS_COST, LISA_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 12.0, 2.0, 0.1
-ENDS_COST = 0.5  # full fine-tuning that leaves the embedding out: 1.2 points on the example, near its noise
+# expected quality points given up, by what is published; only their order decides
+NF4_COST, RANK_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 0.1
 # On a CPU fp32 comes first even where bf16 multiplies faster: for every length of batch oneDNN compiles its kernels
 # anew and keeps them, which is slower than fp32 in short runs and grows beyond any plan.
 CPU_HALF_COST = 0.2
 
 
 class Candidate(Strict):
-    """One way of training and what it costs: points of quality (0 is the best way), seconds, high estimate in bytes."""
+    """One way of training and what it costs: points of quality (0: LoRA, rank 64, all layers), seconds, high bytes."""
 
     tuner: Tuner
     base_precision: Precision
@@ -87,6 +89,11 @@ class Question:
     simulated: dict[Training, Simulated] = field(default_factory=dict, repr=False)
     scorings: dict[tuple[int, int, int], Scoring] = field(default_factory=dict, repr=False)  # by what they depend on
 
+    @property
+    def rows(self) -> int:
+        """Rows that are trained on; those that are assumed where no data is named."""
+        return self.lengths.rows if self.lengths else DEFAULT_ROWS
+
     @cached_property
     def mean_work(self) -> train_step.Workload:
         """The typical batch, which time is estimated for."""
@@ -99,7 +106,7 @@ class Question:
         """
         if id(training) not in self.keys:
             seconds = self.seconds(training) + self.once(training) / training.steps
-            self.keys[id(training)] = training, (quality_cost(self.spec, training), seconds)
+            self.keys[id(training)] = training, (quality_cost(self.spec, training, self.rows), seconds)
         return self.keys[id(training)][1]
 
     def once(self, training: Training) -> float:
@@ -247,16 +254,16 @@ class Question:
         return self.seconds(training) * training.steps + self.prefix_seconds(training) + validating
 
 
-def quality_cost(spec: ModelSpec, training: Training) -> float:
-    """Expected points that this way gives up against the best one, by the evidence at the top."""
+def quality_cost(spec: ModelSpec, training: Training, rows: int) -> float:
+    """Expected points that this way gives up, by the evidence at the top; `rows`: that are trained on."""
     cost = NF4_COST if training.base_precision == "nf4" else 0.0
     cost += CPU_HALF_COST if training.device == "cpu" and training.compute_dtype != "fp32" else 0.0
     cost += ADAM8_COST if training.optimizer != "adamw" else 0.0
+    method, size = method_of(training), spec.total_parameters
+    cost += tuner_points(method, rows, size)
     if training.layers == "lisa":  # every layer trains in its turn
-        cost += LISA_COST * (1 - training.active_layers / len(training.trained_layers))
-    if not training.adapts and training.embedding == "off":
-        cost += ENDS_COST
-    cost += LAYERS_COST * (1 - len(training.trained_layers) / spec.num_hidden_layers)
+        cost += layers_points(method, "lisa", training.active_layers / len(training.trained_layers), rows, size)
+    cost += layers_points(method, "sparse", len(training.trained_layers) / spec.num_hidden_layers, rows, size)
     if training.rank:
         cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
     return cost

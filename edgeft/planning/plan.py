@@ -52,6 +52,7 @@ from edgeft.planning.early_stopping import patience_notes
 from edgeft.planning.job_checks import check_job, needs_importance
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.notes import machine_notes, training_notes
+from edgeft.planning.other_tuners import OtherTuner, other_tuners, tuner_notes
 from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes
@@ -100,6 +101,7 @@ class Plan(Artifact):
     looked_at: int  # candidates
     frontier: tuple[Candidate, ...]
     alternatives: tuple[Alternative, ...]
+    tuners: tuple[OtherTuner, ...] = Field(default=(), description="the planned tuner, then each other in its place")
     savings: tuple[Saving, ...]
     work: train_step.Workload
     simulation: Simulation | None = None  # of the chosen way, when asked for
@@ -203,7 +205,7 @@ def _planned(asked: _Asked) -> Plan:
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
     notes += patience_notes(training) + machine_notes(question.profile)
     notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training)
-    notes += process_notes(question, training)
+    notes += process_notes(question, training) + tuner_notes(question, looked_at)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)
     stages, stage_notes = plan_stages(question, training)
     of_each_quality = frontier(question, training, looked_at)
@@ -239,6 +241,7 @@ def _planned(asked: _Asked) -> Plan:
         looked_at=len(looked_at),
         frontier=of_each_quality,
         alternatives=alternatives(question, training, looked_at),
+        tuners=other_tuners(question, training, asked.importance.scores if asked.importance else None),
         savings=savings(question, training),
         work=question.work,
         importance=_with_choice(asked.importance, training, spec) if asked.importance else None,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from edgeft.planning.alternatives import describe
+from edgeft.planning.other_tuners import Points
 from edgeft.planning.plan import Plan
 from edgeft.reporting.terminal import new_table
-from edgeft.units import show_bytes, show_seconds
+from edgeft.settings.tuners import TUNERS
+from edgeft.units import show_bytes, show_count, show_seconds
 
 
 def explain_text(plan: Plan) -> RenderableType:
-    """What else was looked at: the chosen candidate with one choice changed, and the smallest of each quality."""
+    """What else was looked at: one choice changed, the smallest of each quality, other tuners."""
     changed = new_table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
                      title=f"{plan.looked_at} candidates; the chosen one with one choice changed")  # fmt: skip
     last = ""
@@ -39,4 +42,49 @@ def explain_text(plan: Plan) -> RenderableType:
             "chosen" if chosen else "yes" if row.fits else "no",
             Text(way, justify="left"),
         )
-    return Group(changed, best)
+    return Group(changed, best, *tuners_text(plan))
+
+
+def tuners_text(plan: Plan) -> list[RenderableType]:
+    """The planned tuner and every other in its place: what it takes, what was measured of it, how far that reaches."""
+    if not plan.tuners:
+        return []
+    own, which = plan.tuners[0], describe(plan.training, "layers")
+    table = new_table("tuner", "peak", "more time", "fits", "ships", "exact match, measured", "to LoRA in all layers",
+                      title=f"other tuners in the same layers ({which}), all else as planned")  # fmt: skip
+    for row in plan.tuners:
+        name = TUNERS[row.tuner].title
+        if row.refused:
+            table.add_row(name, "-", "-", "no", "-", Text(row.refused, justify="left"), "")
+            continue
+        table.add_row(
+            name,
+            show_bytes(row.high_bytes),
+            "planned" if row is own else f"{100 * row.more_seconds_per_step / plan.seconds_per_step:+.0f}%",
+            "yes" if row.fits else "no",
+            "in the weights" if row.folds else "beside them",
+            *_measured(row.measured),
+        )
+    seen = sorted({row.measured.measured_on for row in plan.tuners if row.measured})
+    lines = [f"measured on: {each}" for each in seen]
+    job = f"{show_count(plan.spec.total_parameters)} parameters, {_rows(plan)}"
+    lines += [
+        f"this job: {job}; another task or model may order tuners otherwise",
+        "points with 95% intervals of test rows and seeds; noise: no difference is shown, and none is counted",
+    ]
+    return [table, *(Text(line) for line in lines)]
+
+
+def _measured(points: Points | None) -> tuple[str, str]:
+    if points is None:
+        return "never", ""
+    score = f"{points.score:.1f}%, {points.rows:,} rows" if points.score is not None else f"{points.rows:,} rows"
+    if points.points is None:
+        return score, "is that"
+    by = points.points
+    noise = "" if points.shown else ", noise"
+    return score, f"{by.difference:+.1f} [{by.low:+.1f}, {by.high:+.1f}]{noise}"
+
+
+def _rows(plan: Plan) -> str:
+    return f"{plan.lengths.rows:,} rows" if plan.lengths else "no data named"

@@ -134,7 +134,7 @@ TUNERS: dict[str, Tuning] = {
                 "triplets", made=(46, 18, 20, 22, 38), beside=lambda i, o, rank: 2 * rank * (i + o + 1) + rank + 1
             )
         },
-        rate=lambda hidden: 2e-3 * (2000 / hidden) ** 0.775,  # ten times LoRA's, compared with nothing: docs/methods.md
+        rate=lambda hidden: 2e-3 * (2000 / hidden) ** 0.775,  # ten times LoRA's; others: make bench-methods
         title="AdaLoRA",
         short="AdaLoRA r{rank}",
         method="AdaLoRA from rank {rank} in {layers}",
@@ -146,7 +146,7 @@ TUNERS: dict[str, Tuning] = {
         adapters=True,
         sizes=lambda inputs, outputs, rank, last: (inputs if last else outputs,),
         forms={"random": Form("scales", made=(33, 11, 14, 20, 0), roles=("attention_in", "mlp_out"))},
-        rate=lambda hidden: 3e-2,  # ten times the paper's, which moved the example too little: docs/methods.md
+        rate=lambda hidden: 3e-2,  # ten times the paper's, which moved the example too little: bench/LOG.md
         asks=False,
         needs_roles=True,
         title="IA3",
@@ -160,7 +160,7 @@ TUNERS: dict[str, Tuning] = {
         adapters=True,
         sizes=lambda inputs, outputs, rank, last: (outputs, outputs),
         forms={"random": Form("hadamard", made=(37, 8, 14, 14, 0), roles=("attention_out",))},
-        rate=lambda hidden: 3e-2,  # IA3's, compared with no other: docs/methods.md
+        rate=lambda hidden: 3e-2,  # IA3's; others: make bench-methods
         needs_roles=True,
         shifts=True,
         title="Hadamard adapter",
@@ -182,7 +182,7 @@ TUNERS: dict[str, Tuning] = {
             "mlp": Form("after", made=(37, 8, 14, 14, 4), roles=("mlp_out",)),
             "parallel": Form("beside", made=(36, 8, 14, 14, 4), roles=("mlp_out",), around=True),
         },
-        rate=lambda hidden: 8e-4 * (2000 / hidden) ** 0.775,  # four times LoRA's: docs/methods.md
+        rate=lambda hidden: 8e-4 * (2000 / hidden) ** 0.775,  # four times LoRA's: bench/LOG.md
         title="Adapters",
         short="adapter r{rank}",
         method="bottleneck adapters of {rank} in {layers}",
@@ -197,7 +197,7 @@ TUNERS: dict[str, Tuning] = {
         folds=False,
         shared=False,
         forms={"random": Form("past", made=(33, 8, 18, 18, 0), roles=())},
-        rate=lambda hidden: 0.3,  # the best of five on the example's validation rows: docs/methods.md
+        rate=lambda hidden: 0.3,  # the best of five on the example's validation rows: bench/LOG.md
         title="Prefix tuning",
         short="prefix of {tokens}",
         method="a prefix of {tokens} tokens in {layers}",
@@ -213,7 +213,7 @@ TUNERS: dict[str, Tuning] = {
         folds=False,
         shared=False,
         forms={"random": Form("read", made=(33, 8, 18, 18, 0), roles=())},
-        rate=lambda hidden: 0.1,  # the best of four on the example's validation rows: docs/methods.md
+        rate=lambda hidden: 0.1,  # the best of four on the example's validation rows: bench/LOG.md
         title="Prompt tuning",
         short="prompt of {tokens}",
         method="a soft prompt of {tokens} tokens",

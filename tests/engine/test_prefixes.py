@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from beside import computes_as_trained
+from beside import computes_as_trained, others_merge, peft_logits
 from safetensors.torch import load_file, save_file
 from tiny import plan_of, run, save_model, write_plan
 
@@ -53,16 +52,6 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
-    """Of PEFT's own forward pass with its own model of the folder."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        model: Any = PeftModel.from_pretrained(load_plain(base), adapter)
-        return model(input_ids=IDS, use_cache=True).logits  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "llama")) for kind in FAMILIES]
 )
@@ -83,7 +72,7 @@ def test_it_begins_as_tokens_before_the_text_and_goes_on_as_pefts(kind: str, tmp
     save_tuned(model, parts, training, chosen, str(tmp_path / "base"), tmp_path / "adapter")
     tuned = logits(model)
     assert (tuned - begun).abs().max() > 0.05
-    torch.testing.assert_close(tuned, peft_logits(tmp_path / "base", tmp_path / "adapter"), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(tuned, peft_logits(tmp_path / "base", tmp_path / "adapter", IDS), rtol=1e-5, atol=2e-6)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]  # of other lengths: padded on the left, under a mask
 
     def alone(ids: list[int]) -> list[int]:
@@ -121,7 +110,7 @@ def test_what_was_trained_is_pefts_own(trained: Path, checkpoint_folder: Path) -
     assert result.valid.loss < result.base_valid.loss
     assert {unit.relative_change for unit in result.units} == {None}
     ours = logits(load_tuned(trained, result))
-    torch.testing.assert_close(ours, peft_logits(checkpoint_folder, trained), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(ours, peft_logits(checkpoint_folder, trained, IDS), rtol=1e-5, atol=2e-6)
     assert (ours - logits(load_plain(checkpoint_folder))).abs().max() > 0.02
 
 
@@ -209,19 +198,10 @@ def test_what_would_leave_it_out_refuses_the_folder(trained: Path, checkpoint_fo
 
 
 def test_a_peft_prefix_of_others_merges_too(checkpoint_folder: Path, tmp_path: Path) -> None:
-    from peft import PrefixTuningConfig, get_peft_model
+    from peft import PrefixTuningConfig
 
-    torch.manual_seed(0)
-    model = get_peft_model(load_plain(checkpoint_folder), PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=4))
-    model.save_pretrained(tmp_path / "theirs")
-    merge(tmp_path / "theirs", tmp_path / "merged", wise_alpha=1.0, progress=silent, base=str(checkpoint_folder))
-    ours = logits(load_plain(tmp_path / "merged"))
-    torch.testing.assert_close(ours, peft_logits(checkpoint_folder, tmp_path / "theirs"), rtol=1e-4, atol=1e-5)
-    saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    short = {name: tensor[:, 2:].contiguous() for name, tensor in saved.items()}
-    save_file(short, tmp_path / "theirs" / "adapter_model.safetensors")
-    with pytest.raises(BadInput, match=r"does not fit the base:\nprompt_embeddings: .* in the fine-tune, the base's"):
-        merge(tmp_path / "theirs", tmp_path / "wrong", wise_alpha=1.0, progress=silent, base=str(checkpoint_folder))
+    wrong = r"does not fit the base:\nprompt_embeddings: .* in the fine-tune, the base's"
+    others_merge(PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=4), checkpoint_folder, tmp_path, IDS, wrong)
 
 
 def test_short_samples_fill_a_batch_with_their_prefixes() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from beside import computes_as_trained
+from beside import computes_as_trained, others_merge, peft_logits
 from safetensors.torch import load_file, save_file
 from tiny import plan_of, run, save_model, write_plan
 
@@ -52,17 +51,6 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
-    """Of PEFT's own forward pass with its own model of the folder, behind its prompt."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        model: Any = PeftModel.from_pretrained(load_plain(base), adapter)
-        found = model(input_ids=IDS, use_cache=False).logits
-    return found[:, found.shape[1] - IDS.shape[1] :]  # type: ignore[no-any-return]
-
-
 def hung(folder: Path, spec: ModelSpec) -> tuple[Any, Any, list[Any]]:
     """A model with a prompt, its parts, and what trains."""
     model = load_plain(folder)
@@ -88,7 +76,7 @@ def test_it_begins_as_tokens_before_the_text_and_goes_on_as_pefts(kind: str, tmp
     save_tuned(model, parts, training, chosen, str(tmp_path / "base"), tmp_path / "adapter")
     tuned = logits(model)  # read anew
     assert (tuned - begun).abs().max() > 1e-3
-    torch.testing.assert_close(tuned, peft_logits(tmp_path / "base", tmp_path / "adapter"), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(tuned, peft_logits(tmp_path / "base", tmp_path / "adapter", IDS), rtol=1e-5, atol=2e-6)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]  # of other lengths: padded on the left, under a mask
 
     def alone(ids: list[int]) -> list[int]:
@@ -132,7 +120,7 @@ def test_what_was_trained_is_pefts_own(trained: Path, checkpoint_folder: Path) -
     assert result.trained_parameters == 5 * result.plan.spec.hidden_size
     assert {unit.unit: unit.steps for unit in result.units}["soft_prompt"] == result.steps
     ours = logits(load_tuned(trained, result))
-    torch.testing.assert_close(ours, peft_logits(checkpoint_folder, trained), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(ours, peft_logits(checkpoint_folder, trained, IDS), rtol=1e-5, atol=2e-6)
     assert (ours - logits(load_plain(checkpoint_folder))).abs().max() > 1e-3
 
 
@@ -179,19 +167,10 @@ def test_a_merge_that_is_a_little_off_is_no_merge(
 
 
 def test_a_peft_prompt_of_others_merges_too(checkpoint_folder: Path, tmp_path: Path) -> None:
-    from peft import PromptTuningConfig, get_peft_model
+    from peft import PromptTuningConfig
 
-    torch.manual_seed(0)
-    model = get_peft_model(load_plain(checkpoint_folder), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=4))
-    model.save_pretrained(tmp_path / "theirs")
-    merge(tmp_path / "theirs", tmp_path / "merged", wise_alpha=1.0, progress=silent, base=str(checkpoint_folder))
-    ours = logits(load_plain(tmp_path / "merged"))
-    torch.testing.assert_close(ours, peft_logits(checkpoint_folder, tmp_path / "theirs"), rtol=1e-4, atol=1e-5)
-    saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    short = {name: tensor[:, 2:].contiguous() for name, tensor in saved.items()}
-    save_file(short, tmp_path / "theirs" / "adapter_model.safetensors")
-    with pytest.raises(BadInput, match=r"prompt_embeddings: .* in the fine-tune, the base's embeddings have"):
-        merge(tmp_path / "theirs", tmp_path / "wrong", wise_alpha=1.0, progress=silent, base=str(checkpoint_folder))
+    wrong = r"prompt_embeddings: .* in the fine-tune, the base's embeddings have"
+    others_merge(PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=4), checkpoint_folder, tmp_path, IDS, wrong)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
