@@ -118,16 +118,13 @@ def when(result: Result, runs: Mapping[tuple[str, int], Any], size: int) -> str:
     good = [REFERENCE, *(way for way, verdict in verdicts.items() if verdict >= 0 and split(way)[1] != "random")]
     peak = min(good, key=lambda way: max(run["train_peak_bytes"] for run in runs[way, size]))
     small = min(good, key=lambda way: runs[way, size][0]["saved_bytes"])
-    text = f"**{size:,} rows**: "
-    better = [f"`{way}`" for way, verdict in verdicts.items() if verdict > 0]
-    text += f"better than `{REFERENCE}`: {', '.join(better) or 'nothing'}; no difference is shown: "
-    text += ", ".join(f"`{way}`" for way, verdict in verdicts.items() if verdict == 0) or "nowhere"
-    text += f". Of all these takes least memory `{peak}`"
+    better, same = ([f"`{way}`" for way in good[1:] if verdicts[way] == verdict] for verdict in (1, 0))
+    text = f"**{size:,} rows.** Better than `{REFERENCE}`: {', '.join(better) or 'nothing'}. No difference is shown: "
+    text += f"{', '.join(same) or 'nowhere'}. The rest is worse. So take `{peak}` where memory is short"
     if seconds := {way: float(value) for way, value in times(result).items() if way in good}:
-        text += f", least time a step `{min(seconds, key=lambda way: seconds[way])}`"
-    return (
-        text + f", least to keep of each fine-tune `{small}` ({runs[small, size][0]['saved_bytes'] / 1024:,.0f} KiB)."
-    )
+        text += f", `{min(seconds, key=lambda way: seconds[way])}` where time is"
+    saved = runs[small, size][0]["saved_bytes"] / 1024
+    return text + f", `{small}` where many fine-tunes are kept ({saved:,.0f} KiB each)."
 
 
 def few_layers(result: Result) -> str:

@@ -169,3 +169,38 @@ def test_a_bench_that_has_not_ended_leaves_planner_and_page_alone(
                        partial=False) is False  # fmt: skip
     assert "parts that have not run: 1. What the planner goes by, and docs" in capsys.readouterr().out
     assert (tmp_path / "methods.svg").is_file()
+
+
+def test_the_real_model_is_a_study_of_its_own(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its runs are those of the best ways, at the factors of the learning rates that were chosen on the example."""
+    import methods_page
+    import methods_runs
+    from methods_evidence import evidence
+    from methods_ways import EXAMPLE
+
+    from edgeft.planning.evidence import Evidence
+
+    ran = []
+
+    def tested(self: Any, case: Any) -> None:
+        ran.append((case.way, case.factor, case.settings["batch_size"]))
+        seed = len(case.way)
+        self.add({"run": case.name, "train_peak_bytes": 2**30})
+        scores = {"rows": 400, "perplexity": 2.0, **answers(seed, 0.5 if case.way == "full, all" else 0.8)}
+        self.add({"run": f"test of {case.name}", "test": scores, "general_loss": 5.0, "beside_bytes": 0})
+
+    monkeypatch.setattr("run.ROOT", tmp_path)
+    of = EXAMPLE._replace(epochs={300: 2}, folder=tmp_path, seeds=lambda way, rows: range(1), more={"batch_size": 8})
+    monkeypatch.setattr(bench, "smollm2", lambda: of)
+    monkeypatch.setattr(methods_runs.Bench, "tested", tested)
+    base = {"test": {"rows": 400, "perplexity": 1.0, **answers(9, 0.0)}, "general_loss": 4.0}
+    monkeypatch.setattr(methods_runs.Bench, "base", lambda self: base)
+    part = bench.of_smollm2(RECORD, 1)
+    assert ran == [(way, RECORD["rates"][way]["factor"], 8) for way in RECORD["best"]]
+    assert set(part["parts"].values()) == {"has run"}
+    study = Evidence.model_validate(evidence(RECORD | {"smollm2": part})).studies[1]
+    assert (study.model, study.test_rows) == ("SmolLM2-135M-Instruct", 400)
+    (full,) = [each for each in study.comparisons if each.way == "full, all"]
+    assert full.rows == 300 and full.shown and full.lost == -full.points.difference > 20
+    table = methods_page.of_real_model(part)
+    assert all(f"| `{way}` |" in table for way in RECORD["best"]) and "1,024 MiB" in table

@@ -27,9 +27,9 @@ from edgeft.planning.rank_budget import target_rank
 from edgeft.settings.job import ENDS, Job, Malloc, Optimizer, Precision, Rounding, Training, Tuner
 from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, adapts
 
-# Up to this many parameters full fine-tuning is looked at too, and the faster of the two wins: adapters save little
-# memory there, and both reach the same (bench/results/methods.json). Above it, LoRA of high rank is not worse (the
-# comparison named in costs.py) and far smaller.
+# Up to this many parameters full fine-tuning is looked at too: adapters save little memory there, and what was measured
+# says which is better (`evidence.py`), or the faster wins. Above it, LoRA of high rank is not worse (the comparison
+# named in costs.py) and far smaller.
 SMALL_MODEL = 50_000_000
 RANKS = (64, 32, 16, 8)
 CHUNKS = (1024, 256, 64)

@@ -147,7 +147,7 @@ def given_up(plan: Plan) -> tuple[str, ...]:
         return ()
     chosen = next((row for row in plan.frontier if row.high_bytes == plan.peak_bytes), None)
     points = chosen.quality_cost - plan.frontier[0].quality_cost if chosen else 0.0
-    said = f"about {points:.1f} points of quality: an order from published comparisons, no measurement"
+    said = f"about {points:.1f} points of quality: an order, measured on another task or published"
     return ((said,) if points >= 0.05 else ()) + tuple(lines)
 
 
