@@ -78,7 +78,7 @@ def scores(bench: Bench, spreads: Spreads) -> dict[str, Any]:
         "epochs": bench.of.epochs,
         "base": {"test": Metrics.model_validate(base["test"]).marked.model_dump(mode="json", exclude_defaults=True),
                  "general_loss": base["general_loss"]},
-        "seeds": {score: {rows: spread._asdict() for rows, spread in sizes.items() if spread.known}
+        "seeds": {score: {rows: spread._asdict() for rows, spread in sizes.items() if spread.own}
                   for score, sizes in spreads.items()},
         "rows": rows_of(bench), "comparisons": comparisons(bench, spreads),
     }  # fmt: skip

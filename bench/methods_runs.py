@@ -209,10 +209,10 @@ def row_of(bench: Bench, way: str, rows: int, seed: int) -> dict[str, Any]:
 
 def spreads_of(bench: Bench) -> dict[str, dict[int, Spread]]:
     """For each score, by the rows that were trained on, how far ways are from seed to seed."""
-    tests = {rows: [bench.tests(way, rows) for way in ways()] for rows in bench.of.epochs}
+    tests = {rows: {way: bench.tests(way, rows) for way in ways()} for rows in bench.of.epochs}
     return {
         score: {
-            rows: spread_of([{seed: test[score] for seed, test in each.items()} for each in of_ways])
+            rows: spread_of({way: {seed: test[score] for seed, test in each.items()} for way, each in of_ways.items()})
             for rows, of_ways in tests.items()
         }
         for score in SCORES
@@ -226,7 +226,8 @@ def comparisons(bench: Bench, spreads: Mapping[str, Mapping[int, Spread]]) -> li
         here = {score: nearest_spread(sizes, rows) for score, sizes in spreads.items()}
         for way in ways():
             for other in compared_with(way):
-                difference = apart(bench.tests(way, rows), bench.tests(other, rows), here)
+                deviations = {score: (spread.of(way), spread.of(other)) for score, spread in here.items()}
+                difference = apart(bench.tests(way, rows), bench.tests(other, rows), deviations)
                 if difference is not None:
                     found.append({"way": way, "against": other, "rows": rows, **difference})
     return found

@@ -35,35 +35,41 @@ def answers(seed: int, right: float, rows: int = 400) -> dict[str, Any]:
             "exact_match": bits.count("1") / rows}  # fmt: skip
 
 
-def test_what_seeds_move_is_that_of_an_analysis_of_variance(bench: Any) -> None:
-    from methods_scores import nearest_spread, spread_of
+def test_what_seeds_move_is_told_from_what_they_move_all_by_and_from_an_outlier(bench: Any) -> None:
+    from methods_scores import UNKNOWN, nearest_spread, spread_of
 
-    table = numpy.random.default_rng(3).normal(size=(5, 3))
-    found = spread_of([dict(enumerate(row)) for row in table])
-    left = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
-    assert found.degrees == 8 and found.deviation == pytest.approx(float((left**2).sum() / 8) ** 0.5)
+    def of(table: Any) -> Any:
+        return spread_of({f"way {n}": dict(enumerate(row)) for n, row in enumerate(table)})
+
+    table = numpy.random.default_rng(3).normal(size=(301, 3))
+    found = of(table)
+    assert found.typical == pytest.approx(1.0, abs=0.08)  # what was drawn
     moved = table + numpy.array([0.0, 5.0, -3.0])  # other training rows a seed: no difference between ways
-    assert spread_of([dict(enumerate(row)) for row in moved]).deviation == pytest.approx(found.deviation)
-    alone = spread_of([dict(enumerate(table[0]))])
-    assert alone == pytest.approx((statistics.stdev(table[0]), 2))
-    assert not spread_of([{0: 1.0}, {0: 2.0}]).known
-    sizes = {100: found, 1000: spread_of([]), 6000: alone}
+    assert of(moved).own == pytest.approx(found.own)
+    wild = numpy.concatenate([table, [[0.0, 300.0, -200.0]]])
+    assert of(wild).typical == pytest.approx(found.typical, rel=0.02)
+    assert of(wild).of("way 301") > 100 and of(wild).of("way 7") == pytest.approx(found.of("way 7"), rel=0.02)
+    assert found.of("one seed alone") == found.typical
+    alone = of(table[:1])
+    assert alone.own["way 0"] == pytest.approx(statistics.stdev(table[0]) * ((1 + 1 / (8 / 9) ** 3) / 2) ** 0.5)
+    assert spread_of({"a": {0: 1.0}, "b": {0: 2.0}}) == spread_of({}) == UNKNOWN
+    sizes = {100: found, 1000: UNKNOWN, 6000: alone}
     assert nearest_spread(sizes, 1000) is alone and nearest_spread(sizes, 200) is found
 
 
 def test_a_difference_knows_its_rows_and_its_seeds(bench: Any) -> None:
-    from methods_scores import Spread, apart
+    from methods_scores import apart
 
-    none = dict.fromkeys(("exact_match", "loss"), Spread(0.0, 0))
+    none = dict.fromkeys(("exact_match", "loss"), (0.0, 0.0))
     ours, theirs = ({seed: answers(10 * seed + k, right) for seed in range(3)} for k, right in ((1, 0.7), (2, 0.6)))
     found = apart(ours, theirs, none)
     rates = [statistics.fmean(run["exact_match"] for run in side.values()) for side in (ours, theirs)]
     match = found["exact_match"]
     assert found["seeds"] == 3 and match["difference"] == pytest.approx(rates[0] - rates[1], abs=1e-5)
     assert match["low"] > 0 and found["loss"]["high"] < 0
-    wide = apart(ours, theirs, {**none, "exact_match": Spread(0.1, 4)})["exact_match"]
+    wide = apart(ours, theirs, {**none, "exact_match": (0.1, 0.2)})["exact_match"]
     assert wide["low"] < 0 < wide["high"] and wide["difference"] == match["difference"]
-    (one,) = [apart({0: ours[0]}, {0: theirs[0]}, {**none, "exact_match": Spread(0.1, 4)})["exact_match"]]
+    (one,) = [apart({0: ours[0]}, {0: theirs[0]}, {**none, "exact_match": (0.1, 0.2)})["exact_match"]]
     assert one["high"] - one["low"] > wide["high"] - wide["low"]  # three seeds say more than one
     assert apart({0: ours[0]}, {1: theirs[1]}, none) is None
     same = apart(ours, ours, none)["exact_match"]
