@@ -13,7 +13,7 @@ from methods_ways import CHOSEN_AT, METHODS, REFERENCE, split, ways
 from edgeft.reporting.palette import BLUE, GREEN, GREY, ORANGE, SLATE
 from edgeft.reporting.sweep_charts import figure
 
-PALE = "#e3e7ec"
+PALE, BAND = "#e3e7ec", "#f1f4f7"
 SIZES = {100: (GREEN, "s"), 1000: (BLUE, "o"), 6000: (ORANGE, "D")}
 MIB = 2**20
 
@@ -60,13 +60,15 @@ def bands(axes: Any, names: list[str]) -> None:
     methods = list(dict.fromkeys(split(way)[0] for way in names))
     for place, way in enumerate(names):
         if methods.index(split(way)[0]) % 2 == 0:
-            axes.axhspan(place - 0.5, place + 0.5, color=PALE, linewidth=0, zorder=0)
+            axes.axhspan(place - 0.5, place + 0.5, color=BAND, linewidth=0, zorder=0)
 
 
 def draw_match(axes: Any, names: list[str], runs: Mapping[tuple[str, int], list[Mapping[str, Any]]]) -> None:
     """Exact match with its interval; rings: the seeds of a way that ran with several."""
     for nth, (size, (colour, mark)) in enumerate(SIZES.items()):
         own = {way: runs[way, size] for way in names if (way, size) in runs}
+        if not own:
+            continue
         places = [names.index(way) + 0.24 * (nth - 1) for way in own]
         found = [score(each) for each in own.values()]
         reach = [[abs(100 * each[0]["exact_match_interval"][end] - 100 * each[0]["test"]["exact_match"])

@@ -86,8 +86,8 @@ def planner(found: list[Path]) -> bytes:
                 for name in one.namelist():
                     if name.endswith((".py", ".so")) and "markupsafe/_speedups" not in name:
                         add(name, one.read(name))
-        own = [*ROOT.glob("edgeft/**/*.py"), *TEMPLATES.glob("*.j2"), *ROOT.glob("profiles/*.toml"),
-               *ROOT.glob("export/*"), *CONFIGS.glob("*/config.json")]  # fmt: skip
+        own = [*ROOT.glob("edgeft/**/*.py"), *ROOT.glob("edgeft/planning/*.json"), *TEMPLATES.glob("*.j2"),
+               *ROOT.glob("profiles/*.toml"), *ROOT.glob("export/*"), *CONFIGS.glob("*/config.json")]  # fmt: skip
         for path in sorted(own):
             add(path.relative_to(ROOT).as_posix(), path.read_bytes())
     return held.getvalue()

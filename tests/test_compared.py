@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +215,20 @@ def test_the_real_model_is_a_study_of_its_own(bench: Any, monkeypatch: pytest.Mo
     assert full.rows == 300 and full.shown and full.lost == -full.points.difference > 20
     table = methods_page.of_real_model(part)
     assert all(f"| `{way}` |" in table for way in RECORD["best"]) and "1,024 MiB" in table
+
+
+def test_the_planner_of_a_page_has_what_it_goes_by(bench: Any, tmp_path: Path) -> None:
+    """Its own files alone, as the browser's Python finds them, plan as they do here."""
+    import planner_page
+
+    with zipfile.ZipFile(io.BytesIO(planner_page.planner([]))) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import edgeft; from edgeft.planning.plan import make_plan; from edgeft.settings.job import make_job; "
+        "plan = make_plan(make_job(model='examples/configs/smollm2-135m', profile='cpu-8gb', max_length=64)); "
+        "print(edgeft.__file__, sum(row.measured is not None for row in plan.tuners))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    file, measured = done.stdout.split()
+    assert Path(file).is_relative_to(tmp_path) and int(measured) > 1
