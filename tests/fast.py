@@ -13,9 +13,8 @@ from pathlib import Path
 
 HEAVY = (
     "subprocess", "multiprocessing", "edgeft.machines.processes", "warm", "bundles", "environments", "runtimes",
-    "onnxruntime",
-    "onnxruntime_genai", "llama_cpp",
-    "tiny.run", "beside.others_merge", "edgeft.training.train", "edgeft.training.importance", "edgeft.engine.nf4_base", "edgeft.engine.loop",
+    "onnxruntime", "onnxruntime_genai", "llama_cpp", "tiny.run", "beside.others_merge", "edgeft.training.train",
+    "edgeft.training.importance", "edgeft.engine.nf4_base", "edgeft.engine.loop",
     "edgeft.simulation", "edgeft.merging.merge", "edgeft.merging.sweep", "edgeft.exporting", "edgeft.api",
 )  # fmt: skip
 LIGHT = ("edgeft.exporting.parity", "edgeft.exporting.outputs", "edgeft.exporting.choose_target")
