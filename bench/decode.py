@@ -8,7 +8,8 @@ the machine meets all of them. After that, one form at a time, 512 to 4,096 toke
 costs in memory and speed. Calibrated codes run in the kernels of ort-int4 and are no form of their own; what `export`
 repairs by promoting matrices lies between ort-int4 and ort-int4-mixed.
 
-Nothing is recorded where other work took more than a tenth of a core. It needs pip install "edgeft[gguf,llama]".
+Figures of a CPU without AVX-512 stand beside those of one that has it. Nothing is recorded where other work took more
+than a tenth of a core. It needs pip install "edgeft[gguf,llama]".
 """
 
 from __future__ import annotations
@@ -304,6 +305,11 @@ def bench(shape: str, scratch: Path) -> dict[str, Any]:
             "contexts": in_context(forms, given.contexts, 1), "samples": samples}  # fmt: skip
 
 
+def key_of(shape: str, features: Sequence[str]) -> str:
+    """What a shape's figures are kept under: on a CPU without AVX-512 both runtimes take other kernels."""
+    return shape if "avx512f" in features else f"{shape}, AVX2"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=list(SHAPES), nargs="?", default="135m")
@@ -313,7 +319,7 @@ def main() -> None:
         serve(*given.serve)
         return
     import llama_cpp
-    from run import record
+    from run import AT_START, record
 
     if (others := work_of_others()) > MOST_BY_OTHERS:
         raise SystemExit(f"other work takes {others:.2f} of a core: wait until it takes less than {MOST_BY_OTHERS}")
@@ -324,10 +330,11 @@ def main() -> None:
         raise SystemExit(f"not recorded: other work took {others:.2f} of a core meanwhile")
     path = ROOT / "bench" / "results" / "decode.json"
     before = json.loads(path.read_text()).get("shapes", {}) if path.is_file() else {}
+    found = {"cpu": {name: AT_START[name] for name in ("cpu", "features")}, **found}
     record("decode", {
         "prompt_tokens": PROMPT, "new_tokens": NEW, "new_tokens_torch": NEW_TORCH,
         "llama_cpp": {"version": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode()},
-        "shapes": before | {given.shape: found},
+        "shapes": before | {key_of(given.shape, AT_START["features"]): found},
     })  # fmt: skip
 
 
