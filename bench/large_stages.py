@@ -36,7 +36,9 @@ SETTINGS = {
 }  # fmt: skip
 TARGETS = ("ort-int4", "ort-int8")
 # which phase of a plan the stages of an export's progress belong to
-PHASES = {"build": "export: build", "calibrate": "export: calibrate", "parity": "export: prove"}
+PHASES = {"build": "export: build", "calibrate": "export: calibrate"} | dict.fromkeys(
+    ("golden", "parity", "guesses", "measure"), "export: prove"
+)  # fmt: skip
 
 
 def prepare(scratch: Path, model: str) -> list[str]:
@@ -75,7 +77,10 @@ def exported(build: Path, plan: list[str], target: str, group: Group) -> list[di
         phase = PHASES.get(stage.partition(":")[0])
         if phase is not None:
             measured[phase] = max(held, measured.get(phase, 0))
-    return [row(target, phase, planned["stages"]["phases"], held) for phase, held in measured.items()]
+    wanted = [each["name"] for each in planned["stages"]["phases"] if each["name"].startswith("export")]
+    if missing := [name for name in wanted if name not in measured]:
+        raise SystemExit(f"nothing was measured of {', '.join(missing)}: {peaks}")
+    return [row(target, phase, planned["stages"]["phases"], measured[phase]) for phase in wanted]
 
 
 def row(target: str, name: str, phases: list[dict[str, Any]], measured: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from typing import Any
 
 from run import ROOT
 
+from edgeft.progress import WORDS
+
 # by a line's controllers in /proc/self/cgroup (version 2 names none): where its folders lie, which file limits memory
 KINDS = {
     "": (Path("/sys/fs/cgroup"), "memory.max"),
@@ -27,7 +29,7 @@ KINDS = {
 }
 EVERY_SECONDS = 0.05
 WEIGHTS = (".safetensors", ".data", ".data.new", ".gguf", ".bin")
-STAGE = re.compile(r"(\w+(?:: \w+)?) \d+/\d+")
+STAGES = {words: stage for stage, words in WORDS.items()}
 
 
 class Group:
@@ -95,8 +97,8 @@ class Peaks:
         """Follow what a command says, and say it on."""
         for line in lines:
             sys.stderr.write(line)
-            if found := STAGE.match(line):
-                self.stage = found[1]
+            if said := [words for words in STAGES if line.startswith(words)]:
+                self.stage = STAGES[max(said, key=len)]
 
     @property
     def bytes(self) -> dict[str, int]:

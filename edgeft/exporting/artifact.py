@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 
 from edgeft.errors import BadInput, MissingExtra
+from edgeft.machines import meter
 from edgeft.targets.runner import runner_module
 
 Logits = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -56,6 +57,7 @@ class ArtifactModel:
             raise BadInput(self.folder, str(problem)) from None
         if self.full_cache:
             found.engine.kv_bits = None
+        meter.give_back()  # what loading took, once
         return found
 
     @property

@@ -48,6 +48,7 @@ from edgeft.machines.limits import reset_resident_peak, resident_bytes
 from edgeft.models.headers import KV_PREFIX, Header, lies_beside
 from edgeft.models.metrics import Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.progress import Progress, silent
 from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runner import RUNNER
@@ -99,7 +100,7 @@ def build_bundle(
     adapters: Sequence[AdapterSource] = (), promotion: Promotion | None = None, repair: Repair | None = None,
     keep_failed: bool = False, size_budget_bytes: int | None = None, kept: Kept | None = None,
     codes: Callable[[Path], Codes] | None = None, scales: Callable[[Codes | None], CacheScales] | None = None,
-    held_to: HeldTo = (), judge: Callable[[ArtifactModel, Bundle], Bundle] | None = None,
+    held_to: HeldTo = (), judge: Callable[[ArtifactModel, Bundle], Bundle] | None = None, progress: Progress = silent,
 ) -> Bundle:  # fmt: skip
     """The bundle of a standard checkpoint folder, written to `out` as a whole or not at all.
 
@@ -141,9 +142,9 @@ def build_bundle(
         )  # fmt: skip
         bundle.write(folder / MANIFEST)
         _within(size_budget_bytes, bundle.size_bytes, target)  # before it is proven: that takes longer
-        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, judge, failed)
+        bundle = _proven(folder, bundle, filled, tokenizer, prompts, adapters, prove, judge, failed, progress)
         _within(size_budget_bytes, bundle.size_bytes + (folder / MANIFEST).stat().st_size, target)
-        measured, peak = _measure(folder, waiting + filled.builder_bytes) if measure else (None, 0)
+        measured, peak = _measure(folder, waiting + filled.builder_bytes, progress) if measure else (None, 0)
     _forget(measurement_path(out.resolve()), failed)
     if measured is not None:
         _write_measurement(
@@ -247,12 +248,13 @@ def _bring_prefix(merged: Path, folder: Path) -> BundledPrefix | None:
 def _proven(
     folder: Path, bundle: Bundle, filled: Filled, tokenizer: TextTokenizer, prompts: Sequence[GoldenInput],
     adapters: Sequence[AdapterSource], prove: Callable[[ArtifactModel], Proof] | None,
-    judge: Callable[[ArtifactModel, Bundle], Bundle] | None, failed: Path | None,
+    judge: Callable[[ArtifactModel, Bundle], Bundle] | None, failed: Path | None, progress: Progress,
 ) -> Bundle:  # fmt: skip
     """The bundle with golden vectors, adapters and proof, each in its manifest before the next reads it.
 
     Raises ParityFailed; with `failed` the bundle lies there then.
     """
+    progress("golden", 0, 1, {})
     golden = record(load_shipped(folder), tokenizer, prompts)
     _give_back()
     bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": filled.adapter_inputs})
@@ -370,12 +372,13 @@ def hash_files(folder: Path) -> dict[str, BundledFile]:
     }
 
 
-def _measure(folder: Path, building_bytes: int) -> tuple[Measured, int]:
+def _measure(folder: Path, building_bytes: int, progress: Progress = silent) -> tuple[Measured, int]:
     """run.py --bench in a process of its own, so that its peak is the runner's; what the export took at most.
 
     That is of the builder beside this process, of the proof, or of this process beside the one that measures; 0 where
     no /proc tells.
     """
+    progress("measure", 0, 1, {})
     highest = max(building_bytes, resident_bytes(highest=True))
     _give_back()  # of the proof
     waiting = resident_bytes()

@@ -154,7 +154,7 @@ def export(
         keep_failed=keep_failed, size_budget_bytes=size_budget_bytes, kept=kept,
         codes=_codes(merged_folder, target, tuning, chosen, progress),
         scales=finder(merged_folder, target, tuning, plan.spec, progress), held_to=plan.held_to,
-        judge=_judging(plan, rows, tokenizer, clocked, progress),
+        judge=_judging(plan, rows, tokenizer, clocked, progress), progress=progress,
     )  # fmt: skip
     note(out, clocked)
     return bundle

@@ -170,11 +170,16 @@ def observe_model(
     seen, parts = Observer(rows), find_parts(model)
     asked = rows[answers] if answers is not None and tokenizer is not None else []
     held = held_rows(held_to, asked, tokenizer, model) if tokenizer is not None else None
-    for number, logits, targets in row_logits(model, parts, rows, compute, group_tokens):
+
+    def look(number: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
         if held is not None:
             held.along(rows[number], seen.tokens[number], logits)
         seen.add(number, logits, targets)
         progress(sum(count > 0 for count in seen.tokens), len(rows))
+
+    for part in row_logits(model, parts, rows, compute, group_tokens):
+        look(*part)
+        del part  # or its logits stay beside all that follows
     if write and tokenizer is not None:
         found = written(
             model, parts, [rows[i] for i in write], tokenizer, held_to, device=CPU, compute=compute,

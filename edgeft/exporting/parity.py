@@ -33,7 +33,6 @@ from edgeft.exporting.kv_rung import TIE_NATS, CacheRows, cache_rungs
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
     Form,
-    is_original,
     load_as_trained,
     load_changed,
     observe_artifact,
@@ -42,7 +41,7 @@ from edgeft.exporting.outputs import (
 )
 from edgeft.exporting.stored_codes import stored_rung
 from edgeft.machines import meter
-from edgeft.memory.proof import PASS_POSITIONS
+from edgeft.memory.proof import PASS_POSITIONS, keeps_original
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.intervals import paired_losses, paired_rates
@@ -231,7 +230,8 @@ class Ladder:
     held_to: HeldTo = ()
 
     def add(self, rung: Rung | None) -> None:
-        """One more rung, unless there is none. Raises ParityFailed."""
+        """One more rung, unless there is none; what making it took is given back. Raises ParityFailed."""
+        give_back()
         if rung is not None:
             self.rungs.append(rung)
             check(rung)
@@ -241,7 +241,7 @@ class Ladder:
 
         Raises ParityFailed.
         """
-        training, compute, where = trained_settings(result)
+        training, _, where = trained_settings(result)
         self.gain = Gain.of(result.base_valid, result.valid)
         self.progress("parity: trained", 0, 1, {})
         model, here = load_as_trained(trained, result, self.load)
@@ -249,7 +249,7 @@ class Ladder:
         del model
         give_back()
         self.add(trained_rung(form, result.valid, here, where))
-        if is_original(training, compute):
+        if keeps_original(training):
             return
         self.progress("parity: original", 0, 1, {})
         base = local_folder(result.plan.job.model)

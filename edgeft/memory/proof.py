@@ -34,6 +34,7 @@ from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 
 NAME = "export: prove"
+CLIMB_FORMS = 2  # whose tables an export keeps that chooses its target: the merged model's, and its last simulation's
 POSITIONS = 256  # of a row in torch, whose logits are held at a time
 LOGIT_FORMS = 3  # of those: as they come, scaled, as log-probabilities
 BENCH_TOKENS, BENCH_BYTES = 192, 64 * 2**20  # what run.py --bench reads and writes; of an array that a thread reads
@@ -44,7 +45,8 @@ def prove(planned: Planned, training: Training, target: Target, have_bytes: int 
     """The parity ladder; `have_bytes`: what the host has, pages of files aside. None: not known.
 
     What of the other side would be resident beyond the deciding one, pages of files, counts as that. Twice the usual
-    margin: this process uses glibc's own malloc, which kept 0 to 60 MB of freed arrays.
+    margin: this process uses glibc's own malloc, which kept 0 to 100 MB of freed arrays until a rung ended. To return
+    each at once took the proof of a 135M model from 45 to 86 seconds of CPU time.
     """
     spec = planned.spec
     sides = [
@@ -65,8 +67,8 @@ def streams(planned: Planned, training: Training, have_bytes: int | None) -> boo
     """Whether the ladder's models keep their layers in their files: whole ones would need more than there is."""
     if have_bytes is None:
         return False
-    [whole] = [_phase(planned, terms) for terms in _models(planned, training, streamed=False)]
-    return whole.high_bytes - file_bytes(whole) > have_bytes
+    whole = [_phase(planned, terms) for terms in _models(planned, training, streamed=False)]
+    return max(moment.high_bytes - file_bytes(moment) for moment in whole) > have_bytes
 
 
 def _phase(planned: Planned, terms: list[Term]) -> Phase:
@@ -86,37 +88,76 @@ def _positions(planned: Planned, training: Training) -> int:
     return min(LOGIT_BYTES // 4 // spec.vocab_size, round(prompts * trained))
 
 
-def _tables(planned: Planned, training: Training, count: int, beside_bytes: int = 0) -> Term:
-    """Tables of log-probabilities: the last of so many while its parts are joined, or what computing it takes."""
+def _tables(planned: Planned, training: Training, count: float) -> Term:
+    """Tables of log-probabilities of so many forms."""
     vocabulary, positions = planned.spec.vocab_size, _positions(planned, training)
-    table = 4 * vocabulary * positions
-    most = max(count * table, (count - 1) * table + beside_bytes)
-    return Term(name="probabilities", bytes=most, formula=f"{count} x {positions} positions, V = {vocabulary}")
+    formula = f"{count:.3g} x {positions} positions, V = {vocabulary}"
+    return Term(name="probabilities", bytes=int(count * 4 * vocabulary * positions), formula=formula)
 
 
 def _models(planned: Planned, training: Training, *, streamed: bool) -> list[list[Term]]:
-    """The model in torch, whole in fp32, or with its layers in their files: then as it trained too, which is whole."""
-    spec, longest = planned.spec, planned.work.longest
-    rows = min(PARITY_PROMPTS, training.eval_rows)
-    widest = max(linear.in_features for linear in spec.linears)
-    logits = 4 * LOGIT_FORMS * spec.vocab_size * min(POSITIONS, longest)
-    tokens = max(longest, min(EVAL_TOKENS, rows * longest))
-    activations = 4 * tokens * (3 * widest + 4 * spec.hidden_size)
-    climbing = planned.job.target == AUTO  # a climb keeps the forms that its proof takes
-    tables = _tables(planned, training, 4 if climbing else 3, max(logits, activations))
+    """The moments of the model in torch: whole in fp32 or with its layers in their files, before that as it trained.
+
+    Passes over the rows follow one another: as it trained, the same change on the original weights, merged, rounded.
+    The second and the last have the table of the one before beside their own. A climb has found the last two by then,
+    and keeps both tables.
+    """
+    spec = planned.spec
+    kept = CLIMB_FORMS if planned.job.target == AUTO else 0
     changed = 4 * learnt_parameters(spec, training)
     adapters = Term(name="adapters", bytes=changed if training.adapts else 0, formula=f"{changed // 4} x 4 B")
-    if streamed:
-        return [[*_as_trained(spec, training), adapters, tables], [*_one_layer(spec, training), adapters, tables]]
-    file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 else 0
-    reading = Term(name="weight file", bytes=max(file, 0 if training.adapts else changed), formula="read beside it")
-    held = Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B")
-    earlier = _tables(planned, training, 1)
-    return [[held, adapters, *max([_rounding(), tables], [reading, earlier], key=_total)]]
+    held, layer = _one_layer(spec, training) if streamed else _whole(spec)
+    matrix = max(linear.in_features * linear.out_features for linear in spec.linears)
+    outside = spec.vocab_size * spec.hidden_size
+    moments = _pass(planned, training, [*_as_trained(spec, training), adapters], [], kept)
+    if not keeps_original(training):
+        file = spec.stored_bytes if STORED_BYTES.get(spec.dtype, 4) != 4 else 0
+        learnt = 0 if training.adapts else changed
+        reading = Term(name="weight file", bytes=0 if streamed else max(file, learnt), formula="read beside it")
+        moments += [[*held, adapters, reading, _tables(planned, training, kept + 1)]]
+        moments += _pass(planned, training, [*held, adapters], layer, kept + 1)
+    last = max(kept, 1)
+    moments += _pass(planned, training, held, layer, last, rounded=matrix if streamed else 0)
+    return [*moments, [*held, _rounding(outside), _tables(planned, training, last)]]
 
 
-def _rounding() -> Term:
-    return Term(name="rounding", bytes=ROUNDING_BLOCKS * BLOCK_BYTES, formula="rows of a weight, in fp64")
+def keeps_original(training: Training) -> bool:
+    """Whether training held the original weights, unrounded: then nothing lies between them and what trained."""
+    return training.base_precision != "nf4" and training.compute_dtype == "fp32"
+
+
+def _pass(
+    planned: Planned, training: Training, held: list[Term], layer: list[Term], forms: int, rounded: int = 0
+) -> list[list[Term]]:
+    """The moments of one pass over the rows beside the tables of `forms` others: in a layer, at the head, at its end.
+
+    Its own table grows with each group of rows, and is there twice while its parts are joined. Of a matrix that is
+    rounded whenever a layer is read `rounded` weights.
+    """
+    spec, longest = planned.spec, planned.work.longest
+    every, positions = longest * min(PARITY_PROMPTS, training.eval_rows), min(POSITIONS, longest)
+    tokens = max(longest, min(EVAL_TOKENS, every))
+    widest = max(linear.in_features for linear in spec.linears)
+    activations = 4 * tokens * (3 * widest + 4 * spec.hidden_size)
+    logits = 4 * LOGIT_FORMS * spec.vocab_size * positions
+    before = _tables(planned, training, forms + 1 - tokens / max(tokens, every))
+    return [
+        [*held, *layer, Term(name="activations", bytes=activations, formula=f"fp32, {tokens} tokens"), before],
+        [*held, *layer, _rounding(rounded), before],
+        [*held, Term(name="logits", bytes=logits, formula=f"{LOGIT_FORMS} x {positions} x {spec.vocab_size} x 4 B"),
+         _tables(planned, training, forms + 1)],
+        [*held, _tables(planned, training, forms + 2)],
+    ]  # fmt: skip
+
+
+def _rounding(elements: int) -> Term:
+    count = min(BLOCK_BYTES, 4 * elements)
+    return Term(name="rounding", bytes=int(ROUNDING_BLOCKS * count), formula=f"{ROUNDING_BLOCKS} forms of {count} B")
+
+
+def _whole(spec: ModelSpec) -> tuple[list[Term], list[Term]]:
+    """(what is held of a whole model, what a layer takes beyond that)."""
+    return [Term(name="model", bytes=4 * spec.total_parameters, formula=f"{spec.total_parameters} x 4 B")], []
 
 
 def _as_trained(spec: ModelSpec, training: Training) -> list[Term]:
@@ -138,17 +179,14 @@ def _as_trained(spec: ModelSpec, training: Training) -> list[Term]:
     ]
 
 
-def _one_layer(spec: ModelSpec, training: Training) -> list[Term]:
-    """What is held of a model whose layers stay in their files: its head, and a layer whose weights change."""
+def _one_layer(spec: ModelSpec, training: Training) -> tuple[list[Term], list[Term]]:
+    """(what is held of a model whose layers stay in their files: its head; what a layer takes while it computes)."""
     outside, layer = spec.vocab_size * spec.hidden_size, linear_weights(spec) // spec.num_hidden_layers
     learnt = 0 if training.adapts else max(each.in_features * each.out_features for each in spec.linears)
     if learnt and training.embedding != "off":
         learnt = max(learnt, outside)
-    return [
-        file_term(spec),
-        Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B"),
+    return [file_term(spec), Term(name="head", bytes=4 * outside, formula=f"{outside} x 4 B")], [
         Term(name="one layer", bytes=4 * layer, formula=f"{layer} x 4 B"),
-        _rounding(),
         Term(name="learnt tensor", bytes=4 * learnt, formula=f"{learnt} x 4 B, read beside it"),
     ]
 
@@ -166,7 +204,7 @@ def _bundle(planned: Planned, training: Training, target: Target) -> list[Term]:
         Term(name="bundle", bytes=found.memory_bytes - runtime.process_bytes,
              formula=f"weights, cache of {context} tokens and graph in their runtime"),
         Term(name="logits", bytes=logits, formula="of a pass, in the runtime and out of it"),
-        _tables(planned, training, 4, 8 * spec.vocab_size * min(PASS_POSITIONS, work.longest)),
+        _tables(planned, training, 4),
     ]  # fmt: skip
 
 
@@ -196,7 +234,3 @@ def _both_caches(planned: Planned, training: Training, target: Target) -> list[T
         Term(name="both caches", bytes=twice + logits, formula=f"the bundle twice, {context} tokens, logits of a pass"),
         _tables(planned, training, 2),
     ]
-
-
-def _total(terms: list[Term]) -> int:
-    return sum(term.bytes for term in terms)

@@ -34,7 +34,7 @@ from edgeft.units import MIB, show_bytes
 TORCH_BYTES, TRAINING_BYTES = 245_000_000, 450_000_000
 QUANTISE_IMPORTS_BYTES = 178_000_000  # beyond torch: transformers, bitsandbytes, accelerate
 EXPORT_IMPORTS_BYTES = 14_000_000  # beyond torch, while the builder runs: transformers' tokenizer, pydantic, the plan
-RUNTIME_LIBRARIES_BYTES = 30_000_000  # onnxruntime-genai's, in a process that has the others
+RUNTIME_LIBRARIES_BYTES = 53_000_000  # onnxruntime-genai's, onnx's and the export's, in a process that has the others
 MATRIX_LIBRARY_BYTES = 4_000_000  # its buffers after the first products of a merge
 # A process that uses a GPU keeps the driver's and libraries' own memory on the host as well. Not measured.
 CUDA_HOST_BYTES = 1_000_000_000
@@ -76,7 +76,7 @@ CALIBRATION_BATCH = 1024  # padded tokens that go through a layer at once
 CALIBRATION_COPIES = 7  # fp32 forms of a matrix and of H while its codes are chosen; with activations, at 135M
 ROWS_SOLVED, EQUATIONS = 512, 2**22  # at most: outputs whose scales are found at once, coefficients of their equations
 EQUATION_BYTES = 20  # of a coefficient: fp32, fp64, its factor
-ROUNDING_BLOCKS = 8  # forms of BLOCK_BYTES that one rounded block takes: two in fp32, three in fp64
+ROUNDING_BLOCKS = 5.3  # forms of a block in fp32 while it is rounded: itself, two in fp64, what its scales are made of
 LOGIT_BYTES = 128 * 2**20  # of one form's log-probabilities: positions are thinned for large vocabularies
 
 

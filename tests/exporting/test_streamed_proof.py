@@ -5,32 +5,40 @@ from __future__ import annotations
 import functools
 import gc
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from bundles import loose
 from tiny import EXAMPLE
 from transformers import LlamaForCausalLM
 
+from edgeft.data.samples import Sample
 from edgeft.errors import EdgeftError
 from edgeft.exporting import build
 from edgeft.exporting import export as export_module
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.export import export, loader
+from edgeft.exporting.outputs import observe_model
 from edgeft.machines.limits import Limit
+from edgeft.machines.meter import LiveBytes
 from edgeft.machines.profile import load_profile
 from edgeft.memory import proof, stages
-from edgeft.memory.train_step import Workload
+from edgeft.memory.train_step import Term, Workload
 from edgeft.merging.merge import verify_merged
 from edgeft.models import streamed
 from edgeft.models.checkpoint import load_plain
+from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import read_model_spec
 from edgeft.models.streamed import load_streamed
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
 from edgeft.settings.job import make_job
+from edgeft.targets.grid import Grid
+from edgeft.targets.rounding import round_, round_as_target
 from edgeft.targets.target import load_target
 from edgeft.units import GIB
 
@@ -61,8 +69,8 @@ def test_layers_stay_in_their_files_where_whole_models_have_no_room(
     plan = verify_merged(merged_folder)[0].train.plan
     assert loader(plan) is load_plain
     question = export_module.question_of(plan)
-    [whole] = proof._models(question, plan.training, streamed=False)
-    need = proof._phase(question, whole).high_bytes
+    whole = [proof._phase(question, terms) for terms in proof._models(question, plan.training, streamed=False)]
+    need = max(moment.high_bytes - stages.file_bytes(moment) for moment in whole)
     for here, planned, expected in (
         (need, need, load_plain),
         (need - 1, need, load_streamed),  # less here than the plan counts on
@@ -120,8 +128,9 @@ def test_a_proof_is_planned_by_the_side_that_holds_more_and_names_the_others_pag
              for name in ("ort-int4", "ort-int8")}  # fmt: skip
     assert {"model", "one matrix", "adapters"} <= names["ort-int4"] and "bundle" not in names["ort-int4"]
     assert {"bundle", "logits"} <= names["ort-int8"] and "model" not in names["ort-int8"]
-    side = proof._phase(question, proof._models(question, training, streamed=True)[1])
-    assert proof.prove(question, training, load_target("ort-int8"), 16 * GIB).expected_bytes == side.expected_bytes
+    sides = [proof._phase(question, terms) for terms in proof._models(question, training, streamed=True)]
+    most = max(side.expected_bytes for side in sides)  # with pages of the file, which the bundle's side has none of
+    assert proof.prove(question, training, load_target("ort-int8"), 16 * GIB).expected_bytes == most
 
 
 def test_the_bundle_is_measured_when_the_proofs_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +191,48 @@ def test_the_bundle_is_loaded_when_every_model_in_torch_is_gone(
         monkeypatch.setattr(export_module, "loader", lambda plan: keeping)
     export(merged_folder, loose(load_target("ort-int4")), tmp_path / "bundle", device=None, progress=silent)
     assert beside == [len(held)] and bool(held) == kept
+
+
+@pytest.mark.parametrize(
+    ("streamed", "longest", "count"),
+    [(True, 256, 8), (True, 16, 2), (True, 64, 1), (False, 256, 8), (False, 16, 2)],
+)
+def test_a_pass_holds_what_the_plan_counts(streamed: bool, longest: int, count: int) -> None:
+    """By the bytes of tensors that are alive: none is counted twice, none forgotten. Pages of the file aside."""
+    job = make_job(
+        model=str(EXAMPLE), profile="cpu-16gb", max_length=longest, eval_rows=count, target="ort-int4",
+        base_precision="fp32",
+    )  # fmt: skip
+    made, random, target = make_plan(job), Random(0), load_target("ort-int4")
+    every = [[random.randrange(5, made.spec.vocab_size) for _ in range(longest)] for _ in range(count)]
+    rows = [Sample(ids, ids, prompt_tokens=0) for ids in every]
+    moments = proof._models(export_module.question_of(made), made.training, streamed=streamed)
+    *passing, rounding = moments[4:]  # those of a base that trained as it is come first
+    with LiveBytes() as live:
+        model = load_streamed(EXAMPLE) if streamed else load_plain(EXAMPLE)
+        pages = sum(each.nbytes for each in model.parameters() if each.dtype != torch.float32)
+        first = observe_model("merged", model, rows)
+        live.peak_bytes = live.live_bytes
+        round_as_target(model, target)
+        altered, live.peak_bytes = live.peak_bytes, live.live_bytes
+        observe_model("rounded", model, rows)
+        passed = live.peak_bytes
+    assert len(first.losses) == count
+    assert altered - pages == pytest.approx(total(rounding), rel=0.04)
+    assert passed - pages == pytest.approx(max(map(total, passing)), rel=0.02)
+
+
+def total(terms: list[Term]) -> int:
+    """Bytes of a moment that are no pages of files."""
+    return sum(term.bytes for term in terms if term.name not in ("weight file", "learnt tensor"))
+
+
+def test_a_block_takes_as_many_forms_as_planned_while_it_is_rounded() -> None:
+    weight, most = torch.randn(3 * BLOCK_BYTES // 4 // 512, 512), 0
+    grids = [Grid(*kind) for kind in ((4, 32, False, "mlas"), (8, 32, False, "rtn"), (4, 32, False, "gather"))]
+    for grid in (*grids, Grid(8, 32, True, "q8_0")):
+        with LiveBytes() as live:
+            live.count(weight)
+            round_(weight, grid)
+        most = max(most, live.peak_bytes - weight.nbytes)
+    assert most == pytest.approx(stages.ROUNDING_BLOCKS * BLOCK_BYTES, rel=0.02)

@@ -200,7 +200,7 @@ def test_a_streamed_proof_keeps_tables_of_the_rows_that_there_are() -> None:
         assert proof.streams(question, made.training, 8 * GIB)
         return proof._tables(question, made.training, 3).bytes
 
-    row = 3 * 4 * 128_256 * 64  # two tables, one of them while its parts are joined; every token counts as trained
+    row = 3 * 4 * 128_256 * 64  # three tables; every token counts as trained
     assert tables(eval_rows=2) == 2 * row
     assert tables(eval_rows=400) == row // 64 * (stages.LOGIT_BYTES // 4 // 128_256)
 
