@@ -67,6 +67,7 @@ def _with(question: Question, chosen: Training, name: Tuner, scores: Sequence[fl
     row, some = TUNERS[name], chosen.layers != "all"
     changes: dict[str, Any] = {
         "tuner": name, "rank": (chosen.rank or question.job.rank or None) if row.ranked else None, "target_rank": None,
+        "target_modules": question.job.target_modules if row.placed else None,
         "lora_alpha": None, "lora_plus": 1.0, "init": "random", "adapter_at": "both", "prefix_tokens": None,
         "learning_rate": None, "layers": chosen.layers, "trained_layers": chosen.trained_layers if some else None,
         "active_layers": (chosen.active_layers or None) if some else None,

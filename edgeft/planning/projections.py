@@ -8,11 +8,8 @@ from edgeft.settings.job import Job, Tuner
 from edgeft.settings.tuners import ADAPTERS, TUNERS, Form, Tuning
 
 # what target_modules calls by one word, by the parts of a layer that projections play
-PARTS: dict[str, tuple[str, ...]] = {
-    "attention": ("attention_in", "attention_out"),
-    "mlp": ("mlp_in", "mlp_out"),
-    "all": ("attention_in", "attention_out", "mlp_in", "mlp_out"),
-}
+ATTENTION, MLP = ("attention_in", "attention_out"), ("mlp_in", "mlp_out")
+PARTS: dict[str, tuple[str, ...]] = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 
 
 def target_modules(
