@@ -41,6 +41,7 @@ from edgeft.settings.job import Job, Layers, Malloc, Optimizer, Precision, Train
 
 # expected quality points given up, by what is published; only their order decides
 NF4_COST, RANK_COST, ADAM8_COST = 0.5, {64: 0.0, 32: 2.0, 16: 3.0, 8: 4.0}, 0.1
+ENDS_COST = 0.5  # full fine-tuning that leaves the embedding out: 1.2 points on the example, near its noise
 # On a CPU fp32 comes first even where bf16 multiplies faster: for every length of batch oneDNN compiles its kernels
 # anew and keeps them, which is slower than fp32 in short runs and grows beyond any plan.
 CPU_HALF_COST = 0.2
@@ -263,6 +264,8 @@ def quality_cost(spec: ModelSpec, training: Training, rows: int) -> float:
     cost += tuner_points(method, rows, size)
     if training.layers == "lisa":  # every layer trains in its turn
         cost += layers_points(method, "lisa", training.active_layers / len(training.trained_layers), rows, size)
+    if not training.adapts and training.embedding == "off":
+        cost += ENDS_COST
     cost += layers_points(method, "sparse", len(training.trained_layers) / spec.num_hidden_layers, rows, size)
     if training.rank:
         cost += min((abs(training.rank - rank), points) for rank, points in RANK_COST.items())[1]
