@@ -211,7 +211,7 @@ bench-sweep:  ## the share of the fine-tune that a sweep takes on the default jo
 
 rows ?= 1000
 bench-smollm2: .venv/installed-dev  ## a real 135M model from a package, two tasks, every int4 and what auto ends in (rows=200 is shorter)
-	$(py) bench/smollm2.py --rows $(rows)
+	$(py) bench/smollm2.py --rows $(rows) $(call option,task,$(task)) $(call option,merged,$(merged))
 
 bench-emulated: .venv/installed-dev  ## three bundles on an emulated Raspberry Pi 5: golden vectors, tokens that differ from here, memory (merged=FOLDER: SmolLM2, trained)
 	$(py) bench/emulated.py $(call option,only,$(only)) $(call option,merged,$(merged))

