@@ -225,7 +225,8 @@ def test_the_planner_of_a_page_has_what_it_goes_by(bench: Any, tmp_path: Path) -
         archive.extractall(tmp_path)
     code = (
         "import edgeft; from edgeft.planning.plan import make_plan; from edgeft.settings.job import make_job; "
-        "plan = make_plan(make_job(model='examples/configs/smollm2-135m', profile='cpu-8gb', max_length=64)); "
+        "job = make_job(model='examples/configs/smollm2-135m', profile='cpu-8gb', max_length=64); "
+        "plan = make_plan(job, compare_tuners=True); "
         "print(edgeft.__file__, sum(row.measured is not None for row in plan.tuners))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},

@@ -47,7 +47,7 @@ def plan(
         from edgeft.planning.layer_scores import score_layers
 
         importance = score_layers(job, progress)
-    made = plans.make_plan(job, importance=importance)
+    made = plans.make_plan(job, importance=importance, compare_tuners=True)
     if job_file is not None:
         made = made.model_copy(update={"job_file_sha256": sha256_file(job_file)})
     if simulate:

@@ -61,7 +61,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
 
 
 def plan(model: str = EXAMPLE, profile: str = "cpu-8gb", **settings: object) -> Plan:
-    return make_plan(make_job(model=model, profile=profile, max_length=64, **settings))
+    return make_plan(make_job(model=model, profile=profile, max_length=64, **settings), compare_tuners=True)
 
 
 def text(made: Plan) -> str:
@@ -217,6 +217,8 @@ def test_a_plan_that_trains_few_layers_compares_tuners_in_few(plant: Plant) -> N
 def test_other_tuners_change_no_plan(tmp_path: Path) -> None:
     made = plan(LLAMA, "t4")
     made.write(tmp_path / "plan.json")
-    assert Plan.read(tmp_path / "plan.json").tuners == made.tuners
+    assert made.tuners and Plan.read(tmp_path / "plan.json").tuners == made.tuners
+    alone = make_plan(made.job)
+    assert not alone.tuners and alone.model_copy(update={"tuners": made.tuners}) == made
     with pytest.raises(DoesNotFit):
         plan(LLAMA, "t4", max_memory_bytes=2**30)

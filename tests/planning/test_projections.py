@@ -67,7 +67,7 @@ def test_a_plan_names_them_where_they_are_not_all() -> None:
 def test_other_tuners_are_compared_in_the_same_projections_where_they_can_have_them() -> None:
     same = {"model": str(CONFIGS / "llama-3.2-1b"), "profile": "t4", "tuner": "lora", "micro_batch_size": 1,
             "checkpointing": True, "kept_layers": 0}  # fmt: skip
-    made, every = (make_plan(make_job(**same, **more)) for more in ({"target_modules": "mlp"}, {}))
+    made, every = (make_plan(make_job(**same, **more), compare_tuners=True) for more in ({"target_modules": "mlp"}, {}))
     assert not [row for row in made.tuners if "target_modules" in row.refused]
     here, there = ({row.tuner: row for row in plan.tuners if not row.refused} for plan in (made, every))
     assert {"dora", "adalora", "ia3", "adapter"} <= here.keys()
