@@ -53,22 +53,34 @@ def test_a_make_target_makes_every_result_again(path: Path) -> None:
 
 def on_the_device() -> Iterator[str]:
     """What docs/device.md says of speed beside llama.cpp."""
-    shapes = result("decode")["shapes"]
-    decode, rows = shapes["135m"], {(row["form"], row["threads"]): row for row in shapes["135m"]["rows"]}
-    full, small = "ort-int4", "ort-int4, cache of 8 bits"
+    shapes, full, small = result("decode")["shapes"], "ort-int4", "ort-int4, cache of 8 bits"
+    models = {"135m": "135M", "0.5b": "0.5B", "1b": "1.2B"}
+    for key, found in shapes.items():
+        shape, *narrow = key.split(", ")
+        rows = {(row["form"], row["threads"]): row for row in found["rows"]}
+        cells = [
+            " / ".join(f"{rows[form, n][f'{kind}_per_second_of_gguf-q4_0']['median']:.2f}" for n in (1, 2))
+            for kind in ("decode", "prefill")
+            for form in (full, small)
+        ]
+        yield f"| {models[shape]}, {narrow[0] if narrow else 'AVX-512 VNNI'} | {' | '.join(cells)} |"
+    contexts = shapes["135m"]["contexts"]
+    peaks = {row["form"]: f"{row['peak_bytes'] / 2**20:.0f}" for row in contexts if row["tokens"] == 4096}
+    yield f"takes {peaks[full]} MiB at 135M, {peaks[small]} with that cache, llama.cpp {peaks['gguf-q4_0']}"
+    yield from in_a_token(full, small)
 
-    def ratio(form: str, threads: int, kind: str) -> str:
-        return f"{rows[form, threads][f'{kind}_per_second_of_gguf-q4_0']['median']:.2f}"
 
-    one, two = ([ratio(full, threads, kind) for kind in ("decode", "prefill")] for threads in (1, 2))
-    yield f"`ort-int4` decodes at {one[0]} and reads a prompt at {one[1]} times its speed on one thread"
-    yield f"{two[0]} and {two[1]} on two"
-    yield f"KV cache of 8 bits it decodes at {ratio(small, 1, 'decode')} and {ratio(small, 2, 'decode')}"
-    peaks = {row["form"]: f"{row['peak_bytes'] / 2**20:.0f}" for row in decode["contexts"] if row["tokens"] == 4096}
-    yield f"takes {peaks[full]} MiB, {peaks[small]} with that cache, llama.cpp {peaks['gguf-q4_0']}"
-    for shape, words in (("0.5b", "at {} and {} ({} and {} with that cache)"), ("1b", "{} and {} ({} and {})")):
-        rows = {(row["form"], row["threads"]): row for row in shapes[shape]["rows"]}
-        yield words.format(*(ratio(form, threads, "decode") for form in (full, small) for threads in (1, 2)))
+def in_a_token(full: str, small: str) -> Iterator[str]:
+    """The table of what a token's time goes into, and what is said of products."""
+    profile = result("decode_profile")
+    forms = [profile["forms"][name] for name in (full, small, "gguf-q4_0")]
+    for kind in forms[0]["kinds"]:
+        cells = [f"{form['kinds'][kind]['milliseconds']:.2f}" for form in forms]
+        yield f"| {kind} | {' | '.join(cells)} |"
+    here, there = (form["layer_product"] for form in (forms[0], forms[-1]))
+    yield f"{here['bytes_per_second'] / 1e9:.1f} and {there['bytes_per_second'] / 1e9:.1f} GB/s"
+    yield f"core: {profile['read_bandwidth_bytes_per_second'] / 1e9:.1f})"
+    yield f"costs {here['microseconds_each']:.0f} us whatever its size, llama.cpp's {there['microseconds_each']:.0f}"
 
 
 def emulated() -> Iterator[str]:
