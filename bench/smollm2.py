@@ -40,6 +40,7 @@ from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import MANIFEST, Bundle
 from edgeft.exporting.calibrate import calibrate
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
+from edgeft.machines.runner import RUNNER
 from edgeft.memory import stages
 from edgeft.memory.train_step import Workload
 from edgeft.models.checkpoint import load_plain
@@ -50,7 +51,6 @@ from edgeft.planning.plan import Plan
 from edgeft.targets.codes import Codes
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.onnx_file import DATA, MODEL
-from edgeft.targets.runner import RUNNER
 from edgeft.targets.target import load_target
 from edgeft.training.job_data import Data
 

@@ -90,6 +90,7 @@ NEVER_LOADED = (RUNNER, "sbom.cdx.json", "README.md")
 READ_UNASKED = (".json", ".jinja", ".model", ".txt", ".onnx", ".data", ".gguf")
 # A file of these may crash the runtime when it is damaged.
 TEMPLATE = "chat_template.jinja"
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates and data call a message's thoughts
 FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".onnx.data", ".onnx_adapter", ".gguf")
 
 
@@ -580,7 +581,13 @@ def apply_template(
     template: str, messages: list[dict[str, Any]], special: dict[str, str], tools: Listed = None,
     documents: Listed = None,
 ) -> str:  # fmt: skip
-    """A chat template's text for messages, by jinja2 in its sandbox: templates are programs from strangers."""
+    """A chat template's text for messages, up to where the answer begins."""
+    given = {"messages": as_seen(messages), "tools": tools, "documents": documents, **special}
+    return str(compile_template(template).render(add_generation_prompt=True, **given))
+
+
+def compile_template(template: str) -> Any:
+    """A chat template as transformers runs it, in jinja2's sandbox: templates are programs from strangers."""
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -599,16 +606,15 @@ def apply_template(
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.now().strftime)
     environment.filters["tojson"] = to_json
-    given = {"messages": as_seen(messages), "tools": tools, "documents": documents, **special}
-    return str(environment.from_string(template).render(add_generation_prompt=True, **given))
+    return environment.from_string(template)
 
 
-def as_seen(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a template sees them: without what is null, thoughts under every name that they have."""
+def as_seen(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as transformers 5 shows them to a template: without what is null, thoughts under all of their names."""
     seen = []
     for message in messages:
         kept = {key: value for key, value in message.items() if value is not None}
-        thoughts = next((kept[name] for name in ("reasoning_content", "thinking", "reasoning") if name in kept), None)
+        thoughts = next((kept[name] for name in REASONING if name in kept), None)
         if thoughts is not None:
             kept = {"thinking": thoughts, **kept, "reasoning_content": thoughts}
         seen.append(kept)
@@ -618,7 +624,7 @@ def as_seen(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """The filter of that name as templates know it."""
+    """The filter of that name as templates know it: jinja2's own would write <, > and & otherwise."""
     options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 

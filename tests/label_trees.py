@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 run = runner_module()
 WORDS, END = 12, 0

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bundles import ROWS, bundle, ctrl_c_as_usual, script
 
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 run = runner_module()
 SYSTEM = "Name the section of the package. Answer with its name alone, as in these: " + ROWS[0]

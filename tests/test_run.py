@@ -20,7 +20,7 @@ from edgeft.errors import BadInput
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle, GoldenInput, readme
 from edgeft.machines import limits
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 from edgeft.targets.target import load_target
 
 NAMES = [

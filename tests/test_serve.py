@@ -21,7 +21,7 @@ import psutil
 import pytest
 from bundles import ROWS, bundle, ctrl_c_as_usual
 
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 run = runner_module()
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 # By these a package may know that nobody is there to be watched.
 TELLTALE = re.compile(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from bundles import bundle, reseal, script, seal
 
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 RUNNER = runner_module()
 

@@ -31,10 +31,10 @@ from edgeft.errors import MissingExtra
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import GoldenInput
 from edgeft.exporting.calibrate import calibrate, put_codes
+from edgeft.machines.runner import runner_module
 from edgeft.models.checkpoint import load_plain
 from edgeft.targets.codes import Codes
 from edgeft.targets.rounding import round_model
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, load_target
 
 pytestmark = pytest.mark.targets

@@ -14,11 +14,11 @@ from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput, ParityFailed, of_exit_code
 from edgeft.exporting import bundle as bundles
 from edgeft.machines.extras import need
+from edgeft.machines.runner import runner_module
 from edgeft.merging import result as merges
 from edgeft.models.headers import lies_beside
 from edgeft.progress import Progress, Say, quiet, silent
 from edgeft.settings.job import AUTO
-from edgeft.targets.runner import runner_module
 from edgeft.units import parse_bytes
 
 if TYPE_CHECKING:

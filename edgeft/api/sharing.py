@@ -16,11 +16,11 @@ from edgeft.api.results import OnDisk
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, EdgeftError, ParityFailed
 from edgeft.exporting.bundle import MANIFEST, Bundle, failed_path
+from edgeft.machines.runner import runner_module
 from edgeft.merging.result import Merged, MergedCheckpoint, MergedForeign
 from edgeft.models.hub import reachable
 from edgeft.models.identity import changed_files, check_files
 from edgeft.reporting.model_card import CARD, adapter_card, is_hub_id, is_sealed, merged_card
-from edgeft.targets.runner import runner_module
 from edgeft.training.result import TrainResult
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -110,6 +110,6 @@ def sign(
 
 
 def _runner() -> Any:
-    from edgeft.targets.runner import runner_module
+    from edgeft.machines.runner import runner_module
 
     return runner_module()

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from edgeft.data.formats import SHAPES, as_known
 from edgeft.data.json_values import parse_json
-from edgeft.data.tokenizer import REASONING, TextTokenizer
+from edgeft.data.tokenizer import TextTokenizer
+from edgeft.machines.runner import runner_module
 
 COLUMNS = (*("{" + ", ".join(map(repr, shape.columns)) + "}" for shape in SHAPES), "{'text'}")
 PromptFormat = Literal["plain", "chat"]
@@ -190,7 +191,8 @@ def _as_rendered(
 
 def _names(key: str) -> tuple[str, ...]:
     """What templates may call a key of a message."""
-    return REASONING if key in REASONING else (key,)
+    thoughts: tuple[str, ...] = runner_module().REASONING
+    return thoughts if key in thoughts else (key,)
 
 
 def _of_answer(message: Message, written: str) -> list[str]:

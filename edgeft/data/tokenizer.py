@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,12 @@ from typing import Any
 
 from edgeft.documents import saving
 from edgeft.errors import BadInput
+from edgeft.machines.runner import runner_module
 
 TEMPLATE = "chat template"  # where an error is that a template itself raised
 ENCODE_TEXTS = 32  # at a time: an encoding takes a hundred times the bytes of the ids that are kept of it
 ANCHORS = ("\n", "a", "0", "=", "\u4e00")  # a text after one of these is encoded as one that goes on
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates and data call a message's thoughts
 
 
 class TextTokenizer:
@@ -167,7 +166,7 @@ class TextTokenizer:
         compiled = self._compiled
         try:
             text = compiled.render(
-                messages=as_seen(messages),
+                messages=runner_module().as_seen(messages),
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 documents=documents,
@@ -179,51 +178,12 @@ class TextTokenizer:
 
     @cached_property
     def _compiled(self) -> Any:
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.exceptions import TemplateSyntaxError
 
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        class Generation(Extension):
-            """{% generation %} marks what the assistant says; rendering cuts it out here, so the tag says nothing."""
-
-            tags = {"generation"}  # noqa: RUF012 - the attribute as jinja2 declares it
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        extensions: list[Any] = ["jinja2.ext.loopcontrols", Generation]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda style: datetime.datetime.now().strftime(style)
-        environment.filters["tojson"] = to_json
         try:
-            return environment.from_string(self.template_text or "")
+            return runner_module().compile_template(self.template_text or "")
         except TemplateSyntaxError as problem:
             raise BadInput(self.folder, f"the chat template is broken, line {problem.lineno}: {problem}") from None
-
-
-def as_seen(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as transformers 5 shows them to a template: without what is null, thoughts under all of their names."""
-    seen = []
-    for message in messages:
-        kept = {key: value for key, value in message.items() if value is not None}
-        thoughts = next((kept[name] for name in REASONING if name in kept), None)
-        if thoughts is not None:
-            kept = {"thinking": thoughts, **kept, "reasoning_content": thoughts}
-        seen.append(kept)
-    return seen
-
-
-def to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """The filter of that name as templates know it: jinja2's own would write <, > and & otherwise."""
-    options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def token_at(encoding: Any, character: int, length: int) -> tuple[int, bool]:

@@ -17,9 +17,9 @@ import torch
 from edgeft.data.labels import NO_LABEL, Label, whole_answer
 from edgeft.data.samples import IGNORED, Sample
 from edgeft.data.tokenizer import TextTokenizer
+from edgeft.machines.runner import runner_module
 from edgeft.models.parts import Parts
 from edgeft.models.tree_pass import Begun, Prefix, Seen, TreeReader
-from edgeft.targets.runner import runner_module
 
 Read = Callable[[Sequence[Begun], Seen], None]
 MOST_BEGINNINGS = 64  # of a row that are read at once

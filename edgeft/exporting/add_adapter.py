@@ -16,11 +16,11 @@ from edgeft.exporting.export import adapter_source, made_from
 from edgeft.exporting.golden import environment
 from edgeft.exporting.portable_adapters import write_inputs
 from edgeft.exporting.sbom import extended
+from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import check_trained
 from edgeft.models.headers import local_folder
 from edgeft.progress import Progress
 from edgeft.targets.footprint import predict
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.training.result import TrainResult
 from edgeft.units import show_bytes

@@ -12,7 +12,7 @@ import numpy
 
 from edgeft.errors import BadInput, MissingExtra
 from edgeft.machines import meter
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 Logits = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 

@@ -45,13 +45,13 @@ from edgeft.exporting.sbom import Component, bill_of_materials
 from edgeft.machines import meter
 from edgeft.machines.extras import missing
 from edgeft.machines.limits import reset_resident_peak, resident_bytes
+from edgeft.machines.runner import RUNNER
 from edgeft.models.headers import KV_PREFIX, Header, lies_beside
 from edgeft.models.metrics import Promotion, Proof, Repair
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import Progress, silent
 from edgeft.targets.footprint import LimitedBy, choose_context, predict
 from edgeft.targets.matrices import Weights
-from edgeft.targets.runner import RUNNER
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, check_beside
 from edgeft.units import show_bytes

@@ -15,9 +15,9 @@ from pydantic import Field
 from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.documents import Artifact, Strict, saving, sha256_json
 from edgeft.exporting.answers import Answers, GoldenAnswer, GoldenLabel, HeldToGrammar
+from edgeft.machines.runner import runner_module
 from edgeft.models.metrics import EncoderProof, Metrics, Promotion, Proof, Repair
 from edgeft.targets.footprint import LimitedBy, Predicted
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import needed_packages
 from edgeft.targets.target import Target
 

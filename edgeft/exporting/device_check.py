@@ -33,11 +33,11 @@ from edgeft.exporting.emulation import Machine
 from edgeft.machines import processes
 from edgeft.machines.environment import environment
 from edgeft.machines.profile import Emulation, Profile
+from edgeft.machines.runner import runner_module
 from edgeft.models.identity import DATA
 from edgeft.models.intervals import share
 from edgeft.models.metrics import Difference
 from edgeft.progress import Say, quiet
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import RUNTIMES
 from edgeft.units import show_bytes, show_seconds
 

@@ -14,6 +14,7 @@ from edgeft.errors import BadInput, DoesNotFit, ParityFailed
 from edgeft.exporting.build import hash_files, need_runtime
 from edgeft.exporting.bundle import MANIFEST, README, SBOM, Bundle, Golden, Task, readme
 from edgeft.exporting.sbom import BASE, Component, bill_of_materials, model_licence
+from edgeft.machines.runner import RUNNER, runner_module
 from edgeft.models.checkpoint import check_loaded, quiet_transformers
 from edgeft.models.families import ENCODERS
 from edgeft.models.identity import weights_sha256
@@ -21,7 +22,6 @@ from edgeft.models.metrics import EncoderProof
 from edgeft.planning.stage_checks import target_device
 from edgeft.targets.footprint import LimitedBy, Predicted
 from edgeft.targets.portable_onnx import read_weights, write_graph, write_tokenizer
-from edgeft.targets.runner import RUNNER, runner_module
 from edgeft.targets.runtimes import Runtime, runtime_of
 from edgeft.targets.target import Target
 from edgeft.units import show_bytes

@@ -15,8 +15,8 @@ from edgeft.exporting.answers import GoldenAnswer, GoldenLabel
 from edgeft.exporting.artifact import Logits
 from edgeft.exporting.bundle import Environment, Golden, GoldenInput
 from edgeft.machines.environment import cpu_model, cpuinfo
+from edgeft.machines.runner import runner_module
 from edgeft.settings.job import Job
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import Runtime
 from edgeft.targets.words import Words
 

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 from edgeft.data.samples import Sample
 from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS
 from edgeft.exporting.bundle import Guesses, Measurement, measurement_path
+from edgeft.machines.runner import runner_module
 from edgeft.progress import Progress
-from edgeft.targets.runner import runner_module
 
 WORTH = 1.2  # times faster, at least
 ROWS = 16  # that are answered

@@ -25,6 +25,7 @@ from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.exporting.outputs import Form, observe_model
 from edgeft.exporting.parity import UNKNOWN, Gain, compare
+from edgeft.machines.runner import RUNNER
 from edgeft.memory.stages import LOGIT_BYTES
 from edgeft.merging.change import find_tensor
 from edgeft.merging.survival import TensorSurvival, survival
@@ -37,7 +38,6 @@ from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.grid import Grid
 from edgeft.targets.ort import TOKENIZER_FILES
 from edgeft.targets.rounding import grid_of, round_
-from edgeft.targets.runner import RUNNER
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, Tolerance, eight_bit_modules, promoted, to_nearest
 from edgeft.units import show_bytes

@@ -10,7 +10,7 @@ from edgeft.documents import saving
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting.bundle import MANIFEST
 from edgeft.machines.extras import missing
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 
 def _cryptography() -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ of its own, while this one waits. Whichever holds most decides.
 from __future__ import annotations
 
 from edgeft.data.scoring_groups import EVAL_TOKENS
+from edgeft.machines.runner import runner_module
 from edgeft.memory import train_step
 from edgeft.memory.disk import learnt_parameters
 from edgeft.memory.stages import (
@@ -29,7 +30,6 @@ from edgeft.models.spec import STORED_BYTES, ModelSpec
 from edgeft.settings.job import AUTO, Training
 from edgeft.targets.footprint import bundle_weights, predict
 from edgeft.targets.matrices import linear_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target
 

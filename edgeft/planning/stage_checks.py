@@ -10,6 +10,7 @@ from edgeft.documents import Strict
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visible_gpu
 from edgeft.machines.profile import Profile, detect, load_profile
+from edgeft.machines.runner import runner_module
 from edgeft.memory.disk import Disk, plan_disk, total
 from edgeft.memory.proof import prove, streams
 from edgeft.memory.stages import (
@@ -39,7 +40,6 @@ from edgeft.targets.footprint import (
     predict,
 )
 from edgeft.targets.matrices import Weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import cannot_build, runtime_of
 from edgeft.targets.target import Target, candidates, instead
 from edgeft.units import GIB, MIB, show_bytes

@@ -11,10 +11,10 @@ from pydantic import Field
 
 from edgeft.documents import Strict, invalid
 from edgeft.errors import BadInput, DoesNotFit
+from edgeft.machines.runner import runner_module
 from edgeft.models.spec import Linear, ModelSpec
 from edgeft.settings.job import AUTO, Bits
 from edgeft.targets.matrices import Weights, linear_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.runtimes import runtime_of
 from edgeft.targets.target import Target, eight_bit_modules
 from edgeft.units import show_bytes

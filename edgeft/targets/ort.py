@@ -19,13 +19,13 @@ from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines import processes
 from edgeft.machines.extras import missing
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, resident_bytes
+from edgeft.machines.runner import runner_module
 from edgeft.models.headers import blocks
 from edgeft.models.layer_shares import layer_of
 from edgeft.models.spec import ModelSpec
 from edgeft.targets.kv_cache import CacheScales, with_full_cache
 from edgeft.targets.matrices import Weights
 from edgeft.targets.onnx_file import HEAD, Stored, Values, forget, read_graph, rewrite, write_graph
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, eight_bit_modules
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from edgeft.data.labels import AskedAnswers
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput
 from edgeft.machines.extras import missing
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 WALK_TOKENS = 2048  # of answers that are written by chance, to see whether the tokenizer can
 

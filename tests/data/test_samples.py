@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from edgeft.data.dataset import IGNORED, Row, Sample, TextTokenizer, to_samples
 from edgeft.data.samples import SPLIT
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 SPECIALS = ["<unk>", "<s>", "</s>", "[PAD]"]
 TEMPLATE = (

@@ -12,7 +12,7 @@ import pytest
 
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.errors import BadInput
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 WEATHER = {

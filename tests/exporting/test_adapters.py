@@ -28,13 +28,13 @@ from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export_adapters
+from edgeft.machines.runner import runner_module
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import make_plan
 from edgeft.progress import silent
 from edgeft.reporting.bundle_tables import adapters_text
 from edgeft.settings.job import make_job
 from edgeft.targets.ort import read_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 
 RUNNER = runner_module()

@@ -23,10 +23,10 @@ from edgeft.exporting.bundle import (
     measurement_path,
 )
 from edgeft.exporting.golden import record
+from edgeft.machines.runner import runner_module
 from edgeft.models.spec import read_model_spec
 from edgeft.targets.footprint import bundle_weights, choose_context, kv_cache_bytes_per_token, predict
 from edgeft.targets.ort import read_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, load_target
 
 

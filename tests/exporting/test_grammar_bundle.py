@@ -22,8 +22,8 @@ from edgeft.errors import BadInput, MissingExtra, ParityFailed
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput
 from edgeft.exporting.export import export_adapters
+from edgeft.machines.runner import runner_module
 from edgeft.progress import silent
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 
 llguidance = pytest.importorskip("llguidance", reason="pip install edgeft[grammars]")

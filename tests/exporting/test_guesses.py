@@ -16,8 +16,8 @@ from bundles import bundle, loose, reseal, script, some_ids
 from edgeft.data.samples import Sample
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.guesses import MORE, ROWS, WORTH, measured, passes_of
+from edgeft.machines.runner import runner_module
 from edgeft.progress import silent
-from edgeft.targets.runner import runner_module
 
 run = runner_module()
 NAMES = ("ort-fp32", "ort-int4")

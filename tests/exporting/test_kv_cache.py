@@ -29,11 +29,11 @@ from edgeft.exporting.kv_rung import cache_rung, long_rows, reached, scales_rung
 from edgeft.exporting.kv_scales import find_scales, finder, rows_for_scales
 from edgeft.exporting.parity import CACHE
 from edgeft.exporting.rehearsal import go_through
+from edgeft.machines.runner import runner_module
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan
 from edgeft.progress import silent
 from edgeft.targets.kv_cache import CODES, CacheScales, codes_of, longest_pairs, scales_of, stored_scales
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, load_target
 
 

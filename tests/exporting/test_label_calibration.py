@@ -18,8 +18,8 @@ from edgeft.exporting.label_calibration import (
     log_loss,
     most_certain,
 )
+from edgeft.machines.runner import runner_module
 from edgeft.reporting.label_words import answers_lines, bin_rows, certain_rows
-from edgeft.targets.runner import runner_module
 
 
 def drawn(count: int, overconfident: float, seed: int) -> list[Judged]:

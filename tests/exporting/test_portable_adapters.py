@@ -22,9 +22,9 @@ from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export_adapters
 from edgeft.exporting.outputs import load_tuned
+from edgeft.machines.runner import runner_module
 from edgeft.models.checkpoint import load_plain
 from edgeft.progress import silent
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 from edgeft.training.result import TrainResult
 

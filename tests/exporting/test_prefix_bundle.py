@@ -21,6 +21,7 @@ from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput
 from edgeft.exporting.export import export
 from edgeft.exporting.rehearsal import go_through
+from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.headers import KV_PREFIX
@@ -29,7 +30,6 @@ from edgeft.planning.plan import Plan
 from edgeft.progress import silent
 from edgeft.targets.footprint import predict
 from edgeft.targets.portable_onnx import read_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 
 FP32 = load_target("onnx-portable-fp32")

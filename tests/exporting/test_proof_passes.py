@@ -20,11 +20,11 @@ from edgeft.exporting.export import export
 from edgeft.exporting.outputs import observe_model
 from edgeft.exporting.parity import Known, Ladder
 from edgeft.exporting.repair import Climb, export_smallest
+from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import verify_merged
 from edgeft.progress import silent
 from edgeft.reporting.words import attempt_cells
 from edgeft.targets.rounding import round_as_target
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 
 INT4, INT8 = loose(load_target("ort-int4")), loose(load_target("ort-int8"))

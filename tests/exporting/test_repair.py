@@ -25,6 +25,7 @@ from edgeft.exporting.parity import compare
 from edgeft.exporting.promotion import file_bytes
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.repair import Climb, Step, climbing, export_smallest
+from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import merge
 from edgeft.planning import expected as expected_module
 from edgeft.planning.expected import MEASURED, expected
@@ -32,7 +33,6 @@ from edgeft.planning.plan import make_plan
 from edgeft.planning.stage_checks import plan_stages
 from edgeft.progress import silent
 from edgeft.settings.job import Job, make_job
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, calibrated, candidates, climb, list_targets, load_target
 from edgeft.training.job_data import Data
 

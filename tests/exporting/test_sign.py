@@ -19,7 +19,7 @@ from warm import edgeft
 
 from edgeft.errors import BadInput, MissingExtra, ParityFailed
 from edgeft.exporting.sign import keygen, public_key_path, sign
-from edgeft.targets.runner import runner_module
+from edgeft.machines.runner import runner_module
 
 RUNNER = runner_module()
 # RFC 8032, 7.1: secret key, public key, message, signature

@@ -19,9 +19,9 @@ from edgeft.errors import BadInput, MissingExtra
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, Measurement, measurement_path
 from edgeft.exporting.sign import keygen, sign
+from edgeft.machines.runner import runner_module
 from edgeft.models.spec import read_model_spec
 from edgeft.targets.footprint import bundle_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import Target, load_target
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install edgeft[gguf]")

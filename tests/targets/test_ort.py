@@ -14,9 +14,9 @@ import pytest
 from bundles import bundle, reseal, some_ids
 
 from edgeft.exporting.artifact import ArtifactModel
+from edgeft.machines.runner import runner_module
 from edgeft.targets.onnx_file import MODEL
 from edgeft.targets.ort import LAST, _prune_head, every_position
-from edgeft.targets.runner import runner_module
 
 TARGETS = ["ort-int4", "ort-int8", "ort-fp16", "ort-fp32"]
 

@@ -24,11 +24,11 @@ from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import Bundle, GoldenInput, Measurement, measurement_path
 from edgeft.exporting.encoder import export_encoder, is_encoder, read_texts
+from edgeft.machines.runner import runner_module
 from edgeft.models.spec import read_model_spec
 from edgeft.targets.footprint import bundle_weights, choose_context, predict
 from edgeft.targets.optimum_script import older_config
 from edgeft.targets.portable_onnx import INTERPRETER, interpreter, read_weights
-from edgeft.targets.runner import runner_module
 from edgeft.targets.target import load_target
 
 FP32, INT8 = load_target("onnx-portable-fp32"), load_target("onnx-portable-int8")
