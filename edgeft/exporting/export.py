@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,14 @@ from edgeft.exporting.answers import Answers
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import MANIFEST, Bundle, Kept, PromptFormat, adapters_digest
+from edgeft.exporting.form import Form, first
 from edgeft.exporting.golden import golden_inputs, shared_system
 from edgeft.exporting.guesses import measured, note
 from edgeft.exporting.kv_rung import CacheRows, cache_rows
 from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
-from edgeft.exporting.outputs import Form, load_tuned, observe_artifact, observe_model
-from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, first, give_back
+from edgeft.exporting.outputs import load_tuned, observe_artifact, observe_model
+from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, give_back
 from edgeft.exporting.portable_adapters import inputs_of
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.sbom import BASE, Component, model_licence
@@ -38,7 +39,7 @@ from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.identity import DATA
-from edgeft.models.metrics import Metrics, Promotion, Proof, Repair, pair
+from edgeft.models.metrics import Metrics, Promotion, Proof, Repair, Rung, pair
 from edgeft.models.streamed import Load, load_streamed
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
@@ -55,12 +56,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is known of a target that was chosen by simulation: all that was considered, promotions, codes, forms."""
+    """What is known of a target that was chosen by simulation: all that was considered, promotions, codes, forms.
+
+    `climbed` are the rungs below the bundle, the same for every target: found once, then left there for the next one.
+    """
 
     repair: Repair
     promotion: Promotion | None = None
     codes: Codes | None = None
     known: Known | None = None
+    climbed: list[Rung] = field(default_factory=list)
 
 
 def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibrate: bool = True) -> int:
@@ -132,8 +137,7 @@ def export(
     def prove(artifact: ArtifactModel) -> Proof:
         context = Bundle.read(artifact.folder / MANIFEST).context_tokens
         cache = cache_rows(target, tuning, plan.spec, rows.every, context)
-        known = chosen.known if chosen else None
-        return prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache, known, kept)
+        return prove_bundle(trained, merged_folder, merged, target, rows, artifact, progress, cache, chosen, kept)
 
     progress("build", 0, 1, {})
     golden, chat = golden_inputs(plan.job, tokenizer)
@@ -179,15 +183,21 @@ def _judging(
 
 def prove_bundle(
     trained: Path, merged_folder: Path, merged: MergedCheckpoint, target: Target, rows: ProofRows,
-    artifact: ArtifactModel, progress: Progress, cache: CacheRows | None = None, known: Known | None = None,
+    artifact: ArtifactModel, progress: Progress, cache: CacheRows | None = None, chosen: Chosen | None = None,
     kept: Kept | None = None,
 ) -> Proof:  # fmt: skip
     """The proof of a merged checkpoint's bundle; each row's own results go into `kept`. Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
     plan = merged.train.plan
     ladder = Ladder(target, tokenizer, progress, load=loader(plan), held_to=plan.held_to)
-    ladder.climb_training(trained, merged.train, rows.trained)
-    ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
+    climbed = chosen.climbed if chosen else []
+    if not climbed:
+        ladder.climb_training(trained, merged.train, rows.trained)
+        ladder.add(merged_rung(local_folder(plan.job.model), trained, merged_folder, plan.training, merged.shares))
+        climbed += ladder.rungs
+    else:
+        ladder.go_on(climbed, merged.train)
+    known = chosen.known if chosen else None
     made = ladder.climb_artifact(
         merged_folder, artifact.folder, artifact, rows.every, tied=plan.spec.tie_word_embeddings,
         answers=rows.scored, gate=len(rows.trained), cache=cache, known=known, write=rows.write(plan),

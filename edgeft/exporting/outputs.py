@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.trainable import apply_tuner, make_lisa
 from edgeft.engine.written import answer_text, written
 from edgeft.exporting.artifact_answers import Artifact, answered
+from edgeft.exporting.drawn_rows import Drawing
+from edgeft.exporting.form import Form, joined
 from edgeft.machines import meter
 from edgeft.memory.proof import PASS_POSITIONS, POSITIONS
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
@@ -41,11 +42,9 @@ from edgeft.models.evaluate import (
     autocast,
     by_length,
     judge,
-    metrics,
 )
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.loss import head_transform
-from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
 from edgeft.models.streamed import Load, alter
 from edgeft.settings.job import Training
@@ -53,36 +52,6 @@ from edgeft.training.result import TrainResult
 
 WHOLE = Shares()
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Form:
-    """What one form of the model says of some rows.
-
-    `log_probabilities` (N, V) are those at the answers' positions of the first PARITY_PROMPTS rows; `losses` each
-    row's summed nats, `tokens` its trained tokens; `exact` whether it is answered exactly, where that was asked.
-    """
-
-    name: str
-    log_probabilities: torch.Tensor
-    losses: tuple[float, ...]
-    tokens: tuple[int, ...]
-    exact: tuple[bool, ...] = ()
-    written: dict[int, str] = field(default_factory=dict)  # answers of rows, by their number, where they were asked for
-
-    @property
-    def loss(self) -> float:
-        """Mean nats per trained token of all rows."""
-        return sum(self.losses) / max(1, sum(self.tokens))
-
-    def metrics(self, samples: Sequence[Sample], tokenizer: TextTokenizer, rows: slice = slice(None)) -> Metrics:
-        """Scores of some of the rows, `samples` being all of them."""
-        exact = self.exact or (False,) * len(self.losses)
-        return metrics(samples[rows], tokenizer, self.losses[rows], exact[rows])
-
-    def answers(self, rows: Sequence[int]) -> list[str]:
-        """What was written for some rows; nothing where any of them was not written."""
-        return [self.written[row] for row in rows] if all(row in self.written for row in rows) else []
 
 
 def trained_at(sample: Sample) -> list[int]:
@@ -93,11 +62,11 @@ def trained_at(sample: Sample) -> list[int]:
 class Observer:
     """Gathers a form row by row: which log-probabilities are kept, which are summed."""
 
-    def __init__(self, rows: Sequence[Sample]) -> None:
+    def __init__(self, rows: Sequence[Sample], tables: int = PARITY_PROMPTS) -> None:
         self.rows = rows
         self.losses, self.tokens = [0.0] * len(rows), [0] * len(rows)
         self.likely: list[list[int]] = [[] for _ in rows]
-        self.tables: list[list[torch.Tensor]] = [[] for _ in rows[:PARITY_PROMPTS]]
+        self.tables: list[list[torch.Tensor]] = [[] for _ in rows[:tables]]
         self.written: dict[int, str] = {}
 
     def add(self, row: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -129,10 +98,11 @@ class Observer:
 
         return take
 
-    def form(self, name: str, exact: Sequence[bool] = ()) -> Form:
+    def form(self, name: str, exact: Sequence[bool] = (), drawn: Sequence[int] = ()) -> Form:
         """All that was gathered."""
-        table = torch.cat([part for row in self.tables for part in row])
-        return Form(name, table, tuple(self.losses), tuple(self.tokens), tuple(exact), self.written)
+        parts = [part for row in self.tables for part in row]
+        table = torch.cat(parts) if parts else torch.empty(0)
+        return Form(name, table, tuple(self.losses), tuple(self.tokens), tuple(exact), self.written, tuple(drawn))
 
 
 @torch.no_grad()
@@ -161,13 +131,14 @@ def observe_model(
     name: str, model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer | None = None, *,
     compute: torch.dtype = torch.float32, group_tokens: int = EVAL_TOKENS, answers: slice | None = None,
     held_to: HeldTo = (), write: Sequence[int] = (), progress: Callable[[int, int], None] = lambda done, total: None,
+    tables: int = PARITY_PROMPTS,
 ) -> Form:  # fmt: skip
     """One pass of a torch model over each row on the CPU; for the rows of `answers` also whether it answers exactly.
 
     Only what the likeliest tokens along the row's own answer leave open is generated, or found as `held_to` wants it.
     The answers to the rows numbered in `write` are written out whatever they are.
     """
-    seen, parts = Observer(rows), find_parts(model)
+    seen, parts = Observer(rows, tables), find_parts(model)
     asked = rows[answers] if answers is not None and tokenizer is not None else []
     held = held_rows(held_to, asked, tokenizer, model) if tokenizer is not None else None
 
@@ -198,20 +169,41 @@ def observe_model(
     return seen.form(name, [bool(judged.get(id(sample), False)) for sample in rows])
 
 
+def observe_drawn(
+    name: str, model: Any, rows: Sequence[Sample], tokenizer: TextTokenizer | None, drawing: Drawing, *,
+    held_to: HeldTo = (),
+) -> Form:  # fmt: skip
+    """`observe_model` on as many rows as a drawing takes; where it scores some, also their exact answers."""
+    parts = list[tuple[list[int], Form]]()
+    for block in drawing.blocks():
+        answers = slice(None) if drawing.scored else None
+        some = [rows[i] for i in block]
+        tables = 0 if parts else PARITY_PROMPTS
+        form = observe_model(name, model, some, tokenizer, answers=answers, held_to=held_to, tables=tables)
+        parts.append((block, form))
+        for place, number in enumerate(block):
+            drawing.see(number, form.losses[place], bool(form.exact) and form.exact[place])
+    return joined(name, len(rows), parts)
+
+
 def observe_artifact(
     name: str, artifact: Artifact, rows: Sequence[Sample], tokenizer: TextTokenizer, *, answers: slice | None = None,
     held_to: HeldTo = (), write: Sequence[int] = (), progress: Callable[[int, int], None] = lambda done, total: None,
+    drawing: Drawing | None = None,
 ) -> Form:  # fmt: skip
     """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded.
 
     Where answers are held to labels its own search chooses one, to a grammar its own runtime writes one. Of a row the
-    logits of one of the runtime's passes are held.
+    logits of one of the runtime's passes are held. With a `drawing` as many rows as it takes.
     """
     seen, exact = Observer(rows), [False] * len(rows)
     decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
     asked = label_numbers(held_to, rows, tokenizer) if isinstance(held_to, tuple) else []
-    for number, sample in enumerate(rows):
+    read = list[int]()
+    for number in drawing.each() if drawing is not None else range(len(rows)):
+        sample = rows[number]
         at = trained_at(sample)
+        read.append(number)
         if not at:
             continue
         if number in decoding or number in write:
@@ -225,8 +217,10 @@ def observe_artifact(
             take = seen.taker(number)
             for logits in artifact.each_pass(sample.ids, at[0]):
                 take(logits)
-        progress(number + 1, len(rows))
-    return seen.form(name, exact if decoding else ())
+        if drawing is not None:
+            drawing.see(number, seen.losses[number], exact[number])
+        progress(len(read), len(rows))
+    return seen.form(name, exact if decoding else (), sorted(read) if len(read) < len(rows) else ())
 
 
 def trained_settings(result: TrainResult) -> tuple[Training, torch.dtype, str]:

@@ -29,10 +29,11 @@ from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
 from edgeft.errors import CacheLost, ParityFailed, QualityLost
 from edgeft.exporting.artifact_answers import Artifact
+from edgeft.exporting.drawn_rows import Drawing, both
+from edgeft.exporting.form import Form, first, followed_by
 from edgeft.exporting.kv_rung import TIE_NATS, CacheRows, cache_rungs
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
-    Form,
     load_as_trained,
     load_changed,
     observe_artifact,
@@ -126,7 +127,9 @@ def allowed_loss(tolerance: Tolerance, gain: Gain) -> tuple[float, str]:
 
 
 def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN) -> Rung:
-    """The rung between two forms on the same rows; `problems` holds a line for each tolerance that does not hold."""
+    """The rung between two forms on the rows that the second one read, `problems` a line for each tolerance broken."""
+    every = len(form.losses)
+    before, form = both(before, form)
     p, q = before.log_probabilities, form.log_probabilities
     kl = float(kl_of_positions(p, q).mean())
     top = q.argmax(dim=-1, keepdim=True)
@@ -151,7 +154,7 @@ def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN
     return Rung(
         name=form.name,
         against=before.name,
-        compared=f"{len(before.losses)} rows, {len(p)} positions",
+        compared=f"{rows_read(len(before.losses), every)}, {len(p)} positions",
         tolerance=f"KL {tolerance.max_mean_kl_nats:g}, loss at most {said} more",
         top1_agreement=agreement,
         top1_or_tie=or_tie,
@@ -161,6 +164,20 @@ def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN
         loss_change=Difference.of(paired_losses(before.losses, form.losses, before.tokens)),
         problems=tuple(text for failed, text in checks if failed),
     )
+
+
+def drawn_for(
+    before: Form, tolerance: Tolerance, gain: Gain, *, gate: int, scored: slice | None, taken: Sequence[int] = ()
+) -> Drawing:
+    """The rows that decide whether a form keeps within a tolerance; those whose positions are compared are taken."""
+    nats, points = allowed_loss(tolerance, gain)[0], tolerance.max_exact_match_drop_points
+    taken = [*range(min(PARITY_PROMPTS, len(before.losses))), *taken]
+    return Drawing(before, nats, points, gate=gate, scored=scored if before.exact else None, taken=taken)
+
+
+def rows_read(read: int, every: int) -> str:
+    """`116 of 200 rows`, where those were enough."""
+    return f"{read} rows" if read == every else f"{read} of {every} rows"
 
 
 def kl_of_positions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -236,6 +253,11 @@ class Ladder:
             self.rungs.append(rung)
             check(rung)
 
+    def go_on(self, rungs: Sequence[Rung], result: TrainResult) -> None:
+        """Above rungs that were climbed for another target of the same checkpoint."""
+        self.rungs += rungs
+        self.gain = Gain.of(result.base_valid, result.valid)
+
     def climb_training(self, trained: Path, result: TrainResult, rows: Sequence[Sample]) -> None:
         """From train.json's own score to the change on the original weights; `rows` are those that training scored.
 
@@ -282,9 +304,11 @@ class Ladder:
         merged, rounded, scores = self._climb_models(merged_folder, rows, answers, few, known, count, write)
         give_back()
         whole = self._climb_cache(artifact, cache, near)
+        gain, tolerance = self.gain, quality or self.target.parity
+        drawing = drawn_for(merged, tolerance, gain, gate=count, scored=answers, taken=write)
         made = observe_artifact(
             "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to, write=write,
-            progress=self._told("parity: artifact"),
+            progress=self._told("parity: artifact"), drawing=drawing,
         )  # fmt: skip
         head = first(made, count)
         if rounded is not None:
@@ -293,7 +317,7 @@ class Ladder:
             self.add(compare(rounded, first(full, count_rounded), alike, self.gain))
         if scores is not None:
             self.add(label_rung(scores, "rounded" if rounded else "merged", whole or artifact, few, alike))
-        self.add(compare(first(merged, count), head, quality or self.target.parity, self.gain))
+        self.add(compare(first(merged, count), head, tolerance, gain))
         return merged, made
 
     def _climb_models(
@@ -344,18 +368,6 @@ class Ladder:
         return whole
 
 
-def followed_by(form: Form, more: Form) -> Form:
-    """A form on its rows and some more, whose positions are not kept."""
-    return Form(
-        form.name, form.log_probabilities, form.losses + more.losses, form.tokens + more.tokens, form.exact + more.exact
-    )
-
-
-def first(form: Form, rows: int) -> Form:
-    """The same form on its first rows alone."""
-    return Form(form.name, form.log_probabilities, form.losses[:rows], form.tokens[:rows], form.exact[:rows])
-
-
 def give_back() -> None:
     """The memory of a model that was dropped."""
     gc.collect()  # models are full of circles
@@ -367,9 +379,9 @@ def exact_match_problem(merged: Form, made: Form, tolerance: Tolerance, rows: sl
 
     The drop itself is judged, not the end of its interval: on a few rows that would pass anything or nothing.
     """
-    before, after = merged.exact[rows], made.exact[rows]
-    if not before or not after:
+    if not merged.exact or not made.exact:
         return ""
+    before, after = (form.on(made.read(rows)).exact for form in (merged, made))
     drop = 100 * (sum(before) - sum(after)) / len(before)
     if drop <= max(tolerance.max_exact_match_drop_points, 100 / len(before)):
         return ""

@@ -23,8 +23,9 @@ import torch
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput, DoesNotFit
-from edgeft.exporting.outputs import Form, observe_model
-from edgeft.exporting.parity import UNKNOWN, Gain, compare
+from edgeft.exporting.form import Form
+from edgeft.exporting.outputs import observe_drawn, observe_model
+from edgeft.exporting.parity import UNKNOWN, Gain, compare, drawn_for
 from edgeft.machines.runner import RUNNER
 from edgeft.memory.stages import LOGIT_BYTES
 from edgeft.merging.change import find_tensor
@@ -228,7 +229,7 @@ def choose(
         if size_budget_bytes is None or size(count) <= size_budget_bytes
     )
     model = Rounding(merged, target, spec, measured.codes)
-    exact = exact or observe_model("merged", model.model, gate)
+    merged_form = exact or observe_model("merged", model.model, gate)
     tolerance = tightened(target.parity, used)
     seen: dict[int, Form] = {}
 
@@ -236,8 +237,9 @@ def choose(
         if count not in seen:
             progress("promotion", len(seen), most.bit_length() + 2, {})
             model.as_bundle({each.module for each in measured.order[:count]})
-            seen[count] = observe_model("simulated", model.model, gate)
-        return not compare(exact, seen[count], tolerance, gain).problems
+            drawing = drawn_for(merged_form, tolerance, gain, gate=len(gate), scored=None)
+            seen[count] = observe_drawn("simulated", model.model, gate, None, drawing)
+        return not compare(merged_form, seen[count], tolerance, gain).problems
 
     low, high = 0, most
     if passes(0):
@@ -247,7 +249,7 @@ def choose(
         while passed and high - low > 1:  # low fails, high passes
             middle = (low + high) // 2
             low, high = (low, middle) if passes(middle) else (middle, high)
-    before, after = (compare(exact, seen[count], tolerance, gain) for count in (0, high))
+    before, after = (compare(merged_form, seen[count], tolerance, gain) for count in (0, high))
     ended = "the simulated bundle passes" if not after.problems else "the size budget ends"
     if after.problems and most == len(measured.order):
         ended = "every tensor has 8 bits"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.data.scoring_groups import sampled
 from edgeft.engine.written import expected_text
-from edgeft.exporting.outputs import Form
+from edgeft.exporting.form import Form
 from edgeft.models.metrics import Metrics
 from edgeft.models.token_f1 import with_f1
 from edgeft.planning.plan import Plan

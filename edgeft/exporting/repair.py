@@ -25,23 +25,25 @@ from edgeft.exporting.attempts import cost, shown
 from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
+from edgeft.exporting.drawn_rows import both
 from edgeft.exporting.export import Chosen, calibration_samples, check_room, export, loader, rows_of
-from edgeft.exporting.outputs import Form, observe_model
-from edgeft.exporting.parity import HINTS, Gain, Known, compare, exact_match_problem, give_back
+from edgeft.exporting.form import Form
+from edgeft.exporting.outputs import observe_drawn, observe_model
+from edgeft.exporting.parity import HINTS, Gain, Known, compare, drawn_for, exact_match_problem, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.intervals import paired_rates
-from edgeft.models.metrics import Attempt, Difference, Promotion, Repair
+from edgeft.models.metrics import Attempt, Difference, Promotion, Repair, Rung
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
 from edgeft.settings.job import AUTO
 from edgeft.targets.codes import Codes
 from edgeft.targets.footprint import bundle_weights, choose_context
 from edgeft.targets.rounding import round_as_target
-from edgeft.targets.target import Target, climb, list_targets, promoted
+from edgeft.targets.target import Target, Tolerance, climb, list_targets, promoted
 from edgeft.training.job_data import Data
 from edgeft.units import MIB, show_bytes
 
@@ -71,6 +73,7 @@ class Climb:
     attempts: list[Attempt] = field(default_factory=list)
     codes: dict[str, Codes] = field(default_factory=dict)
     simulated: tuple[Target, Form] | None = None  # the last one
+    climbed: list[Rung] = field(default_factory=list)  # below every bundle
     cache_lost: bool = False  # by a KV cache of 8 bits, which was nobody's wish
 
     @functools.cached_property
@@ -99,8 +102,8 @@ class Climb:
     def exact(self) -> Form:
         """The merged model in fp32."""
         self.progress("repair: merged", 0, 1, {})
-        model = self.load()
-        form = self.observe("merged", model)
+        model, plan = self.load(), self.merged.train.plan
+        form = observe_model("merged", model, self.rows, self.tokenizer, answers=slice(None), held_to=plan.held_to)
         del model
         give_back()
         return form
@@ -109,10 +112,11 @@ class Climb:
         """The merged model in fp32, as its proof has it."""
         return loader(self.merged.train.plan)(self.folder)
 
-    def observe(self, name: str, model: Any) -> Form:
-        """What a model says of the rows, its answers held as the plan holds them."""
+    def observe(self, model: Any, tolerance: Tolerance) -> Form:
+        """What a rounded model says of as many rows as decide, its answers held as the plan holds them."""
+        drawing = drawn_for(self.exact, tolerance, self.gain, gate=len(self.rows), scored=slice(None))
         held_to = self.merged.train.plan.held_to
-        return observe_model(name, model, self.rows, self.tokenizer, answers=slice(None), held_to=held_to)
+        return observe_drawn("rounded", model, self.rows, self.tokenizer, drawing, held_to=held_to)
 
     def size(self, target: Target) -> int:
         """Predicted bytes of a target's whole bundle."""
@@ -150,6 +154,15 @@ class Climb:
         limits = [self.limit_bytes, *(self.size(each) - 1 for each in larger[:1])]
         limit = min((each for each in limits if each is not None), default=None)
         if limit is not None and self.size(target) > limit:
+            return
+        plan = self.merged.train.plan
+        if loader(plan) is not load_plain:
+            whole, there = 4 * plan.spec.total_parameters, room_bytes(plan)
+            reason = f"tensors are compared in a whole model in fp32, {show_bytes(whole)}: {show_bytes(there)} are there"
+            name = f"{target.name}, 8 bits for some tensors"
+            self.attempts.append(
+                Attempt(name=name, predicted_bytes=self.size(target), decision="skipped", reason=reason)
+            )
             return
         codes = self.codes_of(target) if target.calibration != "none" else None
         held = self.samples[CALIBRATION_ROWS:] or self.samples[:SENSITIVITY_ROWS]
@@ -206,7 +219,7 @@ class Climb:
             put_codes(model, step.target, codes)
         elif not round_as_target(model, step.target) and step.target.weight_bits < 32:
             return None
-        form = self.observe("rounded", model)
+        form = self.observe(model, step.target.parity)
         del model
         give_back()
         self.simulated = with_own_cache(step.target), form
@@ -224,7 +237,8 @@ class Climb:
         rung = compare(exact, form, tolerance, self.gain)
         drop = exact_match_problem(exact, form, tolerance, slice(None))
         problems = [*rung.problems, *([drop] if drop else [])]
-        match = Difference.of(paired_rates(exact.exact, form.exact)) if exact.exact and form.exact else None
+        before, after = both(exact, form)
+        match = Difference.of(paired_rates(before.exact, after.exact)) if before.exact and after.exact else None
         changes = {
             "loss": rung.loss_change, "exact_match": match, "decision": "fails" if problems else "passes",
             "reason": "; ".join(problems) or shown(rung.loss_change, match),
@@ -286,7 +300,7 @@ def export_smallest(
                 return export(
                     merged_folder, step.target, out, device=device, progress=progress, train=train, keep_failed=True,
                     size_budget_bytes=size_budget_bytes, calibration=calibration,
-                    chosen=Chosen(repair, step.promotion, codes, found.known(step.target)),
+                    chosen=Chosen(repair, step.promotion, codes, found.known(step.target), found.climbed),
                 )  # fmt: skip
             except CacheLost as problem:
                 if found.merged.train.plan.job.kv_bits != AUTO:

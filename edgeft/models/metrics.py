@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +39,8 @@ class Metrics(Strict):
     row_tokens: tuple[int, ...] = Field(default=(), description="trained tokens of each row")
     row_exact: str = Field(default="", description="1 for each row whose answer is exact, 0 for each other")
     row_f1: tuple[float, ...] = Field(default=(), description="of each row whose answer was written out")
+    drawn: tuple[int, ...] = Field(default=(), description="which rows, where they were enough to say what all would")
+    of_rows: int = Field(default=0, description="how many there were, where not all were read")
 
     @property
     def bare(self) -> Metrics:
@@ -51,9 +54,32 @@ class Metrics(Strict):
 
     def as_exact_as(self, other: Metrics) -> bool:
         """Whether the rows show no difference in exact match; without both forms' rows, whether it is the same."""
-        if not self.row_exact or len(self.row_exact) != len(other.row_exact):
+        both = on_the_same_rows(other, self)
+        if both is None or not both[0].row_exact or not both[1].row_exact:
             return self.exact_match == other.exact_match
-        return not exact_interval(other, self).shown
+        return not exact_interval(*both).shown
+
+    def of_numbers(self, numbers: Sequence[int]) -> Metrics:
+        """With each row's own results of some rows alone, by their numbers among all; the scores are as they were."""
+        place = {number: i for i, number in enumerate(self.drawn or range(self.rows))}
+        at = [place[number] for number in numbers]
+
+        def some(kept: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(kept[i] for i in at) if kept else ()
+
+        exact = "".join(some(tuple(self.row_exact)))
+        changes = {"row_losses": some(self.row_losses), "row_tokens": some(self.row_tokens), "row_exact": exact}
+        return self.model_copy(update=changes)
+
+
+def on_the_same_rows(first: Metrics, second: Metrics) -> tuple[Metrics, Metrics] | None:
+    """Two forms' scores with the results of the rows that both have read; None where they are not of the same rows."""
+    if (first.of_rows or first.rows) != (second.of_rows or second.rows):
+        return None
+    if first.drawn == second.drawn:
+        return first, second
+    numbers = sorted({*(first.drawn or range(first.rows))} & {*(second.drawn or range(second.rows))})
+    return first.of_numbers(numbers), second.of_numbers(numbers)
 
 
 def exact_interval(first: Metrics, second: Metrics) -> Interval:
@@ -90,9 +116,11 @@ class Pair(Strict):
 
 
 def pair(before: str, first: Metrics, after: str, second: Metrics) -> Pair | None:
-    """The pair of two forms' scores, None where the rows of one of them were not kept."""
-    if not first.row_losses or first.row_tokens != second.row_tokens:
+    """The pair of two forms' scores on the rows that both have read, None where those of one were not kept."""
+    both = on_the_same_rows(first, second)
+    if both is None or not first.row_losses or both[0].row_tokens != both[1].row_tokens:
         return None
+    first, second = both
     exact = None
     if first.row_exact and second.row_exact:
         exact = exact_interval(first, second)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgeft.errors import ParityFailed, QualityLost
-from edgeft.exporting.outputs import Form
+from edgeft.exporting.form import Form
 from edgeft.exporting.parity import (
     ALIKE,
     HINTS,

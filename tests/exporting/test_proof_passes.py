@@ -12,7 +12,7 @@ from bundles import bundle, checkpoint, loose, reference, some_ids
 from transformers import LlamaModel
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
-from edgeft.errors import CacheLost
+from edgeft.errors import CacheLost, QualityLost
 from edgeft.exporting import repair
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
@@ -196,3 +196,27 @@ def test_a_bundle_keeps_what_was_tried(merged_folder: Path, tmp_path: Path) -> N
     export_smallest(merged_folder, [target], tmp_path / "b", asked="own", device=None, progress=silent)
     repaired = Bundle.read(tmp_path / "b" / "bundle.json").repair
     assert repaired is not None and [each.kv_bits for each in repaired.attempts] == [8]
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_what_lies_below_every_bundle_is_climbed_once(
+    merged_folder: Path, tmp_path: Path, read: Counter[str], monkeypatch: pytest.MonkeyPatch, forgotten: bool
+) -> None:
+    """The first bundle loses too much: the next one's proof goes on above the rungs that are the same."""
+    made = list[Bundle]()
+
+    def first_fails(folder: Path, target: Any, out: Path, **options: Any) -> Bundle:
+        if forgotten:  # the planted fault
+            options["chosen"].climbed.clear()
+        made.append(export(folder, target, out, **options))
+        if len(made) == 1:
+            raise QualityLost("parity ladder", "exact match falls by 50 points", "a hint")
+        return made[-1]
+
+    monkeypatch.setattr(repair, "export", first_fails)
+    targets = [INT8, loose(load_target("ort-fp32"))]  # between which nothing is promoted
+    export_smallest(merged_folder, targets, tmp_path / "b", asked="own", device=None, progress=silent)
+    assert read["whole"] == (5 if forgotten else 4) * rows_of(merged_folder)
+    below = [[rung.name for rung in each.proof.rungs[:2]] for each in made if each.proof is not None]
+    assert below == [["trained", "merged"]] * 2 and made[0].proof is not None and made[1].proof is not None
+    assert made[0].proof.gain_nats == made[1].proof.gain_nats
