@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Say = Callable[[str], None]  # a sentence for people: a warning, what is up to date
@@ -44,6 +45,7 @@ WORDS = {
     "validate": "validating",
     "values": "reading values",
 }
+FACTOR = 4.0  # by which an estimate may be off before the next ones are no longer corrected by it
 OTHERS = {"parity": "checking", "repair": "trying"}
 
 
@@ -59,3 +61,32 @@ def silent(stage: str, done: int, total: int, numbers: dict[str, float]) -> None
 
 def quiet(sentence: str) -> None:
     """A Say that says nothing."""
+
+
+def with_time_left(
+    progress: Progress, planned: Mapping[str, float], now: Callable[[], float] = time.monotonic
+) -> Progress:
+    """A Progress that is also told `seconds_left`: of this stage by its own pace, of those to come as planned.
+
+    They take as much more or less than planned as the stages that are done, by a factor of FACTOR at most.
+    """
+    if not planned:
+        return progress
+    started: dict[str, float] = {}
+    took: dict[str, float] = {}
+
+    def tell(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        here = now()
+        for name, start in started.items():
+            if name != stage and name not in took:
+                took[name] = here - start
+        since = here - started.setdefault(stage, here)
+        ended = [name for name in took if name in planned]
+        before = sum(planned[name] for name in ended)
+        pace = sum(took[name] for name in ended) / before if before else 1.0
+        pace = min(FACTOR, max(1 / FACTOR, pace))
+        mine = since * (total - done) / done if done and total > 1 else max(0.0, pace * planned.get(stage, 0.0) - since)
+        to_come = sum(seconds for name, seconds in planned.items() if name not in started)
+        progress(stage, done, total, numbers | {"seconds_left": mine + pace * to_come})
+
+    return tell

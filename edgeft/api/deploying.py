@@ -17,7 +17,7 @@ from edgeft.machines.extras import need
 from edgeft.machines.runner import runner_module
 from edgeft.merging import result as merges
 from edgeft.models.headers import lies_beside
-from edgeft.progress import Progress, Say, quiet, silent
+from edgeft.progress import Progress, Say, quiet, silent, with_time_left
 from edgeft.settings.job import AUTO
 from edgeft.units import parse_bytes
 
@@ -58,9 +58,9 @@ def export(
         from edgeft.exporting.repair import check_calibration, export_named, export_smallest
 
         check_calibration(found, calibration)
+        told = with_time_left(progress, planned_seconds(source, climbs=climbs))
         common: dict[str, Any] = {
-            "device": device, "progress": progress, "size_budget_bytes": limit, "calibration": calibration,
-            "train": train,
+            "device": device, "progress": told, "size_budget_bytes": limit, "calibration": calibration, "train": train,
         }  # fmt: skip
         if climbs:
             export_smallest(source, found, folder, asked=asked, request_sha256=request, same_size=same_size, **common)
@@ -79,6 +79,13 @@ def planned_job(merged: Path) -> dict[str, Any]:
     """The settings that a merged folder was planned with; {} of one that edgeft did not train."""
     train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
     return dict(train["plan"]["job"]) if train else {}
+
+
+def planned_seconds(merged: Path, *, climbs: bool) -> dict[str, float]:
+    """Of each stage of an export, as it was planned; {} of a folder without a plan, or with one that says nothing."""
+    train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
+    stages = train["plan"]["stages"].get("export", []) if train else []
+    return {each["stage"]: each["seconds"] for each in stages if climbs or not each["stage"].startswith("repair")}
 
 
 def cached(targets: Sequence[Target], merged: Path, device: str | None) -> tuple[Target, ...]:

@@ -106,7 +106,7 @@ def shares(profile: Profile) -> tuple[float, float]:
 def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, scored: Scoring) -> float:
     """Seconds of scoring the base before training and the tuned model after it, without answers that stay open."""
     layers = spec.num_hidden_layers - training.cached_layers
-    forward = _forward_seconds(profile, spec, training, layers, scored.tokens, scored.trained_tokens)
+    forward = forward_seconds(profile, spec, training, layers, scored.tokens, scored.trained_tokens)
     if training.stream_layers:
         groups = -(-scored.tokens // training.group_tokens)
         forward = max(forward, groups * layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
@@ -122,13 +122,13 @@ def answering_seconds(
     """
     if labels:
         tokens = sum(round((1 + PROMPT_READINGS) * size.tokens) for sizes in files for size in sizes)
-        return 2 * _forward_seconds(profile, spec, training, spec.num_hidden_layers, tokens, 0)
+        return 2 * forward_seconds(profile, spec, training, spec.num_hidden_layers, tokens, 0)
     seconds = 0.0
     for sizes in files:
         for group in by_answer(sizes, training.group_tokens):
             rows = [sizes[i] for i in group]
             prompts, new = len(rows) * max(row.prompt for row in rows), max(row.new for row in rows)
-            seconds += _forward_seconds(profile, spec, training, spec.num_hidden_layers, prompts, len(rows))
+            seconds += forward_seconds(profile, spec, training, spec.num_hidden_layers, prompts, len(rows))
             seconds += new * _token_seconds(profile, spec, training)
     return 2 * seconds
 
@@ -147,10 +147,10 @@ def _token_seconds(profile: Profile, spec: ModelSpec, training: Training) -> flo
 
 def prefix_seconds(profile: Profile, spec: ModelSpec, training: Training) -> float:
     """Seconds of running every row once through the layers whose outputs are kept; none where none are."""
-    return KEEPING * _forward_seconds(profile, spec, training, training.cached_layers, training.cached_tokens, 0)
+    return KEEPING * forward_seconds(profile, spec, training, training.cached_layers, training.cached_tokens, 0)
 
 
-def _forward_seconds(
+def forward_seconds(
     profile: Profile, spec: ModelSpec, training: Training, layers: int, tokens: int, trained_tokens: int
 ) -> float:
     """Seconds of so many tokens through some layers, and through the head where they train."""

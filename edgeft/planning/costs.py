@@ -157,7 +157,7 @@ class Question:
             plain = scoring(cut, training.group_tokens)
             longest, nodes = tree_size(self.labels)
             found = searched(plain, cut, longest, nodes) if self.labels else plain
-            self.scorings[key] = found if self.labels else with_written(found, self._answered(training), key[-1])
+            self.scorings[key] = found if self.labels else with_written(found, self.answered(training), key[-1])
         return self.scorings[key]
 
     def sample_answers(self, training: Training) -> int:
@@ -169,14 +169,14 @@ class Question:
             return 0
         return rows_written(self.task_score, self.job.sample_answers)
 
-    def _answered(self, training: Training) -> list[list[Size]]:
+    def answered(self, training: Training) -> list[list[Size]]:
         """The rows that a run has scores of, a file each: not those that say when it stops."""
         files = self.scored[:-1] if training.patience else self.scored
         return [[size.cut(training.max_length) for size in sizes] for sizes in files]
 
     def answering_seconds(self, training: Training) -> float:
         """Seconds of writing out answers, before training and after it."""
-        files = sampled_sizes(self._answered(training), self.sample_answers(training))
+        files = sampled_sizes(self.answered(training), self.sample_answers(training))
         return answering_seconds(self.profile, self.spec, training, files, labels=bool(self.labels))
 
     def high_bytes(self, training: Training, work: train_step.Workload | None = None) -> int:

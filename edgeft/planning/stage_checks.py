@@ -12,6 +12,7 @@ from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visi
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.machines.runner import runner_module
 from edgeft.memory.disk import Disk, plan_disk, total
+from edgeft.memory.export_time import Timed, export_seconds
 from edgeft.memory.proof import prove, streams
 from edgeft.memory.stages import (
     build,
@@ -58,6 +59,7 @@ class Stages(Strict):
     target_name: str = ""
     cannot_build: str = Field(default="", description="why the target's bundle of this model cannot be built, if so")
     data_bytes: int = Field(description="samples in memory, in the stages that read them")
+    export: tuple[Timed, ...] = Field(default=(), description="at most, by stage; none for a host that is not known")
 
     def limit_bytes(self, phase: Phase) -> int | None:
         """What a stage's memory must fit in, where that is known."""
@@ -124,6 +126,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         target_bytes=device_bytes,
         target_name=device.name if device else "",
         cannot_build=cannot_build(target, as_merged(spec, training)),
+        export=export_seconds(profile, spec, training, target, job.target, question.answered(training)),
     )
     said = [why] if why and not stages.cannot_build else []
     said += build_notes(spec, target, stages.cannot_build)

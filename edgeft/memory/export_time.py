@@ -1,0 +1,91 @@
+"""How long does an export take, stage by stage: the build, and each pass that its proof makes over rows?
+
+What is counted follows from the rows: how often each is read, of how many tokens. It is the most that can be: rows are
+drawn until they decide (models/drawing.py), and all of them may be needed. What a pass takes is priced as one of
+scoring, at the profile's own rates; a GPU's host is not known, so that nothing is said of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgeft.data.scoring_groups import EVAL_TOKENS, Size, scoring
+from edgeft.documents import Strict
+from edgeft.machines.profile import Profile
+from edgeft.memory.proof import BENCH_TOKENS
+from edgeft.memory.stages import CALIBRATION_ROWS, CALIBRATION_TOKENS, PARITY_PROMPTS
+from edgeft.memory.timing import forward_seconds
+from edgeft.models.spec import ModelSpec
+from edgeft.progress import in_words
+from edgeft.settings.job import AUTO, Training
+from edgeft.targets.footprint import bundle_weights
+from edgeft.targets.target import Target
+
+# The runtime's own builder, a fresh process: 14 s at 135M and 30 to 82 s at 1.24B, by target and by what was in memory.
+BUILD_SECONDS, BUILD_SECONDS_PER_PARAMETER = 6.0, 6e-8
+LOAD_BYTES_PER_SECOND = 1e9  # of a model in fp32, its pages in memory; a guess
+# Codes of one weight from what its inputs are: 85 s of one core at 135M (bench/results/smollm2.json), less its passes.
+CALIBRATION_SECONDS_PER_PARAMETER = 4e-7
+TOKEN_BANDWIDTH = 0.35  # of the memory's, that a bundle's next token reaches: 0.30 at 135M, 0.43 at 6M (bench/results)
+
+
+class Timed(Strict):
+    """One stage of an export, by the name that its progress has."""
+
+    stage: str
+    seconds: float
+    passes: str  # what is read, in words
+
+
+def export_seconds(
+    profile: Profile, spec: ModelSpec, training: Training, target: Target, asked: str, files: Sequence[Sequence[Size]]
+) -> tuple[Timed, ...]:  # fmt: skip
+    """Every stage of an export to a target, in its order; `asked` is what the job named, `files` the scored rows.
+
+    The first file has the validation rows. Nothing without rows, and for a profile whose CPU is not known.
+    """
+    if profile.device != "cpu" or not files or not profile.matmul_tflops:
+        return ()
+    cut = [[size.cut(training.max_length) for size in sizes] for sizes in files]
+    valid, every = cut[0][: training.eval_rows], [size for sizes in cut for size in sizes]
+    load = 4 * spec.total_parameters / LOAD_BYTES_PER_SECOND
+    plain = training.model_copy(update={"compute_dtype": "fp32"})
+
+    def read(rows: Sequence[Size], way: Training = plain) -> float:
+        found = scoring([rows], EVAL_TOKENS)
+        return load + forward_seconds(profile, spec, way, spec.num_hidden_layers, found.tokens, found.trained_tokens)
+
+    made = list[Timed]()
+
+    def add(stage: str, seconds: float, passes: str) -> None:
+        made.append(Timed(stage=stage, seconds=round(seconds, 1), passes=passes))
+
+    if asked == AUTO:
+        add("repair: merged", read(valid), f"{len(valid)} rows")
+        add(f"repair: {target.name}", read(valid), f"at most {len(valid)} rows, as it will round")
+    if target.calibration != "none":
+        rows = min(CALIBRATION_TOKENS, sum(size.tokens for size in valid[:CALIBRATION_ROWS]))
+        codes = CALIBRATION_SECONDS_PER_PARAMETER * spec.total_parameters / (profile.cores or 1)
+        add("calibrate", codes + 2 * forward_seconds(profile, spec, plain, spec.num_hidden_layers, rows, 0),
+            f"{CALIBRATION_ROWS} rows, layer by layer")  # fmt: skip
+    add("build", BUILD_SECONDS + BUILD_SECONDS_PER_PARAMETER * spec.total_parameters, "the runtime's own builder")
+    add("parity: trained", read(valid, training), f"{len(valid)} rows")
+    if training.base_precision == "nf4" or training.compute_dtype != "fp32":
+        add("parity: original", read(valid), f"{len(valid)} rows")
+    unseen = every[len(valid) :] if asked == AUTO else every
+    rounded = 0.0 if asked == AUTO and target.calibration == "none" else read(valid[:PARITY_PROMPTS])
+    add("parity: merged", (read(unseen) if unseen else 0.0) + rounded, f"{len(unseen)} rows, and the first as rounded")
+    token = bundle_weights(spec, target).bytes_per_token / (TOKEN_BANDWIDTH * profile.bandwidth_gb_per_second * 1e9)
+    add("parity: artifact", read(every) + BENCH_TOKENS * token, f"at most {len(every)} rows in their runtime")
+    return tuple(made)
+
+
+def total_seconds(stages: Sequence[Timed]) -> float:
+    """Of the whole export, and none where nothing was planned."""
+    return sum(each.seconds for each in stages)
+
+
+def described(stages: Sequence[Timed]) -> str:
+    """`checking the trained model 3 s`, a part each, of the longest ones."""
+    longest = sorted(stages, key=lambda each: -each.seconds)[:3]
+    return ", ".join(f"{in_words(each.stage)} {each.seconds:.0f} s" for each in longest)
