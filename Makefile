@@ -31,7 +31,7 @@ py := .venv/bin/python
 edgeft = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,EDGEFT_NEXT=0 )$(py) -m edgeft
 option = $(if $(strip $(2)),--$(1) '$(2)')
 
-.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-methods-time bench-methods-smollm2 bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-decode-profile bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
+.PHONY: help setup optimum plan train merge export run verify check test-fast test test-targets test-slow test-mutants test-gpu test-browser arm64 test-arm64 bench bench-closed-form bench-planner bench-time bench-trainer bench-lisa bench-prefix bench-stream bench-ranks bench-sparse bench-methods bench-methods-time bench-methods-smollm2 bench-rates bench-example bench-large bench-stages bench-same-bytes bench-decode bench-decode-profile bench-cuda bench-published bench-groups bench-sweep bench-smollm2 bench-emulated bench-kv-cache bench-answers bench-proof bench-bakeoff bench-house bench-plots first-page planner-page report schemas pretrain release clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -218,6 +218,12 @@ bench-emulated: .venv/installed-dev  ## three bundles on an emulated Raspberry P
 
 bench-kv-cache: .venv/installed-dev  ## a KV cache of 8 bits beside the runtime's own on that model: memory, loss, long rows
 	$(py) bench/kv_cache.py --rows $(if $(filter 1000,$(rows)),200,$(rows))
+
+bench-answers: .venv/installed-dev  ## answers free, held, labels; caches of 32, 8, 4 bits; guesses, on that model (timed=1: speed)
+	$(py) bench/answers.py --rows $(rows) $(if $(filter 1,$(timed)),--time)
+
+bench-proof: .venv/installed-dev  ## export beside the runtime's builder, train beside its steps (model=example to try it)
+	$(py) bench/proof.py $(if $(filter example,$(model)),example,smollm2)
 
 model_of_bakeoff := $(if $(filter smollm2,$(model)),smollm2,example)
 bench-bakeoff: .venv/installed-dev  ## which way to 4 bits keeps most of a fine-tune: model=example (default) or model=smollm2
