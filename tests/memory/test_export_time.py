@@ -115,4 +115,4 @@ def test_a_plan_says_it_in_one_line(cpu: Profile, spec: ModelSpec) -> None:
         export = export_seconds(cpu, spec, training(spec), load_target("ort-int8"), "ort-int8", [VALID])
 
     line = export_text(Stages())  # type: ignore[arg-type]
-    assert re.match(r"at most about .*, its proof .* of them: checking the merged model [0-9]+ s, .* \(estimate\)$", line)
+    assert re.match(r"at most about .*, its proof .* of them: checking the merged model \d+ s, .* \(estimate\)$", line)
