@@ -153,8 +153,9 @@ def answer_row(task: Task, way: Way, artifact: ArtifactModel, number: int) -> di
         artifact, row, trained_at(row)[0], task.tokenizer, held, asked if way.answers == "labels" else (),
         seen.taker(0), whole=True,
     )  # fmt: skip
-    known = {tuple(each.ids[:-1]) for each in task.labels}
-    return {"loss": seen.losses[0], "tokens": seen.tokens[0], "exact": right, "label": tuple(answer) in known}
+    known = {task.tokenizer.spell(list(each.ids[:-1])) for each in task.labels}  # which other tokens may spell
+    said = task.tokenizer.spell(answer)
+    return {"loss": seen.losses[0], "tokens": seen.tokens[0], "exact": right, "label": said in known}
 
 
 def answers_of(task: Task, target: str, way: Way, work: Path) -> dict[int, dict[str, Any]]:
