@@ -52,6 +52,10 @@ class Metrics(Strict):
         """The same scores with which rows are exact, of each row's own numbers nothing else."""
         return self.model_copy(update={"row_losses": (), "row_tokens": (), "row_f1": ()})
 
+    def named(self, name: str) -> str:
+        """A form's name beside its scores: with how many rows they are of, where others have all."""
+        return f"{name}, {self.rows} of {self.of_rows} rows" if self.of_rows else name
+
     def as_exact_as(self, other: Metrics) -> bool:
         """Whether the rows show no difference in exact match; without both forms' rows, whether it is the same."""
         both = on_the_same_rows(other, self)

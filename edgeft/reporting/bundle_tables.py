@@ -93,7 +93,7 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
         head = score_head(bundle.proof.scores.values())
         table = new_table("model", *head, title=f"{rows} {bundle.proof.scored_on} rows")
         for name, metrics in bundle.proof.scores.items():
-            table.add_row(name, *score_cells(metrics, head))
+            table.add_row(metrics.named(name), *score_cells(metrics, head))
         parts.append(table)
         parts += [pairs_text(bundle.proof)] if bundle.proof.pairs else []
     if merged is not None and here is not None and here.answers:

@@ -122,7 +122,7 @@ def _quality(report: Summary) -> list[str]:
     blocks = []
     if report.scores:
         scores = score_head(each.metrics for each in report.scores)
-        rows = [(each.name, *score_cells(each.metrics, scores)) for each in report.scores]
+        rows = [(each.metrics.named(each.name), *score_cells(each.metrics, scores)) for each in report.scores]
         head = (f"model, {report.scores[0].metrics.rows} {report.scored_on} rows", *scores)
         blocks += ["## How good it is", _table(head, rows, range(1, len(head)))]
     if report.pairs:

@@ -170,7 +170,7 @@ def _scores(result: TrainResult | None, merged: Merged | None, bundle: Bundle | 
 
 def _scored(scores: Mapping[str, Metrics], source: str) -> str:
     count = next(iter(scores.values())).rows
-    rows = [(name, f"{each.loss:.4f}", percent(each.exact_match)) for name, each in scores.items()]
+    rows = [(each.named(name), f"{each.loss:.4f}", percent(each.exact_match)) for name, each in scores.items()]
     return _table((f"model, {count} {source} rows", "loss, nats a token", "exact match"), rows)
 
 

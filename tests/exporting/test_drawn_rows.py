@@ -132,4 +132,5 @@ def test_scores_are_paired_on_the_rows_that_both_forms_have_read() -> None:
     found = pair("merged", whole, "ort-int4", part)
     assert found is not None and found.loss is not None and found.loss.difference == 0.0
     assert found.exact_match is not None and found.exact_match.difference == pytest.approx(1 / 3)
+    assert part.named("ort-int4") == "ort-int4, 3 of 6 rows" and whole.named("merged") == "merged"
     assert on_the_same_rows(metrics_of([0, 1], "11"), part) is None  # of other rows altogether
