@@ -85,7 +85,8 @@ def with_time_left(
         before = sum(planned[name] for name in ended)
         pace = sum(took[name] for name in ended) / before if before else 1.0
         pace = min(FACTOR, max(1 / FACTOR, pace))
-        mine = since * (total - done) / done if done and total > 1 else max(0.0, pace * planned.get(stage, 0.0) - since)
+        paced = since > 0 and done > 0 and total > 1
+        mine = since * (total - done) / done if paced else max(0.0, pace * planned.get(stage, 0.0) - since)
         to_come = sum(seconds for name, seconds in planned.items() if name not in started)
         progress(stage, done, total, numbers | {"seconds_left": mine + pace * to_come})
 
