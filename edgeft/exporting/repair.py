@@ -26,7 +26,7 @@ from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
 from edgeft.exporting.drawn_rows import both
-from edgeft.exporting.export import Chosen, calibration_samples, check_room, export, loader, rows_of
+from edgeft.exporting.export import Chosen, calibration_samples, check_room, export, loader, room_bytes, rows_of
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
 from edgeft.exporting.parity import HINTS, Gain, Known, compare, drawn_for, exact_match_problem, give_back
@@ -35,6 +35,7 @@ from edgeft.exporting.proof_rows import ProofRows
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint
+from edgeft.models.checkpoint import load_plain
 from edgeft.models.intervals import paired_rates
 from edgeft.models.metrics import Attempt, Difference, Promotion, Repair, Rung
 from edgeft.planning.stage_checks import target_device
@@ -158,7 +159,7 @@ class Climb:
         plan = self.merged.train.plan
         if loader(plan) is not load_plain:
             whole, there = 4 * plan.spec.total_parameters, room_bytes(plan)
-            reason = f"tensors are compared in a whole model in fp32, {show_bytes(whole)}: {show_bytes(there)} are there"
+            reason = f"takes a whole model in fp32, {show_bytes(whole)}, and more than the {show_bytes(there)} here"
             name = f"{target.name}, 8 bits for some tensors"
             self.attempts.append(
                 Attempt(name=name, predicted_bytes=self.size(target), decision="skipped", reason=reason)

@@ -27,6 +27,7 @@ from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.repair import Climb, Step, climbing, export_smallest
 from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import merge
+from edgeft.models.streamed import load_streamed
 from edgeft.planning import expected as expected_module
 from edgeft.planning.expected import MEASURED, expected
 from edgeft.planning.plan import make_plan
@@ -220,6 +221,19 @@ def test_where_no_four_bits_pass_eight_are_taken(merged: Path, tmp_path: Path) -
     assert names[:2] == ["own", "own-calibrated"] and names[-1] == "ort-int8"
     assert [each.decision for each in made.repair.attempts[:-1]] == ["fails"] * (len(names) - 1)
     assert sum(each.built for each in made.repair.attempts) == 1
+
+
+def test_tensors_are_promoted_only_where_a_whole_model_has_room(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "measure", never)
+    monkeypatch.setattr(repair, "loader", lambda plan: load_streamed)
+    targets = climb(gated(INT4, 1e-12))
+    with found_in(merged, tmp_path / "b") as found:
+        assert [step.name for step in found.steps(targets) if step.promotion] == []
+        (skipped,) = found.attempts
+    assert (skipped.name, skipped.decision) == ("own-calibrated, 8 bits for some tensors", "skipped")
+    assert re.fullmatch(r"takes a whole model in fp32, .*B, and more than the .*B here", skipped.reason)
 
 
 def never(*arguments: Any, **options: Any) -> Any:
