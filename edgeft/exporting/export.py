@@ -31,6 +31,7 @@ from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.sbom import BASE, Component, model_licence
 from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, proof, stages
+from edgeft.memory.export_time import reads_all
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.memory.train_step import Phase
 from edgeft.merging.ancestors import ancestors_of, provenance_of
@@ -189,7 +190,8 @@ def prove_bundle(
     """The proof of a merged checkpoint's bundle; each row's own results go into `kept`. Raises ParityFailed."""
     tokenizer = TextTokenizer(merged_folder)
     plan = merged.train.plan
-    ladder = Ladder(target, tokenizer, progress, load=loader(plan), held_to=plan.held_to)
+    every = reads_all(plan.stages.export)
+    ladder = Ladder(target, tokenizer, progress, load=loader(plan), held_to=plan.held_to, every_row=every)
     climbed = chosen.climbed if chosen else []
     if not climbed:
         ladder.climb_training(trained, merged.train, rows.trained)

@@ -245,6 +245,7 @@ class Ladder:
     gain: Gain = UNKNOWN
     load: Load = load_plain  # of whole models in fp32
     held_to: HeldTo = ()
+    every_row: bool = False  # whether a bundle reads all rows, also where some decide
 
     def add(self, rung: Rung | None) -> None:
         """One more rung, unless there is none; what making it took is given back. Raises ParityFailed."""
@@ -305,10 +306,10 @@ class Ladder:
         give_back()
         whole = self._climb_cache(artifact, cache, near)
         gain, tolerance = self.gain, quality or self.target.parity
-        drawing = drawn_for(merged, tolerance, gain, gate=count, scored=answers, taken=write)
+        drawn = drawn_for(merged, tolerance, gain, gate=count, scored=answers, taken=write)
         made = observe_artifact(
             "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to, write=write,
-            progress=self._told("parity: artifact"), drawing=drawing,
+            progress=self._told("parity: artifact"), drawing=None if self.every_row else drawn,
         )  # fmt: skip
         head = first(made, count)
         if rounded is not None:

@@ -21,11 +21,15 @@ from edgeft.settings.job import AUTO, Training
 from edgeft.targets.footprint import bundle_weights
 from edgeft.targets.target import Target
 
+BUNDLE_STAGE = "parity: artifact"
 # The runtime's own builder, a fresh process: 14 s at 135M and 30 to 82 s at 1.24B, by target and by what was in memory.
 BUILD_SECONDS, BUILD_SECONDS_PER_PARAMETER = 6.0, 6e-8
 LOAD_BYTES_PER_SECOND = 1e9  # of a model in fp32, its pages in memory; a guess
 # Codes of one weight from what its inputs are: 85 s of one core at 135M (bench/results/smollm2.json), less its passes.
 CALIBRATION_SECONDS_PER_PARAMETER = 4e-7
+SHORT_SECONDS = (
+    20.0  # for all rows in a bundle's own runtime: then they are read, so that its scores are of all of them
+)
 TOKEN_BANDWIDTH = 0.35  # of the memory's, that a bundle's next token reaches: 0.30 at 135M, 0.43 at 6M (bench/results)
 
 
@@ -76,8 +80,13 @@ def export_seconds(
     rounded = 0.0 if asked == AUTO and target.calibration == "none" else read(valid[:PARITY_PROMPTS])
     add("parity: merged", (read(unseen) if unseen else 0.0) + rounded, f"{len(unseen)} rows, and the first as rounded")
     token = bundle_weights(spec, target).bytes_per_token / (TOKEN_BANDWIDTH * profile.bandwidth_gb_per_second * 1e9)
-    add("parity: artifact", read(every) + BENCH_TOKENS * token, f"at most {len(every)} rows in their runtime")
+    add(BUNDLE_STAGE, read(every) + BENCH_TOKENS * token, f"at most {len(every)} rows in their runtime")
     return tuple(made)
+
+
+def reads_all(stages: Sequence[Timed]) -> bool:
+    """Whether a bundle reads every row, because that is planned to be a matter of seconds."""
+    return any(each.stage == BUNDLE_STAGE and each.seconds <= SHORT_SECONDS for each in stages)
 
 
 def total_seconds(stages: Sequence[Timed]) -> float:

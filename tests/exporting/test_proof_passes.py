@@ -17,6 +17,7 @@ from edgeft.exporting import repair
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export
+from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_model
 from edgeft.exporting.parity import Known, Ladder
 from edgeft.exporting.repair import Climb, export_smallest
@@ -109,6 +110,20 @@ def test_known_forms_are_taken_where_their_tables_are_of_the_same_rows(read: Cou
         assert [rung.name for rung in found[2]] == [rung.name for rung in whole[2]]
         for mine, theirs in zip(found[2], whole[2], strict=True):
             assert mine.loss == pytest.approx(theirs.loss, abs=1e-4) and mine.problems == theirs.problems == ()
+
+
+def test_a_bundle_reads_every_row_where_that_was_planned_to_be_short() -> None:
+    ids, tokenizer = some_ids(1200), TextTokenizer(checkpoint())
+    rows = [sample(ids[4 * i : 4 * i + 8], 3) for i in range(280)]
+    artifact, target = ArtifactModel(bundle("ort-int4")), loose(load_target("ort-int4"))
+
+    def drawn(every: bool) -> tuple[int, ...]:
+        ladder = Ladder(target, tokenizer, silent, every_row=every)
+        given: dict[str, Any] = {"tied": True, "answers": slice(0, None), "gate": len(rows), "alike": target.parity}
+        made: Form = ladder.climb_artifact(checkpoint(), artifact.folder, artifact, rows, **given)[1]
+        return made.drawn
+
+    assert not drawn(every=True) and 64 <= len(drawn(every=False)) < len(rows)
 
 
 def test_a_search_among_labels_that_went_far_enough_is_not_made_again() -> None:

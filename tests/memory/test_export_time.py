@@ -11,7 +11,7 @@ from tiny import CONFIGS, plan_of
 from edgeft.cli.screen import time_left
 from edgeft.data.scoring_groups import Size
 from edgeft.machines.profile import Profile, load_profile
-from edgeft.memory.export_time import Timed, export_seconds, total_seconds
+from edgeft.memory.export_time import SHORT_SECONDS, Timed, export_seconds, reads_all, total_seconds
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import FACTOR, with_time_left
 from edgeft.reporting.terminal import export_text
@@ -52,6 +52,13 @@ def test_each_pass_is_counted_once(cpu: Profile, spec: ModelSpec) -> None:
     assert more["parity: artifact"] > 5 * named["parity: artifact"]
     rounded = seconds(export_seconds(cpu, spec, training(spec), load_target("ort-int4-calibrated"), "auto", [VALID]))
     assert rounded["calibrate"] > 10
+
+
+def test_all_rows_are_read_where_that_is_short_and_where_nothing_is_known_some() -> None:
+    named = {"stage": "parity: artifact", "passes": ""}
+    short, long = (Timed(seconds=seconds, **named) for seconds in (SHORT_SECONDS, SHORT_SECONDS + 0.1))
+    other = Timed(stage="parity: merged", seconds=1.0, passes="")
+    assert reads_all([other, short]) and not reads_all([other, long]) and not reads_all([other]) and not reads_all([])
 
 
 def test_a_slower_machine_takes_longer_and_a_host_that_is_not_known_is_not_guessed(
