@@ -56,8 +56,11 @@ def export(
         folders.refuse_others_bundle(folder, source)
         need("export")
         from edgeft.exporting.repair import check_calibration, export_named, export_smallest
+        from edgeft.exporting.room import less_room
 
         check_calibration(found, calibration)
+        if less := less_room(merges.MergedCheckpoint.read(record).train.plan):
+            say(less)
         told = with_time_left(progress, planned_seconds(source, climbs=climbs))
         common: dict[str, Any] = {
             "device": device, "progress": told, "size_budget_bytes": limit, "calibration": calibration, "train": train,

@@ -28,21 +28,18 @@ from edgeft.exporting.outputs import load_tuned, observe_artifact, observe_model
 from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, give_back
 from edgeft.exporting.portable_adapters import inputs_of
 from edgeft.exporting.proof_rows import ProofRows
+from edgeft.exporting.room import check_room, loader
 from edgeft.exporting.sbom import BASE, Component, model_licence
-from edgeft.machines.limits import memory_limit
-from edgeft.memory import disk, proof, stages
+from edgeft.memory import stages
 from edgeft.memory.export_time import reads_all
 from edgeft.memory.stages import PARITY_PROMPTS
-from edgeft.memory.train_step import Phase
 from edgeft.merging.ancestors import ancestors_of, provenance_of
 from edgeft.merging.merge import check_trained, verify_merged
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.result import MergedCheckpoint
-from edgeft.models.checkpoint import load_plain, local_folder
+from edgeft.models.checkpoint import local_folder
 from edgeft.models.identity import DATA
 from edgeft.models.metrics import Metrics, Promotion, Proof, Repair, Rung, pair
-from edgeft.models.streamed import Load, load_streamed
-from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import target_device
 from edgeft.progress import Progress
@@ -67,45 +64,6 @@ class Chosen:
     codes: Codes | None = None
     known: Known | None = None
     climbed: list[Rung] = field(default_factory=list)
-
-
-def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibrate: bool = True) -> int:
-    """Expected highest bytes of an export; `computed`: this process has used torch. Codes may have been made already.
-
-    Raises DoesNotFit where this machine has too little memory or disk for a stage of it.
-    """
-    question = question_of(plan)
-    phases = [stages.build(question, target), proof_phase(plan, target)]
-    # what computing leaves in the process waits beside the builder too
-    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if computed else 0
-    phases += stages.calibrate_phases(question, target) if calibrate else ()
-    more = (waiting, *(0 for _ in phases[1:]))
-    for phase, beside in zip(phases, more, strict=True):
-        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + beside)
-    disk.require(disk.export_disk(plan.spec, target), out)
-    return max(phase.expected_bytes + beside for phase, beside in zip(phases, more, strict=True))
-
-
-def question_of(plan: Plan) -> Question:
-    """What a plan's stages after training depend on."""
-    data_bytes, budget = plan.stages.data_bytes, plan.budget_bytes
-    return Question(plan.job, plan.profile, plan.spec, plan.lengths, plan.work, data_bytes, budget)
-
-
-def room_bytes(plan: Plan) -> int:
-    """What a proof here may hold: what its plan counts on, less where this process can have less."""
-    here, planned = memory_limit().bytes, plan.stages.host_bytes
-    return here if planned is None else min(planned, here)
-
-
-def proof_phase(plan: Plan, target: Target) -> Phase:
-    """The parity ladder as it was planned, or in the memory that this process can have where that is less."""
-    return proof.prove(question_of(plan), plan.training, target, room_bytes(plan))
-
-
-def loader(plan: Plan) -> Load:
-    """How a proof here loads models in fp32: whole, or a layer at a time."""
-    return load_streamed if proof.streams(question_of(plan), plan.training, room_bytes(plan)) else load_plain
 
 
 def export(
@@ -266,11 +224,6 @@ def _codes(
         return calibrate(merged_folder, target, tuning(), folder, progress)
 
     return make
-
-
-def process_bytes(phase: Phase) -> int:
-    """What a stage's own process holds before it has a model."""
-    return sum(term.bytes for term in phase.terms if term.name == "process")
 
 
 def made_from(result: TrainResult, folder: Path) -> list[Component]:

@@ -26,12 +26,13 @@ from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
 from edgeft.exporting.drawn_rows import both
-from edgeft.exporting.export import Chosen, calibration_samples, check_room, export, loader, room_bytes, rows_of
+from edgeft.exporting.export import Chosen, calibration_samples, export, rows_of
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
 from edgeft.exporting.parity import HINTS, Gain, Known, compare, drawn_for, exact_match_problem, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
 from edgeft.exporting.proof_rows import ProofRows
+from edgeft.exporting.room import check_room, loader, room_bytes
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint

@@ -17,11 +17,12 @@ from transformers import LlamaForCausalLM
 
 from edgeft.data.samples import Sample
 from edgeft.errors import EdgeftError
-from edgeft.exporting import build
+from edgeft.exporting import build, room
 from edgeft.exporting import export as export_module
 from edgeft.exporting.artifact import ArtifactModel
-from edgeft.exporting.export import export, loader
+from edgeft.exporting.export import export
 from edgeft.exporting.outputs import observe_model
+from edgeft.exporting.room import loader
 from edgeft.machines.limits import Limit
 from edgeft.machines.meter import LiveBytes
 from edgeft.machines.profile import load_profile
@@ -68,7 +69,7 @@ def test_layers_stay_in_their_files_where_whole_models_have_no_room(
 ) -> None:
     plan = verify_merged(merged_folder)[0].train.plan
     assert loader(plan) is load_plain
-    question = export_module.question_of(plan)
+    question = room.question_of(plan)
     whole = [proof._phase(question, terms) for terms in proof._models(question, plan.training, streamed=False)]
     need = max(moment.high_bytes - stages.file_bytes(moment) for moment in whole)
     for here, planned, expected in (
@@ -78,9 +79,13 @@ def test_layers_stay_in_their_files_where_whole_models_have_no_room(
         (need, None, load_plain),
         (need - 1, None, load_streamed),
     ):
-        monkeypatch.setattr(export_module, "memory_limit", lambda here=here: Limit(here, "a test"))
+        monkeypatch.setattr(room, "memory_limit", lambda here=here: Limit(here, "a test"))
         stages_ = plan.stages.model_copy(update={"host_bytes": planned})
-        assert loader(plan.model_copy(update={"stages": stages_})) is expected, (here, planned)
+        changed = plan.model_copy(update={"stages": stages_})
+        assert loader(changed) is expected, (here, planned)
+        said = room.less_room(changed)
+        assert bool(said) == (here < need)  # otherwise it is what the plan says, or the usual way
+        assert ("the plan counts on" in said) == (here < need and planned is not None)
 
 
 @pytest.mark.parametrize("target", ["ort-int4", "ort-int8", "gguf-q4_0"])
@@ -102,8 +107,8 @@ def test_an_export_proves_as_its_plan_says_where_this_machine_has_more(
         model=str(CONFIGS / model), profile=profile, max_memory_bytes=memory, target=target, max_length=128
     ))  # fmt: skip
     [planned] = [phase for phase in made.stages.phases if phase.name == "export: prove"]
-    monkeypatch.setattr(export_module, "memory_limit", lambda: Limit(256 * GIB, "a test"))
-    assert export_module.proof_phase(made, made.stages.target) == planned
+    monkeypatch.setattr(room, "memory_limit", lambda: Limit(256 * GIB, "a test"))
+    assert room.proof_phase(made, made.stages.target) == planned
     said = any(note.startswith("export: prove reads the model a layer at a time") for note in made.notes)
     assert (loader(made) is load_streamed) == said
 
@@ -150,7 +155,7 @@ def test_the_bundle_is_measured_when_the_proofs_memory_is_given_back(monkeypatch
 
 def test_a_bundle_that_is_measured_beside_a_small_model_decides() -> None:
     made = make_plan(make_job(model=str(CONFIGS / "smollm2-135m"), profile="cpu-16gb", max_length=64, eval_rows=1))
-    question, target = export_module.question_of(made), load_target("ort-fp32")
+    question, target = room.question_of(made), load_target("ort-fp32")
     sides = {
         name: proof._phase(question, terms).expected_bytes
         for name, terms in (
@@ -206,7 +211,7 @@ def test_a_pass_holds_what_the_plan_counts(streamed: bool, longest: int, count: 
     made, random, target = make_plan(job), Random(0), load_target("ort-int4")
     every = [[random.randrange(5, made.spec.vocab_size) for _ in range(longest)] for _ in range(count)]
     rows = [Sample(ids, ids, prompt_tokens=0) for ids in every]
-    moments = proof._models(export_module.question_of(made), made.training, streamed=streamed)
+    moments = proof._models(room.question_of(made), made.training, streamed=streamed)
     *passing, rounding = moments[4:]  # those of a base that trained as it is come first
     with LiveBytes() as live:
         model = load_streamed(EXAMPLE) if streamed else load_plain(EXAMPLE)

@@ -191,7 +191,7 @@ def test_stages_of_3b_held_to_8_gib_keep_to_their_plan() -> None:
 
 
 def test_a_streamed_proof_keeps_tables_of_the_rows_that_there_are() -> None:
-    from edgeft.exporting.export import question_of
+    from edgeft.exporting.room import question_of
     from edgeft.memory import proof
 
     def tables(**settings: object) -> int:
