@@ -44,7 +44,7 @@ PACKAGES = (
 class Strict(pydantic.BaseModel):
     """Frozen data whose unknown keys are errors."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 @dataclass(frozen=True, eq=False)
