@@ -10,9 +10,9 @@ training on 1,000 rows, and serves the other sizes: the tuner's default and thre
 three times the best while that is the first or last. What was chosen so is scored once on the 1,000 test rows: exact
 match, and general loss, of package descriptions, which no task is about. Ways are compared with LoRA and full
 fine-tuning in all layers of the same size, and with their own tuner in all and in random layers: paired over the test
-rows, the intervals widened by what seeds change (`methods_scores.py`). At 6,000 rows those five ways run whose
+rows, the intervals widened by what seeds change (`compared/scores.py`). At 6,000 rows those five ways run whose
 validation loss at 1,000 is lowest, and both that all are compared with; the same with 300 rows on SmolLM2-135M-Instruct
-(`--model smollm2`, `methods_real.py`). Seconds are measured apart, on a quiet machine (`--time`, `methods_time.py`).
+(`--model smollm2`, `compared/real.py`). Seconds are measured apart, on a quiet machine (`--time`, `compared/time.py`).
 
 Each run is kept as soon as it ends: an interrupted bench goes on. Parts that have not run are named in the result. Once
 all have, what the planner goes by is written from it (edgeft/planning/evidence.json), and what docs/methods.md says.
@@ -31,14 +31,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from methods_evidence import write_evidence
-from methods_page import write_page
-from methods_plot import plot
-from methods_real import smollm2
-from methods_runs import Bench, comparisons, rates_of, rows_of, spreads_of
-from methods_scores import Spread
-from methods_time import time_ways
-from methods_ways import CHOSEN_AT, EXAMPLE, FIRST, LARGE, RANK, named, ways
+from compared.evidence import write_evidence
+from compared.page import write_page
+from compared.plot import plot
+from compared.real import smollm2
+from compared.runs import Bench, comparisons, rates_of, rows_of, spreads_of
+from compared.scores import Spread
+from compared.time import time_ways
+from compared.ways import CHOSEN_AT, EXAMPLE, FIRST, LARGE, RANK, named, ways
 from run import AT_START, ROOT, SECTIONS, record  # after the line above: torch reads it at import
 
 from edgeft.errors import EdgeftError

@@ -41,7 +41,7 @@ def answers(seed: int, right: float, rows: int = 400) -> dict[str, Any]:
 
 
 def test_what_seeds_move_is_told_from_what_they_move_all_by_and_from_an_outlier(bench: Any) -> None:
-    from methods_scores import UNKNOWN, nearest_spread, spread_of
+    from compared.scores import UNKNOWN, nearest_spread, spread_of
 
     def of(table: Any) -> Any:
         return spread_of({f"way {n}": dict(enumerate(row)) for n, row in enumerate(table)})
@@ -63,7 +63,7 @@ def test_what_seeds_move_is_told_from_what_they_move_all_by_and_from_an_outlier(
 
 
 def test_a_difference_knows_its_rows_and_its_seeds(bench: Any) -> None:
-    from methods_scores import apart
+    from compared.scores import apart
 
     none = dict.fromkeys(("exact_match", "loss"), (0.0, 0.0))
     ours, theirs = ({seed: answers(10 * seed + k, right) for seed in range(3)} for k, right in ((1, 0.7), (2, 0.6)))
@@ -84,8 +84,8 @@ def test_a_difference_knows_its_rows_and_its_seeds(bench: Any) -> None:
 def test_rows_that_an_earlier_bench_kept_lose_what_was_timed_beside_other_work(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import methods_runs
-    from methods_ways import EXAMPLE, Case
+    from compared import runs as methods_runs
+    from compared.ways import EXAMPLE, Case
 
     monkeypatch.setattr("run.ROOT", tmp_path)
     of = EXAMPLE._replace(folder=tmp_path)
@@ -103,7 +103,7 @@ def test_no_row_of_the_record_was_timed_beside_other_work() -> None:
 
 
 def test_nothing_is_timed_beside_other_work(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import methods_time
+    from compared import time as methods_time
 
     monkeypatch.setattr(methods_time, "work_of_others", lambda: 0.4)
     with pytest.raises(SystemExit, match=r"other work takes 0\.40 of a core: wait until it takes less than 0\.1"):
@@ -111,8 +111,8 @@ def test_nothing_is_timed_beside_other_work(bench: Any, monkeypatch: pytest.Monk
 
 
 def test_ways_are_timed_on_the_same_rows_and_on_the_layers_that_they_chose(bench: Any) -> None:
-    import methods_time
-    from methods_ways import Case
+    from compared import time as methods_time
+    from compared.ways import Case
 
     plan = methods_time.plan_of(Case("dora, sparse", 1000), (2, 5))
     assert plan.training.trained_layers == (2, 5) and plan.training.tuner == "dora"
@@ -126,7 +126,7 @@ def test_ways_are_timed_on_the_same_rows_and_on_the_layers_that_they_chose(bench
 
 
 def test_the_planner_goes_by_the_record(bench: Any) -> None:
-    from methods_evidence import evidence, lines_of
+    from compared.evidence import evidence, lines_of
 
     from edgeft.planning.evidence import FILE
 
@@ -139,7 +139,7 @@ def test_the_planner_goes_by_the_record(bench: Any) -> None:
 
 
 def test_the_page_says_what_the_record_says(bench: Any, tmp_path: Path) -> None:
-    import methods_page
+    from compared import page as methods_page
 
     text = PAGE.read_text(encoding="utf-8")
     between = text.partition(methods_page.BEGIN)[2].partition(methods_page.END)[0].strip()
@@ -154,7 +154,7 @@ def test_the_page_says_what_the_record_says(bench: Any, tmp_path: Path) -> None:
 
 
 def test_another_number_of_the_record_would_be_another_page(bench: Any) -> None:
-    import methods_page
+    from compared import page as methods_page
 
     for change in (
         lambda record: record["rows"][0]["test"].update(exact_match=0.123),
@@ -184,10 +184,10 @@ def test_a_bench_that_has_not_ended_leaves_planner_and_page_alone(
 
 def test_the_real_model_is_a_study_of_its_own(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its runs are those of the best ways, at the factors of the learning rates that were chosen on the example."""
-    import methods_page
-    import methods_runs
-    from methods_evidence import evidence
-    from methods_ways import EXAMPLE
+    from compared import page as methods_page
+    from compared import runs as methods_runs
+    from compared.evidence import evidence
+    from compared.ways import EXAMPLE
 
     from edgeft.planning.evidence import Evidence
 

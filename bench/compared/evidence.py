@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods_ways import REFERENCE, split
 from run import ROOT
 
+from compared.ways import REFERENCE, split
 from edgeft.planning import evidence as read
 
 POINTS = 100  # of exact match

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from decode import MOST_BY_OTHERS, busy_ticks, median_and_range, work_of_others
-from methods_ways import CHOSEN_AT, EXAMPLE, REFERENCE, Case, split, ways
 
+from compared.ways import CHOSEN_AT, EXAMPLE, REFERENCE, Case, split, ways
 from edgeft.data.dataset import read_samples
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer

@@ -7,9 +7,10 @@ default, which follows the width: none is tried here. Of one seed each; what see
 
 from __future__ import annotations
 
-from methods_ways import FOLDER, Setting
 from smollm2 import FOLDER as PACKAGE
 from smollm2 import base_model, chats
+
+from compared.ways import FOLDER, Setting
 
 ROWS, VALID_ROWS, TEST_ROWS = 300, 50, 500
 TASK = "sections"

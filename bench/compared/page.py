@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods_evidence import grouped, in_points
-from methods_ways import CHOSEN_AT, CONTROLLED, EPOCHS, EXAMPLE, REFERENCE, split, ways
 from run import ROOT
 
+from compared.evidence import grouped, in_points
+from compared.ways import CHOSEN_AT, CONTROLLED, EPOCHS, EXAMPLE, REFERENCE, split, ways
 from edgeft.planning.evidence import Comparison
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.reporting.words import method_text

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from methods_scores import SCORES, Spread, Test, apart, nearest_spread, spread_of
-from methods_ways import BEST, CHOSEN_AT, CONTROLLED, FIRST, Case, Setting, split, ways
 from run import ROOT, Kept, train, verb
 
+from compared.scores import SCORES, Spread, Test, apart, nearest_spread, spread_of
+from compared.ways import BEST, CHOSEN_AT, CONTROLLED, FIRST, Case, Setting, split, ways
 from edgeft.data.dataset import read_samples
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from methods_evidence import grouped
-from methods_ways import CHOSEN_AT, METHODS, REFERENCE, split, ways
-
+from compared.evidence import grouped
+from compared.ways import CHOSEN_AT, METHODS, REFERENCE, split, ways
 from edgeft.reporting.palette import BLUE, GREEN, GREY, ORANGE, SLATE
 from edgeft.reporting.sweep_charts import figure
 
