@@ -21,9 +21,6 @@ def check_processes(job: Job, profile: Profile) -> None:
     if job.processes > job.batch_size:
         problem = f"{job.processes} share each step's {job.batch_size} samples: some would have none"
         raise BadInput("processes", problem, "raise --set batch_size, or plan for fewer")
-    if job.processes > 1 and job.patience:
-        problem = "a run of several processes is not validated while it trains, so none can end early"
-        raise BadInput("patience", problem, "drop patience, or plan with --processes 1")
     if job.processes > 1 and profile.device == "mps":
         raise BadInput("processes", "PyTorch connects no Apple GPUs with one another", "plan with --processes 1")
 

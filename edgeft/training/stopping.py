@@ -14,6 +14,7 @@ from edgeft.data.dataset import Sample
 from edgeft.documents import saving
 from edgeft.engine.lisa import Named
 from edgeft.engine.loop import Run
+from edgeft.engine.ranks import ALONE, Ranks
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.checkpoint import TensorFile, write_tensors
 from edgeft.models.evaluate import by_length, score_group
@@ -24,8 +25,9 @@ from edgeft.settings.job import Training
 class Stopping:
     """Losses of validation rows as a run goes on, and the parameters of the lowest, kept in its work folder.
 
-    A run that goes on from a checkpoint takes up what that says: its best file is kept until another checkpoint is
-    there, so that the same steps follow.
+    Of several processes the first one measures and keeps, the others hear what it found. A run that goes on from a
+    checkpoint takes up what that says: its best file is kept until another checkpoint is there, so that the same steps
+    follow.
     """
 
     training: Training
@@ -33,6 +35,7 @@ class Stopping:
     work: Path
     losses: list[tuple[int, float]] = field(default_factory=list)
     kept: int = 0  # the best step that the newest checkpoint knows of
+    ranks: Ranks = ALONE
 
     def go_on(self, losses: Sequence[Sequence[float]]) -> None:
         """Take up what a checkpoint says. Raises BadInput where the best file it names is gone."""
@@ -64,6 +67,11 @@ class Stopping:
 
     def validate(self, run: Run, progress: Callable[[int, int], None]) -> None:
         """Measure the mean loss of the rows now, and keep the parameters where it is the lowest so far."""
+        self.losses.append((run.step, self.ranks.told(lambda: self._measured(run, progress))))
+        if self.best == run.step and self.ranks.first:
+            self._keep(run)
+
+    def _measured(self, run: Run, progress: Callable[[int, int], None]) -> float:
         summed, tokens, done = 0.0, sum(sample.trained_tokens for sample in self.rows), 0
         for group in by_length(self.rows, self.training.group_tokens):
             found, _ = score_group(
@@ -74,9 +82,7 @@ class Stopping:
         loss = round(summed / tokens, 6)
         if not math.isfinite(loss):
             raise EdgeftError("training", f"the loss of validation rows is {loss} after step {run.step}", "")
-        self.losses.append((run.step, loss))
-        if self.best == run.step:
-            self._keep(run)
+        return loss
 
     def state(self) -> list[tuple[int, float]]:
         """What a checkpoint that is written now must say."""

@@ -184,7 +184,7 @@ class Session:
             phases["resume"] = meter.peak_bytes(device)
             meter.reset_peak(device)
         before = run.counters or {"scores": fresh, "resumed_at": [], "seconds": 0.0, "phases": {}, "peaks": []}
-        stopping = Stopping(training, data.stopping, work)
+        stopping = Stopping(training, data.stopping, work, ranks=ranks)
         stopping.go_on(before.get("validations", ()))
         log = StepLog(work, run.step, writes=ranks.first, watch=watch)
         return cls(

@@ -21,7 +21,6 @@ def plan(**settings: Any) -> Plan:
     [
         ({"processes": 3, "machines": 2}, "processes", "3 cannot be divided among 2 machines"),
         ({"processes": 8, "batch_size": 4}, "processes", "8 share each step's 4 samples: some would have none"),
-        ({"processes": 2, "patience": 2}, "patience", "a run of several processes is not validated while it trains"),
         ({"processes": 2, "stream_layers": True, "tuner": "lora"}, "stream_layers", "several processes would read"),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 import torch
 import warm
 from safetensors.torch import load_file
-from tiny import FULL, NF4, qwen3_folder, run, write_plan
+from tiny import FULL, NF4, ROWS, qwen3_folder, run, write_plan
 
 from edgeft.data.batches import shares
 from edgeft.engine.ranks import ALONE
@@ -202,6 +202,33 @@ def stopped(self, samples):
     return step(self, samples)
 loop.Run.train_step = stopped
 """
+
+
+STOPS: dict[str, Any] = {
+    "max_steps": 12, "epochs": 3.0, "patience": 2, "valid_steps": 2, "eval_rows": 6, "checkpoint_steps": 3,
+}  # fmt: skip
+FOUND_BEST_AT_SIX = """
+from edgeft.training.stopping import Stopping
+Stopping._measured = lambda self, run, progress: 1.0 + abs(run.step - 6)
+"""
+
+
+def test_processes_are_validated_as_one_is_and_end_together(model: Path, tmp_path: Path) -> None:
+    """Killed on the way, they go on; what the first one finds ends them all, whatever the others would have found."""
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::3]))
+    settings = STOPS | {"valid": str(valid)}
+    run(plan_for(tmp_path / "one", model, 1, **settings), tmp_path / "one" / "train")
+    path, out = plan_for(tmp_path / "all", model, 2, **settings), tmp_path / "all" / "train"
+    assert any(done.returncode for done in start(2, path, out, {1: KILLED.format(at=4)}))
+    found, alone = together(2, path, out), TrainResult.read(tmp_path / "one" / "train" / "train.json")
+    assert found.resumed_at and not found.deviations and not work_folder(out).exists()
+    assert (found.best_step, found.steps, len(found.validations)) == (alone.best_step, alone.steps, 6)
+    both = [torch.tensor([loss for _, loss in result.validations]) for result in (found, alone)]
+    torch.testing.assert_close(*both, rtol=0, atol=2e-5)
+    shutil.rmtree(out)
+    told = together(2, path, out, {0: FOUND_BEST_AT_SIX})  # the other one hears it
+    assert (told.best_step, told.steps, told.deviations) == (6, 10, ())
 
 
 @pytest.fixture(scope="module")
