@@ -2127,8 +2127,8 @@ MESSAGES = 'give a list as in [{"role": "user", "content": "hello"}]'
 def read_messages(path: Path) -> Asked:
     """A conversation, and its tools, from a JSON file; `-` is standard input. Raises RunError.
 
-    [{"role": ..., "content": ...}, ...] or, as a row of training data has them, {"messages": [...], "tools": [...]},
-    and "documents" as tools.
+    [{"role": ..., "content": ...}, ...] or, as a row of training data without its answer, {"messages": [...],
+    "tools": [...]}, and "documents" as tools.
     """
     try:
         raw = read_input().encode("utf-8") if str(path) == "-" else read_limited(path)
@@ -2156,6 +2156,8 @@ def as_messages(where: object, given: dict[str, Any]) -> Asked:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RunError(where, f"message {number} has no 'role': {message!r:.80}", MESSAGES)
+    if messages[-1]["role"] == "assistant":  # the template would show it as said, and the model would answer after it
+        raise RunError(where, "ends with an answer, so that nothing is asked", "leave its last message out")
     return Asked(messages=messages, **{name: value or None for name, value in beside.items()})
 
 

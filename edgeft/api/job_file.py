@@ -16,8 +16,8 @@ from edgeft.data.sources import by_role
 from edgeft.documents import Strict, invalid, parse_toml
 from edgeft.errors import BadInput
 from edgeft.machines.sized import machine_name
-from edgeft.settings.job import Job
-from edgeft.settings.other_names import hint_for
+from edgeft.settings.job import Job, check_known
+from edgeft.settings.other_names import BY_NAME as ELSEWHERE
 from edgeft.units import parse_bytes
 
 NAME = Path("edgeft.toml")
@@ -140,6 +140,8 @@ def read_job_file(path: Path) -> JobFile:
     for key in sorted(data.keys() & (Job.model_fields.keys() - (JobFile.model_fields.keys() - {"device"}))):
         hint = f"it is called {KEYS[key]} here" if key in KEYS else f"it is a setting: {key} = ... below [settings]"
         raise BadInput(path, f"unknown key {key!r}", hint)
+    for key in data.keys() & ELSEWHERE.keys():
+        raise BadInput(path, f"unknown key {key!r}", ELSEWHERE[key].said)
     try:
         made = JobFile.model_validate(data)
     except pydantic.ValidationError as problem:
@@ -147,8 +149,7 @@ def read_job_file(path: Path) -> JobFile:
     for key in made.settings:
         if key in KEYS:
             raise BadInput(path, f"settings: {key!r} is a key of its own", f"{KEYS[key]} = ... above [settings]")
-        if key not in Job.model_fields:
-            raise BadInput(path, f"settings: unknown setting {key!r}", hint_for(key, Job.model_fields.keys() - KEYS))
+    check_known(path, "settings: ", made.settings, Job.model_fields.keys() - KEYS)
     return made
 
 

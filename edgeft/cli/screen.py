@@ -93,6 +93,7 @@ class Reporter:
 
     def __init__(self, console: Console) -> None:
         self.console, self.stage, self.last = console, "", 0.0
+        self.logged = set[str]()  # stages that have had a line: some take turns with each step
         self.budget_bytes = 0  # shown beside memory in use, where it is known
         self.bar = TwoLines(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
@@ -132,8 +133,9 @@ class Reporter:
 
     def _log(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
         text = ", ".join(part for part in (self.describe(numbers), time_left(numbers)) if part)
-        if stage == self.stage and time.monotonic() - self.last <= 10 and not (done == total and text):
+        if stage in self.logged and time.monotonic() - self.last <= 10 and not (done == total and text):
             return
+        self.logged.add(stage)
         self._print(" ".join(part for part in (in_words(stage), count_of(done, total), text) if part))
         self.last = time.monotonic()
 

@@ -86,5 +86,5 @@ def _assumed(profile: Profile, asked: Sized, memory: float, kept: float) -> str:
         parts = [f"the system keeps {parse_bytes(asked.size) / GIB - memory + kept:.2g} GiB of it"]
     cores = f"{profile.cores} cores" if profile.cores else "the cores that are here"
     line = ", ".join([*parts, f"{cores} and the rates of {profile.name}"])
-    other = "" if asked.base else f"; for a CPU: --on cpu --memory {asked.size}"
+    other = "" if asked.base else f"; for a CPU: --on cpu-8gb:{asked.size}"
     return f"assumed of a machine of {asked.size}: {line}{other}"

@@ -191,7 +191,7 @@ def _matrix(report: Matrix) -> list[str]:
     if report.devices:
         rows = [_row(model, model.devices, len(report.devices)) for model in report.models]
         blocks += ["## Running", _table(_head(report.devices), rows, (1,))]
-    lines = ["Memory is the high estimate; times and speeds are estimates."]
+    lines = ["Memory is the high estimate of training, the expected one of a bundle; times and speeds are estimates."]
     lines += [f"- {escape(text)}: {escape(', '.join(names))}" for text, names in approximate(report).items()]
     return [*blocks, "\n".join(lines)]
 

@@ -15,6 +15,7 @@ from edgeft.data.task_score import TaskScore
 from edgeft.memory.disk import total
 from edgeft.memory.export_time import described, total_seconds
 from edgeft.memory.simulated import Simulation
+from edgeft.memory.stages import file_bytes
 from edgeft.memory.train_step import Phase
 from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Sweep, pair
@@ -30,7 +31,16 @@ from edgeft.reporting.answers import (
     shown,
 )
 from edgeft.reporting.curve import curve_lines
-from edgeft.reporting.words import kept_step, memory_line, method_text, percent, step_time, verdict
+from edgeft.reporting.words import (
+    GIVEN_BACK,
+    PAGES_MARK,
+    kept_step,
+    memory_line,
+    method_text,
+    percent,
+    step_time,
+    verdict,
+)
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -112,17 +122,21 @@ def _batch(plan: Plan) -> str:
 def _phases(plan: Plan) -> Table:
     """The memory of each phase, of training and after it."""
     table = new_table("phase", "where", "expected", "high", "limit", "largest parts")
+    given_back = False
     for phase in (*plan.phases, *plan.stages.phases):
         parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
         limit = plan.budget_bytes if phase.where == "device" else plan.stages.limit_bytes(phase)
+        pages = limit is not None and phase.high_bytes - file_bytes(phase) <= limit < phase.high_bytes
+        given_back |= pages
         table.add_row(
             phase.name,
             _memory_of(plan, phase),
             show_bytes(phase.expected_bytes),
-            show_bytes(phase.high_bytes),
+            show_bytes(phase.high_bytes) + (PAGES_MARK if pages else ""),
             show_bytes(limit) if limit is not None else "-",
             Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
         )
+    table.caption = f"{PAGES_MARK} {GIVEN_BACK}" if given_back else None
     return table
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from edgeft.training.result import TrainResult
 
 SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
+PAGES_MARK = "*"
+GIVEN_BACK = "above the limit by pages of weight files alone, which the system takes back when it needs them"
 
 
 def symbol(cell: TrainingCell | DeviceCell) -> str:

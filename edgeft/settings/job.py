@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -200,10 +201,19 @@ def parse_settings(assignments: list[str]) -> dict[str, object]:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise BadInput("--set", f"expected key=value, got {assignment!r}")
-        if key not in Job.model_fields:
-            raise BadInput("--set", f"unknown setting {key!r}", hint_for(key, Job.model_fields))
         values[key] = None if value in ("", "none") else value
+    check_known("--set", "", values, Job.model_fields)
     return values
+
+
+def check_known(where: object, lead: str, asked: Iterable[str], known: Collection[str]) -> None:
+    """Raise one BadInput for all names of settings that are unknown, with what each is called here."""
+    unknown = [name for name in asked if name not in known]
+    if len(unknown) == 1:
+        raise BadInput(where, f"{lead}unknown setting {unknown[0]!r}", hint_for(unknown[0], known))
+    if unknown:
+        hints = "\n".join(f"  {name}: {hint_for(name, known)}" for name in unknown)
+        raise BadInput(where, f"{lead}unknown settings {', '.join(map(repr, unknown))}", f"one by one\n{hints}")
 
 
 def make_job(**values: object) -> Job:

@@ -59,7 +59,7 @@ ROWS = (
     Row(("output_dir",), "", "--out FOLDER"),
     Row(("logging_steps", "logging_strategy"), "", "every step is in train/steps.jsonl"),
     Row(("train_on_prompt", "completion_only_loss", "train_on_inputs"), "", "only answers train"),
-    Row(("report_to",), "", "--track tensorboard, wandb, trackio ..., of train and build"),
+    Row(("report_to", "track"), "", "it is an option of train and build: --track tensorboard, wandb, trackio ..."),
     Row(("adapter_name_or_path", "adapters"), "", "a fine-tuned folder is the MODEL of the next run; an adapter is "
         "merged first"),
     Row(("deepspeed", "fsdp", "ddp"), "processes=", "data parallel under torchrun; stream_layers=true for models "

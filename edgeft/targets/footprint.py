@@ -124,7 +124,8 @@ def choose_context(
         need = predict(spec, target, weights, smallest, before=before).memory_bytes
         if need > device_memory_bytes:
             problem = f"needs {show_bytes(need)} for a context of {smallest} tokens, the device has "
-            hint = "choose a target with fewer bits (ort-int4), or a smaller model"
+            fewer = "choose a target with fewer bits (ort-int4), or " if target.weight_bits > 4 else "choose "
+            hint = fewer + "a smaller model; --for another device, or none, plans the training alone"
             raise DoesNotFit("bundle", problem + show_bytes(device_memory_bytes), hint)
         most = min(limits.values())
         fits = bisect.bisect_right(
