@@ -250,7 +250,7 @@ def parse_toml(path: Path, absent: str) -> dict[str, Any]:
     except OSError as problem:
         raise BadInput(path, f"cannot be read: {problem.strerror}") from None
     except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
-        yaml = "it is TOML; docs/other-trainers.md has what other trainers' keys are called here"
+        yaml = "write TOML; docs/other-trainers.md has what other trainers' keys are called here"
         hint = yaml if path.suffix in (".yaml", ".yml") else "text needs quotes, tables come last"
         raise BadInput(path, f"not valid TOML: {problem}", hint) from None
 

@@ -259,6 +259,10 @@ def test_a_file_that_is_no_journal_is_left_alone(
     [
         (b"{", "line 2: cannot be read: Expecting property name"),
         (b"", "line 2: is empty"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+            "line 2: ends with an answer, so that nothing is asked",
+        ),
         (b"3", "line 2: has no prompt and no messages, or both: 3"),
         (b'{"text": "x"}', "line 2: has no prompt and no messages, or both"),
         (b'{"prompt": "x", "messages": []}', "line 2: has no prompt and no messages, or both"),

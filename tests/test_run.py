@@ -417,6 +417,7 @@ def test_a_pipe_in_the_place_of_the_manifest_does_not_hang(copy: Path) -> None:
         (b"x" * (16 * 2**20 + 1), "larger than the 16 MiB that are read"),
         (b"{}", "is no list of messages"),
         (b"[]", "is no list of messages"),
+        (b'[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]', "ends with an answer"),
         (b'[{"content": "x"}]', "message 1 has no 'role'"),
         (b"\xff\xfe", "cannot be read"),
     ],

@@ -141,6 +141,12 @@ def test_the_command_writes_one_that_build_takes(tmp_path: Path, monkeypatch: py
         ("[setings]\nrank = 8", "unknown key 'setings'", "did you mean 'settings'?"),
         ("[settings]\nrnak = 8", "settings: unknown setting 'rnak'", "did you mean 'rank'?"),
         ('[settings]\nprofile = "t4"', "settings: 'profile' is a key of its own", "on = ... above [settings]"),
+        ('track = "wandb"', "unknown key 'track'", "it is an option of train and build: --track tensorboard, wandb, "
+         "trackio ..."),
+        ('[settings]\ntrack = "wandb"', "settings: unknown setting 'track'", "it is an option of train and build: "
+         "--track tensorboard, wandb, trackio ..."),
+        ("[settings]\nrnak = 8\nsede = 1", "settings: unknown settings 'rnak', 'sede'",
+         "one by one\n  rnak: did you mean 'rank'?\n  sede: did you mean 'seed'?"),
         ('model = "x', "not valid TOML: ", "text needs quotes, tables come last"),
         ("model = x", "not valid TOML: ", "text needs quotes, tables come last"),
         ("on = 3", "on: input should be a valid string, got 3", ""),
@@ -158,6 +164,12 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, problem: str, h
         read_job_file(path)
     assert refused.value.where == str(path) and refused.value.hint == hint
     assert refused.value.problem.startswith(problem)
+
+
+def test_another_trainers_file_is_told_from_a_slip(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not valid TOML") as refused:
+        read_job_file(written(tmp_path / "lora_sft.yaml", "lora_rank: 16"))
+    assert refused.value.hint.startswith("write TOML; docs/other-trainers.md has")
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ def test_a_log_has_words_and_no_bar() -> None:
     assert lines[3:] == ["checking the trained model 0/4"]
 
 
+def test_a_log_has_no_line_for_each_turn_of_two_stages() -> None:
+    """As where a run is validated after each step."""
+    steps = [(stage, done, total, {}) for done in range(1, 9) for stage, total in (("train", 30), ("validate", 7))]
+    assert drawn(140, *steps, terminal=False) == ["training 1/30", "validating 1/7"]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_that_goes_on_says_where(terminal: bool) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)

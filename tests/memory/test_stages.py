@@ -28,6 +28,7 @@ from edgeft.planning import stage_checks
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.reporting.terminal import plan_text
+from edgeft.reporting.words import GIVEN_BACK
 from edgeft.settings.job import make_job
 from edgeft.units import GIB, MIB
 
@@ -126,6 +127,27 @@ def test_a_named_device_limits_the_context() -> None:
     assert made.stages.context_limited_by == "device memory" and made.stages.context_tokens < 4096
     assert phase(made, "bundle").expected_bytes <= pi.budget_bytes
     assert plan(LLAMA, "t4").stages.context_tokens == 4096
+
+
+def plan_text_of(made: Plan) -> str:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(plan_text(made))
+    return console.export_text()
+
+
+def test_a_row_above_its_limit_by_pages_of_files_alone_is_marked_and_explained() -> None:
+    """The verdict leaves them out, so that without a word it would contradict its table."""
+    made = plan(str(CONFIGS / "llama-3.2-3b"), "rtx4060-8gb")
+    above = [
+        each for each in made.stages.phases if each.high_bytes > (made.stages.limit_bytes(each) or each.high_bytes)
+    ]
+    assert above and not made.stages.too_large()
+    text = plan_text_of(made)
+    rows = [line for line in text.splitlines() if "iB*" in line]
+    assert [row.split("host")[0].strip() for row in rows] == [each.name for each in above] and text.count(
+        GIVEN_BACK
+    ) == 1
+    assert GIVEN_BACK not in plan_text_of(plan())
 
 
 def test_a_device_that_the_bundle_cannot_fit_is_refused_before_training() -> None:

@@ -97,6 +97,15 @@ def test_an_assignment_that_cannot_be_read(assignment: str, message: str) -> Non
     assert str(caught.value) == message
 
 
+def test_unknown_settings_are_named_all_at_once() -> None:
+    with pytest.raises(BadInput) as caught:
+        parse_settings(["rnk=8", "seed=1", "use_dora=true"])
+    assert str(caught.value) == (
+        "--set: unknown settings 'rnk', 'use_dora'\n\nhint: one by one\n"
+        "  rnk: did you mean 'rank'?\n  use_dora: it is tuner=dora here"
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -252,7 +261,7 @@ def test_seconds_are_shown(seconds: float, expected: str) -> None:
          "it is micro_batch_size= here: the plan chooses it; batch_size is what a step takes in all"),
         ("lora_dropout",
          "adapters train without dropout: what a step computes is planned and repeated bit for bit"),
-        ("report_to", "--track tensorboard, wandb, trackio ..., of train and build"),
+        ("report_to", "it is an option of train and build: --track tensorboard, wandb, trackio ..."),
     ],
 )  # fmt: skip
 def test_a_setting_by_a_slip_or_by_another_trainers_name_leads_to_ours(asked: str, hint: str) -> None:
