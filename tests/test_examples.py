@@ -63,7 +63,9 @@ def test_the_action_passes_its_inputs_as_variables_alone() -> None:
     steps = made["runs"]["steps"]
     assert made["runs"]["using"] == "composite" and all("${{" not in step["run"] for step in steps)
     used = {value for step in steps for value in step["env"].values()}
-    assert used == {f"${{{{ inputs.{name} }}}}" for name in made["inputs"]}
+    here = "${{ inputs.package || format('{0}/../..', github.action_path) }}"
+    assert used == {f"${{{{ inputs.{name} }}}}" for name in made["inputs"] if name != "package"} | {here}
+    assert (ACTION.parent.parent / "pyproject.toml").is_file()  # two folders above the action is what is installed
     script = (ACTION / "plan.sh").read_text(encoding="utf-8")
     assert all(re.search(rf"\b({name}|{name.lower()})\b", script) for name in steps[1]["env"])
 

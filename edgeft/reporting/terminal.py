@@ -13,7 +13,6 @@ from rich.text import Text
 from edgeft.data.labels import labels_line
 from edgeft.data.task_score import TaskScore
 from edgeft.memory.disk import total
-from edgeft.memory.export_time import described, total_seconds
 from edgeft.memory.simulated import Simulation
 from edgeft.memory.stages import file_bytes
 from edgeft.memory.train_step import Phase
@@ -34,6 +33,7 @@ from edgeft.reporting.curve import curve_lines
 from edgeft.reporting.words import (
     GIVEN_BACK,
     PAGES_MARK,
+    export_text,
     kept_step,
     memory_line,
     method_text,
@@ -151,13 +151,6 @@ def scoring_text(plan: Plan) -> str:
         written = f"; {show_seconds(plan.answering_seconds)} to write out {plan.sample_answers} of their answers"
     scored = f"about {show_seconds(plan.scoring_seconds)} for {rows} rows before and after training"
     return f"{scored}{more}{written} (estimate); {LEADS[plan.task_score]}"
-
-
-def export_text(stages: Stages) -> str:
-    """What building and proving a bundle takes, in one line."""
-    proof = total_seconds([each for each in stages.export if each.stage.startswith("parity")])
-    every = show_seconds(total_seconds(stages.export))
-    return f"at most about {every}, its proof {show_seconds(proof)} of them: {described(stages.export)} (estimate)"
 
 
 def simulation_line(plan: Plan, simulation: Simulation) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from edgeft.memory.export_time import described, total_seconds
 from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.planning.plan import Plan
+from edgeft.planning.stage_checks import Stages
 from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import GIB, show_bytes, show_seconds
@@ -171,3 +173,10 @@ def kept_step(result: TrainResult) -> list[str]:
     steps, loss = result.plan.training.steps, dict(result.validations)[result.best_step]
     ended = f", the run ended at step {result.steps} of {steps}" if result.steps < steps else ""
     return [f"kept: step {result.best_step}, loss {loss:.4f} of rows that are not scored{ended}"]
+
+
+def export_text(stages: Stages) -> str:
+    """What building and proving a bundle takes, in one line."""
+    proof = total_seconds([each for each in stages.export if each.stage.startswith("parity")])
+    every = show_seconds(total_seconds(stages.export))
+    return f"at most about {every}, its proof {show_seconds(proof)} of them: {described(stages.export)} (estimate)"

@@ -14,7 +14,7 @@ from edgeft.machines.profile import Profile, load_profile
 from edgeft.memory.export_time import SHORT_SECONDS, Timed, export_seconds, reads_all, total_seconds
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import FACTOR, with_time_left
-from edgeft.reporting.terminal import export_text
+from edgeft.reporting.words import export_text
 from edgeft.settings.job import Training
 from edgeft.targets.target import load_target
 
