@@ -22,6 +22,7 @@ from edgeft.settings.job import AUTO
 from edgeft.units import parse_bytes
 
 if TYPE_CHECKING:
+    from edgeft.memory.export_time import Timed
     from edgeft.targets.target import Target
 
 
@@ -59,9 +60,10 @@ def export(
         from edgeft.exporting.room import less_room
 
         check_calibration(found, calibration)
-        if less := less_room(merges.MergedCheckpoint.read(record).train.plan):
+        plan = merges.MergedCheckpoint.read(record).train.plan
+        if less := less_room(plan):
             say(less)
-        told = with_time_left(progress, planned_seconds(source, climbs=climbs))
+        told = with_time_left(progress, planned_seconds(plan.stages.export, climbs=climbs))
         common: dict[str, Any] = {
             "device": device, "progress": told, "size_budget_bytes": limit, "calibration": calibration, "train": train,
         }  # fmt: skip
@@ -84,11 +86,9 @@ def planned_job(merged: Path) -> dict[str, Any]:
     return dict(train["plan"]["job"]) if train else {}
 
 
-def planned_seconds(merged: Path, *, climbs: bool) -> dict[str, float]:
-    """Of each stage of an export, as it was planned; {} of a folder without a plan, or with one that says nothing."""
-    train = json.loads((merged / "merged.json").read_text(encoding="utf-8")).get("train")
-    stages = train["plan"]["stages"].get("export", []) if train else []
-    return {each["stage"]: each["seconds"] for each in stages if climbs or not each["stage"].startswith("repair")}
+def planned_seconds(stages: Sequence[Timed], *, climbs: bool) -> dict[str, float]:
+    """Of each stage of an export, as it was planned; those of a climb only where there is one."""
+    return {each.stage: each.seconds for each in stages if climbs or not each.stage.startswith("repair")}
 
 
 def cached(targets: Sequence[Target], merged: Path, device: str | None) -> tuple[Target, ...]:

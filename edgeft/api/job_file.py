@@ -18,6 +18,7 @@ from edgeft.errors import BadInput
 from edgeft.machines.sized import machine_name
 from edgeft.settings.job import Job, check_known
 from edgeft.settings.other_names import BY_NAME as ELSEWHERE
+from edgeft.settings.other_names import hint_for
 from edgeft.units import parse_bytes
 
 NAME = Path("edgeft.toml")
@@ -140,8 +141,8 @@ def read_job_file(path: Path) -> JobFile:
     for key in sorted(data.keys() & (Job.model_fields.keys() - (JobFile.model_fields.keys() - {"device"}))):
         hint = f"it is called {KEYS[key]} here" if key in KEYS else f"it is a setting: {key} = ... below [settings]"
         raise BadInput(path, f"unknown key {key!r}", hint)
-    for key in data.keys() & ELSEWHERE.keys():
-        raise BadInput(path, f"unknown key {key!r}", ELSEWHERE[key].said)
+    for key in sorted((data.keys() & ELSEWHERE.keys()) - JobFile.model_fields.keys()):
+        raise BadInput(path, f"unknown key {key!r}", hint_for(key, JobFile.model_fields))
     try:
         made = JobFile.model_validate(data)
     except pydantic.ValidationError as problem:

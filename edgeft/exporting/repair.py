@@ -162,9 +162,7 @@ class Climb:
             whole, there = 4 * plan.spec.total_parameters, room_bytes(plan)
             reason = f"takes a whole model in fp32, {show_bytes(whole)}, and more than the {show_bytes(there)} here"
             name = f"{target.name}, 8 bits for some tensors"
-            self.attempts.append(
-                Attempt(name=name, predicted_bytes=self.size(target), decision="skipped", reason=reason)
-            )
+            self._skip(name, target, reason)
             return
         codes = self.codes_of(target) if target.calibration != "none" else None
         held = self.samples[CALIBRATION_ROWS:] or self.samples[:SENSITIVITY_ROWS]
@@ -247,15 +245,16 @@ class Climb:
         }  # fmt: skip
         return found.model_copy(update=changes)
 
+    def _skip(self, name: str, target: Target, reason: str) -> None:
+        size, bits = self.size(target), target.kv_bits
+        self.attempts.append(Attempt(name=name, predicted_bytes=size, decision="skipped", reason=reason, kv_bits=bits))
+
     def passing(self, targets: Sequence[Target]) -> Iterator[tuple[Step, DoesNotFit | None]]:
         """The steps whose simulation passes, or that have no room and why; each attempt is noted as it is made."""
         for step in self.steps(targets):
             lacking = self.room(step.target)
             if lacking is not None:
-                self.attempts.append(Attempt(
-                    name=step.name, predicted_bytes=self.size(step.target), decision="skipped", reason=lacking.problem,
-                    kv_bits=step.target.kv_bits,
-                ))  # fmt: skip
+                self._skip(step.name, step.target, lacking.problem)
                 yield step, lacking
                 continue
             self.attempts.append(self.judge(step))

@@ -27,9 +27,8 @@ BUILD_SECONDS, BUILD_SECONDS_PER_PARAMETER = 6.0, 6e-8
 LOAD_BYTES_PER_SECOND = 1e9  # of a model in fp32, its pages in memory; a guess
 # Codes of one weight from what its inputs are: 85 s of one core at 135M (bench/results/smollm2.json), less its passes.
 CALIBRATION_SECONDS_PER_PARAMETER = 4e-7
-SHORT_SECONDS = (
-    20.0  # for all rows in a bundle's own runtime: then they are read, so that its scores are of all of them
-)
+# For all rows in a bundle's own runtime: then they are read, so that its scores are those of all of them.
+SHORT_SECONDS = 20.0
 TOKEN_BANDWIDTH = 0.35  # of the memory's, that a bundle's next token reaches: 0.30 at 135M, 0.43 at 6M (bench/results)
 
 

@@ -139,6 +139,7 @@ def test_the_command_writes_one_that_build_takes(tmp_path: Path, monkeypatch: py
         ('device = "t4"', "unknown key 'device'", "it is called for here"),
         ("max_memory_bytes = 8", "unknown key 'max_memory_bytes'", "it is called max_memory here"),
         ("[setings]\nrank = 8", "unknown key 'setings'", "did you mean 'settings'?"),
+        ("lora_rank = 8", "unknown key 'lora_rank'", "it is rank= here"),
         ("[settings]\nrnak = 8", "settings: unknown setting 'rnak'", "did you mean 'rank'?"),
         ('[settings]\nprofile = "t4"', "settings: 'profile' is a key of its own", "on = ... above [settings]"),
         ('track = "wandb"', "unknown key 'track'", "it is an option of train and build: --track tensorboard, wandb, "
