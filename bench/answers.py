@@ -150,7 +150,7 @@ def answer_row(task: Task, way: Way, artifact: ArtifactModel, number: int) -> di
     held, seen = task.held[way.answers], Observer([row], 0)
     asked = [next((i for i, each in enumerate(task.labels) if each.ids == tuple(row.ids[row.prompt_tokens :])), 0)]
     answer, right = answered(
-        artifact, row, trained_at(row)[0], task.tokenizer, held, asked if way.answers == "labels" else (),
+        artifact, row, trained_at(row), task.tokenizer, held, asked if way.answers == "labels" else (),
         seen.taker(0), whole=True,
     )  # fmt: skip
     known = {task.tokenizer.spell(list(each.ids[:-1])) for each in task.labels}  # which other tokens may spell

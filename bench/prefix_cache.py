@@ -4,8 +4,8 @@
 
 SmolLM2-135M's shape with random weights, four of 30 layers, LoRA and whole layers, rows of the example's data. One run
 makes the outputs of the 26 layers below; then runs with and without them take turns, each in a process of its own, all
-steps from what is on disk. Nothing else may run beside it. Runs that have ended are kept in
-build/bench-prefix.jsonl (remove it to measure again).
+steps from what is on disk, and one starts from outputs in bf16. Nothing else may run beside it. Runs that have ended
+are kept in build/bench-prefix.jsonl (remove it to measure again).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def rows_of(folder: Path, rows: int) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def one_run(folder: Path, model: Path, data: tuple[Path, Path], settings: dict[str, Any], kept: bool) -> dict[str, Any]:
+def one_run(
+    folder: Path, model: Path, data: tuple[Path, Path], settings: dict[str, Any], kept: bool | str
+) -> dict[str, Any]:
     """What one run took and gave."""
     result = train(folder, {**COMMON, **settings, "prefix_cache": kept}, model=model, data=data[0], valid=data[1],
                    rehearsal=False)  # fmt: skip
@@ -68,18 +70,31 @@ def one_run(folder: Path, model: Path, data: tuple[Path, Path], settings: dict[s
     }  # fmt: skip
 
 
+def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest relative distance of two loss curves."""
+    return max(abs(mine / theirs - 1) for mine, theirs in zip(one["curve"], other["curve"], strict=True))
+
+
+def rounded(half: dict[str, Any], kept: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """What outputs in bf16 change: of the run without any, beside what fp32's order of sums changes."""
+    return {
+        "curve_apart": apart(half, plain), "valid_apart": abs(half["valid"] / plain["valid"] - 1),
+        "fp32_valid_apart": abs(kept["valid"] / plain["valid"] - 1), "written_bytes": half["written_bytes"],
+        "disk_error": round(half["planned_bytes"] / half["written_bytes"] - 1, 5),
+    }  # fmt: skip
+
+
 def compared(kept: list[dict[str, Any]], plain: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any]:
     """The medians of both, and how far one is from the other."""
     seconds = [statistics.median(run["seconds_per_step"] for run in runs) for runs in (kept, plain)]
     estimates = [runs[0]["estimated_seconds_per_step"] for runs in (kept, plain)]
     peaks = [runs[0]["peaks"]["train"]["measured_bytes"] for runs in (kept, plain)]
-    curves = zip(kept[0]["curve"], plain[0]["curve"], strict=True)
     return {
         "times_faster": round(seconds[1] / seconds[0], 3),
         "estimated_times_faster": round(estimates[1] / estimates[0], 3),
         "seconds_per_step": seconds, "estimated_seconds_per_step": estimates,
         "training_peak_share": round(peaks[0] / peaks[1], 4),
-        "curve_apart": max(abs(one / other - 1) for one, other in curves),
+        "curve_apart": apart(kept[0], plain[0]),
         "making_seconds": made["making_seconds"], "estimated_making_seconds": made["estimated_making_seconds"],
         "disk_error": round(made["planned_bytes"] / made["written_bytes"] - 1, 5),
         "worst_peak_over_high": round(max(peak["measured_bytes"] / peak["high_bytes"]
@@ -114,7 +129,9 @@ def main() -> None:
         past = Kept("prefix-small" if options.small else "prefix")
         for way, settings in WAYS.items():
             runs: dict[str, dict[str, Any]] = {}
-            turns = [("made", True), *((f"{kept} {n}", kept) for n in range(options.repeats) for kept in (True, False))]
+            turns: list[tuple[str, bool | str]] = [("made", True)]
+            turns += [(f"{kept} {n}", kept) for n in range(options.repeats) for kept in (True, False)]
+            turns.append(("bf16", "bf16"))
             for name, kept in turns:
                 label = f"{way}, {name}"
                 if label not in past.rows or options.small or name == "made":
@@ -124,7 +141,8 @@ def main() -> None:
                 runs[name] = past.rows[label]
                 print(f"{label:22} {runs[name]['seconds_per_step']:.3f} s a step", flush=True)
             both = [[run for name, run in runs.items() if name.startswith(f"{kept} ")] for kept in (True, False)]
-            found[way] = {**compared(*both, runs["made"]), "kept": both[0], "plain": both[1], "made": runs["made"]}
+            found[way] = {**compared(*both, runs["made"]), "bf16": rounded(runs["bf16"], both[0][0], both[1][0]),
+                          "kept": both[0], "plain": both[1], "made": runs["made"]}  # fmt: skip
             shutil.rmtree(scratch / "cache" / "edgeft" / "prefix")
             print(json.dumps({way: {k: v for k, v in found[way].items() if k not in ("kept", "plain", "made")}}))
     if not options.small:

@@ -1,6 +1,6 @@
 """Which outputs of a model's frozen layers are on disk, for which rows, and are they what those layers give?
 
-One file of states, row after row without padding, in the dtype that the model computes them in: nothing is rounded. It
+One file of states, row after row without padding, in the dtype that the model computes them in, or rounded to bf16. It
 lies in the cache folder under the hash of all that made it, so that other ranks, seeds and learning rates start from it
 too. Rows are read by their place in the file, not mapped: mapped pages would count as this process's memory.
 """
@@ -76,10 +76,13 @@ def place_of(key: Key) -> Path:
 
 
 class PrefixCache:
-    """The states of some rows, in the order of a file, read a batch at a time."""
+    """The states of some rows, in the order of a file that holds them in `dtype`, read a batch at a time."""
 
-    def __init__(self, folder: Path, rows: Sequence[Sample], width: int, dtype: torch.dtype) -> None:
-        self.path, self.rows, self.width, self.dtype = folder / STATES, list(rows), width, dtype
+    def __init__(
+        self, folder: Path, rows: Sequence[Sample], width: int, dtype: torch.dtype, computed: torch.dtype
+    ) -> None:
+        self.path, self.rows, self.width = folder / STATES, list(rows), width
+        self.dtype, self.computed = dtype, computed
         ends = itertools.accumulate((len(row) for row in rows), initial=0)
         self.starts = {id(row): start for row, start in zip(rows, ends, strict=False)}
         self.row_bytes = width * dtype.itemsize  # of one token
@@ -90,13 +93,13 @@ class PrefixCache:
             os.close(self.file)
 
     def states(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """(B, S, h) of samples, each one of the rows, padded with zeros on the right."""
+        """(B, S, h) of samples, each one of the rows, padded with zeros on the right, as a layer gives them."""
         found = torch.zeros(len(samples), max(map(len, samples)), self.width, dtype=self.dtype)
         for sample, state in zip(samples, found, strict=True):
             wanted = state[: len(sample)].view(torch.uint8).view(-1).numpy()
             if os.preadv(self.file, [wanted], self.starts[id(sample)] * self.row_bytes) != wanted.nbytes:
                 raise BadInput(self.path, "was cut short while it was read", AGAIN)
-        return found
+        return found.to(self.computed)
 
 
 @contextlib.contextmanager
@@ -114,9 +117,9 @@ def alone(folder: Path) -> Iterator[None]:
 
 def make(
     folder: Path, key: Key, rows: Sequence[Sample], outputs: Callable[[Sequence[Sample]], torch.Tensor],
-    group_tokens: int, progress: Callable[[int, int], None],
+    group_tokens: int, dtype: torch.dtype, progress: Callable[[int, int], None],
 ) -> float:  # fmt: skip
-    """Write the states of `rows` to `folder`, whole or not at all, in so many seconds.
+    """Write the states of `rows` in `dtype` to `folder`, whole or not at all, in so many seconds.
 
     `outputs` gives (B, S, h) of samples.
     """
@@ -127,7 +130,7 @@ def make(
     with saving(folder), staging(folder) as temporary:
         with open(temporary / STATES, "wb") as file:
             for group in by_length(rows, group_tokens):
-                states = outputs(group).cpu()
+                states = outputs(group).to(dtype).cpu()
                 if not size:
                     size = tokens * states.shape[-1] * states.element_size()
                     reserve(file.fileno(), size)

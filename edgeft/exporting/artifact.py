@@ -50,6 +50,7 @@ class ArtifactModel:
             graph = None
         try:
             found = runner.Runner(self.folder, graph)
+            found.keep_tokens = 1  # what a row has in common with the last one is not read again
             found.use(self.adapter)
         except runner.MissingRuntime as problem:
             raise _missing(problem) from None
@@ -82,13 +83,12 @@ class ArtifactModel:
         """Logits after each token of a row from `first` on, a pass at a time. Raises BadInput beyond the context."""
         with _as_bad_input():
             self._runner.fit(list(ids), 0)
-            session = self._runner.engine.start(len(ids))
             if first:
-                self._read(session, list(ids[:first]))
-        for part in runner_module().passes(list(ids[first:])):
-            with _as_bad_input():
-                made = numpy.asarray(session.append(part, every=True), dtype=numpy.float32)
-            yield made
+                with self._runner.cache(len(ids)) as cache:
+                    cache.read(list(ids[:first]))
+                    yield from _each(cache, ids[first:])
+            else:
+                yield from _each(self._runner.engine.start(len(ids)), ids)
 
     def follow(
         self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
@@ -97,42 +97,47 @@ class ArtifactModel:
         """The greedy answer to a row's prompt; `take` gets logits after each token of the row but its last.
 
         From `first` on, some at a time. The prompt is read once: as long as decoding gives the row's own tokens, its
-        logits are theirs. Where it leaves them the rest of the row is read by itself. Decoding ends before a stop id,
-        and where `hopeless` says so.
+        logits are theirs. Where it leaves them it is forgotten to there, and the rest of the row is read. Decoding ends
+        before a stop id, and where `hopeless` says so.
         """
+        most = min(max_new_tokens, max(0, self.context_tokens - prompt_tokens))
         with _as_bad_input():
-            answer, done = self._decode(ids, first, prompt_tokens, max_new_tokens, stop_ids, take, hopeless)
-        if done < len(ids) - 1:
-            for rows in self.each_pass(ids[:-1], done):
-                take(rows)
+            self._runner.fit(list(ids), 0)
+            with self._runner.cache(max(len(ids), prompt_tokens + most)) as cache:
+                answer, done = self._decode(cache, ids, first, prompt_tokens, most, stop_ids, take, hopeless)
+                left = list(ids[done:-1])
+                try:
+                    cache.rewind(done)
+                except (runner_module().RunError, RuntimeError):  # this kind of model cannot forget
+                    cache = runner_module().Cache(self._runner.engine, len(ids))
+                    cache.read(list(ids[:done]))
+                for rows in _each(cache, left):
+                    take(rows)
         return answer
 
     def _decode(
-        self, ids: list[int], first: int, prompt_tokens: int, max_new_tokens: int, stop_ids: Sequence[int],
+        self, cache: Any, ids: list[int], first: int, prompt_tokens: int, most: int, stop_ids: Sequence[int],
         take: Callable[[Logits], None], hopeless: Callable[[list[int]], bool],
     ) -> tuple[list[int], int]:  # fmt: skip
         """(the greedy answer of `follow`, how many tokens of the row it has gone along)."""
-        runner, prompt, room = self._runner, list(ids[:prompt_tokens]), max(0, self.context_tokens - prompt_tokens)
-        runner.fit(list(ids), 0)
-        session = runner.engine.start(min(self.context_tokens, max(len(ids), prompt_tokens + max_new_tokens)))
+        prompt = list(ids[:prompt_tokens])
         if first < prompt_tokens - 1:  # an earlier answer is trained too
-            if first:
-                self._read(session, prompt[:first])
-            for part in runner_module().passes(prompt[first:]):
-                take(rows := numpy.asarray(session.append(part, every=True), dtype=numpy.float32))
+            cache.read(prompt[:first])
+            for rows in _each(cache, prompt[first:]):
+                take(rows)
             last = rows[-1]
         else:
-            last = self._read(session, prompt)
+            last = numpy.array(cache.read(prompt), dtype=numpy.float32)
             take(last[None])
         answer: list[int] = []
-        followed, most = 0, min(max_new_tokens, room)
+        followed = 0
         while len(answer) < most and (token := int(last.argmax())) not in stop_ids:
             answer.append(token)
             follows = followed == len(answer) - 1 and prompt_tokens + followed < len(ids) - 1
             follows = follows and token == ids[prompt_tokens + followed]
             if (not follows and hopeless(answer)) or len(answer) == most:
                 break
-            last = numpy.array(session.append([token]), dtype=numpy.float32)
+            last = numpy.array(cache.append([token]), dtype=numpy.float32)
             if follows:
                 take(last[None])
                 followed += 1
@@ -190,6 +195,12 @@ class ArtifactModel:
         """The likeliest continuation, cut before its first end token, as `evaluate.greedy` gives it."""
         with _as_bad_input():
             return list(self._runner.greedy(list(ids), max_new_tokens, eos_ids))
+
+
+def _each(session: Any, ids: Sequence[int]) -> Iterator[Logits]:
+    """Logits after each of some more tokens, a pass at a time."""
+    for part in runner_module().passes(list(ids)):
+        yield numpy.asarray(session.append(part, every=True), dtype=numpy.float32)
 
 
 @contextlib.contextmanager

@@ -31,18 +31,18 @@ class Artifact(Protocol):
 
 
 def answered(
-    artifact: Artifact, sample: Sample, first: int, tokenizer: TextTokenizer, held_to: HeldTo, asked: Sequence[int],
-    take: Callable[[Any], None], whole: bool,
+    artifact: Artifact, sample: Sample, at: Sequence[int], tokenizer: TextTokenizer, held_to: HeldTo,
+    asked: Sequence[int], take: Callable[[Any], None], whole: bool,
 ) -> tuple[list[int], bool]:  # fmt: skip
     """(the ids of the bundle's answer, whether it is right); `take` gets the logits of the row's own tokens.
 
-    `asked` begins with the label that the row asks for. An answer that is not wanted `whole` ends where it is decided
-    whether it is right.
+    Those from the first to the last of the positions `at`, whose next tokens are trained. `asked` begins with the label
+    that the row asks for. An answer that is not wanted `whole` ends where it is decided whether it is right.
     """
     if not held_to and sample.prompt_tokens:
         hopeless = (lambda made: False) if whole else functools.partial(cannot_match, tokenizer, sample)
         most, stops = answer_tokens([sample]), tokenizer.stop_ids
-        answer = artifact.follow(sample.ids, first, sample.prompt_tokens, most, stops, take, hopeless)
+        answer = artifact.follow(sample.ids[: at[-1] + 2], at[0], sample.prompt_tokens, most, stops, take, hopeless)
         return answer, is_exact(tokenizer, sample, answer)
     answer, right = list[int](), False
     if isinstance(held_to, Grammar):
@@ -53,7 +53,7 @@ def answered(
         search = artifact.choose(sample.prompt, None if whole else known_enough(asked[0]))
         chosen = int(search.found[0][1])
         answer, right = cut_at(held_to[chosen].ids, tokenizer.stop_ids), chosen == asked[0]
-    for logits in artifact.each_pass(sample.ids, first):
+    for logits in artifact.each_pass(sample.ids[: at[-1] + 1], at[0]):
         take(logits)
     return answer, right
 

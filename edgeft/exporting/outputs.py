@@ -208,14 +208,14 @@ def observe_artifact(
             continue
         if number in decoding or number in write:
             answer, right = answered(
-                artifact, sample, at[0], tokenizer, held_to, asked[number:], seen.taker(number), number in write
+                artifact, sample, at, tokenizer, held_to, asked[number:], seen.taker(number), number in write
             )
             exact[number] = right and number in decoding
             if number in write:
                 seen.written[number] = answer_text(tokenizer, answer)
         else:
             take = seen.taker(number)
-            for logits in artifact.each_pass(sample.ids, at[0]):
+            for logits in artifact.each_pass(sample.ids[: at[-1] + 1], at[0]):
                 take(logits)
         if drawing is not None:
             drawing.see(number, seen.losses[number], exact[number])

@@ -41,6 +41,7 @@ from edgeft.exporting.outputs import (
     trained_settings,
 )
 from edgeft.exporting.stored_codes import stored_rung
+from edgeft.exporting.trained_rung import rows_again, trained_rung
 from edgeft.machines import meter
 from edgeft.memory.proof import PASS_POSITIONS, keeps_original
 from edgeft.memory.stages import PARITY_PROMPTS
@@ -53,13 +54,7 @@ from edgeft.targets.rounding import round_as_target
 from edgeft.targets.target import Target, Tolerance
 from edgeft.training.result import TrainResult
 
-# The same model loaded anew on the same rows: what the loss per token may differ by, in the dtype of its products.
-# Measured where nothing was wrong in fp32, on NF4: 4e-8 of all rows, 7e-7 of any one. Half a layer's change, most of it
-# below a step of NF4, moved one row by 2e-3 and their mean not at all.
-AGAIN_NATS = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 NOISE_NATS = 1e-5  # of a loss, by the order of fp32 sums
-ELSEWHERE_NATS = 2e-2  # of all rows, where training ran on a GPU and this is a CPU
-ELSEWHERE_ROW_NATS = 0.2  # of any one row there
 # The same change on weights that training held rounded. Measured on the example with NF4: KL 0.0045 nats, loss -0.002.
 ORIGINAL = Tolerance(
     min_top1_agreement=0.9, max_mean_kl_nats=0.1, max_loss_increase_nats=0.05, max_gain_lost=0.1,
@@ -186,34 +181,6 @@ def kl_of_positions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.cat([(one.exp() * (one - other)).sum(dim=-1) for one, other in pairs])
 
 
-def trained_rung(form: Form, recorded: Metrics, compute: torch.dtype, where: str) -> Rung:
-    """The rung between train.json's own score and the model as trained, loaded anew: all rows, and each of them."""
-    elsewhere = where != "cpu"
-    nats = ELSEWHERE_NATS if elsewhere else AGAIN_NATS[compute]
-    row_nats = ELSEWHERE_ROW_NATS if elsewhere else 10 * nats
-    dtype = str(compute).removeprefix("torch.")
-    how = f"trained on {where}, compared on the CPU in fp32" if elsewhere else f"computed in {dtype}"
-    problems = []
-    rows = len(form.losses)
-    if recorded.rows != rows:
-        problems.append(f"scored on {recorded.rows} rows, there are {rows} now")
-    if not abs(form.loss - recorded.loss) <= nats * max(1.0, abs(recorded.loss)):
-        problems.append(f"loss {recorded.loss:.6f} in train.json, {form.loss:.6f} now")
-    tolerance = f"loss to {nats:g} nats ({how})"
-    if recorded.row_losses and len(recorded.row_losses) == rows:
-        tolerance += f", each row's to {row_nats:g}"
-        apart = [
-            abs(a - b) / max(1, count)
-            for a, b, count in zip(form.losses, recorded.row_losses, form.tokens, strict=True)
-        ]
-        far = sum(not each <= row_nats * max(1.0, abs(recorded.loss)) for each in apart)
-        problems += [f"{far} of {rows} rows differ, by up to {max(apart):.3g} nats a token"] if far else []
-    return Rung(
-        name="trained", against="train.json", compared=f"the score of {rows} validation rows", tolerance=tolerance,
-        loss=form.loss, loss_before=recorded.loss, problems=tuple(problems),
-    )  # fmt: skip
-
-
 def check(rung: Rung) -> Rung:
     """The rung itself. Raises ParityFailed (exit 4) with every tolerance that it breaks.
 
@@ -268,10 +235,13 @@ class Ladder:
         self.gain = Gain.of(result.base_valid, result.valid)
         self.progress("parity: trained", 0, 1, {})
         model, here = load_as_trained(trained, result, self.load)
-        form = observe_model("trained", model, rows, compute=here, group_tokens=training.group_tokens)
+        numbers = rows_again(training, result.valid, len(rows))
+        again = [rows[i] for i in numbers]
+        form = observe_model("trained", model, again, compute=here, group_tokens=training.group_tokens)
         del model
         give_back()
-        self.add(trained_rung(form, result.valid, here, where))
+        recorded = result.valid.on(numbers) if len(again) < len(rows) else result.valid
+        self.add(trained_rung(form, recorded, here, where, len(rows)))
         if keeps_original(training):
             return
         self.progress("parity: original", 0, 1, {})

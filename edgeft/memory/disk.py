@@ -61,9 +61,10 @@ def nf4_disk(spec: ModelSpec, training: Training) -> Disk:
 
 
 def prefix_disk(spec: ModelSpec, training: Training) -> Disk:
-    """The outputs of layers that do not train, of every row, kept in the cache in the dtype of computing."""
-    size = training.cached_tokens * spec.hidden_size * train_step.DTYPE_BYTES[training.compute_dtype]
-    formula = f"{training.cached_tokens} tokens x {spec.hidden_size} in {training.compute_dtype}"
+    """The outputs of layers that do not train, of every row, kept in the cache."""
+    dtype = training.compute_dtype if training.cached_dtype == "computed" else training.cached_dtype
+    size = training.cached_tokens * spec.hidden_size * train_step.DTYPE_BYTES[dtype]
+    formula = f"{training.cached_tokens} tokens x {spec.hidden_size} in {dtype}"
     term = Term(name="layer outputs", bytes=size, formula=formula)
     return Disk(stage="prefix", where="cache", terms=(term,), peak_bytes=size, kept_bytes=size)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from edgeft.data.scoring_groups import EVAL_TOKENS, Size, scoring
 from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
-from edgeft.memory.proof import BENCH_TOKENS
+from edgeft.memory.proof import BENCH_TOKENS, keeps_original
 from edgeft.memory.stages import CALIBRATION_ROWS, CALIBRATION_TOKENS, PARITY_PROMPTS
 from edgeft.memory.timing import forward_seconds
 from edgeft.models.spec import ModelSpec
@@ -72,8 +72,9 @@ def export_seconds(
         add("calibrate", codes + 2 * forward_seconds(profile, spec, plain, spec.num_hidden_layers, rows, 0),
             f"{CALIBRATION_ROWS} rows, layer by layer")  # fmt: skip
     add("build", BUILD_SECONDS + BUILD_SECONDS_PER_PARAMETER * spec.total_parameters, "the runtime's own builder")
-    add("parity: trained", read(valid, training), f"{len(valid)} rows")
-    if training.base_precision == "nf4" or training.compute_dtype != "fp32":
+    again = valid[:PARITY_PROMPTS] if keeps_original(training) else valid
+    add("parity: trained", read(again, training), f"{len(again)} rows")
+    if not keeps_original(training):
         add("parity: original", read(valid), f"{len(valid)} rows")
     unseen = every[len(valid) :] if asked == AUTO else every
     rounded = 0.0 if asked == AUTO and target.calibration == "none" else read(valid[:PARITY_PROMPTS])

@@ -60,10 +60,16 @@ def prefixes(job: Job, spec: ModelSpec, training: Training, rows_tokens: int) ->
     """The fields of Training that say which outputs are kept, faster first where there are epochs; as far as set."""
     ways: list[dict[str, Any]] = []
     if job.prefix_cache is not False and not obstacle(spec, training, rows_tokens)[0]:
-        cut = {"cached_layers": min(training.trained_layers), "cached_tokens": rows_tokens}
+        cut = cut_of(job, training, rows_tokens)
         if job.prefix_cache or fits_disk(spec, training.model_copy(update=cut)):
             ways.append(cut)
     return ways if job.prefix_cache else [*ways, {}]
+
+
+def cut_of(job: Job, training: Training, rows_tokens: int) -> dict[str, Any]:
+    """The fields of a Training that keeps all that it can."""
+    dtype = "bf16" if job.prefix_cache == "bf16" else "computed"
+    return {"cached_layers": min(training.trained_layers), "cached_tokens": rows_tokens, "cached_dtype": dtype}
 
 
 def fits_disk(spec: ModelSpec, training: Training) -> bool:
@@ -83,8 +89,7 @@ def prefix_notes(question: Question, training: Training, rows_tokens: int) -> li
     spec, other = question.spec, training.model_copy(update={"cached_layers": 0})
     if not training.cached_layers and (question.job.prefix_cache is False or obstacle(spec, training, rows_tokens)[0]):
         return []
-    cut = {"cached_layers": min(training.trained_layers), "cached_tokens": rows_tokens}
-    kept = training.model_copy(update=cut)
+    kept = training.model_copy(update=cut_of(question.job, training, rows_tokens))
     disk, made = prefix_disk(spec, kept).peak_bytes, question.prefix_seconds(kept)
     before, after = (question.key(way)[1] * way.steps for way in (other, kept))
     what = (
@@ -92,6 +97,8 @@ def prefix_notes(question: Question, training: Training, rows_tokens: int) -> li
     )
     if not fits_disk(spec, kept):
         what += f", {show_bytes(free_bytes(cache_folder()))} are free in {cache_folder()}"
+        if kept.cached_dtype == "computed" and training.compute_dtype == "fp32":
+            what += "; prefix_cache=bf16 takes half"
     if not training.cached_layers:
         return [f"prefix cache: none: with it {what}: {after / before - 1:+.0%} time (--set prefix_cache=true)"]
     freed = show_bytes(train_step.dropped_bytes(spec, kept))

@@ -29,6 +29,7 @@ LoraScale = Literal["rslora", "plain"]
 Init = Literal["random", "pissa"]
 AdapterAt = Literal["both", "mlp", "parallel"]
 EndMode = Literal["off", "on", "rotate"]
+CachedDtype = Literal["computed", "bf16"]
 Malloc = Literal["fast", "tight"]
 Bits = Literal[4, 5, 6, 8, 16, 32]
 ENDS = ("embedding", "norm", "head")
@@ -153,8 +154,10 @@ class Job(Strict):
     stream_layers: bool | None = Field(
         None, description="frozen layers stay in their files and are read when they compute (CPU); if nothing else fits"
     )
-    prefix_cache: bool | None = Field(
-        None, description="outputs of the layers below all that train are kept on disk, computed once for each row"
+    prefix_cache: bool | Literal["bf16"] | None = Field(
+        None,
+        description="outputs of the layers below all that train are kept on disk, computed once for each row; "
+        "bf16: rounded, in half the bytes of fp32",
     )
 
     epochs: float = Field(3.0, gt=0, description="passes over the training data")
@@ -293,6 +296,7 @@ class Training(Strict):
     stream_layers: bool = False  # frozen matrices stay in their files and are read when their layer computes
     cached_layers: int = 0  # the lowest ones, whose outputs are on disk for every row; 0: all are computed
     cached_tokens: int = 0  # of those rows
+    cached_dtype: CachedDtype = "computed"  # which those outputs are kept in
     learning_rate: float
     steps: int
     warmup_steps: int

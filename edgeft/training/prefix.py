@@ -28,8 +28,8 @@ from edgeft.settings.job import Training
 from edgeft.training.job_data import Data
 
 # How far a token's states may be from those that were kept: other rows beside it change the order of sums. Those of
-# another row, or of another layer, are about 1 away.
-APART = {"cpu fp32": 1e-3}
+# another row, or of another layer, are about 1 away. Rounded to bf16 each number is at most 0.004 of itself away.
+APART = {"cpu fp32 computed": 1e-3}
 APART_ELSEWHERE = 5e-2
 
 
@@ -64,12 +64,13 @@ class FrozenPrefix:
 
         groups = probes(rows, training.group_tokens)
         sound = [check_boundary(model, boundary, group, outputs, device, compute) for group in groups]
-        width, dtype = sound[0].shape[-1], sound[0].dtype
+        width, computed = sound[0].shape[-1], sound[0].dtype
+        dtype = torch.bfloat16 if training.cached_dtype == "bf16" else computed
         key = prefix_cache.key_of(folder, training, rows, device, dtype)
         place = prefix_cache.place_of(key)
         with prefix_cache.alone(place):
-            seconds = find_or_make(place, key, rows, outputs, plan, progress)
-        cache = PrefixCache(place, rows, width, dtype)
+            seconds = find_or_make(place, key, rows, outputs, dtype, plan, progress)
+        cache = PrefixCache(place, rows, width, dtype, computed)
         for group, states in zip(groups, sound, strict=True):
             check_states(cache, group, states, device, training)
         return cls(training, folder, model, device, boundary, cache, seconds)
@@ -92,7 +93,7 @@ class FrozenPrefix:
 
 def find_or_make(
     place: Path, key: prefix_cache.Key, rows: Sequence[Sample], outputs: Callable[[Sequence[Sample]], torch.Tensor],
-    plan: Plan, progress: Progress,
+    dtype: torch.dtype, plan: Plan, progress: Progress,
 ) -> float:  # fmt: skip
     """Seconds that making the states took; 0 where they were there, and are sound."""
     if place.exists():
@@ -100,7 +101,7 @@ def find_or_make(
         return 0.0
     disk.require(disk.prefix_disk(plan.spec, plan.training), place)
     tokens = plan.training.group_tokens
-    return prefix_cache.make(place, key, rows, outputs, tokens, lambda done, n: progress("prefix", done, n, {}))
+    return prefix_cache.make(place, key, rows, outputs, tokens, dtype, lambda done, n: progress("prefix", done, n, {}))
 
 
 def rows_of(data: Data, training: Training) -> list[Sample]:
@@ -147,7 +148,7 @@ def check_states(
     cache: PrefixCache, samples: Sequence[Sample], states: torch.Tensor, device: torch.device, training: Training
 ) -> None:
     """Raise BadInput where what is kept of some samples is not what the layers give."""
-    most = APART.get(f"{device.type} {training.compute_dtype}", APART_ELSEWHERE)
+    most = APART.get(f"{device.type} {training.compute_dtype} {training.cached_dtype}", APART_ELSEWHERE)
     for sample, kept, now in zip(samples, cache.states(samples), states.cpu(), strict=True):
         found = apart(kept[: len(sample)], now[: len(sample)])
         if not found <= most:

@@ -43,16 +43,17 @@ class Kept:
         self.model = load_base(model_folder, self.training, CPU, compute)
         self.parts = find_parts(self.model)
         self.boundary = Boundary(self.parts, 2)
-        self.key = key_of(model_folder, self.training, ROWS, CPU, compute)
+        self.dtype = torch.bfloat16 if self.training.cached_dtype == "bf16" else torch.float32
+        self.key = key_of(model_folder, self.training, ROWS, CPU, self.dtype if compute == torch.float32 else compute)
         self.folder = folder
-        make(folder, self.key, ROWS, self.states_of, 64, lambda done, total: None)
+        make(folder, self.key, ROWS, self.states_of, 64, self.dtype, lambda done, total: None)
 
     def states_of(self, samples: Sequence[Sample]) -> torch.Tensor:
         return self.boundary.reach(make_batch(samples).ids)
 
     def open(self) -> PrefixCache:
         check(self.folder, self.key, ROWS)
-        return PrefixCache(self.folder, ROWS, 64, torch.float32)
+        return PrefixCache(self.folder, ROWS, 64, self.dtype, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,15 @@ def test_every_row_has_its_own_states(kept: Kept) -> None:
             assert torch.allclose(states[: len(sample)], alone, rtol=1e-5, atol=1e-6)
             assert not states[len(sample) :].any()
     assert (kept.folder / STATES).stat().st_size == sum(LENGTHS) * 64 * 4
+
+
+def test_states_in_bf16_are_the_rounded_ones_in_half_the_bytes(kept: Kept, tmp_path: Path) -> None:
+    half = Kept(kept.base, tmp_path / "half", cached_dtype="bf16")
+    assert place_of(half.key) != place_of(kept.key)
+    assert (half.folder / STATES).stat().st_size == sum(LENGTHS) * 64 * 2
+    found, whole = half.open().states(ROWS), kept.open().states(ROWS)
+    assert found.dtype == torch.float32 and torch.equal(found, whole.bfloat16().float())
+    assert not torch.equal(found, whole)
 
 
 def test_gradients_of_a_step_are_those_of_the_whole_model(kept: Kept) -> None:
@@ -184,7 +194,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_finished(kept: Kept, tmp_pa
         return kept.states_of(samples)
 
     with pytest.raises(RuntimeError):
-        make(tmp_path / "half", kept.key, ROWS, fails, 16, lambda done, total: None)
+        make(tmp_path / "half", kept.key, ROWS, fails, 16, torch.float32, lambda done, total: None)
     assert not list(tmp_path.glob("*half*"))
 
 
@@ -195,7 +205,7 @@ def test_states_that_no_run_has_used_for_two_weeks_make_room_for_new_ones(kept: 
         os.utime(folder / RECORD, (0, 0))
     foreign.mkdir()
     check(used, kept.key, ROWS)
-    make(tmp_path / "prefix" / "new", kept.key, ROWS, kept.states_of, 16, lambda done, total: None)
+    make(tmp_path / "prefix" / "new", kept.key, ROWS, kept.states_of, 16, torch.float32, lambda done, total: None)
     assert sorted(path.name for path in (tmp_path / "prefix").iterdir()) == ["foreign", "new", "used"]
 
 
@@ -224,7 +234,7 @@ def test_a_full_disk_says_so_before_it_is_full(kept: Kept, tmp_path: Path, monke
 
     monkeypatch.setattr(prefix_cache.os, "posix_fallocate", full)
     with pytest.raises(EdgeftError, match="the disk is full"):
-        make(tmp_path / "full", kept.key, ROWS, kept.states_of, 16, lambda done, total: None)
+        make(tmp_path / "full", kept.key, ROWS, kept.states_of, 16, torch.float32, lambda done, total: None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])

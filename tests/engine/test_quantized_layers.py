@@ -19,8 +19,8 @@ from edgeft.engine import quantized_layers
 from edgeft.engine.quantized_layers import Rounded, plain_name, rounded_modules
 from edgeft.errors import BadInput
 from edgeft.exporting.outputs import load_as_trained, load_tuned, observe_model
-from edgeft.exporting.parity import trained_rung
 from edgeft.exporting.stored_codes import GraphFile
+from edgeft.exporting.trained_rung import trained_rung
 from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.models.folding import folded

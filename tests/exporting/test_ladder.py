@@ -26,8 +26,8 @@ from edgeft.exporting.outputs import (
     observe_model,
     trained_settings,
 )
-from edgeft.exporting.parity import trained_rung
 from edgeft.exporting.stored_codes import GraphFile, stored_rung
+from edgeft.exporting.trained_rung import trained_rung
 from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.models.checkpoint import Checkpoint
@@ -85,8 +85,9 @@ def test_an_artifact_is_followed_as_it_is_decoded() -> None:
 
 
 def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = ArtifactModel(bundle("ort-fp32")), some_ids(14)
+    model, prompt, other = ArtifactModel(bundle("ort-fp32")), some_ids(14), some_ids(30)[16:]
     right = model._runner.greedy(prompt, 4, [])
+    model._runner.kept = None
     session = type(model._runner.engine.start(4))
     append, asked = session.append, list[int]()
 
@@ -98,8 +99,13 @@ def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) ->
     model.follow([*prompt, *right, 0], 13, 14, 5, [0], lambda rows: None)
     assert asked == [14, 1, 1, 1, 1]  # the prompt, and each token of the answer
     asked.clear()
-    model.follow([*prompt, 7, 8, 0], 13, 14, 8, [0], lambda rows: None, lambda made: True)
-    assert asked == [14, 14, 2]  # decoding ends at once where it cannot match; the row's own answer is read by itself
+    model.follow([*prompt, 7, 8, 0], 13, 14, 5, [0], lambda rows: None, lambda made: True)
+    # decoding ends at once where it cannot match, and the row's own answer is read behind the prompt, of which all but
+    # two tokens are those that the cache still has of the last row
+    assert asked == [2, 2]
+    asked.clear()
+    model.follow([*other, *right[:2], 7, 8, 0], 13, 14, 5, [0], lambda rows: None)
+    assert asked[0] == 14 and max(asked[1:]) <= 4  # it is forgotten to where it left the row's own tokens
 
 
 def test_exactness_of_a_torch_form_is_that_of_decoding(checkpoint_folder: Path, write_rows: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from bundles import checkpoint
+from tiny import plan_of
 
 from edgeft.errors import ParityFailed, QualityLost
 from edgeft.exporting.form import Form
@@ -20,9 +22,11 @@ from edgeft.exporting.parity import (
     compare,
     exact_match_problem,
     first,
-    trained_rung,
 )
+from edgeft.exporting.trained_rung import rows_again, trained_rung
+from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.models.metrics import Metrics, Rung, pair
+from edgeft.models.spec import read_model_spec
 from edgeft.targets.target import Tolerance, load_target
 
 GATE = Tolerance(
@@ -192,6 +196,15 @@ def test_ties_are_told_apart_from_agreement() -> None:
     forms = [Form("f", torch.log_softmax(t, dim=-1), (1.0, 1.0), (1, 1)) for t in (near, other)]
     rung = compare(*forms, ALIKE)
     assert (rung.top1_agreement, rung.top1_or_tie) == (0.5, 1.0)
+
+
+def test_rows_that_are_scored_again_are_some_at_random_beside_unrounded_weights() -> None:
+    spec, recorded = read_model_spec(str(checkpoint())), scored(form(1.0, 0.1, 100))
+    plain, rounded = (plan_of(spec, range(2), base_precision=each) for each in ("fp32", "nf4"))
+    some = rows_again(plain, recorded, 100)
+    assert len(some) == PARITY_PROMPTS and some == sorted(set(some)) and some != list(range(PARITY_PROMPTS))
+    assert rows_again(rounded, recorded, 100) == rows_again(plain, recorded.bare, 100) == list(range(100))
+    assert recorded.on(some).rows == len(recorded.on(some).row_losses) == PARITY_PROMPTS
 
 
 def test_a_score_that_is_not_reproduced_names_rows() -> None:

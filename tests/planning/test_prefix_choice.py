@@ -126,6 +126,8 @@ def test_bytes_on_disk_are_those_of_the_very_rows(plan: Callable[..., Plan]) -> 
     [disk] = [disk for disk in made.stages.disk if disk.stage == "prefix"]
     assert disk.peak_bytes == disk.kept_bytes == sum(map(len, rows)) * 576 * 4 and disk.where == "cache"
     assert _disk(made.stages).endswith(f", and {show_bytes(disk.peak_bytes)} in the cache")
+    [half] = [disk for disk in plan(max_length=60, prefix_cache="bf16").stages.disk if disk.stage == "prefix"]
+    assert 2 * half.peak_bytes == disk.peak_bytes and half.terms[0].formula.endswith("in bf16")
     named = plan(valid=made.job.data, test=made.job.data)
     tokens = [len(row) for row in read_samples(str(made.job.data), TextTokenizer(Path(made.job.model)), None)]
     assert named.training.cached_tokens == 2 * sum(tokens) + sum(tokens[:8])
