@@ -61,6 +61,12 @@ class ArtifactModel:
         meter.give_back()  # what loading took, once
         return found
 
+    def close(self) -> None:
+        """Let go of the runtime; the next question loads it again."""
+        self._searches.clear()
+        self.__dict__.pop("_runner", None)
+        meter.give_back()
+
     @property
     def context_tokens(self) -> int:
         """The longest text it reads."""

@@ -70,11 +70,17 @@ def first(form: Form, rows: int) -> Form:
     return replace(form, losses=form.losses[:rows], tokens=form.tokens[:rows], exact=exact, drawn=drawn, written={})
 
 
-def followed_by(form: Form, more: Form) -> Form:
-    """A form on its rows and some more, whose positions are not kept."""
-    return Form(
-        form.name, form.log_probabilities, form.losses + more.losses, form.tokens + more.tokens, form.exact + more.exact
+def with_more(form: Form, more: Form) -> Form:
+    """A form of all rows, of which some were read, and what it says of others; their positions are not kept."""
+    read = sorted({*form.read(), *more.read()})
+    losses, tokens = (
+        tuple(a + b for a, b in zip(one, other, strict=True))
+        for one, other in ((form.losses, more.losses), (form.tokens, more.tokens))
     )
+    exact = tuple(a or b for a, b in zip(form.exact, more.exact, strict=True))
+    drawn = tuple(read) if len(read) < len(losses) else ()
+    written = {**form.written, **more.written}
+    return Form(form.name, form.log_probabilities, losses, tokens, exact, written, drawn)  # type: ignore[arg-type]
 
 
 def joined(name: str, rows: int, parts: Sequence[tuple[Sequence[int], Form]]) -> Form:

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -167,6 +167,33 @@ def observe_model(
     judged: dict[int, bool | None] = {id(rows[i]): judge(tokenizer, rows[i], seen.likely[i]) for i in wanted}
     answer_open(model, rows, tokenizer, judged, CPU, compute, group_tokens)
     return seen.form(name, [bool(judged.get(id(sample), False)) for sample in rows])
+
+
+class Asked(NamedTuple):
+    """Rows of a proof: those whose answers are scored, and the numbers of those whose answers are written out."""
+
+    rows: Sequence[Sample]
+    answers: slice | None
+    write: Sequence[int]
+
+
+def observe_numbers(
+    name: str, model: Any, asked: Asked, numbers: Sequence[int], tokenizer: TextTokenizer, *, held_to: HeldTo = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Form:  # fmt: skip
+    """`observe_model` on the rows of these numbers, as a form of all; the first rows have the table."""
+    every = range(len(asked.rows))
+    scored = set(every[asked.answers]) if asked.answers is not None else set()
+    begin = sum(number not in scored for number in numbers)  # what is scored is behind what is not
+    form = observe_model(
+        name, model, [asked.rows[number] for number in numbers], tokenizer,
+        answers=slice(begin, None) if scored else None, held_to=held_to,
+        write=[place for place, number in enumerate(numbers) if number in asked.write], progress=progress,
+        tables=0 if numbers[0] else PARITY_PROMPTS,
+    )  # fmt: skip
+    found = joined(name, len(every), [(numbers, form)])
+    found.written = {numbers[place]: text for place, text in form.written.items()}
+    return found
 
 
 def observe_drawn(

@@ -21,7 +21,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,14 +30,16 @@ from edgeft.data.grammar import HeldTo
 from edgeft.errors import CacheLost, ParityFailed, QualityLost
 from edgeft.exporting.artifact_answers import Artifact
 from edgeft.exporting.drawn_rows import Drawing, both
-from edgeft.exporting.form import Form, first, followed_by
+from edgeft.exporting.form import Form, first, joined, with_more
 from edgeft.exporting.kv_rung import TIE_NATS, CacheRows, cache_rungs
 from edgeft.exporting.label_rung import label_rung, referee, rows_for
 from edgeft.exporting.outputs import (
+    Asked,
     load_as_trained,
     load_changed,
     observe_artifact,
     observe_model,
+    observe_numbers,
     trained_settings,
 )
 from edgeft.exporting.stored_codes import stored_rung
@@ -47,7 +49,7 @@ from edgeft.memory.proof import PASS_POSITIONS, keeps_original
 from edgeft.memory.stages import PARITY_PROMPTS
 from edgeft.models.checkpoint import load_plain, local_folder
 from edgeft.models.intervals import paired_losses, paired_rates
-from edgeft.models.metrics import Difference, Metrics, Rung
+from edgeft.models.metrics import Difference, Metrics, Rung, of_some_rows
 from edgeft.models.streamed import Load
 from edgeft.progress import Progress
 from edgeft.targets.rounding import round_as_target
@@ -162,12 +164,13 @@ def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN
 
 
 def drawn_for(
-    before: Form, tolerance: Tolerance, gain: Gain, *, gate: int, scored: slice | None, taken: Sequence[int] = ()
-) -> Drawing:
+    tokens: Sequence[int], tolerance: Tolerance, gain: Gain, *, gate: int, scored: slice | None,
+    taken: Sequence[int] = (),
+) -> Drawing:  # fmt: skip
     """The rows that decide whether a form keeps within a tolerance; those whose positions are compared are taken."""
     nats, points = allowed_loss(tolerance, gain)[0], tolerance.max_exact_match_drop_points
-    taken = [*range(min(PARITY_PROMPTS, len(before.losses))), *taken]
-    return Drawing(before, nats, points, gate=gate, scored=scored if before.exact else None, taken=taken)
+    taken = [*range(min(PARITY_PROMPTS, len(tokens))), *taken]
+    return Drawing(tokens, nats, points, gate=gate, scored=scored, taken=taken)
 
 
 def rows_read(read: int, every: int) -> str:
@@ -240,7 +243,7 @@ class Ladder:
         form = observe_model("trained", model, again, compute=here, group_tokens=training.group_tokens)
         del model
         give_back()
-        recorded = result.valid.on(numbers) if len(again) < len(rows) else result.valid
+        recorded = of_some_rows(result.valid, numbers) if len(again) < len(rows) else result.valid
         self.add(trained_rung(form, recorded, here, where, len(rows)))
         if keeps_original(training):
             return
@@ -258,9 +261,10 @@ class Ladder:
         quality: Tolerance | None = None, cache: CacheRows | None = None, near: Tolerance = CACHE,
         known: Known | None = None, write: Sequence[int] = (),
     ) -> tuple[Form, Form]:  # fmt: skip
-        """(merged, artifact) on all rows, after proving the bundle; rungs take the first `gate` rows.
+        """(merged, artifact) on as many rows as decide, after proving the bundle; rungs take the first `gate` rows.
 
-        The model in torch comes first and is gone when the artifact is first asked: no memory has to hold both.
+        The model in torch comes first and is gone when the artifact is first asked: no memory has to hold both. Where
+        the rows that it has read are not enough, the artifact goes and both read more.
         `cache` are rows for what is proven of a KV cache of 8 bits. Its bundle computes as torch does with the
         runtime's own cache, and comes `near` to that with its own. `known` forms are not found again. Answers to the
         rows numbered in `write` are written out by the artifact, and by a merged model that is in memory as a whole.
@@ -272,56 +276,86 @@ class Ladder:
         few = rows_for(self.held_to, rows[:count]) if isinstance(self.held_to, tuple) else []
         if known is not None and count < min(PARITY_PROMPTS, len(rows)):  # tables are of the first rows of all
             known = None
-        merged, rounded, scores = self._climb_models(merged_folder, rows, answers, few, known, count, write)
+        gain, tolerance = self.gain, quality or self.target.parity
+        tokens, scored = [row.trained_tokens for row in rows], answers if rows[0].has_prompt else None
+        drawing = drawn_for(tokens, tolerance, gain, gate=count, scored=scored, taken=write)
+        numbers = list(range(len(rows))) if self.every_row else drawing.ahead()
+        asked = Asked(rows, answers, write)
+        merged, rounded, scores = self._climb_models(merged_folder, asked, few, known, count, numbers)
         give_back()
         whole = self._climb_cache(artifact, cache, near)
-        gain, tolerance = self.gain, quality or self.target.parity
-        drawn = drawn_for(merged, tolerance, gain, gate=count, scored=answers, taken=write)
-        made = observe_artifact(
-            "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to, write=write,
-            progress=self._told("parity: artifact"), drawing=None if self.every_row else drawn,
-        )  # fmt: skip
-        head = first(made, count)
+        drawing.follows(merged)
+
+        def observe() -> Form:
+            return observe_artifact(
+                "artifact", artifact, rows, self.tokenizer, answers=answers, held_to=self.held_to, write=write,
+                progress=self._told("parity: artifact"), drawing=None if self.every_row else drawing,
+            )  # fmt: skip
+
+        made = observe()
         if rounded is not None:
             count_rounded = len(rounded.losses)
             full = made if whole is None else observe_artifact("artifact", whole, rows[:count_rounded], self.tokenizer)
             self.add(compare(rounded, first(full, count_rounded), alike, self.gain))
         if scores is not None:
             self.add(label_rung(scores, "rounded" if rounded else "merged", whole or artifact, few, alike))
-        self.add(compare(first(merged, count), head, tolerance, gain))
+        if whole is not None:
+            whole.close()
+        del rounded, scores
+        merged, made = self._go_on(merged_folder, artifact, asked, drawing, merged, made, observe)
+        self.add(compare(first(merged, count), first(made, count), tolerance, gain))
         return merged, made
 
     def _climb_models(
-        self, folder: Path, rows: Sequence[Sample], answers: slice | None, few: Sequence[Sample], known: Known | None,
-        count: int, write: Sequence[int],
+        self, folder: Path, asked: Asked, few: Sequence[Sample], known: Known | None, count: int,
+        numbers: Sequence[int],
     ) -> tuple[Form, Form | None, torch.Tensor | None]:  # fmt: skip
-        """(merged on all rows, on the bundle's very weights where torch has them, labels' scores on them).
+        """(merged on the rows of these numbers, on the bundle's very weights where torch has them, labels' scores).
 
         Each row goes once through each form; of what is `known` on the first `count` rows none does again.
         """
         labels = self.held_to if isinstance(self.held_to, tuple) else ()
-        unseen = rows[count:] if known is not None else rows
+        unseen = [number for number in numbers if known is None or number >= count]
         rounded = known.rounded if known is not None else None
-        if known is not None and not unseen and rounded is not None and not labels:
+        if known is not None and count == len(asked.rows) and rounded is not None and not labels:
             return known.merged, first(rounded, PARITY_PROMPTS), None
-        model, wanted, merged = self.load(folder), answers, None
+        model, merged = self.load(folder), None
         if known is not None:
-            wanted, merged = slice(None) if answers is not None else None, known.merged
-        if unseen:
-            more = observe_model(
-                "merged", model, unseen, self.tokenizer, answers=wanted, held_to=self.held_to,
-                write=write if known is None and self.load is load_plain else (), progress=self._told("parity: merged"),
-            )  # fmt: skip
-            merged = more if merged is None else followed_by(merged, more)
-        assert merged is not None
+            merged = joined("merged", len(asked.rows), [(range(count), known.merged)])
+            asked = asked._replace(write=())  # of known rows no answers are written, nor of these then
+        if unseen or merged is None:
+            more = self._read(folder, asked, unseen, model)
+            merged = more if merged is None else with_more(merged, more)
         changed = (labels or rounded is None) and round_as_target(model, self.target)
         if rounded is None and changed:
-            rounded = observe_model("rounded", model, rows[:PARITY_PROMPTS])  # those whose tables the artifact keeps
+            rounded = observe_model("rounded", model, asked.rows[:PARITY_PROMPTS])  # whose tables the artifact keeps
         scores = None
         if labels and (changed or self.target.weight_bits == 32):  # the bundle's very weights
             self._told("parity: labels")(0, 1)
             scores = referee(model, few, labels)
         return merged, None if rounded is None else first(rounded, PARITY_PROMPTS), scores
+
+    def _read(self, folder: Path, asked: Asked, numbers: Sequence[int], model: Any = None) -> Form:
+        """What the merged model says of the rows of these numbers; answers are written by one that is in memory."""
+        some = asked if self.load is load_plain else asked._replace(write=())
+        return observe_numbers(
+            "merged", self.load(folder) if model is None else model, some, numbers, self.tokenizer, held_to=self.held_to,
+            progress=self._told("parity: merged"),
+        )  # fmt: skip
+
+    def _go_on(
+        self, folder: Path, artifact: Artifact, asked: Asked, drawing: Drawing, merged: Form, made: Form,
+        observe: Callable[[], Form],
+    ) -> tuple[Form, Form]:  # fmt: skip
+        """Both forms on as many rows more as it takes until they decide, never both models in memory."""
+        while drawing.open and (more := drawing.more()):
+            artifact.close()
+            give_back()
+            merged = with_more(merged, self._read(folder, asked, more))
+            give_back()
+            drawing.follows(merged)
+            made = with_more(made, observe())
+        return merged, made
 
     def _told(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total, {})

@@ -237,8 +237,8 @@ def choose(
         if count not in seen:
             progress("promotion", len(seen), most.bit_length() + 2, {})
             model.as_bundle({each.module for each in measured.order[:count]})
-            drawing = drawn_for(merged_form, tolerance, gain, gate=len(gate), scored=None)
-            seen[count] = observe_drawn("simulated", model.model, gate, None, drawing)
+            drawing = drawn_for(merged_form.tokens, tolerance, gain, gate=len(gate), scored=None)
+            seen[count] = observe_drawn("simulated", model.model, gate, None, drawing.follows(merged_form))
         return not compare(merged_form, seen[count], tolerance, gain).problems
 
     low, high = 0, most

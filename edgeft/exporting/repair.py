@@ -116,9 +116,10 @@ class Climb:
 
     def observe(self, model: Any, tolerance: Tolerance) -> Form:
         """What a rounded model says of as many rows as decide, its answers held as the plan holds them."""
-        drawing = drawn_for(self.exact, tolerance, self.gain, gate=len(self.rows), scored=slice(None))
+        scored = slice(None) if self.exact.exact else None
+        drawing = drawn_for(self.exact.tokens, tolerance, self.gain, gate=len(self.rows), scored=scored)
         held_to = self.merged.train.plan.held_to
-        return observe_drawn("rounded", model, self.rows, self.tokenizer, drawing, held_to=held_to)
+        return observe_drawn("rounded", model, self.rows, self.tokenizer, drawing.follows(self.exact), held_to=held_to)
 
     def size(self, target: Target) -> int:
         """Predicted bytes of a target's whole bundle."""

@@ -52,16 +52,6 @@ class Metrics(Strict):
         """The same scores with which rows are exact, of each row's own numbers nothing else."""
         return self.model_copy(update={"row_losses": (), "row_tokens": (), "row_f1": ()})
 
-    def on(self, numbers: Sequence[int]) -> Metrics:
-        """Loss and exact answers of some of the rows, by their numbers, where each row's own were kept."""
-        losses, tokens = tuple(self.row_losses[i] for i in numbers), tuple(self.row_tokens[i] for i in numbers)
-        exact = "".join(self.row_exact[i] for i in numbers) if self.row_exact else ""
-        loss = math.fsum(losses) / max(1, sum(tokens))
-        return Metrics(
-            rows=len(numbers), loss=loss, perplexity=math.exp(min(loss, 700.0)), row_losses=losses, row_tokens=tokens,
-            exact_match=exact.count("1") / len(exact) if exact else None, row_exact=exact, long_answers=0,
-        )  # fmt: skip
-
     def named(self, name: str) -> str:
         """A form's name beside its scores: with how many rows they are of, where others have all."""
         return f"{name}, {self.rows} of {self.of_rows} rows" if self.of_rows else name
@@ -84,6 +74,13 @@ class Metrics(Strict):
         exact = "".join(some(tuple(self.row_exact)))
         changes = {"row_losses": some(self.row_losses), "row_tokens": some(self.row_tokens), "row_exact": exact}
         return self.model_copy(update=changes)
+
+
+def of_some_rows(found: Metrics, numbers: Sequence[int]) -> Metrics:
+    """Rows and loss of some of the rows, where each row's own were kept; no share of them is known to be exact."""
+    some = found.of_numbers(numbers)
+    loss = math.fsum(some.row_losses) / max(1, sum(some.row_tokens))
+    return some.model_copy(update={"rows": len(numbers), "loss": loss, "exact_match": None})
 
 
 def on_the_same_rows(first: Metrics, second: Metrics) -> tuple[Metrics, Metrics] | None:

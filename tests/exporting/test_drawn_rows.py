@@ -45,7 +45,8 @@ def read(drawing: Drawing, losses: list[float], exact: list[bool]) -> Form:
 
 def problems(before: Form, losses: list[float], exact: list[bool]) -> tuple[list[str], Form]:
     """What the gate says of a form on the rows that it draws."""
-    drawing = drawn_for(before, TOLERANCE, Gain(0.0, shown=False), gate=len(losses), scored=EVERY)
+    drawing = drawn_for(before.tokens, TOLERANCE, Gain(0.0, shown=False), gate=len(losses), scored=EVERY)
+    drawing.follows(before)
     made = read(drawing, losses, exact)
     lost = exact_match_problem(before, made, TOLERANCE, EVERY)
     return [*compare(before, made, TOLERANCE).problems, *([lost] if lost else [])], made
@@ -85,8 +86,8 @@ def test_forms_that_all_rows_would_fail_by_one_answer_pass_no_more_often_than_th
 
 def test_rows_of_the_loss_and_those_that_are_scored_may_be_others() -> None:
     before = form([1.0] * 700, [True] * 700)
-    drawing = Drawing(before, 0.05, 2.0, gate=200, scored=slice(200, None), taken=[*range(64), 690])
-    made = read(drawing, [1.0] * 700, [True] * 700)
+    drawing = Drawing(before.tokens, 0.05, 2.0, gate=200, scored=slice(200, None), taken=[*range(64), 690])
+    made = read(drawing.follows(before), [1.0] * 700, [True] * 700)
     counts = len(made.read(slice(200))), len(made.read(slice(200, None)))
     assert 64 < counts[0] < 200 and 1 < counts[1] < 500 and 690 in made.drawn
     assert len(first(made, 200).read()) == counts[0]
@@ -102,8 +103,8 @@ def test_torch_says_of_drawn_rows_what_it_says_of_them_among_all() -> None:
     rows = [sample(ids[14 * i : 14 * i + 12], 3) for i in range(200)]
     model: Any = type(reference()).from_pretrained(checkpoint()).eval()
     whole = observe_model("merged", model, rows, tokenizer, answers=EVERY)
-    drawing = drawn_for(whole, TOLERANCE, Gain(0.0, shown=False), gate=200, scored=EVERY)
-    made = observe_drawn("rounded", model, rows, tokenizer, drawing)
+    drawing = drawn_for(whole.tokens, TOLERANCE, Gain(0.0, shown=False), gate=200, scored=EVERY)
+    made = observe_drawn("rounded", model, rows, tokenizer, drawing.follows(whole))
     before, after = both(whole, made)
     assert made.drawn and 64 < len(made.drawn) < 200
     assert after.losses == pytest.approx(before.losses, abs=1e-4) and after.exact == before.exact
@@ -111,8 +112,8 @@ def test_torch_says_of_drawn_rows_what_it_says_of_them_among_all() -> None:
     with torch.no_grad():  # the planted fault: a model that says something else
         model.lm_head.weight.copy_(model.lm_head.weight[torch.randperm(len(model.lm_head.weight))])
     bad = observe_drawn("rounded", model, rows, tokenizer, drawn_for(
-        whole, TOLERANCE, Gain(0.0, shown=False), gate=200, scored=EVERY
-    ))  # fmt: skip
+        whole.tokens, TOLERANCE, Gain(0.0, shown=False), gate=200, scored=EVERY
+    ).follows(whole))  # fmt: skip
     assert compare(whole, bad, TOLERANCE).problems
 
 

@@ -25,7 +25,7 @@ from edgeft.exporting.parity import (
 )
 from edgeft.exporting.trained_rung import rows_again, trained_rung
 from edgeft.memory.stages import PARITY_PROMPTS
-from edgeft.models.metrics import Metrics, Rung, pair
+from edgeft.models.metrics import Metrics, Rung, of_some_rows, pair
 from edgeft.models.spec import read_model_spec
 from edgeft.targets.target import Tolerance, load_target
 
@@ -204,7 +204,7 @@ def test_rows_that_are_scored_again_are_some_at_random_beside_unrounded_weights(
     some = rows_again(plain, recorded, 100)
     assert len(some) == PARITY_PROMPTS and some == sorted(set(some)) and some != list(range(PARITY_PROMPTS))
     assert rows_again(rounded, recorded, 100) == rows_again(plain, recorded.bare, 100) == list(range(100))
-    assert recorded.on(some).rows == len(recorded.on(some).row_losses) == PARITY_PROMPTS
+    assert of_some_rows(recorded, some).rows == len(of_some_rows(recorded, some).row_losses) == PARITY_PROMPTS
 
 
 def test_a_score_that_is_not_reproduced_names_rows() -> None:

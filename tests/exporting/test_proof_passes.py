@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from bundles import bundle, checkpoint, loose, reference, some_ids
 from transformers import LlamaModel
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.errors import CacheLost, QualityLost
-from edgeft.exporting import repair
+from edgeft.exporting import drawn_rows, repair
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import export
-from edgeft.exporting.form import Form
+from edgeft.exporting.form import Form, with_more
 from edgeft.exporting.outputs import observe_model
-from edgeft.exporting.parity import Known, Ladder
+from edgeft.exporting.parity import UNKNOWN, Known, Ladder, drawn_for, exact_match_problem
 from edgeft.exporting.repair import Climb, export_smallest
 from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import verify_merged
@@ -110,6 +112,76 @@ def test_known_forms_are_taken_where_their_tables_are_of_the_same_rows(read: Cou
         assert [rung.name for rung in found[2]] == [rung.name for rung in whole[2]]
         for mine, theirs in zip(found[2], whole[2], strict=True):
             assert mine.loss == pytest.approx(theirs.loss, abs=1e-4) and mine.problems == theirs.problems == ()
+
+
+@pytest.mark.parametrize("ahead", [1.5, 0.1])
+def test_the_merged_model_reads_no_more_rows_than_decide(
+    ahead: float, read: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the rows that it has read are not enough both read more, and say of them what they say of all."""
+    ids, tokenizer = some_ids(2400), TextTokenizer(checkpoint())
+    rows = [sample(ids[4 * i : 4 * i + 8], 3) for i in range(560)]
+    artifact, target = ArtifactModel(bundle("ort-fp32")), load_target("ort-fp32")
+    closed = list[int]()
+    monkeypatch.setattr(drawn_rows, "AHEAD", ahead)
+    monkeypatch.setattr(ArtifactModel, "close", lambda self, close=ArtifactModel.close: closed.append(close(self)))
+
+    def climb(every: bool) -> Any:
+        ladder = Ladder(target, tokenizer, silent, every_row=every)
+        return ladder.climb_artifact(
+            checkpoint(), artifact.folder, artifact, rows, tied=True, answers=slice(200, None), gate=200,
+            alike=target.parity, quality=load_target("ort-int4").parity,
+        )  # fmt: skip
+
+    merged, made = climb(every=False)
+    once, rounds = read["whole"], len(closed)
+    assert once == len(merged.read()) < len(rows) and set(made.read()) <= set(merged.read())
+    assert rounds == 0 if ahead > 1 else rounds > 0
+    assert len(made.read(slice(200))) >= 64 and len(made.read(slice(200, None))) > 90
+    whole, all_made = climb(every=True)
+    assert not whole.drawn and not all_made.drawn
+    for part, full in ((merged, whole), (made, all_made)):
+        for number in part.read():
+            assert part.losses[number] == pytest.approx(full.losses[number], abs=1e-4)
+            assert part.exact[number] == full.exact[number] and part.tokens[number] == full.tokens[number]
+
+
+def test_a_fault_in_rows_that_were_not_read_first_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fifth row has lost its answer, none of those that the merged model read before the bundle was asked."""
+    monkeypatch.setattr(drawn_rows, "AHEAD", 0.2)
+    tokens, tolerance = [1] * 1000, load_target("ort-int4").parity
+    drawing = drawn_for(tokens, tolerance, UNKNOWN, gate=200, scored=slice(200, None))
+    first = drawing.ahead()
+    assert 64 < len(first) < 200
+    lost = set(random.Random(1).sample(sorted({*range(200, 1000)} - {*first}), 160))
+    before = form_of(first)
+    made = Form("artifact", before.log_probabilities, (0.0,) * 1000, (0,) * 1000, (False,) * 1000, drawn=())
+    read = list[int]()
+    while True:
+        for number in drawing.follows(before).each():
+            assert before.tokens[number]
+            drawing.see(number, 1.0, number not in lost)
+            read.append(number)
+        if not (drawing.open and (more := drawing.more())):
+            break
+        before = with_more(before, form_of(more))
+    kept = set(read)
+    made = Form(
+        "artifact", before.log_probabilities, tuple(float(i in kept) for i in range(1000)),
+        tuple(int(i in kept) for i in range(1000)), tuple(i in kept and i not in lost for i in range(1000)),
+        drawn=tuple(sorted(kept)),
+    )  # fmt: skip
+    assert len(read) == len(kept) > len(first) // 2
+    assert "exact match falls" in exact_match_problem(before, made, tolerance, slice(200, None))
+
+
+def form_of(numbers: list[int]) -> Form:
+    """A form of 1,000 rows that has read some, all answered."""
+    read, table = set(numbers), torch.log_softmax(torch.zeros(3, 4), -1)
+    return Form(
+        "merged", table, tuple(float(i in read) for i in range(1000)), tuple(int(i in read) for i in range(1000)),
+        tuple(i in read for i in range(1000)), drawn=tuple(sorted(read)),
+    )  # fmt: skip
 
 
 def test_a_bundle_reads_every_row_where_that_was_planned_to_be_short() -> None:
