@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from edgeft.data.samples import Sample
+from edgeft.machines import meter
 from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATION_TOKENS
 from edgeft.models.parts import find_parts
 from edgeft.models.streamed import hold, load_in_files
@@ -55,6 +56,7 @@ class LayerWalk:
             after(at)
             self.given[index][at] = {}
         drop(each for each in layer.parameters() if self.last[id(each)] == index)
+        meter.trim()  # each layer's working memory would lie beside what is left of the last one's
 
 
 def chosen_rows(samples: Sequence[Sample], most_tokens: int | None = None) -> list[Sample]:
