@@ -338,10 +338,9 @@ class Ladder:
     def _read(self, folder: Path, asked: Asked, numbers: Sequence[int], model: Any = None) -> Form:
         """What the merged model says of the rows of these numbers; answers are written by one that is in memory."""
         some = asked if self.load is load_plain else asked._replace(write=())
-        return observe_numbers(
-            "merged", self.load(folder) if model is None else model, some, numbers, self.tokenizer, held_to=self.held_to,
-            progress=self._told("parity: merged"),
-        )  # fmt: skip
+        model = self.load(folder) if model is None else model
+        told = self._told("parity: merged")
+        return observe_numbers("merged", model, some, numbers, self.tokenizer, held_to=self.held_to, progress=told)
 
     def _go_on(
         self, folder: Path, artifact: Artifact, asked: Asked, drawing: Drawing, merged: Form, made: Form,
