@@ -10,6 +10,7 @@ Points = Sequence[tuple[int, float]]
 WIDTH, HEIGHT = 80, 8
 LABEL = 8  # columns of the losses at the left
 TRAINING, VALIDATION = ".", "o"
+LEAST_THIRD = 5  # steps
 
 
 def curve_lines(points: Points, validations: Points = (), width: int = WIDTH, height: int = HEIGHT) -> list[str]:
@@ -40,6 +41,19 @@ def curve_lines(points: Points, validations: Points = (), width: int = WIDTH, he
     end = f"step {last:,}"
     lines.append(" " * (LABEL + 1) + "1" + end.rjust(columns - 1))
     return lines
+
+
+def last_fall(points: Points) -> float:
+    """By what share the mean training loss of the last third of the steps is below that of the middle third.
+
+    0 where there are too few steps to tell.
+    """
+    losses = [loss for _, loss in points if math.isfinite(loss)]
+    third = len(losses) // 3
+    if third < LEAST_THIRD:
+        return 0.0
+    middle, last = losses[third : 2 * third], losses[-third:]
+    return 1 - math.fsum(last) / math.fsum(middle)
 
 
 def _columns(points: Points, last: int, columns: int) -> dict[int, float]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from edgeft.reporting.curve import HEIGHT, curve_lines
+import pytest
+
+from edgeft.reporting.curve import HEIGHT, curve_lines, last_fall
 
 
 def test_a_long_run_fits_eighty_columns() -> None:
@@ -45,3 +47,11 @@ def test_too_little_to_see_anything_in_is_not_drawn() -> None:
 def test_equal_losses_are_a_flat_line() -> None:
     plot = [line.partition("|")[2] for line in curve_lines([(step, 2.0) for step in range(1, 6)])[1:-2]]
     assert sum("." in line for line in plot) == 1
+
+
+def test_how_far_the_loss_still_falls_is_by_thirds_of_the_steps() -> None:
+    fell = [(step, 4.0 if step <= 10 else 2.0 if step <= 20 else 1.5) for step in range(1, 31)]
+    assert last_fall(fell) == pytest.approx(0.25)
+    assert last_fall([(step, 1.0) for step in range(1, 31)]) == 0.0
+    assert last_fall(fell[:14]) == last_fall([]) == 0.0  # too few to tell
+    assert last_fall([*fell, (31, math.nan)]) == pytest.approx(0.25)  # of a step that gave no number

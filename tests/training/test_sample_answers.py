@@ -98,6 +98,18 @@ def test_labels_have_exact_match_and_ten_answers(plan_file: Any, tmp_path: Path)
     assert result.valid.f1 is None and "F1" not in shown(result, 120)
     exact = [each.tuned == each.expected for each in result.samples]
     assert "".join("01"[right] for right in exact) == result.valid.row_exact
+    falling = tuple((step, 4.0 if step <= 20 else 2.0) for step in range(1, 31))
+    poor = result.valid.model_copy(update={"exact_match": 0.7})
+    changes = {"loss_curve": falling, "valid": poor, "best_step": 0}
+    text = shown(result.model_copy(update=changes), 200)
+    assert f"by 50% from the middle third of the steps to the last: more may bring more (--set {more(result)})" in text
+    for other in ({"valid": poor.model_copy(update={"exact_match": 1.0})}, {"loss_curve": falling[:10]}):
+        assert "fell to the end" not in shown(result.model_copy(update={**changes, **other}), 200)
+
+
+def more(result: TrainResult) -> str:
+    job = result.plan.job
+    return f"max_steps={2 * job.max_steps}" if job.max_steps else f"epochs={2 * job.epochs:g}"
 
 
 @pytest.mark.parametrize("answers", ["labels", "regex: (libs|doc|python)"])
