@@ -11,9 +11,10 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from edgeft.documents import Strict, read_toml, shipped_folder, shipped_path
+from edgeft.errors import BadInput
 from edgeft.machines.limits import memory_limit, usable_cores
 from edgeft.machines.probe import Dtype, Probe, probe_cpu
-from edgeft.machines.sized import nearest_card, resized, sized
+from edgeft.machines.sized import nearest_card, resized, sized, with_other_memory
 from edgeft.units import GIB
 
 Role = Literal["train", "deploy"]
@@ -170,7 +171,11 @@ def profile_path(name_or_path: str) -> Path:
     """The file that a machine's name stands for: of one that is named by its memory that of all else it has."""
     asked = sized(name_or_path)
     if asked is None or asked.base:
-        return shipped_path("profile", "profiles", asked.base if asked else name_or_path)
+        name = asked.base if asked else name_or_path
+        known = [file.stem for file in shipped_folder("profiles").glob("*.toml")]
+        if name not in known and (other := with_other_memory(name, known)):
+            raise BadInput("profile", f"unknown profile {name!r}", f"{other} is such a machine with that memory")
+        return shipped_path("profile", "profiles", name)
     return shipped_folder("profiles") / f"{nearest_card(list_profiles(), asked.size).name}.toml"
 
 

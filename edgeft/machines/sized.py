@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgeft.machines.profile import Profile
 
 FORM = re.compile(r"(?:(?P<base>.+):)?(?P<size>[0-9]+(?:\.[0-9]+)?\s*[kmg]i?b?)", re.IGNORECASE)
+NAMED = re.compile(r"(?P<kind>.+)-(?P<gib>[0-9]+)gb")
 CARD = "NVIDIA GeForce"  # how the description of a card begins that people have at home
 SEEN, SYSTEM_GIB = 0.95, 0.6  # of a CPU's memory as it is sold, and what a system keeps of that: profiles/cpu-8gb.toml
 
@@ -29,6 +30,15 @@ def sized(name: str) -> Sized | None:
     """The two parts of a name that ends in a number of bytes, None of any other."""
     match = FORM.fullmatch(name.strip())
     return Sized(match["base"] or "", "".join(match["size"].split())) if match else None
+
+
+def with_other_memory(name: str, known: Sequence[str]) -> str:
+    """`raspberrypi5-8gb:4GiB` for `raspberrypi5-4gb`: a machine that is known with another memory; else nothing."""
+    match = NAMED.fullmatch(name)
+    if match is None or match["kind"] in known:
+        return ""
+    same = sorted(each for each in known if each.startswith(f"{match['kind']}-") and NAMED.fullmatch(each))
+    return f"{same[0]}:{match['gib']}GiB" if same else ""
 
 
 def machine_name(base: str | None, memory: str | None, default: str) -> str:

@@ -126,6 +126,10 @@ def message(source: str) -> str:
 
 
 def test_unknown_name() -> None:
+    other = "raspberrypi5-8gb:4GiB is such a machine with that memory"
+    assert message("raspberrypi5-4gb") == f"profile: unknown profile 'raspberrypi5-4gb'\n\nhint: {other}"
+    assert load_profile("raspberrypi5-8gb:4GiB").memory_gib < 4.1
+    assert "hint: did you mean 't4" in message("t4-16gb")  # a T4 has no other
     assert message("t4-24g") == "profile: unknown profile 't4-24g'\n\nhint: did you mean 't4-24gb'?"
     names = ", ".join(sorted(path.stem for path in SHIPPED))
     assert message("mainframe") == f"profile: unknown profile 'mainframe'\n\nhint: one of {names}"
