@@ -113,6 +113,10 @@ class JobFile(Strict):
     wise_alpha: Annotated[Text | None, BeforeValidator(_as_text)] = Field(
         None, description="share of the change that a merge takes: 0 base, 1 fine-tuned", examples=[1.0]
     )
+    track: Sources = Field(
+        (), description="trackers that are told each step: tensorboard, trackio, wandb, mlflow ..., or a list of them",
+        examples=["tensorboard"],
+    )  # fmt: skip
     out: Text | None = Field(
         None, description="folder of the results; build/MODEL-DATA-MACHINE when absent", examples=["build/my-job"]
     )

@@ -79,7 +79,7 @@ def build(
     typed = typed_job(
         model, None, settings, on=on, memory=memory, device=device, data=data, valid=valid, test=test, columns=columns,
         target=target, max_memory=max_memory, max_seconds=max_seconds, wise_alpha=wise_alpha,
-        out=str(out) if out is not None else None,
+        track=tuple(track or ()), out=str(out) if out is not None else None,
     )  # fmt: skip
     asked, file = asked_for(job, typed)
     values = job_values(asked)
@@ -88,10 +88,10 @@ def build(
     need("export")  # the last stage's part, and trackers, before the first begins
     from edgeft.training.tracking import check_trackers
 
-    check_trackers(track or ())
+    check_trackers(asked.track)
     folder = results_folder(asked, values)
     _plan(values, folder, file, as_json)
-    told = [part for name in track or () for part in ("--track", name)]
+    told = [part for name in asked.track for part in ("--track", name)]
     _stage("train", folder / "plan.json", "--out", folder / "train", *told, quiet=as_json)
     _stage(
         "merge", folder / "train", "--wise-alpha", asked.wise_alpha or "1", "--out", folder / "merged", quiet=as_json

@@ -31,6 +31,7 @@ target = "ort-int4"
 max_memory = "5GiB"
 max_seconds = 3600
 wise_alpha = 0.5
+track = ["trackio", "tensorboard"]
 out = "build/own"
 
 [settings]
@@ -64,7 +65,7 @@ def test_a_file_says_what_a_command_line_says(tmp_path: Path) -> None:
     assert (job.data, job.valid) == (f"a.jsonl{columns} + b c.jsonl{columns}#500", f"valid.jsonl{columns}")
     assert (job.max_memory_bytes, job.max_seconds, job.rank, job.checkpointing) == (5 * 2**30, 3600, 8, True)
     assert (job.learning_rate, job.trained_layers, job.answers) == (2e-4, (0, 2), "labels")
-    assert (file.wise_alpha, file.out) == ("0.5", "build/own")
+    assert (file.wise_alpha, file.track, file.out) == ("0.5", ("trackio", "tensorboard"), "build/own")
 
 
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
@@ -142,8 +143,8 @@ def test_the_command_writes_one_that_build_takes(tmp_path: Path, monkeypatch: py
         ("lora_rank = 8", "unknown key 'lora_rank'", "it is rank= here"),
         ("[settings]\nrnak = 8", "settings: unknown setting 'rnak'", "did you mean 'rank'?"),
         ('[settings]\nprofile = "t4"', "settings: 'profile' is a key of its own", "on = ... above [settings]"),
-        ('track = "wandb"', "unknown key 'track'", "it is an option of train and build: --track tensorboard, wandb, "
-         "trackio ..."),
+        ('report_to = "wandb"', "unknown key 'report_to'", "it is an option of train and build: --track tensorboard, "
+         "wandb, trackio ..."),
         ('[settings]\ntrack = "wandb"', "settings: unknown setting 'track'", "it is an option of train and build: "
          "--track tensorboard, wandb, trackio ..."),
         ("[settings]\nrnak = 8\nsede = 1", "settings: unknown settings 'rnak', 'sede'",

@@ -173,6 +173,12 @@ def test_stages_follow_one_another(checkpoint_folder: Path, tmp_path: Path, stag
     assert build(folder, *own, stage=stages["stage"]).exit_code == 0
     assert stages["run"][0][1][-4:] == list(own) and all(own[1] not in run[1] for run in stages["run"][1:])
     stages["run"].clear()
+    text = (folder / "edgeft.toml").read_text()
+    (folder / "edgeft.toml").write_text(f'track = "{own[1]}"\n{text}')
+    assert build(folder, stage=stages["stage"]).exit_code == 0
+    assert stages["run"][0][1][-2:] == list(own[:2])
+    (folder / "edgeft.toml").write_text(text)
+    stages["run"].clear()
     unknown = build(folder, "--track", "tensorbord", stage=stages["stage"]).exception
     assert isinstance(unknown, BadInput) and "tensorboard" in unknown.hint and stages["run"] == []
     assert build(folder, "--json", stage=stages["stage"]).stdout == ""  # the export's
