@@ -34,12 +34,11 @@ from edgeft.reporting.words import (
     GIVEN_BACK,
     PAGES_MARK,
     export_text,
-    kept_step,
     memory_line,
     method_text,
     percent,
+    remarks,
     step_time,
-    still_falling,
     verdict,
 )
 from edgeft.units import show_bytes, show_count, show_seconds
@@ -296,7 +295,7 @@ def train_text(result: TrainResult) -> RenderableType:
         lines.append(Text(f"exact match: the most probable of {len(result.plan.labels)} labels is the right one"))
     elif result.plan.grammar is not None:
         lines.append(Text(f"exact match: of answers {result.plan.grammar.line}"))
-    lines += map(Text, [*kept_step(result), *still_falling(result)])
+    lines += map(Text, remarks(result))
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
     if result.skipped_steps:

@@ -177,6 +177,12 @@ def kept_step(result: TrainResult) -> list[str]:
     return [f"kept: step {result.best_step}, loss {loss:.4f} of rows that are not scored{ended}"]
 
 
+def remarks(result: TrainResult) -> list[str]:
+    """What is to be known of a run besides its numbers: a line each."""
+    earlier = f"the base's scores are an earlier run's, on the same rows, and were checked: {result.base_kept}"
+    return [*([earlier] if result.base_kept else []), *kept_step(result), *still_falling(result)]
+
+
 def still_falling(result: TrainResult) -> list[str]:
     """A line where more steps promise more: the loss fell to the end, and answers are not all right yet.
 

@@ -81,6 +81,7 @@ class TrainResult(Artifact):
     base_valid: Metrics
     valid: Metrics
     base_test: Metrics | None
+    base_kept: str = ""  # the file of an earlier run that the base's scores are from; none: they were found in this one
     test: Metrics | None
     samples: tuple[SampleAnswer, ...] = Field(default=(), description="answers to some of the scored validation rows")
     scored_as: str = Field(default="", description="the target whose rounding `valid` and `test` saw; none: unrounded")

@@ -25,12 +25,13 @@ from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends
 from edgeft.memory import disk
 from edgeft.models.checkpoint import Checkpoint, local_folder
-from edgeft.models.identity import Inputs, written_files
+from edgeft.models.identity import WEIGHTS, Inputs, written_files
 from edgeft.models.metrics import Metrics, UnitRecord
 from edgeft.models.parts import units
 from edgeft.planning.plan import Plan
 from edgeft.progress import Progress, silent
 from edgeft.settings.job import Training
+from edgeft.training.base_scores import base_scores
 from edgeft.training.job_data import Data
 from edgeft.training.join import check_agree, check_folder, check_same, digest, together
 from edgeft.training.out_of_memory import capped, explained, is_out_of_memory
@@ -166,8 +167,9 @@ class Session:
             phases["prefix"] = meter.peak_bytes(device)
         if ranks.first and not any(work.glob("step-*")):
             meter.reset_peak(device)
-            found = Scorer(here, data, model, parts, device, compute, progress, prefix).scores("base on ")
-            fresh = {"base_valid": found.valid.model_dump(), "base_answers": found.answers,
+            scorer = Scorer(here, data, model, parts, device, compute, progress, prefix)
+            found, earlier = base_scores(scorer, inputs[WEIGHTS], folder)
+            fresh = {"base_valid": found.valid.model_dump(), "base_answers": found.answers, "base_kept": earlier,
                      "base_test": found.test.model_dump() if found.test else None}  # fmt: skip
             phases["evaluate"] = meter.peak_bytes(device)
         if prefix is not None:
@@ -353,6 +355,7 @@ class Session:
         return {
             "base_valid": Metrics.model_validate(self.scores["base_valid"]),
             "base_test": Metrics.model_validate(test) if test else None,
+            "base_kept": self.scores.get("base_kept", ""),
             "scored_as": rounding.name if rounding else "",
         }
 
