@@ -90,7 +90,8 @@ class ArtifactModel:
         with _as_bad_input():
             self._runner.fit(list(ids), 0)
             if first:
-                with self._runner.cache(len(ids)) as cache:
+                # with the grammar that its answer was held to: the prompt is there then, and logits are given unmasked
+                with self._runner.cache(len(ids), self._runner.grammar) as cache:
                     cache.read(list(ids[:first]))
                     yield from _each(cache, ids[first:])
             else:
