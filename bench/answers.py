@@ -32,6 +32,7 @@ from smollm2 import FOLDER, TASKS, base_model, chats, in_points
 from edgeft.data.dataset import Sample, TextTokenizer, read_samples
 from edgeft.data.grammar import HeldTo
 from edgeft.data.labels import Label
+from edgeft.engine.label_scores import label_numbers
 from edgeft.errors import BadInput
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.artifact_answers import answered
@@ -148,10 +149,9 @@ def answer_row(task: Task, way: Way, artifact: ArtifactModel, number: int) -> di
     """What a bundle says of one row: its loss, its answer, whether that is right and whether it is a label at all."""
     row = task.rows[number]
     held, seen = task.held[way.answers], Observer([row], 0)
-    asked = [next((i for i, each in enumerate(task.labels) if each.ids == tuple(row.ids[row.prompt_tokens :])), 0)]
+    asked = label_numbers(task.labels, [row], task.tokenizer) if way.answers == "labels" else []
     answer, right = answered(
-        artifact, row, trained_at(row), task.tokenizer, held, asked if way.answers == "labels" else (),
-        seen.taker(0), whole=True,
+        artifact, row, trained_at(row), task.tokenizer, held, asked, seen.taker(0), whole=True,
     )  # fmt: skip
     known = {task.tokenizer.spell(list(each.ids[:-1])) for each in task.labels}  # which other tokens may spell
     said = task.tokenizer.spell(answer)

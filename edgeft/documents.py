@@ -93,6 +93,8 @@ class Artifact(Strict):
         except OSError as problem:
             raise BadInput(path, f"cannot be read: {problem.strerror}") from None
         except pydantic.ValidationError as problem:
+            if is_yaml(path):
+                raise BadInput(path, "is YAML, no document of edgeft's", TOML) from None
             raise invalid(path, problem, cls) from None
 
 
@@ -250,9 +252,16 @@ def parse_toml(path: Path, absent: str) -> dict[str, Any]:
     except OSError as problem:
         raise BadInput(path, f"cannot be read: {problem.strerror}") from None
     except ValueError as problem:  # TOML syntax, and bytes that are not UTF-8
-        yaml = "write TOML; docs/other-trainers.md has what other trainers' keys are called here"
-        hint = yaml if path.suffix in (".yaml", ".yml") else "text needs quotes, tables come last"
+        hint = TOML if is_yaml(path) else "text needs quotes, tables come last"
         raise BadInput(path, f"not valid TOML: {problem}", hint) from None
+
+
+TOML = "write TOML (edgeft init begins it); docs/other-trainers.md has what other trainers' keys are called here"
+
+
+def is_yaml(path: str | Path) -> bool:
+    """Whether a file is one of those that other trainers read their jobs from."""
+    return Path(path).suffix in (".yaml", ".yml") and Path(path).is_file()
 
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)

@@ -139,6 +139,7 @@ def train(
             if smaller:
                 _step_down(made, folder, digest, say)
             if rehearsal:
+                progress("rehearse", 0, 1, {})
                 rehearsed = _rehearse(made, folder, digest, (target, runs_on), say)
         with tracking(track if ranks.first else (), made, folder, say) as tracker:
             ranks.wait()

@@ -26,6 +26,7 @@ from edgeft.cli.planning import plan
 from edgeft.cli.screen import complain, say
 from edgeft.cli.sharing import push
 from edgeft.cli.start import example
+from edgeft.cli.verb import Verb
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.machines.extras import installed
 
@@ -62,7 +63,7 @@ def whole(
 for panel, verbs in PANELS.items():
     for verb in verbs:  # `run` hands what follows to run.py
         how = settings_of(verb.__name__) | (PASSED_ON if verb is run else {})
-        app.command(context_settings=how, rich_help_panel=panel)(verb)
+        app.command(cls=Verb, context_settings=how, rich_help_panel=panel)(verb)
 app.command("show", rich_help_panel="Understand")(show_what)
 app.command("eval", rich_help_panel="Understand")(evaluate)
 

@@ -62,7 +62,7 @@ def train(
 
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
-    with stopping("the last step is kept: run the same command again to go on"), Reporter(stderr) as progress:
+    with stopping("what was done is kept: run the same command again to go on"), Reporter(stderr) as progress:
         progress.budget_bytes = made.budget_bytes
         result = plan_and_train.train(
             plan_file, out, device=_computes(on, made), runs_on=device, rehearsal=rehearsal, target=target,

@@ -21,6 +21,8 @@ def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bun
     if str(bundle) in ("-h", "--help"):
         print(context.get_help())
         raise typer.Exit
+    if (bundle / "merged.json").is_file():
+        raise BadInput(bundle, "is a merged checkpoint, no bundle", f"edgeft export {bundle} makes its bundle")
     raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
 
 

@@ -99,6 +99,10 @@ def build(
     _stage("export", folder / "merged", "--out", folder / "bundle", *(["--json"] if as_json else []), last=True)
 
 
+# Ctrl-C while a stage imports what it needs ends it as later on
+STAGE = "import sys\ntry:\n from edgeft.cli import main\n main()\nexcept KeyboardInterrupt:\n sys.exit(130)"
+
+
 def _plan(values: dict[str, Any], folder: Path, file: Path | None, as_json: bool) -> None:
     made = make_and_say(values, folder / "plan.json", file)
     if made.training.processes > 1:
@@ -111,7 +115,7 @@ def _plan(values: dict[str, Any], folder: Path, file: Path | None, as_json: bool
 def _stage(verb: str, *arguments: object, quiet: bool = False, last: bool = False) -> None:
     """One stage in a process of its own, as planned: its memory is its own. Ends where it fails, with its exit code."""
     code = processes.carry_out(
-        "from edgeft.cli import main\nmain()", verb, *arguments, quiet=quiet,
+        STAGE, verb, *arguments, quiet=quiet,
         environment={} if last else {"EDGEFT_NEXT": "0"},
     )  # fmt: skip
     if code:

@@ -119,11 +119,14 @@ def typed_job(model: str | None, named: str | None, settings: list[str] | None, 
     import pydantic
 
     from edgeft.api.job_file import JobFile
-    from edgeft.documents import invalid
+    from edgeft.documents import TOML, invalid, is_yaml
+    from edgeft.errors import BadInput
     from edgeft.settings.job import parse_settings
 
     if model is not None and named not in (None, model):
         raise typer.BadParameter(f"{model} was given, and --model {named}: name one", param_hint="MODEL")
+    if is_yaml(model or named or ""):
+        raise BadInput(model or named, "is YAML, no model", TOML)
     given = {name: value for name, value in options.items() if value is not None}
     pinned = parse_settings(settings or []) | given.pop("settings_too", {})
     try:

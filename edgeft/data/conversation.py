@@ -15,6 +15,7 @@ from edgeft.machines.runner import runner_module
 
 COLUMNS = (*("{" + ", ".join(map(repr, shape.columns)) + "}" for shape in SHAPES), "{'text'}")
 PromptFormat = Literal["plain", "chat"]
+ANSWER_KEYS = {"answer", "category", "class", "intent", "label", "labels", "output", "section", "sentiment", "target"}
 
 MARKS = ("loss", "train", "training", "weight")  # keys of a message that say whether it trains
 KEPT_NEW = "the template writes them otherwise once the chat goes on"
@@ -73,7 +74,15 @@ def to_row(value: Any, tokenizer: TextTokenizer, columns: Mapping[str, str] | No
         ) from None
     unused = [key for key in value if key not in used and value[key] not in (None, "")]
     read = [f"read as {shape}"] if shape else []
-    return replace(row, remarks=(*read, *row.remarks, *(f"the key {key!r} is not used" for key in unused)))
+    asks = row.format == "chat" or row.has_prompt
+    said = (f"the key {key!r} is not used{'' if asks else _as_answer(key)}" for key in unused)
+    return replace(row, remarks=(*read, *row.remarks, *said))
+
+
+def _as_answer(key: str) -> str:
+    """What to do about a key beside a text that is called as answers are."""
+    known = key.lower() in ANSWER_KEYS
+    return f": --columns prompt=text,completion={key} trains it as the answer to the text" if known else ""
 
 
 def _text(value: Message, key: str) -> str:

@@ -101,7 +101,8 @@ def make_labels(answers: AskedAnswers, rows: Sequence[int], tokenizer: TextToken
     counts = Counter(answers.asked[row] for row in rows)
     if lost := counts.pop(NO_LABEL, 0):
         problem = f"{lost:,} of {len(rows):,} rows have no whole answer: they ask for none, or max_length cuts it"
-        raise BadInput(source, problem, f"raise max_length; or {HINT}")
+        texts = "say what is asked and answered, as in --columns prompt=text,completion=label; or "
+        raise BadInput(source, problem, f"{texts if lost == len(rows) else ''}raise max_length; or {HINT}")
     paths = list(answers.found)
     by_text: dict[str, list[int]] = {}
     for place, _ in counts.most_common():

@@ -70,6 +70,7 @@ class Profile(Strict):
     device: Literal["cpu", "cuda", "mps"] = Field(description="the PyTorch device that computes")
     memory_gib: Annotated[float, Detected] = Field(ge=0, description="all memory of that device")
     runtime_memory_gib: float = Field(ge=0, description="its share that the CUDA context or the system keeps")
+    keeps_a_share: bool = Field(False, description="what is kept is a share of the memory, of whatever size")
     import_memory_gib: float = Field(0.0, ge=0, description="resident before a CPU run has a model")
     host_memory_gib: float | None = Field(None, gt=0, description="GPU hosts: main memory, typically")
     cores: Annotated[int, Detected] = Field(ge=0, description="CPU cores that compute")

@@ -71,9 +71,9 @@ def resized(profile: Profile, asked: Sized) -> Profile:
     gib = parse_bytes(asked.size) / GIB
     shown = profile.memory_gib / sold_gib(profile) if profile.memory_gib else SEEN
     kept = profile.runtime_memory_gib if profile.memory_gib else max(SYSTEM_GIB, profile.runtime_memory_gib)
-    if profile.device == "mps":  # Metal gives out a share
-        kept *= gib / profile.memory_gib
     memory = round(shown * gib, 2)
+    if profile.keeps_a_share:
+        kept = round(kept * memory / profile.memory_gib, 2)
     if memory <= kept:
         whose = "CUDA context" if profile.device == "cuda" else "system"
         raise BadInput(f"{asked.base}:{asked.size}".lstrip(":"), f"the {whose} alone keeps {kept:g} GiB", "name more")

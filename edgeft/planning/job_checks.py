@@ -39,6 +39,9 @@ def pages_pile_up() -> BadInput:
 def check_job(job: Job, spec: ModelSpec) -> None:
     """Raise BadInput for settings that contradict one another or the model."""
     rounding_of(job, spec)
+    if job.micro_batch_size is not None and job.micro_batch_size > job.batch_size:
+        problem = f"{job.micro_batch_size} samples at a time are more than the {job.batch_size} of a step"
+        raise BadInput("micro_batch_size", problem, "leave it to the planner, or raise batch_size")
     if adapts(job.tuner) is False and job.base_precision in SMALL_PRECISIONS and job.layers not in ("lisa", "sparse"):
         raise untrainable(job.base_precision)
     if job.optimizer == "paged_adamw8bit" and job.layers == "lisa":

@@ -128,7 +128,8 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         cannot_build=cannot_build(target, as_merged(spec, training)),
         export=export_seconds(profile, spec, training, target, job.target, question.answered(training)),
     )
-    said = [why] if why and not stages.cannot_build else []
+    said = [device.assumed] if device is not None and device.assumed else []
+    said += [why] if why and not stages.cannot_build else []
     said += build_notes(spec, target, stages.cannot_build)
     said += cache_notes(spec, named[found.index(target)], target, context, device_bytes)
     if streams(question, training, host_bytes):

@@ -160,3 +160,36 @@ def test_the_many_options_of_a_verb_are_in_groups(verb: str) -> None:
     for group, words in (("Machine and device", ("--on", "--memory", "--for")), ("Data", ("--data", "--columns"))):
         box = shown[shown.index(f"╭─ {group} ") :].partition("╯")[0]
         assert all(f"│ {word} " in box for word in words), group
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [(("plan", MODEL, "--lora_rank", "16"), "as a setting: it is rank= here (--set NAME=VALUE)"),
+     (("build", MODEL, "--rank", "16"), "it is a setting: --set rank=VALUE"),
+     (("plan", MODEL, "--learning-rate", "1e-4"), "it is a setting: --set learning_rate=VALUE"),
+     (("export", "merged", "--rank", "16"), "it is a setting: --set rank=VALUE of plan and build"),
+     (("train", MODEL, "--data", "rows.jsonl"), "train carries out a plan: edgeft plan MODEL --data FILE makes one, "
+      "edgeft build does all of it")],
+)  # fmt: skip
+def test_a_setting_typed_as_an_option_leads_to_set(line: tuple[str, ...], hint: str) -> None:
+    problem = typed(*line).exception
+    assert isinstance(problem, BadInput) and problem.where == line[2] and problem.hint == hint
+
+
+def test_an_option_that_nobody_knows_is_a_usage_error() -> None:
+    made = typed("plan", MODEL, "--no-such-thing")
+    assert made.exit_code == 2 and not isinstance(made.exception, BadInput)
+
+
+@pytest.mark.parametrize("verb", ["plan", "build", "train"])
+def test_a_yaml_of_another_trainer_leads_to_the_table(verb: str, tmp_path: Path) -> None:
+    job = tmp_path / "shop.yaml"
+    job.write_text("lora_rank: 16\n")
+    problem = typed(verb, job).exception
+    assert isinstance(problem, BadInput) and "is YAML" in problem.problem and "docs/other-trainers.md" in problem.hint
+
+
+def test_a_merged_folder_is_no_bundle_to_run(tmp_path: Path) -> None:
+    (tmp_path / "merged.json").write_text("{}")
+    problem = typed("run", tmp_path, "hello").exception
+    assert isinstance(problem, BadInput) and problem.hint == f"edgeft export {tmp_path} makes its bundle"

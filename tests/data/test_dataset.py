@@ -143,6 +143,17 @@ def test_byte_order_mark_empty_lines_and_extra_columns_are_no_problem(tmp_path: 
     assert [(row.text, row.remarks) for row in rows] == [("a", ("the key 'id' is not used",)), ("b", ())]
 
 
+def test_an_answer_beside_a_text_is_named_with_what_trains_it(write_rows: WriteRows, tokenizer: TextTokenizer) -> None:
+    path = write_rows("data.jsonl", [{"text": "the pump is loud", "label": " pump"}])
+    (row,) = read_rows(str(path), tokenizer)
+    said = "the key 'label' is not used: --columns prompt=text,completion=label trains it as the answer to the text"
+    assert row.remarks == (said,)
+    (row,) = read_rows(f"{path}[prompt=text,completion=label]", tokenizer)  # and it does
+    assert row.has_prompt and row.text == "the pump is loud pump" and row.remarks == ()
+    (row,) = read_rows(str(write_rows("asked.jsonl", [{"prompt": "a", "completion": " b", "label": "c"}])), tokenizer)
+    assert row.remarks == ("the key 'label' is not used",)
+
+
 def test_a_csv_cell_may_be_longer_than_the_csv_module_allows(write_rows: WriteRows, tokenizer: TextTokenizer) -> None:
     long = "word " * 40_000
     (row,) = read_rows(str(write_rows("data.csv", [{"text": long}])), tokenizer)

@@ -197,6 +197,10 @@ def test_an_answer_that_max_length_cuts_is_refused(tokenizer: TextTokenizer, wri
     answers = measure(str(path), tokenizer, max_length=20).asked
     with pytest.raises(BadInput, match=r"15 of 30 rows have no whole answer: .* max_length cuts it"):
         make_labels(answers, range(30), tokenizer, "rows")
+    texts = measure(str(write_rows("texts.jsonl", [{"text": f"line {i}"} for i in range(30)])), tokenizer).asked
+    with pytest.raises(BadInput, match="30 of 30 rows have no whole answer") as caught:
+        make_labels(texts, range(30), tokenizer, "texts")
+    assert caught.value.hint.startswith("say what is asked and answered, as in --columns prompt=text,completion=label")
 
 
 def test_labels_are_offered_where_rows_ask_for_few_answers(tokenizer: TextTokenizer, write_rows: Any) -> None:

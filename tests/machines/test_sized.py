@@ -161,3 +161,12 @@ def test_a_disk_that_is_too_small_is_noted(tmp_path: Path) -> None:
         own.write_text(f"disk_gib = {gib}\n" + profile_path("t4").read_text())
         notes = make_plan(make_job(model=MODEL, profile=str(own))).notes
         assert any(note.endswith("own has 512 MiB of disk") for note in notes) is noted
+
+
+@pytest.mark.parametrize(("name", "share"), [("android-8gb", 0.5), ("apple-16gb", 5.34 / 16)])
+def test_what_is_kept_as_a_share_is_that_share_of_another_memory(name: str, share: float) -> None:
+    for size in ("6GiB", "12GiB"):
+        other = load_profile(f"{name}:{size}")
+        assert other.runtime_memory_gib / other.memory_gib == pytest.approx(share, rel=0.01)
+    smaller = load_profile("raspberrypi5-8gb:4GiB")  # a system keeps what it needs
+    assert smaller.runtime_memory_gib == load_profile("raspberrypi5-8gb").runtime_memory_gib

@@ -349,3 +349,9 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     made = plan(max_memory_bytes=9 * GIB)
     made.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == made
+
+
+def test_more_samples_at_a_time_than_a_step_has_are_refused() -> None:
+    with pytest.raises(BadInput, match="micro_batch_size: 16 samples at a time are more than the 8 of a step"):
+        plan(QWEN_SMALL, micro_batch_size=16, batch_size=8)
+    assert plan(QWEN_SMALL, micro_batch_size=8, batch_size=8).training.micro_batch_size == 8
