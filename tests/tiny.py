@@ -140,6 +140,17 @@ def save_model(folder: Path, kind: str = "llama", **changes: Any) -> ModelSpec:
     return read_model_spec(str(folder))
 
 
+def smaps_bytes(under: Path) -> int:
+    """Bytes of mapped files at or below a path that are this process's memory now, those that have no name left too."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split(" ", 1)[0].count("-") == 1:
+            here = str(under) in line
+        elif here and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
 def qwen3_folder(folder: Path, tokenizer_folder: Path, layers: int) -> Path:
     """A small Qwen3 with a tied head, stored in bf16 as most are shipped."""
     import torch

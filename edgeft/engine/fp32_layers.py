@@ -4,6 +4,9 @@ The layer that trains is made dense from the *original* weights plus what it lea
 learnt is kept as it is, in fp32, in a file of its own, and the layer re-enters the base in the base's precision. The
 change is never rounded: only the copy that other layers train beside is. Embedding, norm and head are fp32 already
 where they train (a plan that computes in half precision trains none): they are only kept in files like the layers.
+
+Where the base's layers stay in their files (`engine.streaming`), so does one that has had its turn: in that very file
+where the base is kept in fp32, else in one beside it that has its matrices as the base has its own.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ import torch
 from torch import nn
 
 from edgeft.documents import saving
+from edgeft.engine.adapted_linear import STORED
 from edgeft.engine.lisa import Named, link
 from edgeft.engine.nf4_base import make_nf4
-from edgeft.models.checkpoint import PIECES, Checkpoint, TensorFile
-from edgeft.models.parts import Parts
+from edgeft.engine.streaming import Window
+from edgeft.models.checkpoint import PIECES, Checkpoint, TensorFile, write_tensors
+from edgeft.models.parts import Parts, is_linear
 
 
 class DenseTurns:
-    """`edgeft.engine.lisa.Turns` over the decoder layers, and the `ends`, of a model whose base is NF4, bf16 or fp16.
+    """`edgeft.engine.lisa.Turns` over the decoder layers, and the `ends`, of a base in NF4, bf16, fp16 or in its files.
 
     Only matrices turn fp32 and train where the compute dtype is half: an fp32 norm would make the whole residual
     stream fp32. In fp32 compute every parameter of the layer trains.
@@ -38,13 +43,14 @@ class DenseTurns:
         self.ends = ends or {}
         self.layers, self.path, self.device = parts.layers, parts.layers_path, next(model.parameters()).device
         self.base, self.folder, self.compute = base, folder, compute
+        self.window: Window | None = getattr(model, "edgeft_window", None)  # of layers that stay in their files
 
     def file(self, unit: str) -> Path:
         """Where what a layer learnt is kept between its turns."""
         return self.folder / f"{unit}.safetensors"
 
     def _layer(self, unit: str) -> tuple[str, nn.Module]:
-        index = int(unit.removeprefix("layer "))
+        index = _number(unit)
         return f"{self.path}.{index}.", self.layers[index]
 
     def _read(self, unit: str, name: str) -> torch.Tensor:
@@ -61,6 +67,8 @@ class DenseTurns:
         if unit in self.ends:
             return self._let(unit, True)
         prefix, layer = self._layer(unit)
+        if self.window is not None:
+            self.window.let_go(_number(unit))
 
         def value(place: str, key: str, old: torch.Tensor, transposed: bool) -> torch.Tensor:
             found = self._read(unit, f"{prefix}{place}.{key}" if place else f"{prefix}{key}")
@@ -104,7 +112,7 @@ class DenseTurns:
         for unit in training:
             self.keep(unit)
         for unit in visited:
-            link(self.file(unit), out / PIECES.replace("*", unit.replace(" ", "-")))
+            link(self.file(unit), out / piece_of(unit))
 
     def leave(self, unit: str) -> Named:
         """Keep what the layer learnt in its file and put the layer back in the base's precision."""
@@ -132,7 +140,35 @@ class DenseTurns:
                     setattr(module, key, nn.Parameter(parameter.detach().to(self.compute), requires_grad=False))
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
+        if self.window is not None:
+            self._stay(unit, self.window)
         return [(prefix + key, parameter) for key, parameter in layer.named_parameters()]
+
+    def _stay(self, unit: str, window: Window) -> None:
+        """Let the matrices of a layer that is back in the base's precision be pages of a file.
+
+        That of 4 bits or half precision can be made again from what the layer learnt: no checkpoint has it. It is not
+        written into: whoever still looked at the one before would read on in that.
+        """
+        prefix, layer = self._layer(unit)
+        own: dict[str, Any] = {f"{prefix}{at}.weight": m for at, m in layer.named_modules() if is_linear(m)}
+        path = self.file(unit)
+        if any(linear.weight.dtype != torch.float32 for linear in own.values()):
+            path = self.folder / f".{unit}.pages"
+            with saving(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                write_tensors(path, {name: linear.weight for name, linear in own.items()})
+        window.give(_number(unit), TensorFile(path), own)
+
+
+def piece_of(unit: str) -> str:
+    """The name that a folder of results has for what a unit learnt."""
+    return PIECES.replace("*", unit.replace(" ", "-"))
+
+
+def _number(unit: str) -> int:
+    return int(unit.removeprefix("layer "))
 
 
 def make_dense(
@@ -150,6 +186,7 @@ def make_dense(
                 transposed = key == "weight" and bool(getattr(module, "transposed", False))
                 parameter = nn.Parameter(value(place, key, old, transposed))
                 setattr(module, key, parameter)
+                module.__dict__.pop(STORED, None)  # what lies in a file is its weight no more
                 named.append((f"{place}.{key}" if place else key, parameter))
     return named
 

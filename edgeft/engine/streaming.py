@@ -1,17 +1,18 @@
 """How does a model compute, and train, whose frozen layers stay in their files?
 
-The matrices of its layers are pages of mapped files: base safetensors, or the codes of their NF4 form. When a layer
-runs, forwards or recomputed on the way back, a thread reads the next one, and what neither needs is given back. No
-memory is ever filled anew: whoever still holds a matrix, as autograd's contexts do, reads the very same bytes, so that
-a mistake here costs memory or time and never a gradient. What is kept in another dtype than it is stored in is cast
-when it multiplies, as 4-bit weights are unpacked: inside of what is recomputed.
+The matrices of its layers are pages of mapped files: base safetensors, the codes of their NF4 form, or what a layer
+learnt when it had its turn (`engine.fp32_layers`). When a layer runs, forwards or recomputed on the way back, a thread
+reads the next one, and what neither needs is given back. No memory is ever filled anew: whoever still holds a matrix,
+as autograd's contexts do, reads the very same bytes, so that a mistake here costs memory or time and never a gradient.
+What is kept in another dtype than it is stored in is cast when it multiplies, as 4-bit weights are unpacked: inside of
+what is recomputed.
 """
 
 from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ class Span(NamedTuple):
 class Window:
     """Which layers' pages are here: those of the layer that runs, and of the one that comes next."""
 
-    def __init__(self, layers: Sequence[nn.Module], spans: Sequence[list[Span]], files: Maps) -> None:
+    def __init__(self, layers: Sequence[nn.Module], spans: list[list[Span]], files: Maps) -> None:
         self.spans, self.files, self.here = spans, files, set[int]()
         self.at = -1
         self.reader = ThreadPoolExecutor(1, "edgeft-layers")
@@ -76,6 +77,23 @@ class Window:
         for span in self.spans[number]:
             if span.used:
                 advise(span.address, span.size)
+
+    def let_go(self, number: int) -> None:
+        """Know no more of a layer's pages, which is about to have its matrices in memory."""
+        self.leave()
+        self.spans[number] = []
+
+    def give(self, number: int, file: TensorFile, linears: Mapping[str, Any]) -> None:
+        """Make pages of a file, which holds what they hold, of a layer's matrices by their names in it.
+
+        The file is mapped anew: under its name may have lain another, whose pages show what the layer was before.
+        """
+        self.let_go(number)
+        maps = Maps()
+        for name, linear in linears.items():
+            mapped, own = maps.tensor(file, name), linear._parameters["weight"]
+            own.data = mapped
+            self.spans[number].append(Span(linear, own, mapped.data_ptr(), mapped.nbytes))
 
     def leave(self) -> None:
         """Give everything back, as before something else needs the memory."""
@@ -157,10 +175,10 @@ def _give(weight: Weight, mapped: torch.Tensor, files: Checkpoint, name: str, ke
     elif mapped.dtype == kept:
         linear._parameters["weight"] = nn.Parameter(mapped, requires_grad=False)
     else:
-        _cast_on_use(linear, mapped, kept)
+        cast_on_use(linear, mapped, kept)
 
 
-def _cast_on_use(linear: Any, mapped: torch.Tensor, kept: torch.dtype) -> None:
+def cast_on_use(linear: Any, mapped: torch.Tensor, kept: torch.dtype) -> None:
     """Let a module multiply with what it has in a file in another dtype. Its own weight is no number, and takes none:
 
     whoever reads that by mistake gets no healthy loss.

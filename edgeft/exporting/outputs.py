@@ -15,7 +15,7 @@ from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
 from edgeft.data.scoring_groups import EVAL_TOKENS
 from edgeft.engine.forms import adapted, form_of, restore
-from edgeft.engine.fp32_layers import DenseTurns
+from edgeft.engine.fp32_layers import DenseTurns, piece_of
 from edgeft.engine.grammar_scores import held_rows
 from edgeft.engine.label_scores import label_numbers
 from edgeft.engine.nf4_base import load_base
@@ -303,21 +303,30 @@ def put_dense_layers(
     model: Any, parts: Parts, trained: Path, training: Training, result: TrainResult, base: Checkpoint,
     compute: torch.dtype,
 ) -> None:  # fmt: skip
-    """Give every layer that trained what it learnt, in fp32 where it was active last, else rounded as the base is."""
+    """Give every layer that trained what it learnt, in fp32 where it was active last, else rounded as the base is.
+
+    Those come first, beside nothing that is dense yet. Where layers stay in files, so do these: beside `trained`, on
+    the disk that has it.
+    """
     learnt = _changed(trained)
 
     class Kept(DenseTurns):
+        def file(self, unit: str) -> Path:
+            return trained / piece_of(unit)
+
         def _read(self, unit: str, name: str) -> torch.Tensor:
             if name in learnt.entries:
                 return learnt.read(name)
             return self.base.read(self.base.name_of(name)).float()
 
-    with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
+    beside = trained.resolve().parent if training.stream_layers else None
+    # where files that are mapped cannot go, they stay
+    with tempfile.TemporaryDirectory(prefix="edgeft-", dir=beside, ignore_cleanup_errors=True) as scratch:
         turns = Kept(model, parts, base, Path(scratch), compute)
         lisa = make_lisa(model, parts, training, None, Path(scratch))
         active = (*lisa.always, *lisa.at(max(0, result.steps - 1)))
         visited = [record.unit for record in result.units if record.steps and record.unit.startswith("layer ")]
-        for unit in visited:
+        for unit in sorted(visited, key=active.__contains__):
             turns.enter(unit)
             if unit not in active:
                 turns._requantise(unit)

@@ -28,7 +28,7 @@ def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibra
     more = (waiting, *(0 for _ in phases[1:]))
     for phase, beside in zip(phases, more, strict=True):
         stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + beside)
-    disk.require(disk.export_disk(plan.spec, target), out)
+    disk.require(disk.export_disk(plan.spec, target, training=plan.training), out)
     return max(phase.expected_bytes + beside for phase, beside in zip(phases, more, strict=True))
 
 

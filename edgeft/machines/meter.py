@@ -153,6 +153,11 @@ class LiveBytes(TorchDispatchMode):
                     weakref.finalize(storage, self.forget, *self.born(leaf, storage.nbytes()))
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
+    def overlook(self, tensors: Any) -> None:
+        """Never count these, nor views of them: pages of files, say."""
+        for leaf in tree_leaves(tensors):
+            self._seen[leaf.untyped_storage()] = True
+
     def born(self, tensor: torch.Tensor, size: int) -> tuple[int, ...]:
         """Count a storage of `size` bytes first seen as `tensor`; the result goes to `forget` when it is freed."""
         self.live_bytes += size

@@ -10,6 +10,7 @@ from typing import Literal
 from edgeft.documents import Strict, nearest_folder
 from edgeft.errors import DoesNotFit
 from edgeft.memory import train_step
+from edgeft.memory.streamed import learnt_pages_bytes
 from edgeft.memory.train_step import Term
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import ENDS, Training
@@ -43,7 +44,8 @@ def plan_disk(spec: ModelSpec, training: Training, targets: Sequence[Target]) ->
     Of several targets that the export chooses among, the one that takes most.
     """
     sets = CODES_KEPT if len(targets) > 1 else 1
-    export = max((export_disk(spec, target, sets) for target in targets), key=lambda each: each.peak_bytes)
+    made = [export_disk(spec, target, sets, training) for target in targets]
+    export = max(made, key=lambda each: each.peak_bytes)
     found = [train_disk(spec, training), merge_disk(spec), export]
     cached = [nf4_disk(spec, training)] if training.base_precision == "nf4" else []
     cached += [prefix_disk(spec, training)] if training.cached_layers else []
@@ -88,6 +90,7 @@ def train_disk(spec: ModelSpec, training: Training) -> Disk:
         terms += [
             Term(name="result", bytes=result, formula=f"{result // 4} x 4 B, files that checkpoints share"),
             Term(name="replaced", bytes=replaced, formula="older files of layers that had another turn"),
+            _pages(spec, training),
         ]
         peak = sum(term.bytes for term in terms)
     else:
@@ -98,6 +101,13 @@ def train_disk(spec: ModelSpec, training: Training) -> Disk:
         peak += 2 * result
     terms = [term for term in terms if term.bytes]
     return Disk(stage="train", where="out", terms=tuple(terms), peak_bytes=peak, kept_bytes=result)
+
+
+def _pages(spec: ModelSpec, training: Training) -> Term:
+    """What layers that stay in their files are read from once they had a turn, where that is not what they learnt."""
+    layers = min(len(training.trained_layers), draws(training) * training.active_layers)
+    formula = f"{layers} layers as the base is kept, which are read after their turn"
+    return Term(name="pages", bytes=learnt_pages_bytes(spec, training, layers), formula=formula)
 
 
 def turns_in_files(training: Training) -> bool:
@@ -151,13 +161,18 @@ def merge_disk(spec: ModelSpec, files_bytes: int | None = None) -> Disk:
     return Disk(stage="merge", where="out", terms=terms, peak_bytes=size + side.bytes, kept_bytes=size + side.bytes)
 
 
-def export_disk(spec: ModelSpec, target: Target, code_sets: int = 1) -> Disk:
-    """The bundle, and what its making writes and leaves out; `code_sets`: calibrated forms that lie there at a time."""
+def export_disk(spec: ModelSpec, target: Target, code_sets: int = 1, training: Training | None = None) -> Disk:
+    """The bundle, and what its making writes and leaves out; `code_sets`: calibrated forms that lie there at a time.
+
+    Of a `training` in turns beside layers in files, what the proof reads them from again.
+    """
     stored, runtime = bundle_weights(spec, target).stored_bytes, runtime_of(target)
     first, what = runtime.scratch(spec, target, stored)
     if runtime.casts_half and target.weight_bits == 16:
         stored //= 2
     codes = 0 if target.calibration != "gptq" else int(code_sets * CODE_BYTES * linear_weights(spec))
+    pages = [_pages(spec, training)] if training is not None else []
+    more = sum(term.bytes for term in pages)
     terms = (
         Term(name="weights", bytes=stored, formula="as stored in the bundle"),
         Term(name="side files", bytes=SIDE_FILES_BYTES, formula="graph, tokenizer, runner, at most"),
@@ -166,9 +181,11 @@ def export_disk(spec: ModelSpec, target: Target, code_sets: int = 1) -> Disk:
             [Term(name="codes", bytes=codes, formula=f"{code_sets} x {linear_weights(spec)} x {CODE_BYTES} B")]
             * bool(codes)
         ),
+        *(pages * bool(more)),
     )
     kept = stored + SIDE_FILES_BYTES
-    return Disk(stage="export", where="out", terms=terms, peak_bytes=kept + first + codes, kept_bytes=kept)
+    peak = kept + first + codes + more
+    return Disk(stage="export", where="out", terms=terms, peak_bytes=peak, kept_bytes=kept)
 
 
 def free_bytes(folder: Path) -> int:

@@ -43,6 +43,7 @@ class Way:
     stored: int = 4
     prefix_tokens: int = 0
     past: int = 0  # of the prefixes of `rows`, or of a micro-batch
+    scale: int = 4  # bytes of one of a matrix that is made dense; none where it is cast
 
     @classmethod
     def of(cls, spec: ModelSpec, training: Training, longest: int, rows: int = 0) -> Way:
@@ -53,6 +54,7 @@ class Way:
             training.base_precision == "nf4" or casts(spec, training), training.densely, training.device == "cuda",
             not repeats_groups(training, spec.head_dim), longest if squares else 0, *rounds(spec, training),
             training.prefix_tokens, training.prefix_tokens * (rows or training.micro_batch_size),
+            0 if casts(spec, training) else 4,
         )  # fmt: skip
 
 
@@ -177,10 +179,9 @@ class Operations:
         e, elements = self.e, linear.in_features * linear.out_features
         if not self.way.nf4:
             return self.matmul(x, linear, None)
-        dense, scales = 1j * e * elements, 4j * -(-elements // 64)
+        dense, scales = 1j * e * elements, 1j * self.way.scale * -(-elements // 64)
         wide = self.half and x.size == 4 * linear.in_features
-        if wide:
-            x = self.narrowed(x)
+        x = self.narrowed(x) if wide else x
 
         def back(tape: Tape, kept: Kept, own: Kept, wanted: list[bool]) -> Gradients:
             matrix = self.dense(tape, linear, e)
@@ -196,10 +197,8 @@ class Operations:
         if not self.way.nf4:
             return None
         elements = linear.in_features * linear.out_features
-        scales = Storage(tape, 4j * -(-elements // 64))
-        matrix = Storage(tape, 1j * itemsize * elements)
-        del scales
-        return matrix
+        scales = 1j * self.way.scale * -(-elements // 64)
+        return [Storage(tape, size) for size in (scales, 1j * itemsize * elements)][1]
 
     def project(self, x: Value, linear: Linear) -> Value:
         """A projection as it trains: wholly, beside an adapter, or not at all."""

@@ -168,11 +168,12 @@ def _as_trained(spec: ModelSpec, training: Training) -> list[Term]:
             return []
         training = training.model_copy(update={"compute_dtype": "fp32"})
     held = train_step.weight_bytes(spec, training)
-    if not nf4 and stored_as(training) == spec.dtype:
+    beside = training.stream_layers and training.densely  # layers in fp32
+    if not nf4 and not beside and stored_as(training) == spec.dtype:
         return [Term(name="weight file", bytes=held, formula=f"pages of the file, {spec.dtype}")]
     largest = max(linear.in_features * linear.out_features for linear in spec.linears)
     one = largest * DTYPE_BYTES[training.compute_dtype] if nf4 else 0
-    more = train_step.dense_bytes(spec, training) + window_bytes(spec, training)
+    more = train_step.worst_dense_bytes(spec, training) + window_bytes(spec, training)
     return [
         Term(name="model", bytes=held + more, formula=f"{spec.total_parameters} in {training.base_precision}"),
         Term(name="one matrix", bytes=one, formula=f"{largest} out of its 4 bits"),

@@ -207,11 +207,12 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
         Term(name="one tensor", bytes=largest, formula="the largest that trains, read into place"),
     ]
     if training.device == "cpu":
-        adapters = train_step.adapter_bytes(spec, training)
+        adapters, dense = train_step.adapter_bytes(spec, training), train_step.worst_dense_bytes(spec, training)
         weights = train_step.weight_bytes(spec, training) + window_bytes(spec, training)
         terms += [
             Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
             Term(name="adapters", bytes=adapters, formula=f"{trained} x 4 B"),
+            Term(name="dense layers", bytes=dense, formula="layers in fp32 that train now"),
         ]
     elif training.device == "cuda":
         terms.append(Term(name="CUDA", bytes=CUDA_HOST_BYTES, formula="its libraries on the host: not measured"))

@@ -29,18 +29,35 @@ def matrices(spec: ModelSpec) -> int:
     return sum(linear.in_features * linear.out_features for linear in spec.linears)
 
 
+def learns_in_turn(training: Training) -> bool:
+    """Whether layers come and go that train as dense ones: what they learnt are pages of files of their own then."""
+    return training.stream_layers and training.densely and training.lisa_interval > 0
+
+
+def kept_itemsize(training: Training) -> float:
+    """Bytes of a matrix's weight as the plan keeps it; of 4 bits what stays in the file."""
+    return NF4_CODES if training.base_precision == "nf4" else KEPT_BYTES[training.base_precision]
+
+
 def layer_file_bytes(spec: ModelSpec, training: Training) -> int:
-    """Bytes of one layer that are read from the file each time it computes."""
-    itemsize = NF4_CODES if training.base_precision == "nf4" else STORED_BYTES.get(spec.dtype, 4)
-    return int(itemsize * matrices(spec))
+    """Bytes of one layer that are read from the file each time it computes, whether or not it has had a turn."""
+    own = kept_itemsize(training)
+    itemsize = own if training.base_precision == "nf4" else STORED_BYTES.get(spec.dtype, 4)
+    return int(max(itemsize, own if learns_in_turn(training) else 0) * matrices(spec))
+
+
+def learnt_pages_bytes(spec: ModelSpec, training: Training, layers: int) -> int:
+    """Bytes of the files that have layers after their turn as the base has its own; what fp32 ones learnt is that."""
+    if not learns_in_turn(training) or training.base_precision == "fp32":
+        return 0
+    return int(kept_itemsize(training) * matrices(spec)) * layers
 
 
 def layer_away_bytes(spec: ModelSpec, training: Training) -> int:
     """What of one layer, held as the plan says, is not in memory."""
     if not training.stream_layers:
         return 0
-    itemsize = NF4_CODES if training.base_precision == "nf4" else KEPT_BYTES[training.base_precision]
-    return int(itemsize * matrices(spec))
+    return int(kept_itemsize(training) * matrices(spec))
 
 
 def table_streams(spec: ModelSpec, training: Training) -> bool:

@@ -181,7 +181,7 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 COUNTED = attrgetter(
     "compute_dtype", "base_precision", "tuner", "init", "adapter_at", "rank", "target_modules", "layers",
     "trained_layers", "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length",
-    "checkpointing", "quantize_aware", "cached_layers", "stream_layers", "processes",
+    "checkpointing", "quantize_aware", "cached_layers", "stream_layers", "processes", "lisa_interval",
 )  # fmt: skip
 
 
@@ -227,5 +227,6 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     if training.device == "cuda":
         put = splits * launches(spec, training, work, kept_layers)
         put += optimizer_launches(sum(train_step.trained_tensors(spec, training).values()))
-    read = layer_file_bytes(spec, training) * (layers + again) * splits if training.stream_layers else 0.0
+    away = layers + again - (1 + training.checkpointing) * trained * full  # dense ones that train are in memory
+    read = layer_file_bytes(spec, training) * away * splits if training.stream_layers else 0.0
     return Counted(operations, moved + read, put, read, added_up(spec, training))

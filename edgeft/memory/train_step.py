@@ -101,6 +101,11 @@ def dense_bytes(spec: ModelSpec, training: Training) -> int:
     return int(each * len(training.trained_layers))
 
 
+def worst_dense_bytes(spec: ModelSpec, training: Training) -> int:
+    """`dense_bytes` of the layers that train at a time, at most."""
+    return max(dense_bytes(spec, one) for one in worst_sets(spec, training))
+
+
 def trained_parameters(spec: ModelSpec, training: Training) -> int:
     """Parameters that get a gradient: r * (in + out) per target and layer, or whole layers, or everything."""
     if training.adapts:

@@ -59,7 +59,7 @@ from edgeft.planning.processes import budget_of_one, check_processes, process_no
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.rows_read import DEFAULT_LENGTH, DEFAULT_ROWS, assumed_rows, read_data, read_lengths
 from edgeft.planning.stage_checks import Stages, plan_stages
-from edgeft.planning.streaming import streaming_notes
+from edgeft.planning.streaming import goes_on, streaming_notes
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 from edgeft.units import show_bytes
@@ -191,7 +191,7 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
     asked = _ask(job, plan.importance, plan.spec, plan.profile)
     taken = {name: getattr(plan.training, name) for name in MEMORY_ALONE}
     for ways in (asked.looked_at, _streamed(asked.question, asked)):
-        same = [way for way in ways if way.model_copy(update=taken) == plan.training]
+        same = [way for way in ways if way.model_copy(update=taken) == plan.training and goes_on(plan.training, way)]
         training, _ = choose(asked.question, same)
         if training is not None:
             break

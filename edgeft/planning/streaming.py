@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from edgeft.errors import BadInput
+from edgeft.memory.disk import turns_in_files
 from edgeft.memory.streamed import away_bytes, layer_file_bytes, window_bytes
 from edgeft.memory.timing import READ_BYTES_PER_SECOND
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
+from edgeft.planning.early_stopping import cannot_keep
 from edgeft.settings.job import Job, Training
 from edgeft.units import show_bytes
 
@@ -26,10 +28,9 @@ def obstacle(spec: ModelSpec, training: Training) -> tuple[str, str]:
     if spec.stacked:
         return f"{spec.stacked[0]} and its like are put together from several tensors of the files", ""
     if not training.adapts and training.layers == "all":
-        return "all weights train, none is only read", "use tuner=lora, or layers=sparse"
-    if not training.adapts and training.layers == "lisa":
-        hint = "use tuner=lora, whose layers take turns too, or layers=sparse"
-        return "layers that have had their turn are not what the files hold", hint
+        return "all weights train, none is only read", "use tuner=lora, layers=sparse or layers=lisa"
+    if (reason := cannot_keep(training.model_copy(update={"stream_layers": True}))) is not None:
+        return reason.problem, "use tuner=lora, or leave patience or stream_layers out"
     if training.quantize_aware is not None:
         return "rounded weights are copies in memory", "drop quantize_aware"
     return "", ""
@@ -45,6 +46,14 @@ def executions(job: Job, spec: ModelSpec, training: Training, ways: list[dict[st
         {**way, "stream_layers": True} for way in ways
         if way["checkpointing"] and not way["kept_layers"] and way["malloc"] == "tight"
     ]  # fmt: skip
+
+
+def goes_on(before: Training, after: Training) -> bool:
+    """Whether a run that trains the same can go on from the other's checkpoints.
+
+    Layers that wait for their turn are in those, or in files beside them.
+    """
+    return before.layers != "lisa" or turns_in_files(before) == turns_in_files(after)
 
 
 def check_streaming(job: Job, spec: ModelSpec, training: Training) -> None:

@@ -23,13 +23,16 @@ from edgeft.engine import loop
 from edgeft.engine.fp32_layers import make_dense
 from edgeft.engine.nf4_base import compute_in
 from edgeft.engine.nf4_codes import empty_nf4
+from edgeft.engine.streaming import cast_on_use
+from edgeft.memory.streamed import casts, table_streams
 from edgeft.memory.train_step import PAGED_ELEMENTS
 from edgeft.models import evaluate
 from edgeft.models.checkpoint import DTYPES
-from edgeft.models.parts import Parts, cap_scores, find_parts, repeat_groups
+from edgeft.models.parts import Parts, cap_scores, find_parts, is_linear, repeat_groups
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import Training
+from edgeft.settings.tuners import is_adapter
 
 CUDA_OPTIMIZER = loop.make_optimizer  # the true one, also while it is replaced
 
@@ -81,6 +84,23 @@ def make_fake(model: nn.Module) -> None:
                     new = torch.empty(old.shape, dtype=old.dtype)
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 tensors[name] = made[id(old)]
+
+
+def leave_in_files(model: nn.Module, parts: Parts, spec: ModelSpec, training: Training) -> list[nn.Parameter]:
+    """The weights of a fake model that are pages of files, whose bytes are no tensors'; cast where the plan casts."""
+    away: list[nn.Parameter] = []
+    dense = set(training.trained_layers) if training.densely else set()
+    stored: torch.dtype = getattr(torch, spec.dtype, torch.float32)
+    for number, layer in enumerate(parts.layers) if training.stream_layers else ():
+        for name, module in layer.named_modules() if number not in dense else ():
+            if not is_linear(module) or is_adapter(f"{name}.weight"):
+                continue
+            if casts(spec, training):
+                kept: Any = module.weight
+                cast_on_use(module, torch.empty(kept.shape, dtype=stored), kept.dtype)
+            away.append(cast(nn.Parameter, module.weight))
+    table = cast(nn.Parameter, parts.embedding.weight)
+    return [*away, table] if table_streams(spec, training) else away
 
 
 def _packed(linear: Any) -> nn.Parameter:

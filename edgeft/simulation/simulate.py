@@ -30,7 +30,7 @@ from edgeft.models.parts import Parts
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 from edgeft.settings.tuners import is_adapter
-from edgeft.simulation.fake import as_planned, build_meta, make_fake, quantisation_states
+from edgeft.simulation.fake import as_planned, build_meta, leave_in_files, make_fake, quantisation_states
 from edgeft.simulation.trace import Trace
 
 CPU = torch.device("cpu")
@@ -65,6 +65,7 @@ def _run(config: Any, spec: ModelSpec, training: Training, work: Workload) -> _S
     fake = FakeTensorMode()
     with fake:
         make_fake(model)
+        trace.overlook(leave_in_files(model, parts, spec, training))
     parameters = dict(model.named_parameters())
     chosen = [(name, parameters[name]) for name in names]
     adapters = {id(p) for name, p in parameters.items() if is_adapter(name)}

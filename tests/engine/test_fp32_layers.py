@@ -34,6 +34,7 @@ ROWS = [
     {"prompt": f"Package: lib{i}\nSection:", "completion": f" {('libs', 'doc', 'python')[i % 3]}"} for i in range(36)
 ]
 LISA = {"tuner": "full", "layers": "lisa", "active_layers": 1, "lisa_interval": 3}
+STREAMED = {"stream_layers": True, "checkpointing": True}
 MODES: dict[str, dict[str, Any]] = {
     "lisa": LISA,
     "lisa, parked": {**LISA, "lisa_state": "park", "lisa_schedule": "uniform"},
@@ -41,6 +42,8 @@ MODES: dict[str, dict[str, Any]] = {
     "lisa, recomputed": {**LISA, "checkpointing": True},
     "lisa on nf4": {**LISA, "base_precision": "nf4"},
     "lisa on nf4, parked": {**LISA, "base_precision": "nf4", "lisa_state": "park", "active_layers": 2},
+    "lisa, streamed": {**LISA, **STREAMED, "lisa_state": "park", "lisa_schedule": "uniform"},
+    "lisa on nf4, streamed": {**LISA, **STREAMED, "base_precision": "nf4"},
     "rotating adapters": {"tuner": "lora", "rank": 4, "layers": "lisa", "active_layers": 1, "lisa_interval": 3},
     "sparse": {"tuner": "full", "layers": "sparse", "active_layers": 2, "layer_score": "random"},
     "sparse on nf4": {"tuner": "full", "layers": "sparse", "trained_layers": "1,3", "base_precision": "nf4"},
@@ -105,7 +108,8 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 WRITES = (
     "torch.save", "safetensors.torch.save_file", "edgeft.engine.loop.write_tensors", "edgeft.engine.lisa.link",
-    "edgeft.engine.fp32_layers.link", "pathlib.Path.replace", "pathlib.Path.write_text", "shutil.rmtree",
+    "edgeft.engine.fp32_layers.link", "edgeft.engine.fp32_layers.write_tensors", "pathlib.Path.replace",
+    "pathlib.Path.write_text", "pathlib.Path.unlink", "shutil.rmtree",
 )  # fmt: skip
 
 
@@ -138,18 +142,19 @@ def on_disk(folder: Path) -> int:
 ROTATING = {**LISA, "base_precision": "nf4", "max_steps": 20, "checkpoint_steps": 5, "lisa_interval": 2}
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 def test_a_layers_file_is_on_disk_once_and_once_more_while_a_checkpoint_holds_an_older_one(
-    planned: Any, tmp_path: Path
+    streamed: bool, planned: Any, tmp_path: Path
 ) -> None:
     """Ten turns of four layers: the third round begins. Checkpoints and the result share files."""
-    path = planned(**ROTATING)
+    path = planned(**ROTATING, **(STREAMED if streamed else {}))
     made, seen = Plan.read(path), list[int]()
     disks = disk.train_disk(made.spec, made.training)
     with before_each_write(lambda: seen.append(on_disk(tmp_path))):
         run(path, tmp_path / "train")
     beside = on_disk(tmp_path) - on_disk(tmp_path / "train")
     sizes = {term.name: term.bytes for term in disks.terms}
-    assert sizes.keys() == {"checkpoints", "result", "replaced"}
+    assert sizes.keys() == {"checkpoints", "result", "replaced", *(["pages"] if streamed else [])}
     small = 2 * disk.CHECKPOINTS_KEPT * disk.TENSOR_BYTES * len(made.spec.linears) * made.spec.num_hidden_layers
     assert 0.98 * disks.peak_bytes - small <= max(seen) - beside <= disks.peak_bytes + small
     pieces = sorted((tmp_path / "train").glob("changed-*"))
@@ -159,10 +164,20 @@ def test_a_layers_file_is_on_disk_once_and_once_more_while_a_checkpoint_holds_an
     assert disk.train_disk(few.spec, few.training).kept_bytes == disks.kept_bytes // 2  # two of four layers visited
 
 
-def test_killed_before_any_write_it_ends_bit_for_bit_the_same(planned: Any, tmp_path: Path) -> None:
-    """By SIGKILL, again and again, each process twelve writes later than the one before: nothing is cleaned up."""
-    path, out = planned(**ROTATING), tmp_path / "killed"
-    whole = run(path, tmp_path / "whole")
+@pytest.mark.parametrize("precision", ["nf4", "nf4 in its files", "fp32 in its files"])
+def test_killed_before_any_write_it_ends_bit_for_bit_the_same(precision: str, planned: Any, tmp_path: Path) -> None:
+    """By SIGKILL, again and again, each process twelve writes later than the one before: nothing is cleaned up.
+
+    Of a base in its files the whole run is the resident one.
+    """
+    base, streams = precision.split()[0], "files" in precision
+    resident = {
+        **ROTATING,
+        "base_precision": base,
+        **({"stream_layers": False, "checkpointing": True} if streams else {}),
+    }
+    whole = run(planned(**resident), tmp_path / "whole")
+    path, out = planned(**{**resident, **(STREAMED if streams else {})}), tmp_path / "killed"
     ends = list[int]()
     for allowed in itertools.count(2, 12):
         if (child := os.fork()) == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import plan_of, save_model
+from tiny import plan_of, save_model, smaps_bytes
 
 from edgeft.data.samples import Sample
 from edgeft.engine.loop import Run, make_run
@@ -171,17 +171,6 @@ def test_a_buffer_that_is_filled_anew_is_seen_in_gradients_alone(tmp_path: Path)
     assert wrong and not any(".layers.3." in name for name in wrong) and len(wrong) > len(before) / 2
 
 
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that are this process's memory now."""
-    found, here = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if line.split(" ", 1)[0].count("-") == 1:
-            here = line.endswith(str(path))
-        elif here and line.startswith("Rss:"):
-            found += 1024 * int(line.split()[1])
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="no smaps")
 def test_two_layers_are_there_at_a_time(tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
@@ -194,7 +183,7 @@ def test_two_layers_are_there_at_a_time(tmp_path: Path) -> None:
     def watched(number: int) -> None:
         enter(number)
         window.reading and window.reading.result()
-        seen.append(resident(file))
+        seen.append(smaps_bytes(file))
 
     window.enter = watched
     run.train_step(SAMPLES)
@@ -203,7 +192,7 @@ def test_two_layers_are_there_at_a_time(tmp_path: Path) -> None:
     layer = layer_file_bytes(spec, made)
     assert min(seen) > 0.95 * layer and max(seen) > 1.9 * layer and 6 * layer > 0.9 * file.stat().st_size
     window.leave()
-    assert resident(file) <= 12 * 2**16
+    assert smaps_bytes(file) <= 12 * 2**16
 
 
 def test_layers_that_files_have_otherwise_are_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan, smaller_plan
 from edgeft.reporting.matrix import method
 from edgeft.settings.job import make_job
-from edgeft.units import GIB
+from edgeft.units import GIB, show_bytes
 
 LLAMA = str(CONFIGS / "llama-3.1-8b")
 SMALL = str(CONFIGS / "tinyllama-1.1b")
@@ -102,7 +102,9 @@ def test_reading_binds_where_little_is_computed() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tuner": "full", "layers": "all", "base_precision": "fp32"}, "all weights train, none is only read"),
-    ({"tuner": "full", "layers": "lisa", "active_layers": 2}, "layers that have had their turn are not what the files"),
+    ({"tuner": "full", "layers": "lisa", "patience": 2}, "layers that train in turn at full rank lie in files"),
+    ({"tuner": "full", "layers": "lisa", "quantize_aware": True}, "rounded weights are copies in memory"),
+    ({"tuner": "full", "layers": "lisa", "processes": 2}, "several processes would read the same files"),
     ({"checkpointing": False}, "each is read once more when it is recomputed"),
     ({"kept_layers": 2}, "each is read once more when it is recomputed"),
     ({"malloc": "fast"}, "malloc=fast counts what is resident"),
@@ -114,6 +116,61 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_stream_is_refused_with_its_reason(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadInput, match=f"stream_layers: no layers can stay in their files: {reason}"):
         plan(SMALL, stream_layers=True, **settings)
+
+
+LISA: dict[str, Any] = {"tuner": "full", "layers": "lisa", "active_layers": 2, "lisa_interval": 5, "max_steps": 100}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
+def test_layers_in_turn_are_counted_where_they_lie(precision: str) -> None:
+    """Those that train in memory in fp32, the others in files of the base or, after a turn, of their own."""
+    profile = LAPTOP.model_copy(update={"memory_gib": 15.6, "matmul_tflops": {"fp32": 0.5, "bf16": 0.5}})
+    how = {"model": SMALL, "profile": "laptop-16gb", "max_length": 512, "base_precision": precision, **LISA}
+    made = make_plan(make_job(**how, stream_layers=True), profile=profile)
+    training, spec = made.training, made.spec
+    matrices = sum(linear.in_features * linear.out_features for linear in spec.linears)
+    page = {"fp32": 4, "bf16": 2, "nf4": 0.5}[precision]  # what was learnt in fp32 lies there in 4 bytes, not in 2
+    scales = 0.0  # of 4 bits they stay in memory, but for a layer that is dense
+    if precision == "nf4":
+        scales = (train_step.NF4_BYTES - 0.5) * matrices + train_step.NF4_PER_LINEAR * len(spec.linears)
+    assert terms(made, "train")["dense layers"] == int(2 * (4 * matrices - scales))
+    assert streamed.layer_file_bytes(spec, training) == int(page * matrices)
+    rows = min(2 * spec.embedding_parameters, 2**16 * training.micro_batch_size * 512)
+    assert (
+        terms(made, "train")["streamed layers"]
+        == terms(made, "evaluate")["streamed layers"]
+        == (2 * int(page * matrices) + rows)
+    )
+    [note] = [note for note in made.notes if note.startswith("layers stay in their files")]
+    each = show_bytes(int(page * matrices))
+    assert f"two of 22 are there at a time, {each} each" in note
+    # layers that train are read at their turn alone: of 22 forwards and, from the lowest that trains on, again
+    read = count(spec, training, made.work, 0).read
+    crossed = 22 - 20 / 3
+    splits = read / (page * matrices) / (22 + crossed - 4)
+    assert splits == pytest.approx(round(splits)) and splits >= 1
+    [train] = [each for each in made.stages.disk if each.stage == "train"]
+    files = {term.name: term.bytes for term in train.terms}
+    assert files["result"] == 4 * 22 * (matrices + (2 * spec.hidden_size))
+    assert files.get("pages", 0) == (0 if precision == "fp32" else 22 * int(page * matrices))
+    [export] = [each for each in made.stages.disk if each.stage == "export"]
+    again = {term.name: term.bytes for term in export.terms}
+    assert again.get("pages", 0) == files.get("pages", 0)
+    assert sum(term.bytes for term in export.terms) == export.peak_bytes
+    resident = make_plan(make_job(**how, stream_layers=False, checkpointing=True), profile=profile)
+    assert made.peak_bytes < 0.8 * resident.peak_bytes
+    assert {"pages"}.isdisjoint(term.name for each in resident.stages.disk for term in each.terms)
+
+
+def test_a_step_down_never_goes_on_from_checkpoints_of_another_kind() -> None:
+    """Layers that wait for their turn are in them, or in files beside: of an fp32 base by whether layers stream."""
+    settings = {"model": SMALL, "profile": "laptop-16gb", "max_length": 512, **LISA}
+    made = make_plan(make_job(**settings, base_precision="fp32", stream_layers=False))
+    with pytest.raises(DoesNotFit, match="no way of training the same needs at most"):
+        smaller_plan(made, 3 * GIB)
+    both = make_plan(make_job(**settings, base_precision="nf4", stream_layers=False))
+    least = make_plan(make_job(**settings, base_precision="nf4", stream_layers=True, micro_batch_size=1)).peak_bytes
+    assert smaller_plan(both, least + 2**20).training.stream_layers
 
 
 def test_gpus_and_experts_are_refused() -> None:
