@@ -54,13 +54,21 @@ def test_scores_losses_and_adapters_are_those_of_the_resident_run(planned: Any, 
     assert json.loads((tmp_path / "streamed" / "train" / "train.json").read_text())["plan"]["training"]["stream_layers"]
 
 
-@pytest.mark.parametrize("way", ["dora", "sparse"])
+LISA = {"tuner": "full", "layers": "lisa", "active_layers": 1, "lisa_interval": 2}
+LOADED: dict[str, dict[str, Any]] = {
+    "dora": {"tuner": "dora"}, "sparse": {"tuner": "full", "layers": "sparse", "active_layers": 1}, "lisa": LISA,
+    "lisa-nf4": {**LISA, "base_precision": "nf4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", LOADED)
 def test_what_was_trained_is_loaded_again_as_it_was_scored(way: str, planned: Any, tmp_path: Path) -> None:
     """By the proof of an export, which reads layers as training did: lengths of rows, layers that train densely."""
-    tuner = {"tuner": "dora"} if way == "dora" else {"tuner": "full", "layers": "sparse", "active_layers": 1}
-    result = run(planned(way, stream_layers=True, **tuner), tmp_path / way / "train")
+    result = run(planned(way, stream_layers=True, **LOADED[way]), tmp_path / way / "train")
     model, compute = load_as_trained(tmp_path / way / "train", result)
-    assert hasattr(model, "edgeft_window")
+    resting = [any(span.used for span in spans) for spans in model.edgeft_window.spans]
+    dense = 1 if result.plan.training.densely else 0  # layers that trained before are pages of their files again
+    assert resting.count(False) == dense and not list((tmp_path / way).glob("edgeft-*"))
     rows = Data.read(result.plan).valid[: result.plan.training.eval_rows]
     form = observe_model("trained", model, rows, compute=compute, group_tokens=result.plan.training.group_tokens)
     assert form.loss == pytest.approx(result.valid.loss, abs=1e-5) != pytest.approx(result.base_valid.loss, abs=1e-3)
