@@ -23,6 +23,7 @@ MOST_SHARE = 0.5  # of the rows: what is asked for once is no label but a text
 OFFERED, ROWS_EACH = 200, 5  # labels are offered where there are at most so many, each asked for by so many rows
 HINT = "leave answers=labels out (--set answers=free): the device then writes what the model says"
 NO_LABEL = -1
+FEWEST_TO_CALIBRATE = 20  # validation rows: fewer say nothing of a temperature of probabilities
 MOST_SHOWN = 40  # characters of a label in a line of a plan
 
 

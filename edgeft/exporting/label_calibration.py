@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from edgeft.data.labels import NO_LABEL, Label
+from edgeft.data.labels import FEWEST_TO_CALIBRATE, NO_LABEL, Label
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.engine.label_scores import label_numbers
@@ -24,7 +24,6 @@ from edgeft.models.intervals import paired_losses
 from edgeft.models.metrics import Difference
 from edgeft.progress import Progress
 
-FEWEST_ROWS = 20  # fewer say nothing of a temperature
 SHARPEST, FLATTEST = 0.2, 5.0  # temperatures
 BINS = 10
 PARTS = (0.25, 0.5, 0.75, 1.0)
@@ -81,7 +80,7 @@ def certainty(row: Judged, temperature: float) -> float:
 def fit_temperature(rows: Sequence[Judged]) -> float:
     """The temperature of the least log loss, of the rows that ask for a label; 1.0 where those are too few."""
     known = [row for row in rows if row.right != NO_LABEL]
-    if len(known) < FEWEST_ROWS:
+    if len(known) < FEWEST_TO_CALIBRATE:
         return 1.0
 
     def loss(sharpness: float) -> float:
@@ -121,7 +120,7 @@ def calibrate(valid: Sequence[Judged], test: Sequence[Judged]) -> tuple[float, C
         first, second = halves(valid)
         splits = [(first, second), (second, first)]
         compared = f"{len(valid)} validation rows, each half by what was fitted on the other"
-    if min(len(side) for split in splits for side in split) < FEWEST_ROWS:
+    if min(len(side) for split in splits for side in split) < FEWEST_TO_CALIBRATE:
         return temperature, None
     taken = [(split, best_temperature(split[0])) for split in splits]
     rows = [(row, fitted) for (_, others), fitted in taken for row in others]
@@ -170,7 +169,7 @@ def choose_threshold(rows: Sequence[Judged], temperature: float) -> float:
     right = numpy.array([row.is_right for row in rows])
     for percent in range(100):
         above = certain >= percent / 100
-        if above.sum() < FEWEST_ROWS / 2:
+        if above.sum() < FEWEST_TO_CALIBRATE / 2:
             break
         if min(right[above].mean(), certain[above].mean()) >= WANTED_RIGHT:
             return percent / 100

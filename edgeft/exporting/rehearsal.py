@@ -235,7 +235,7 @@ def peak_bytes(plan: Plan, spec: ModelSpec, training: Training, target: Target) 
 
     question = Question(plan.job, plan.profile, spec, plan.lengths, plan.work, DATA_BYTES, plan.budget_bytes)
     phases = (stages.build(question, target), proof.prove(question, training, target, None))
-    return max(phase.high_bytes - stages.file_bytes(phase) for phase in phases)
+    return max(stages.needed_bytes(phase) for phase in phases)
 
 
 def too_large(

@@ -19,6 +19,7 @@ from edgeft.memory.stages import (
     Planned,
     file_bytes,
     file_term,
+    needed_bytes,
     process_term,
     processes,
     stage,
@@ -68,7 +69,7 @@ def streams(planned: Planned, training: Training, have_bytes: int | None) -> boo
     if have_bytes is None:
         return False
     whole = [_phase(planned, terms) for terms in _models(planned, training, streamed=False)]
-    return max(moment.high_bytes - file_bytes(moment) for moment in whole) > have_bytes
+    return max(needed_bytes(moment) for moment in whole) > have_bytes
 
 
 def _phase(planned: Planned, terms: list[Term]) -> Phase:

@@ -88,9 +88,23 @@ class Processes:
     training_bytes: int
 
 
-def file_bytes(phase: Phase) -> int:
+class Estimated(Protocol):
+    """A phase, or what a report says of one."""
+
+    @property
+    def terms(self) -> tuple[Term, ...]: ...
+    @property
+    def high_bytes(self) -> int: ...
+
+
+def file_bytes(phase: Estimated) -> int:
     """Bytes of a phase that are pages of files: resident, but the system takes them back when it needs them."""
     return _pages(phase.terms)
+
+
+def needed_bytes(phase: Estimated) -> int:
+    """What a phase may need of a limit: its high estimate without such pages."""
+    return phase.high_bytes - file_bytes(phase)
 
 
 def _pages(terms: Iterable[Term]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
+from edgeft.data.labels import FEWEST_TO_CALIBRATE
 from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Size
 from edgeft.errors import BadInput
@@ -74,13 +75,19 @@ def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
 
 def few_rows(job: Job, scored: Scored) -> list[str]:
     """A line where so few rows are scored that their scores say little, and what to do about it."""
-    most = max(map(len, scored))
-    if most >= FEW:
-        return []
+    most, valid, lines = max(map(len, scored)), len(scored[0]), list[str]()
     where = "of the data are held out" if job.valid is None else "are there to validate"
-    return [
-        f"{most} rows {where}: their scores tell only large differences from chance; --valid FILE with {FEW} or more"
-    ]
+    if most < FEW:
+        lines.append(
+            f"{most} rows {where}: their scores tell only large differences from chance; --valid FILE with {FEW} or "
+            "more"
+        )
+    if job.answers == "labels" and valid < FEWEST_TO_CALIBRATE:
+        lines.append(
+            f"{valid} rows {where}: too few to calibrate the labels' probabilities; --valid FILE with "
+            f"{FEWEST_TO_CALIBRATE} or more"
+        )
+    return lines
 
 
 def check_vocabulary(lengths: Lengths, spec: ModelSpec) -> None:

@@ -17,10 +17,10 @@ from edgeft.memory.proof import prove, streams
 from edgeft.memory.stages import (
     build,
     calibrate_phases,
-    file_bytes,
     host_load,
     host_train,
     merge,
+    needed_bytes,
     processes,
     quantise,
     resume,
@@ -71,16 +71,21 @@ class Stages(Strict):
             f"{name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes or 0)}: run it elsewhere"
             for name, need in self.too_large().items()
         ]
-        bundle = self.phases[-1]
-        if self.target_bytes is not None and bundle.high_bytes > self.target_bytes:
-            need, has = show_bytes(bundle.high_bytes), show_bytes(self.target_bytes)
-            line = f"{show_bytes(bundle.expected_bytes)} are expected: a smaller target or context is safer"
-            lines.append(f"the bundle may need {need} of {self.target_name}'s {has}, {line}")
+        if tight := self.tight_on_device():
+            expected = show_bytes(self.phases[-1].expected_bytes)
+            lines.append(f"the bundle may need {tight}, {expected} are expected: a smaller target or context is safer")
         return lines
+
+    def tight_on_device(self) -> str:
+        """`1.85 GiB of NAME's 1.82 GiB` where the bundle's high estimate is more than its device has; else nothing."""
+        high = self.phases[-1].high_bytes
+        if self.target_bytes is None or high <= self.target_bytes:
+            return ""
+        return f"{show_bytes(high)} of {self.target_name}'s {show_bytes(self.target_bytes)}"
 
     def too_large(self) -> dict[str, int]:
         """Bytes that may be needed by each stage for which the host has less; nothing where that is not known."""
-        needs = {phase.name: phase.high_bytes - file_bytes(phase) for phase in self.phases if phase.where == "host"}
+        needs = {phase.name: needed_bytes(phase) for phase in self.phases if phase.where == "host"}
         return {name: need for name, need in needs.items() if self.host_bytes is not None and need > self.host_bytes}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgeft.data.grammar import held_name
+from edgeft.data.labels import FEWEST_TO_CALIBRATE
 from edgeft.exporting.answers import Answers, Calibration, HeldToGrammar
 from edgeft.reporting.words import difference_text, percent
 
@@ -38,7 +39,8 @@ def answers_lines(answers: Answers | HeldToGrammar) -> list[str]:
     lines = [f"answers are one of {answers.labels:,} labels; exact match counts the most probable one"]
     made = answers.calibration
     if made is None:
-        return [*lines, "their probabilities are not calibrated: too few validation rows"]
+        few = f"{FEWEST_TO_CALIBRATE} validation rows are needed (--valid FILE)"
+        return [*lines, f"their probabilities are not calibrated: {few}"]
     change = f", {difference_text(made.change, unit='nats')}" if made.change else ""
     loss = f"log loss {made.log_loss_plain:.4f} without it, {made.log_loss:.4f} with it{change}"
     lines.append(

@@ -14,6 +14,7 @@ from edgeft.exporting.bundle import Bundle, Measurement
 from edgeft.machines.profile import Profile
 from edgeft.memory.disk import Disk
 from edgeft.memory.simulated import Moment
+from edgeft.memory.stages import file_bytes, needed_bytes
 from edgeft.memory.train_step import Phase, Term
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.metrics import Metrics, Pair, Proof, Repair, pair
@@ -56,12 +57,12 @@ class Stage(Strict):
     @property
     def file_bytes(self) -> int:
         """Of these bytes those of files, which the system takes back when it needs them."""
-        return sum(term.bytes for term in self.terms if term.name == "weight file")
+        return file_bytes(self)
 
     @property
     def over(self) -> bool:
         """Whether the high estimate, pages of files left out, is more than the limit."""
-        return self.limit_bytes is not None and self.high_bytes - self.file_bytes > self.limit_bytes
+        return self.limit_bytes is not None and needed_bytes(self) > self.limit_bytes
 
     @property
     def title(self) -> str:

@@ -99,7 +99,8 @@ def verdict(plan: Plan) -> str:
     if plan.stages.cannot_build:
         return f"fits, but {plan.stages.target.name} cannot be built: {plan.stages.cannot_build}"
     if not elsewhere:
-        return "fits"
+        tight = plan.stages.tight_on_device()
+        return f"fits, tightly on the device: {tight} at most" if tight else "fits"
     stages = list(dict.fromkeys(name.partition(":")[0] for name in elsewhere))
     most, host = max(elsewhere.values()), plan.stages.host_bytes or 0
     return f"fits, but {' and '.join(stages)} elsewhere: {show_bytes(most)} of main memory, here {show_bytes(host)}"

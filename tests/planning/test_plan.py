@@ -21,7 +21,7 @@ from edgeft.planning.plan import Plan, make_plan, request_digest
 from edgeft.reporting.words import step_time, verdict
 from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import make_job
-from edgeft.units import GIB
+from edgeft.units import GIB, show_bytes
 
 PINNED = ("tuner", "rank", "base_precision", "micro_batch_size", "loss_chunk_tokens", "optimizer")
 LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
@@ -134,6 +134,9 @@ def test_a_bundle_that_may_need_more_than_its_device_is_said() -> None:
     assert bundle.expected_bytes <= made.stages.target_bytes < bundle.high_bytes
     (said,) = [note for note in made.notes if note.startswith("the bundle may need")]
     assert "of raspberrypi5-8gb's 6.80 GiB" in said and said in made.stages.notes()
+    here = made.model_copy(update={"stages": made.stages.model_copy(update={"host_bytes": None})})
+    tight = f"{show_bytes(bundle.high_bytes)} of raspberrypi5-8gb's 6.80 GiB at most"
+    assert verdict(here) == f"fits, tightly on the device: {tight}"
     assert not [
         n for n in plan(model=QWEN_SMALL, device="raspberrypi5-8gb").notes if n.startswith("the bundle may need")
     ]
@@ -146,6 +149,11 @@ def test_few_scored_rows_are_said_before_they_are_scored() -> None:
     assert any(note.startswith("12 rows are there to validate: ") for note in plan(valid=f"{rows}#12", **tiny).notes)
     for enough in ({"valid": rows}, {"test": rows}):
         assert not [note for note in plan(**tiny, **enough).notes if "only large differences" in note]
+    few = plan(test=rows, answers="labels", **{**tiny, "data": f"{rows}#300"}).notes
+    said = (
+        "15 rows of the data are held out: too few to calibrate the labels' probabilities; --valid FILE with 20 or more"
+    )
+    assert said in few and said not in plan(answers="labels", **tiny).notes
 
 
 def test_savings_are_what_the_peak_would_be_without_each_choice() -> None:
