@@ -33,7 +33,7 @@ WORDS = {
     "prefix": "keeping outputs of frozen layers",
     "promotion": "choosing tensors for 8 bits",
     "quantise": "rounding the base to 4 bits",
-    "rehearse": "rehearsing the way to the bundle with a few layers",
+    "rehearse": "rehearsing the way to the bundle",
     "repair": "repairing",
     "repair: merged": "scoring the merged model",
     "resume": "going on",

@@ -139,8 +139,7 @@ def train(
             if smaller:
                 _step_down(made, folder, digest, say)
             if rehearsal:
-                progress("rehearse", 0, 1, {})
-                rehearsed = _rehearse(made, folder, digest, (target, runs_on), say)
+                rehearsed = _rehearse(made, folder, digest, (target, runs_on), progress, say)
         with tracking(track if ranks.first else (), made, folder, say) as tracker:
             ranks.wait()
             result = carry_out(
@@ -172,7 +171,7 @@ def _step_down(made: plans.Plan, folder: Path, digest: str, say: Say) -> None:
 
 
 def _rehearse(
-    made: plans.Plan, folder: Path, digest: str, asked: tuple[str | None, str | None], say: Say
+    made: plans.Plan, folder: Path, digest: str, asked: tuple[str | None, str | None], progress: Progress, say: Say
 ) -> trainings.Rehearsal:
     """Let two layers go the whole way to the bundle, of a target and for a device, the plan's where none is asked."""
     from edgeft.exporting.rehearsal import rehearse
@@ -189,6 +188,7 @@ def _rehearse(
     cached = choose_cache(first, made.spec, made.job.kv_bits, has)
     if device is not None:
         on_device(made.spec, made.training, cached, device.budget_bytes)
+    progress("rehearse", 0, 1, {})
     rehearsed = rehearse(made, cached, work_folder(folder), digest)
     say(rehearsal_line(rehearsed))
     return rehearsed

@@ -171,7 +171,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, problem: str, h
 def test_another_trainers_file_is_told_from_a_slip(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not valid TOML") as refused:
         read_job_file(written(tmp_path / "lora_sft.yaml", "lora_rank: 16"))
-    assert refused.value.hint.startswith("write TOML; docs/other-trainers.md has")
+    assert refused.value.hint.startswith("write TOML (edgeft init begins it); docs/other-trainers.md has")
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
