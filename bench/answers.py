@@ -69,6 +69,7 @@ class Way(NamedTuple):
         return f"{self.answers}, {self.kv_bits} bits"
 
 
+SERVED = Path(__file__).with_name("answer_rows.py")
 FIRST = Way("free", 32)  # what the others are compared with
 WAYS = (FIRST, Way("held", 32), Way("labels", 32), Way("free", 8), Way("free", 4))
 
@@ -259,34 +260,12 @@ def bench_guesses(folder: Path, target: str, work: Path, rows: int) -> dict[str,
 # Speed: by the clock, each form in a process of its own
 
 
-def serve(bundle: str, rows: str, guess: str) -> None:
-    """Answer prompts of a file of ids as a device does; prints what that took as JSON."""
-    sys.path.insert(0, str(ROOT / "export"))
-    import run as device
-
-    runner = device.Runner(Path(bundle))
-    runner.guess = guess == "1"
-    tokens, started = 0, 0.0
-    for number, (ids, most) in enumerate(json.loads(Path(rows).read_text())):
-        if number == 1:  # the first one warms up
-            tokens, started = 0, time.perf_counter()
-        if runner.labels is not None:
-            made = runner.labels.paths[runner.choose(ids).found[0][1]]
-        elif runner.grammar is not None:
-            made = runner.write(ids, most)
-        else:
-            made = list(runner.stream(ids, most))
-        tokens += len(ids) + len(made)
-    print(json.dumps({"seconds": time.perf_counter() - started, "tokens": tokens, "rows": number,
-                      "peak_bytes": device.peak_memory_bytes()}))  # fmt: skip
-
-
 def timed(forms: dict[str, tuple[Path, Path, bool]]) -> dict[str, dict[str, Any]]:
     """Rows and tokens a second and peak memory of each form (bundle, prompts, whether it guesses), in turns."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
     for _ in range(ROUNDS):
         for name, (bundle, rows, guess) in forms.items():
-            command = [sys.executable, __file__, "--serve", str(bundle), str(rows), "01"[guess]]
+            command = [sys.executable, str(SERVED), str(bundle), str(rows), "01"[guess]]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[name].append(json.loads(done.stdout))
     return {
@@ -338,11 +317,7 @@ def main() -> None:
     )
     parser.add_argument("--time", action="store_true", help="measure seconds and memory instead, on a quiet machine")
     parser.add_argument("--print", action="store_true", help="record nothing")
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.serve:
-        serve(*given.serve)
-        return
     torch.set_num_threads(1)
     work = ROOT / "build" / "answers" / (given.folder.resolve().name if given.folder else "smollm2")
     work.mkdir(parents=True, exist_ok=True)
