@@ -129,7 +129,7 @@ class ArtifactModel:
         """(the greedy answer of `follow`, how many tokens of the row it has gone along)."""
         prompt = list(ids[:prompt_tokens])
         if first < prompt_tokens - 1:  # an earlier answer is trained too
-            cache.read(prompt[:first])
+            cache.read(prompt[:first]) if first else cache.rewind(0)
             for rows in _each(cache, prompt[first:]):
                 take(rows)
             last = rows[-1]

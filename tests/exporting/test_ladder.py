@@ -84,6 +84,15 @@ def test_an_artifact_is_followed_as_it_is_decoded() -> None:
     assert seen.losses == pytest.approx(torch_form.losses, abs=1e-3) and seen.exact == ()
 
 
+def test_a_row_whose_earlier_answer_is_trained_is_followed_from_there() -> None:
+    model, ids = ArtifactModel(bundle("ort-fp32")), some_ids(20)
+    expected = model._runner.logits(ids)
+    for first in (0, 3, 12):  # also where the very first token is answered
+        parts = list[Any]()
+        model.follow(ids, first, 14, 8, [0], parts.append)
+        assert abs(np.concatenate(parts) - expected[first:-1]).max() < 1e-3
+
+
 def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt, other = ArtifactModel(bundle("ort-fp32")), some_ids(14), some_ids(30)[16:]
     right = model._runner.greedy(prompt, 4, [])
