@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -217,6 +218,14 @@ def staging(out: Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Where edgeft keeps what can be made again: $XDG_CACHE_HOME/edgeft or ~/.cache/edgeft."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeft"
+
+
+UNUSED_DAYS = 14  # after which what is kept makes room
+
+
+def unused(folder: Path, pattern: str) -> list[Path]:
+    """Files of a cache folder that nobody has touched for UNUSED_DAYS: what they stand for can be made again."""
+    return [path for path in folder.glob(pattern) if time.time() - path.stat().st_mtime > UNUSED_DAYS * 86_400]
 
 
 def shipped_folder(name: str) -> Path:

@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 
 from edgeft.data.samples import Sample
-from edgeft.documents import Artifact, cache_folder, saving, sha256_file, sha256_json, staging, versions
+from edgeft.documents import Artifact, cache_folder, saving, sha256_file, sha256_json, staging, unused, versions
 from edgeft.errors import BadInput
 from edgeft.models.evaluate import by_length
 from edgeft.models.identity import SHOWN, WEIGHTS, sha256_of, weights_sha256
 from edgeft.settings.job import Training
 
 FORM = 1  # of the file: another number where the same inputs would be kept otherwise
-UNUSED_DAYS = 14
 STATES, RECORD = "states.bin", "prefix.json"
 PACKAGES = ("edgeft", "torch", "transformers", "bitsandbytes")  # whose code computes the states
 AGAIN = "remove this folder and run the same command again: it is made anew"
@@ -149,11 +148,10 @@ def make(
 
 
 def forget_unused(folder: Path) -> None:
-    """Remove states that no run has started from for UNUSED_DAYS: they can be made again."""
-    for record in folder.glob(f"*/{RECORD}"):
-        if time.time() - record.stat().st_mtime > UNUSED_DAYS * 86_400:
-            shutil.rmtree(record.parent, ignore_errors=True)
-            folder.joinpath(f".{record.parent.name}.lock").unlink(missing_ok=True)
+    """Remove states that no run has started from for long."""
+    for record in unused(folder, f"*/{RECORD}"):
+        shutil.rmtree(record.parent, ignore_errors=True)
+        folder.joinpath(f".{record.parent.name}.lock").unlink(missing_ok=True)
 
 
 def reserve(file: int, size: int) -> None:

@@ -7,8 +7,7 @@ import random
 import torch
 
 from edgeft.exporting.form import Form
-from edgeft.memory.proof import keeps_original
-from edgeft.memory.stages import PARITY_PROMPTS
+from edgeft.memory.proof import scored_again
 from edgeft.models.metrics import Metrics, Rung
 from edgeft.settings.job import Training
 
@@ -21,14 +20,9 @@ ELSEWHERE_ROW_NATS = 0.2  # of any one row there
 
 
 def rows_again(training: Training, recorded: Metrics, rows: int) -> list[int]:
-    """Numbers of the rows that are scored again, of so many that training scored.
-
-    As many at random as have their positions compared, where training held unrounded weights: what is missing of those
-    moves every row. Beside rounded ones all: half a layer's change, most of it below a step of NF4, moved one row.
-    """
-    if rows <= PARITY_PROMPTS or len(recorded.row_losses) != rows or not keeps_original(training):
-        return list(range(rows))
-    return sorted(random.Random(0).sample(range(rows), PARITY_PROMPTS))
+    """Numbers of the rows that are scored again, of so many that training scored: at random, where not all are."""
+    some = scored_again(training, rows) if len(recorded.row_losses) == rows else rows
+    return sorted(random.Random(0).sample(range(rows), some))
 
 
 def trained_rung(form: Form, recorded: Metrics, compute: torch.dtype, where: str, of_rows: int | None = None) -> Rung:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from edgeft.data.scoring_groups import EVAL_TOKENS, Size, scoring
 from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
-from edgeft.memory.proof import BENCH_TOKENS, keeps_original
+from edgeft.memory.proof import BENCH_TOKENS, keeps_original, scored_again
 from edgeft.memory.stages import CALIBRATION_ROWS, CALIBRATION_TOKENS, PARITY_PROMPTS
 from edgeft.memory.timing import forward_seconds
 from edgeft.models.spec import ModelSpec
@@ -72,7 +72,7 @@ def export_seconds(
         add("calibrate", codes + 2 * forward_seconds(profile, spec, plain, spec.num_hidden_layers, rows, 0),
             f"{CALIBRATION_ROWS} rows, layer by layer")  # fmt: skip
     add("build", BUILD_SECONDS + BUILD_SECONDS_PER_PARAMETER * spec.total_parameters, "the runtime's own builder")
-    again = valid[:PARITY_PROMPTS] if keeps_original(training) else valid
+    again = valid[: scored_again(training, len(valid))]
     add("parity: trained", read(again, training), f"{len(again)} rows")
     if not keeps_original(training):
         add("parity: original", read(valid), f"{len(valid)} rows")

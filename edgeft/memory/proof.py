@@ -127,6 +127,15 @@ def keeps_original(training: Training) -> bool:
     return training.base_precision != "nf4" and training.compute_dtype == "fp32"
 
 
+def scored_again(training: Training, rows: int) -> int:
+    """How many of the rows that training scored the model as trained is scored on again.
+
+    What is missing of unrounded weights moves every row: some tell. Beside rounded ones all: half a layer's change,
+    most of it below a step of NF4, moved one row.
+    """
+    return min(rows, PARITY_PROMPTS) if keeps_original(training) else rows
+
+
 def _pass(
     planned: Planned, training: Training, held: list[Term], layer: list[Term], forms: int, rounded: int = 0
 ) -> list[list[Term]]:

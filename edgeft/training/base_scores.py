@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from edgeft.data.samples import Sample
-from edgeft.documents import Artifact, cache_folder, saving, sha256_file, sha256_json, versions
+from edgeft.documents import Artifact, cache_folder, saving, sha256_file, sha256_json, unused, versions
 from edgeft.errors import BadInput
 from edgeft.models.evaluate import score_group
 from edgeft.models.identity import WEIGHTS
@@ -27,7 +27,6 @@ from edgeft.training.scoring import Scorer, Scores, scored_rows
 
 FORM = 1  # of the file: another number where the same inputs would be scored otherwise
 LEAST_SECONDS = 5.0  # that scores must have taken to be kept
-UNUSED_DAYS = 14
 AGAIN_ROWS = 8  # scored again before what is kept is believed
 # What a row's loss may then differ by, a share of it or so many nats: other rows beside it change the order of sums.
 APART = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -95,7 +94,8 @@ def base_scores(scorer: Scorer, weights: str, folder: Path) -> tuple[Scores, str
     if time.monotonic() - started >= LEAST_SECONDS:
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            forget_unused(path.parent)
+            for old in unused(path.parent, "*.json"):
+                old.unlink(missing_ok=True)
             Kept(versions=versions(), key=key, valid=found.valid, test=found.test, answers=tuple(found.answers)).write(
                 path
             )
@@ -125,10 +125,3 @@ def agrees(scorer: Scorer, kept: Metrics) -> bool:
         if not abs(nats[0] - kept.row_losses[number]) <= APART[scorer.compute] * max(1.0, abs(nats[0])):
             return False
     return True
-
-
-def forget_unused(folder: Path) -> None:
-    """Remove scores that no run has taken for UNUSED_DAYS: they can be found again."""
-    for path in folder.glob("*.json"):
-        if time.time() - path.stat().st_mtime > UNUSED_DAYS * 86_400:
-            path.unlink(missing_ok=True)

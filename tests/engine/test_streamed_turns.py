@@ -9,35 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from streamed_runs import FORMS, SAMPLES, begin
 from tiny import plan_of, save_model, smaps_bytes
 
 from edgeft.data.samples import Sample
 from edgeft.engine import streaming
 from edgeft.engine.adapted_linear import dense_weight
 from edgeft.engine.fp32_layers import DenseTurns
-from edgeft.engine.loop import Run, make_run, start_states
-from edgeft.engine.nf4_base import load_base
+from edgeft.engine.loop import Run, start_states
 from edgeft.machines import meter
 from edgeft.memory import disk, train_step
 from edgeft.memory.streamed import layer_file_bytes, window_bytes
-from edgeft.models.checkpoint import DTYPES
-from edgeft.models.parts import find_parts, is_linear
+from edgeft.models.parts import is_linear
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 from edgeft.simulation.fake import quantisation_states
 from edgeft.simulation.simulate import simulate
 
-CPU = torch.device("cpu")
-SAMPLES = [Sample(ids := [(7 * i + n) % 500 + 1 for i in range(12 + n)], ids, 1) for n in range(4)]
 STEPS = 10  # of four layers that take a turn a step: the third round begins
-# stored in, and how the base is kept and computed
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp32": ("float32", {}),
-    "fp32 of a bf16 file": ("bfloat16", {}),
-    "bf16": ("bfloat16", {"base_precision": "bf16", "compute_dtype": "bf16"}),
-    "bf16 of an fp32 file": ("float32", {"base_precision": "bf16", "compute_dtype": "bf16"}),
-    "nf4": ("bfloat16", {"base_precision": "nf4"}),
-}
 ENDS = {"embedding": "rotate", "norm": "on", "head": "rotate"}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # form, family, plan
@@ -72,13 +61,6 @@ def planned(spec: ModelSpec, form: str, **changes: Any) -> Training:
         "batch_size": 4, "steps": STEPS, "stream_layers": True, **FORMS[form][1], **changes,
     }  # fmt: skip
     return plan_of(spec, range(spec.num_hidden_layers), **values)
-
-
-def begin(folder: Path, training: Training, work: Path) -> Run:
-    compute = DTYPES[training.compute_dtype]
-    model = load_base(folder, training, CPU, compute).requires_grad_(False)
-    work.mkdir(exist_ok=True)
-    return make_run(training, CPU, compute, model, find_parts(model), folder, work)
 
 
 def matrices(run: Run) -> dict[str, torch.Tensor]:

@@ -7,35 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from streamed_runs import FORMS, SAMPLES, begin
 from tiny import plan_of, save_model, smaps_bytes
 
-from edgeft.data.samples import Sample
-from edgeft.engine.loop import Run, make_run
-from edgeft.engine.nf4_base import load_base
+from edgeft.engine.loop import Run
 from edgeft.engine.streaming import Maps
 from edgeft.errors import BadInput
 from edgeft.memory.streamed import layer_file_bytes, window_bytes
-from edgeft.models.checkpoint import DTYPES, TensorFile, write_tensors
-from edgeft.models.parts import find_parts
+from edgeft.models.checkpoint import TensorFile, write_tensors
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 from edgeft.units import MIB
 
-CPU = torch.device("cpu")
-SAMPLES = [Sample(ids := [(7 * i + n) % 500 + 1 for i in range(12 + n)], ids, 1) for n in range(4)]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "gemma2": {}, "phi3": {}, "qwen2": {},
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}, "bloom": {"n_head": 4},
 }  # fmt: skip
-# stored in, and how the base is kept and computed
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp32": ("float32", {}),
-    "fp32 of a bf16 file": ("bfloat16", {}),
-    "bf16": ("bfloat16", {"base_precision": "bf16", "compute_dtype": "bf16"}),
-    "bf16 of an fp32 file": ("float32", {"base_precision": "bf16", "compute_dtype": "bf16"}),
-    "nf4": ("bfloat16", {"base_precision": "nf4"}),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,13 +31,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def begin(folder: Path, training: Training, work: Path) -> Run:
-    compute = DTYPES[training.compute_dtype]
-    model = load_base(folder, training, CPU, compute).requires_grad_(False)
-    work.mkdir(exist_ok=True)
-    return make_run(training, CPU, compute, model, find_parts(model), folder, work)
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
