@@ -13,21 +13,21 @@ costs as much and orders worse (0.00060 and 0.00179). What would be lost altoget
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgeft.data.dataset import IGNORED, Sample
+from edgeft.data.samples import Sample
 from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
 from edgeft.exporting.parity import UNKNOWN, Gain, compare, drawn_for
+from edgeft.exporting.sensitivity import costs
 from edgeft.machines.runner import RUNNER
-from edgeft.memory.stages import LOGIT_BYTES
 from edgeft.merging.change import find_tensor
 from edgeft.merging.survival import TensorSurvival, survival
 from edgeft.models.checkpoint import Checkpoint, load_plain
@@ -116,6 +116,16 @@ class Rounding:
         self.exact(tensor)
         round_(self.parameters[tensor.name].data, tensor.grid.in_eight_bits() if eight else tensor.grid)
 
+    @torch.no_grad()
+    def move(self, tensor: Tensor) -> torch.Tensor:
+        """What a bundle adds to an exact tensor by rounding it to 4 bits, in bf16."""
+        weight: torch.Tensor = self.parameters[tensor.name]
+        before = weight.detach().clone()
+        self.rounded(tensor, eight=False)
+        moved = (weight - before).to(torch.bfloat16)
+        weight.copy_(before)
+        return moved
+
     def as_bundle(self, modules: set[str]) -> None:
         """Every weight as in a bundle with 8 bits for these modules and those that the target names."""
         for tensor in self.others:
@@ -127,28 +137,6 @@ class Rounding:
 def plainly(target: Target) -> Target:
     """The target with every tensor in its own bits, to nearest."""
     return to_nearest(target).model_copy(update={"mixed_layers": False, "eight_bit": ()})
-
-
-def answers(model: Any, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
-    """Log-probabilities (positions, V) at the trained tokens of each sample, as many as memory allows of all."""
-    left = LOGIT_BYTES // 4
-    for sample in samples:
-        at = [i for i in range(len(sample.ids) - 1) if sample.labels[i + 1] != IGNORED]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([sample.ids]), use_cache=False).logits[0]
-        at = at[: max(1, left // logits.shape[-1])]
-        left -= len(at) * logits.shape[-1]
-        yield torch.log_softmax(logits[at].float(), dim=-1)
-        if left <= 0:
-            return
-
-
-def mean_kl(exact: Sequence[torch.Tensor], model: Any, samples: Sequence[Sample]) -> float:
-    """Mean KL(exact || model) in nats per trained token of the samples."""
-    total, count = 0.0, 0
-    for p, q in zip(exact, answers(model, samples), strict=True):
-        total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)
-    return total / max(1, count)
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def measure(
     merged: Path, target: Target, samples: Sequence[Sample], described: str, progress: Progress = silent,
     codes: Codes | None = None,
 ) -> Measured:  # fmt: skip
-    """Every 4-bit tensor of the decoder layers, measured alone on the samples; one pass over them for each.
+    """Every 4-bit tensor of the decoder layers, by what rounding it alone costs on the samples (sensitivity.py).
 
     `codes` are those of a calibrated target. Raises BadInput for a target without 4-bit weights or whose rounding is
     not computed here, and for a merge that does not name its base.
@@ -177,17 +165,13 @@ def measure(
     spec = read_model_spec(str(merged))
     survives = {found.name: found for found in survival(merged, plainly(target)).tensors}
     model = Rounding(merged, target, spec, codes)
-    exact = list(answers(model.model, samples))
-    samples = samples[: len(exact)]
-    found = []
     candidates = [tensor for tensor in model.tensors if tensor.module not in model.given]
-    for done, tensor in enumerate(candidates):
-        progress("sensitivity", done, len(candidates), {})
-        model.rounded(tensor, eight=False)
-        kl = mean_kl(exact, model.model, samples)
-        model.exact(tensor)
-        found.append(_facts(tensor, kl, survives.get(tensor.stored), model.parameters[tensor.name].numel()))
-    progress("sensitivity", len(candidates), len(candidates), {})
+    moves = {tensor.name: model.move(tensor) for tensor in candidates}
+    cost = costs(model.model, moves, samples, lambda done, total: progress("sensitivity", done, total, {}))
+    found = [
+        _facts(tensor, cost[tensor.name], survives.get(tensor.stored), moves[tensor.name].numel())
+        for tensor in candidates
+    ]
     order = sorted(found, key=lambda each: (each.why != "lost", -each.mean_kl_nats / each.extra_bytes, each.tensor))
     return Measured(tuple(order), target, merged, spec, described, codes)
 

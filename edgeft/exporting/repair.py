@@ -32,11 +32,10 @@ from edgeft.exporting.outputs import observe_drawn, observe_model
 from edgeft.exporting.parity import HINTS, Gain, Known, compare, drawn_for, exact_match_problem, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
 from edgeft.exporting.proof_rows import ProofRows
-from edgeft.exporting.room import check_room, loader, room_bytes
+from edgeft.exporting.room import check_room, loader, no_room_to_promote
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint
-from edgeft.models.checkpoint import load_plain
 from edgeft.models.intervals import paired_rates
 from edgeft.models.metrics import Attempt, Difference, Promotion, Repair, Rung
 from edgeft.planning.stage_checks import target_device
@@ -159,9 +158,7 @@ class Climb:
         if limit is not None and self.size(target) > limit:
             return
         plan = self.merged.train.plan
-        if loader(plan) is not load_plain:
-            whole, there = 4 * plan.spec.total_parameters, room_bytes(plan)
-            reason = f"takes a whole model in fp32, {show_bytes(whole)}, and more than the {show_bytes(there)} here"
+        if reason := no_room_to_promote(plan):
             name = f"{target.name}, 8 bits for some tensors"
             self._skip(name, target, reason)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgeft.exporting.sensitivity import MOVE_BYTES
 from edgeft.machines.limits import memory_limit
 from edgeft.memory import disk, proof, stages
 from edgeft.memory.train_step import Phase
@@ -52,6 +53,15 @@ def proof_phase(plan: Plan, target: Target) -> Phase:
 def loader(plan: Plan) -> Load:
     """How a proof here loads models in fp32: whole, or a layer at a time."""
     return load_streamed if proof.streams(question_of(plan), plan.training, room_bytes(plan)) else load_plain
+
+
+def no_room_to_promote(plan: Plan) -> str:
+    """Why it cannot be measured here which tensors are worth 8 bits; empty where it can."""
+    whole, there = (4 + MOVE_BYTES) * plan.spec.total_parameters, room_bytes(plan)
+    if loader(plan) is load_plain and whole <= there:
+        return ""
+    what = f"a whole model in fp32 and what rounding moves it by, {show_bytes(whole)}"
+    return f"takes {what}, and more than the {show_bytes(there)} here"
 
 
 def less_room(plan: Plan) -> str:

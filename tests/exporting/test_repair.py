@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from edgeft.cli import app
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed, QualityLost
-from edgeft.exporting import repair
+from edgeft.exporting import repair, room
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import Chosen
@@ -227,13 +227,13 @@ def test_tensors_are_promoted_only_where_a_whole_model_has_room(
     merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repair, "measure", never)
-    monkeypatch.setattr(repair, "loader", lambda plan: load_streamed)
+    monkeypatch.setattr(room, "loader", lambda plan: load_streamed)
     targets = climb(gated(INT4, 1e-12))
     with found_in(merged, tmp_path / "b") as found:
         assert [step.name for step in found.steps(targets) if step.promotion] == []
         (skipped,) = found.attempts
     assert (skipped.name, skipped.decision) == ("own-calibrated, 8 bits for some tensors", "skipped")
-    assert re.fullmatch(r"takes a whole model in fp32, .*B, and more than the .*B here", skipped.reason)
+    assert re.fullmatch(r"takes a whole model in fp32 and what .* by, .*B, and more than the .*B here", skipped.reason)
 
 
 def never(*arguments: Any, **options: Any) -> Any:
