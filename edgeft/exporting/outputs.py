@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from edgeft.data.batches import make_batch
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
 from edgeft.data.scoring_groups import EVAL_TOKENS
@@ -28,6 +27,7 @@ from edgeft.exporting.form import Form, joined
 from edgeft.machines import meter
 from edgeft.memory.proof import PASS_POSITIONS, POSITIONS
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
+from edgeft.models.beginning import read_beginning
 from edgeft.models.checkpoint import (
     CHANGED,
     DTYPES,
@@ -113,14 +113,16 @@ def row_logits(
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     numbers = {id(sample): number for number, sample in enumerate(rows)}
     head: Any = parts.head
+    with autocast(CPU, compute):
+        behind = read_beginning(parts, rows, CPU, compute)
     for group in by_length(rows, group_tokens):
         with autocast(CPU, compute):
-            hidden = parts.body(input_ids=make_batch(group).ids, use_cache=False).last_hidden_state.to(compute)
+            hidden = behind.read(parts, behind.batch(group).ids).to(compute)
         for place, sample in enumerate(group):
             ids, at = sample.ids, torch.tensor(trained_at(sample), dtype=torch.long)
             for part in torch.split(at, POSITIONS):
                 with autocast(CPU, compute):
-                    logits = hidden[place, part] @ head.weight.T.to(compute)
+                    logits = hidden[place, part - behind.tokens] @ head.weight.T.to(compute)
                     logits = (logits if head.bias is None else logits + head.bias).float() * scale
                 if softcap:
                     logits = softcap * torch.tanh(logits / softcap)

@@ -20,6 +20,7 @@ from edgeft.data.batches import Batch, make_batch
 from edgeft.data.samples import Sample
 from edgeft.data.scoring_groups import EVAL_TOKENS, MAX_ANSWER_TOKENS
 from edgeft.data.tokenizer import TextTokenizer
+from edgeft.models.beginning import NONE, Beginning, read_beginning
 from edgeft.models.loss import chunked_cross_entropy, head_transform
 from edgeft.models.metrics import Metrics
 from edgeft.models.parts import Parts, find_parts
@@ -35,10 +36,12 @@ def autocast(device: torch.device, compute: torch.dtype) -> Iterator[None]:
             yield
 
 
-def trained_states(parts: Parts, samples: Sequence[Sample], batch: Batch, compute: torch.dtype) -> torch.Tensor:
+def trained_states(
+    parts: Parts, samples: Sequence[Sample], batch: Batch, compute: torch.dtype, behind: Beginning = NONE
+) -> torch.Tensor:
     """Hidden states (N, h) from which the trained tokens of samples, as one batch, are predicted; in compute dtype."""
     with parts.starting(samples):
-        hidden = parts.body(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = behind.read(parts, batch.ids)
     # CUDA's autocast leaves a LayerNorm's result in fp32: the head would be copied to fp32 for it, chunk by chunk
     return hidden.reshape(-1, hidden.shape[-1])[batch.positions].to(compute)  # type: ignore[no-any-return]
 
@@ -70,18 +73,19 @@ def token_losses(
 @torch.no_grad()
 def score_group(
     model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, compute: torch.dtype, chunk_tokens: int,
-    look: Callable[[int, torch.Tensor], None] | None = None,
+    look: Callable[[int, torch.Tensor], None] | None = None, behind: Beginning = NONE,
 ) -> tuple[list[float], list[list[int]]]:  # fmt: skip
     """(sum of cross entropies in nats, the most likely token at each trained one) of each sample, in one pass.
 
-    `look` sees the logits of each chunk of trained tokens, and the number of its first.
+    `look` sees the logits of each chunk of trained tokens, and the number of its first. `behind` is what the samples
+    begin with, where that has been read.
     """
-    batch = make_batch(samples).to(device)
+    batch = behind.batch(samples).to(device)
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     head: Any = parts.head
     losses, likely = list[float](), list[int]()
     with autocast(device, compute):
-        hidden, weight = trained_states(parts, samples, batch, compute), parts.head_weight()
+        hidden, weight = trained_states(parts, samples, batch, compute, behind), parts.head_weight()
         for start in range(0, len(hidden), chunk_tokens):
             logits = hidden[start : start + chunk_tokens] @ weight.T.to(hidden.dtype)
             if head.bias is not None:
@@ -275,15 +279,18 @@ def evaluate(
     losses: dict[int, float] = {}
     judged: dict[int, bool | None] = {}
     free = held is None and samples[0].has_prompt
+    with autocast(device, compute):
+        behind = read_beginning(parts, samples, device, compute)
     for group in by_length(samples, group_tokens):
         look = None if held is None else held.look(group)
-        nats, likely = score_group(model, parts, group, device, compute, chunk_tokens, look)
+        nats, likely = score_group(model, parts, group, device, compute, chunk_tokens, look, behind)
         losses |= zip(map(id, group), nats, strict=True)
         judged |= {
             id(sample): judge(tokenizer, sample, best) if free else False
             for sample, best in zip(group, likely, strict=True)
         }
         progress(len(losses), len(samples))
+    del behind
     if held is not None or None in judged.values():
         whole()
     if held is None:

@@ -1,0 +1,128 @@
+"""What all rows of a scoring begin with (a chat template's system message) is read once, each row behind its keys.
+
+The same sums in another order: a row's loss moves by what rounding does, 1e-6 nats in fp32. A family whose layers keep
+something else than keys and values, or that says other things behind a cache, is noticed on one row: its rows are then
+read whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from edgeft.data.batches import Batch, make_batch
+from edgeft.data.samples import IGNORED, Sample
+from edgeft.models.kv_prefix import before
+from edgeft.models.parts import Parts
+
+LEAST_TOKENS, MOST_TOKENS = 8, 256  # of a beginning; a cache of more would take what no plan counts
+WORTH = 4  # times the longest row that must be saved: to look whether it is understood, that row is read twice
+# Of the largest state before the head: what a row's may differ by, behind a cache, from those of the row read whole.
+ALIKE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+class Beginning(NamedTuple):
+    """Tokens that lie before what is read of each row, and the cache that holds them; none by default."""
+
+    tokens: int = 0
+    cache: Any = None
+
+    def rest(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The rows behind it."""
+        if not self.tokens:
+            return list(samples)
+        return [
+            Sample(each.ids[self.tokens :], each.labels[self.tokens :], max(0, each.prompt_tokens - self.tokens))
+            for each in samples
+        ]
+
+    def read(self, parts: Parts, ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states (B, S, h) of ids (B, S) behind it."""
+        behind = {"past_key_values": self.cache} if self.tokens else {}
+        return parts.body(input_ids=ids, use_cache=False, **behind).last_hidden_state  # type: ignore[no-any-return]
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """The rows behind it as one batch; positions are those in what is read."""
+        return make_batch(self.rest(samples))
+
+
+NONE = Beginning()
+
+
+def shared_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens that all rows begin with, before anything that a trained token is predicted from."""
+    first, most = samples[0].packed_ids, min(MOST_TOKENS, *map(_before_trained, samples))
+    for each in samples:
+        ids = each.packed_ids
+        most = next((place for place in range(most) if ids[place] != first[place]), most)
+    worth = most * (len(samples) - 1) >= WORTH * max(map(len, samples))
+    return most if most >= LEAST_TOKENS and worth else 0
+
+
+def _before_trained(sample: Sample) -> int:
+    """Tokens before the one that the first trained one is predicted from."""
+    labels = sample.packed_labels
+    return next((place - 1 for place in range(1, len(labels)) if labels[place] != IGNORED), 0)
+
+
+@torch.no_grad()
+def read_beginning(parts: Parts, samples: Sequence[Sample], device: torch.device, dtype: torch.dtype) -> Beginning:
+    """What all rows begin with, read once; none where that is too little, or the model does not go on from a cache.
+
+    To be called as the rows will be read: under the same autocast, whose dtype is `dtype`.
+    """
+    tokens = shared_tokens(samples)
+    if not tokens or parts.start is not None or len(parts.stacks) > 1:
+        return NONE
+    ids = torch.tensor([max(samples, key=len).ids], device=device)
+    kept = _keys_and_values(parts, ids[:, :tokens])
+    if kept is None:
+        return NONE
+    found = Beginning(tokens, kept)
+    whole = parts.body(input_ids=ids, use_cache=False).last_hidden_state[:, tokens:]
+    try:
+        behind = found.read(parts, ids[:, tokens:])
+    except Exception:  # whatever a family's own code says to keys and values that it did not make
+        return NONE
+    apart = (behind - whole).abs().max() / whole.abs().max()
+    return found if apart <= ALIKE[dtype] else NONE
+
+
+def _keys_and_values(parts: Parts, ids: torch.Tensor) -> Any:
+    """A cache of what each layer keeps of ids (1, n); None where that is not keys and values of them all."""
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+    made = DynamicCache()
+    try:
+        parts.body(input_ids=ids, past_key_values=made, use_cache=True)
+    except Exception:  # a family that wants a cache of its own kind
+        return None
+    if len(made.layers) != len(parts.layers):
+        return None
+    if any(type(each) is not DynamicLayer or each.get_seq_length() != ids.shape[1] for each in made.layers):
+        return None
+    layers: Any = made.layers
+    return Cache(layers=[_layer()(each.keys, each.values) for each in layers])
+
+
+@functools.cache
+def _layer() -> Any:
+    from transformers import cache_utils
+
+    layer: Any = cache_utils.DynamicLayer
+
+    class Before(layer):  # type: ignore[misc]
+        """Keys and values (1, heads, n, d) that lie before those of every row, and stay as they are."""
+
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+            return before(self.keys, key_states), before(self.values, value_states)
+
+    return Before
