@@ -13,7 +13,7 @@ costs as much and orders worse (0.00060 and 0.00179). What would be lost altoget
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,14 @@ from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
-from edgeft.exporting.parity import UNKNOWN, Gain, compare, drawn_for
+from edgeft.exporting.parity import UNKNOWN, Gain, compare, drawn_for, exact_match_problem
 from edgeft.exporting.sensitivity import costs
 from edgeft.machines.runner import RUNNER
 from edgeft.merging.change import find_tensor
 from edgeft.merging.survival import TensorSurvival, survival
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.layer_shares import layer_of
-from edgeft.models.metrics import Promoted, Promotion
+from edgeft.models.metrics import Promoted, Promotion, Rung
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.progress import Progress, silent
 from edgeft.targets.footprint import bundle_weights
@@ -190,14 +190,21 @@ def _facts(tensor: Tensor, kl: float, arrives: TensorSurvival | None, parameters
     )
 
 
+def gate_rung(exact: Form, form: Form, tolerance: Tolerance, gain: Gain) -> Rung:
+    """What a climb's gate says of a rounded model: its loss, its words, its exact answers where both have them."""
+    rung, drop = compare(exact, form, tolerance, gain), exact_match_problem(exact, form, tolerance, slice(None))
+    return rung.model_copy(update={"problems": (*rung.problems, drop)}) if drop else rung
+
+
 def choose(
     measured: Measured, gate: Sequence[Sample], gain: Gain = UNKNOWN, *, size_budget_bytes: int | None = None,
     used: float = USED[0], progress: Progress = silent, exact: Form | None = None,
+    observe: Callable[[Any, Tolerance], Form] | None = None,
 ) -> Promotion:  # fmt: skip
     """As few promotions as make the simulated bundle pass the parity gate, or all that the size allows.
 
-    `used` is the share of the tolerance that may be used, `exact` the merged model where it is known. Found by
-    halving: more 8-bit tensors are never much worse.
+    `used` is the share of the tolerance that may be used, `exact` the merged model where it is known, `observe` how a
+    rounded one is read (without it, its answers are not). Found by halving: more 8-bit tensors are never much worse.
     Raises DoesNotFit when the target itself takes more than the budget.
     """
     target, spec, merged = measured.target, measured.spec, measured.merged
@@ -217,13 +224,16 @@ def choose(
     tolerance = tightened(target.parity, used)
     seen: dict[int, Form] = {}
 
+    def plainly_read(rounded: Any, tolerance: Tolerance) -> Form:
+        drawing = drawn_for(merged_form.tokens, tolerance, gain, gate=len(gate), scored=None)
+        return observe_drawn("simulated", rounded, gate, None, drawing.follows(merged_form))
+
     def passes(count: int) -> bool:
         if count not in seen:
             progress("promotion", len(seen), most.bit_length() + 2, {})
             model.as_bundle({each.module for each in measured.order[:count]})
-            drawing = drawn_for(merged_form.tokens, tolerance, gain, gate=len(gate), scored=None)
-            seen[count] = observe_drawn("simulated", model.model, gate, None, drawing.follows(merged_form))
-        return not compare(merged_form, seen[count], tolerance, gain).problems
+            seen[count] = (observe or plainly_read)(model.model, tolerance)
+        return not gate_rung(merged_form, seen[count], tolerance, gain).problems
 
     low, high = 0, most
     if passes(0):
@@ -233,7 +243,7 @@ def choose(
         while passed and high - low > 1:  # low fails, high passes
             middle = (low + high) // 2
             low, high = (low, middle) if passes(middle) else (middle, high)
-    before, after = (compare(merged_form, seen[count], tolerance, gain) for count in (0, high))
+    before, after = (gate_rung(merged_form, seen[count], tolerance, gain) for count in (0, high))
     ended = "the simulated bundle passes" if not after.problems else "the size budget ends"
     if after.problems and most == len(measured.order):
         ended = "every tensor has 8 bits"

@@ -29,8 +29,8 @@ from edgeft.exporting.drawn_rows import both
 from edgeft.exporting.export import Chosen, calibration_samples, export, rows_of
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
-from edgeft.exporting.parity import HINTS, Gain, Known, compare, drawn_for, exact_match_problem, give_back
-from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, measure, too_small
+from edgeft.exporting.parity import HINTS, Gain, Known, drawn_for, give_back
+from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, gate_rung, measure, too_small
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.room import check_room, loader, no_room_to_promote
 from edgeft.memory.stages import CALIBRATION_ROWS
@@ -172,7 +172,7 @@ class Climb:
         for used in USED:
             chosen = choose(
                 measured, self.rows, self.gain, size_budget_bytes=limit, used=used, progress=self.progress,
-                exact=self.exact,
+                exact=self.exact, observe=self.observe,
             )  # fmt: skip
             if not chosen.promoted or (before is not None and chosen.promoted == before.promoted):
                 return
@@ -232,14 +232,12 @@ class Climb:
         )  # fmt: skip
         if form is None:
             return found
-        rung = compare(exact, form, tolerance, self.gain)
-        drop = exact_match_problem(exact, form, tolerance, slice(None))
-        problems = [*rung.problems, *([drop] if drop else [])]
+        rung = gate_rung(exact, form, tolerance, self.gain)
         before, after = both(exact, form)
         match = Difference.of(paired_rates(before.exact, after.exact)) if before.exact and after.exact else None
         changes = {
-            "loss": rung.loss_change, "exact_match": match, "decision": "fails" if problems else "passes",
-            "reason": "; ".join(problems) or shown(rung.loss_change, match),
+            "loss": rung.loss_change, "exact_match": match, "decision": "fails" if rung.problems else "passes",
+            "reason": "; ".join(rung.problems) or shown(rung.loss_change, match),
         }  # fmt: skip
         return found.model_copy(update=changes)
 

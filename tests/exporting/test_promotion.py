@@ -13,6 +13,7 @@ from edgeft.data.samples import IGNORED, Sample
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.exporting import sensitivity
 from edgeft.exporting.export import export
+from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_model
 from edgeft.exporting.parity import compare
 from edgeft.exporting.promotion import Rounding, choose, file_bytes, measure, tightened
@@ -153,6 +154,24 @@ def test_no_more_is_promoted_than_the_gate_needs(merged_folder: Path) -> None:
     assert choose(loose, data.valid).promoted == ()
     impossible = choose(measure(merged_folder, strict(INT4, 1e-12), data.train[:2], ""), data.valid)
     assert impossible.ended == "every tensor has 8 bits" and len(impossible.promoted) == 14
+
+
+def test_exact_answers_decide_too(merged_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bits for the tensors that keep the answers, where the loss alone would let four bits pass."""
+    rows, eight = 200, list[int]()
+
+    def form(wrong: int) -> Form:
+        exact = [row >= wrong for row in range(rows)]
+        return Form("form", torch.zeros(1, 1), (0.1,) * rows, (1,) * rows, tuple(exact))
+
+    monkeypatch.setattr(Rounding, "as_bundle", lambda self, modules: eight.append(len(modules)))
+    found = measure(merged_folder, strict(INT4, 1e9), job_data(merged_folder).train[:2], "")
+    chosen = choose(found, [], exact=form(0), observe=lambda model, tolerance: form(max(0, 9 - eight[-1])))
+    assert len(chosen.promoted) == 6  # 3 wrong of 200 are 1.5 points, 4 are 2: more than nine tenths of 2
+    assert chosen.simulated_before.problems == (
+        "exact match falls by 4.5 points (95% interval 1.3 to 7.6), at most 1.8",
+    )
+    assert not chosen.simulated.problems and chosen.ended == "the simulated bundle passes"
 
 
 def test_a_size_ends_it_and_too_little_is_refused(merged_folder: Path) -> None:
