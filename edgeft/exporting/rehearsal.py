@@ -7,17 +7,21 @@ or a template it renders differently then fails now, not after hours of training
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgeft.documents import saving, sha256_json
+from edgeft.documents import cache_folder, saving, sha256_json, unused, versions
 from edgeft.errors import BadInput, EdgeftError, MissingExtra, ParityFailed, of_exit_code
 from edgeft.machines import processes
+from edgeft.machines.environment import cpuinfo
 from edgeft.machines.limits import MALLOC_ENVIRONMENT, memory_limit, reset_resident_peak, resident_bytes
 from edgeft.memory import disk, proof, stages
+from edgeft.models.headers import local_folder
+from edgeft.models.identity import data_inputs, model_inputs
 from edgeft.models.metrics import Rung
 from edgeft.planning.plan import Plan
 from edgeft.planning.rows_read import DATA_BYTES
@@ -45,6 +49,13 @@ ROUNDED_ALIKE = Tolerance(
     min_top1_agreement=0.0, max_mean_kl_nats=0.03, max_loss_increase_nats=0.5, max_exact_match_drop_points=100.0
 )
 LONGEST_ROW = 512  # tokens, that a KV cache of 8 bits is tried with
+LEAST_SECONDS = 5.0  # that a rehearsal must have taken to be kept for the runs after it
+# How fast and how long is trained, and what a training process holds: nothing that an excerpt of the model sees.
+PACE = {
+    "learning_rate", "lora_plus", "epochs", "max_steps", "steps", "warmup_fraction", "warmup_steps", "weight_decay",
+    "max_grad_norm", "batch_size", "micro_batch_size", "eval_rows", "patience", "valid_steps", "checkpoint_steps",
+    "checkpointing", "kept_layers", "malloc", "optimizer", "max_seconds", "test",
+}  # fmt: skip
 NO_NONSENSE = ROUNDED_ALIKE.model_copy(update={"max_mean_kl_nats": 1.0, "max_loss_increase_nats": 2.0})
 
 
@@ -64,6 +75,9 @@ def rehearse(plan: Plan, target: Target, work: Path, plan_sha256: str) -> Rehear
     same_plan = (work / "plan.sha256").is_file() and (work / "plan.sha256").read_text() == plan_sha256
     if same_plan and any(work.glob("step-*")):
         return Rehearsal(input_sha256=request, target=target.name, skipped="the run goes on from a checkpoint")
+    place = cache_folder() / "rehearsals" / f"{sha256_json(key_of(plan, target))[:24]}.json"
+    if (earlier := went_well(place)) is not None:
+        return earlier.model_copy(update={"input_sha256": request, "earlier": str(place)})
     started = time.monotonic()
     with saving(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -73,7 +87,41 @@ def rehearse(plan: Plan, target: Target, work: Path, plan_sha256: str) -> Rehear
     if made.failure is not None:
         raise _as_error(made.failure, target)
     made.write(work / FILE)
+    if made.rungs and made.seconds >= LEAST_SECONDS:
+        with saving(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for old in unused(place.parent, "*.json"):
+                old.unlink(missing_ok=True)
+            made.write(place)
     return made
+
+
+def key_of(plan: Plan, target: Target) -> dict[str, Any]:
+    """All that a rehearsal depends on: files, versions, the target, and every setting but those of the pace."""
+    folder = local_folder(plan.job.model)
+    said = plan.model_dump(mode="json", include={"job", "training", "labels", "grammar"})
+    return {
+        "base": model_inputs(folder, weights=True),
+        "data": {role: digest for role, digest in data_inputs(plan.job).items() if role != "test data"},
+        "job": {name: value for name, value in said["job"].items() if name not in PACE},
+        "training": {name: value for name, value in said["training"].items() if name not in PACE},
+        "answers": [said["labels"], said["grammar"]],
+        "target": target.model_dump(mode="json"),
+        "versions": versions(),
+        "processor": [cpuinfo("model name"), cpuinfo("flags", "Features")],
+    }
+
+
+def went_well(place: Path) -> Rehearsal | None:
+    """A rehearsal that an earlier run left there; None where there is none, or it is damaged."""
+    try:
+        kept = Rehearsal.read(place)
+    except BadInput:
+        return None
+    if not kept.rungs or any(rung.problems for rung in kept.rungs):
+        return None
+    os.utime(place)
+    return kept
 
 
 def _in_a_process(plan: Plan, target: Target, scratch: Path) -> Rehearsal:

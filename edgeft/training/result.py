@@ -33,6 +33,7 @@ class Rehearsal(Artifact):
     predicted_peak_bytes: int = Field(default=0, description="at most, of the process and the builder's")
     measured_peak_bytes: int = Field(default=0, description="of the process alone")
     seconds: float = 0.0
+    earlier: str = Field(default="", description="the file of an earlier run whose rehearsal this is")
     failure: Failure | None = Field(default=None, description="only on the way from process to process")
 
 

@@ -16,15 +16,16 @@ from warm import edgeft
 
 from edgeft.errors import BadInput, ParityFailed
 from edgeft.exporting import rehearsal
-from edgeft.exporting.rehearsal import FILE, ROUNDED_ALIKE, first_layers, go_through, rehearse
+from edgeft.exporting.rehearsal import FILE, ROUNDED_ALIKE, first_layers, go_through, key_of, rehearse
 from edgeft.exporting.small_model import CannotCut, count_layers, cut
 from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
+from edgeft.reporting.terminal import rehearsal_line
 from edgeft.settings.job import make_job
 from edgeft.targets.runtimes import RUNTIMES
-from edgeft.targets.target import load_target
+from edgeft.targets.target import Target, load_target
 from edgeft.training.result import Rehearsal
 
 FP32, INT4 = load_target("ort-fp32"), load_target("ort-int4")
@@ -132,6 +133,54 @@ def test_a_record_stays_beside_the_run_and_is_not_made_twice(four_layers: Path, 
     (work / "plan.sha256").write_text("digest")
     (work / "step-1").mkdir()
     assert rehearse(plan, FP32, work, "digest").skipped == "the run goes on from a checkpoint"
+
+
+def test_one_rehearsal_serves_runs_that_differ_in_pace_alone(
+    four_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rehearsal, "LEAST_SECONDS", 0.0)
+    gone = list[Target]()
+    made = rehearsal._in_a_process
+
+    def counted(plan: Plan, target: Target, scratch: Path) -> Rehearsal:
+        gone.append(target)
+        return made(plan, target, scratch)
+
+    monkeypatch.setattr(rehearsal, "_in_a_process", counted)
+
+    def run(name: str, target: Target = INT4, **settings: Any) -> Rehearsal:
+        return rehearse(plan_of(four_layers, tmp_path, **settings), target, tmp_path / name, name)
+
+    first = run("first")
+    assert first.earlier == "" and len(gone) == 1
+    (kept,) = (tmp_path / "edgeft" / "rehearsals").iterdir()
+    again = run("again", learning_rate=1e-4, max_steps=3, batch_size=2)
+    assert again == first.model_copy(update={"input_sha256": again.input_sha256, "earlier": str(kept)})
+    assert len(gone) == 1 and str(kept) in rehearsal_line(again)
+    for name, other in (("rank", {"rank": 8}), ("tuner", {"tuner": "full"}), ("target", {"target": FP32})):
+        assert run(name, **other).earlier == "", name
+    monkeypatch.setattr(rehearsal, "versions", lambda: {"onnxruntime": "another"})
+    assert run("version").earlier == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    changed = first.rungs[0].model_copy(update={"problems": ("it failed",)})
+    for text in ("no json", first.model_copy(update={"rungs": (changed, *first.rungs[1:])}).model_dump_json()):
+        kept.write_text(text)
+        assert run("damaged" + str(len(text))).earlier == ""
+
+
+def test_another_base_is_rehearsed_for_itself(four_layers: Path, tmp_path: Path) -> None:
+    """By the bytes of its weights, wherever it lies."""
+    model = tmp_path / "model"
+    shutil.copytree(four_layers, model)
+    plan = plan_of(model, tmp_path)
+    before = key_of(plan, INT4)
+    with next(model.glob("*.safetensors")).open("r+b") as opened:
+        opened.seek(-4, 2)
+        opened.write(b"\x01\x02\x03\x3c")
+    after = key_of(plan, INT4)
+    assert before["base"] != after["base"] and {**before, "base": after["base"]} == after
 
 
 def failing(case: str, four_layers: Path, tmp_path: Path, tokenizer_folder: Path) -> tuple[Plan, str]:
