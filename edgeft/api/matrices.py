@@ -15,6 +15,7 @@ from edgeft.progress import Progress, silent
 from edgeft.reporting import matrix as matrices
 from edgeft.reporting.matrix import DeviceCell, TrainingCell, find_models, find_profiles, make_matrix
 from edgeft.reporting.words import cell_text, symbol
+from edgeft.settings.job import AUTO
 
 
 class Matrix(OnDisk, matrices.Matrix):
@@ -44,7 +45,7 @@ class Matrix(OnDisk, matrices.Matrix):
 
 
 def matrix(
-    models: str | Path | Sequence[str | Path], machines: Sequence[str] = ("all",), *, target: str = "ort-int4",
+    models: str | Path | Sequence[str | Path], machines: Sequence[str] = ("all",), *, target: str = AUTO,
     progress: Progress = silent, **settings: object,
 ) -> Matrix:  # fmt: skip
     """Every model (a folder of them, or several) planned on every machine: which fits where, how, in what time.

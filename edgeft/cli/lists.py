@@ -13,7 +13,7 @@ import typer
 from edgeft.api import reports
 from edgeft.cli.screen import ColumnsOption, JsonOption, Reporter, say, stderr, stdout
 from edgeft.errors import BadInput
-from edgeft.settings.job import parse_settings
+from edgeft.settings.job import AUTO, parse_settings
 
 if TYPE_CHECKING:
     from edgeft.machines.profile import Profile
@@ -37,9 +37,9 @@ def report(
             help="devices that run the result; all, or names as in raspberrypi5-8gb,android-8gb",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="for --models: what is shipped, a name in export/ or a TOML file")] = (
-        "ort-int4"
-    ),
+    target: Annotated[
+        str, typer.Option(help="for --models: what is shipped: auto, as in a plan, a name in export/ or a TOML file")
+    ] = AUTO,
     settings: Annotated[list[str] | None, typer.Option("--set", help="for --models: pin a setting, key=value")] = None,
     out: Annotated[Path | None, typer.Option(help="HTML page; Markdown and JSON are written beside it.")] = None,
     as_json: JsonOption = False,
@@ -57,12 +57,14 @@ def report(
         raise BadInput("--on", "the machine of a report is its plan's", "give --on to edgeft plan, or --models FOLDER")
     if models is not None:
         found, pinned = find_all(models), [text.partition("=") for text in settings or []]
+        shipped_to = find_devices(device) if device is not None else None
         parse_settings(settings or [])  # a misspelt key is an error, not a cell
         with Reporter(stderr) as progress:
             made = make_matrix(
                 found,
                 _machines(machines or "all"),
-                devices=find_devices(device) if device is not None else None,
+                devices=shipped_to,
+                device=device if shipped_to is not None and len(shipped_to) == 1 else None,
                 target=target,
                 settings={key: value for key, _, value in pinned},
                 workers=usable_cores(),

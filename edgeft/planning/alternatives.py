@@ -251,7 +251,7 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
         problem += f"candidates takes about {show_seconds(seconds)} for {fastest.steps} steps"
         fits = int(fastest.steps * (question.job.max_seconds or 0) / seconds)
         return DoesNotFit("plan", problem, f"fewer steps would end in time: --set max_steps={max(1, fits)}")
-    smallest = min(quick, key=lambda t: question.high_bytes(t))
+    smallest = min(with_smallest_passes(quick), key=question.high_bytes)
     need = question.high_bytes(smallest)
     highest = max(question.phases(smallest), key=lambda phase: phase.high_bytes)
     terms = ", ".join(
@@ -275,16 +275,26 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
     return error
 
 
+def with_smallest_passes(looked_at: Iterable[Training]) -> list[Training]:
+    """The ways of the smallest micro-batch and loss chunk, as larger ones need no less at any length.
+
+    But where a micro-batch is all that a step has no gradients of others wait: those are there too.
+    """
+    ways = list(looked_at)
+    batch, chunk = (min(getattr(way, name) for way in ways) for name in ("micro_batch_size", "loss_chunk_tokens"))
+    return [
+        way for way in ways
+        if way.loss_chunk_tokens == chunk and (way.micro_batch_size == batch or way.micro_batch_size >= way.share)
+    ]  # fmt: skip
+
+
 def _shorter(question: Question, looked_at: list[Training]) -> str | None:
     """The longest samples that some candidate would fit with; None when none does at even 32 tokens.
 
     The candidate that is smallest at full length need not be at a shorter one: there other terms, the optimizer's
-    states first, outweigh what grows with the length. So every candidate is asked at each length of the halving; the
-    smallest micro-batch and loss chunk alone, as larger ones need no less at any length.
+    states first, outweigh what grows with the length. So every candidate is asked at each length of the halving.
     """
-    batch = min(t.micro_batch_size for t in looked_at)
-    chunk = min(t.loss_chunk_tokens for t in looked_at)
-    left = [t for t in looked_at if (t.micro_batch_size, t.loss_chunk_tokens) == (batch, chunk)]
+    left = with_smallest_passes(looked_at)
 
     def fitting(length: int) -> list[Training]:
         work, cut = train_step.Workload(length, min(length, question.work.longest_trained)), {"max_length": length}

@@ -51,6 +51,8 @@ def best_that_fits(question: Question, looked_at: Sequence[Training]) -> Trainin
     for hope, training in sorted(((question.hope(t), t) for t in looked_at), key=lambda pair: pair[0]):
         if hope >= best:
             break
+        if question.least_bytes(training) > question.budget_bytes:  # most of those that do not fit, far more quickly
+            continue
         if question.high_bytes(training) > question.budget_bytes:
             continue
         most = question.most_kept(training)

@@ -187,6 +187,18 @@ class Question:
             self.heights[id(training)] = training, max(phase.high_bytes for phase in self.phases(training))
         return self.heights[id(training)][1]
 
+    def least_bytes(self, training: Training) -> int:
+        """What some phase holds at the least: base, adapters, optimizer states. Its high estimate is no lower.
+
+        0 where a simulation corrects the closed form.
+        """
+        if self.simulated:
+            return 0
+        spec = self.spec
+        scored = train_step.weight_bytes(spec, training) + train_step.adapter_bytes(spec, training)
+        states = 0 if training.layers == "lisa" else train_step.optimizer_bytes(spec, training)  # there of a few layers
+        return max(scored, scored - train_step.dropped_bytes(spec, training) + states)
+
     def seconds(self, training: Training, kept_layers: int | None = None) -> float:
         """Seconds per optimizer step of typical batches; with another number of layers that keep their activations."""
         return seconds_per_step(self.profile, training, self.mean_work, self.counted(training, kept_layers))

@@ -44,6 +44,14 @@ MEASURED = (
 )  # fmt: skip
 
 
+def likely(targets: Sequence[Target]) -> list[Target]:
+    """Of an export's candidates those that are planned for.
+
+    16 and 32 bits are for the rare case that 8 lose too much: the export looks for their room when it comes to that.
+    """
+    return [each for each in targets if each.weight_bits <= max(8, targets[0].weight_bits)]
+
+
 def expected(spec: ModelSpec, targets: Sequence[Target]) -> tuple[Target, str]:
     """(which of an export's candidates is expected, why); of one alone nothing is said."""
     if len(targets) == 1:

@@ -29,7 +29,7 @@ from edgeft.memory.stages import (
 from edgeft.memory.train_step import Phase, Term, beside
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
-from edgeft.planning.expected import expected
+from edgeft.planning.expected import expected, likely
 from edgeft.planning.output_bias import as_merged
 from edgeft.settings.job import Training
 from edgeft.targets.footprint import (
@@ -101,9 +101,8 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     device_bytes = device.budget_bytes if device else None
     named = candidates(job.target, beside=not training.folds)
     found = tuple(choose_cache(each, spec, job.kv_bits, device_bytes) for each in named)
-    # 16 and 32 bits are for the rare case that 8 lose too much: the export looks for their room when it comes to that
-    likely = [each for each in found if each.weight_bits <= max(8, found[0].weight_bits)]
-    target, why = expected(spec, likely)
+    planned = likely(found)
+    target, why = expected(spec, planned)
     has, gpu = processes(profile), visible_gpu() if profile.device == "cuda" else None
     together = question.budget_bytes * (1 if profile.device == "cuda" else training.neighbours)
     host_bytes = host_memory(profile, together, usable_memory() if gpu else None)
@@ -115,14 +114,14 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     phases += [
         resume(spec, training, has, data_bytes),
         merge(spec, training, has),
-        *_largest(calibrate_phases(question, each) for each in likely),
-        *_largest((build(question, each),) for each in likely),
-        *_largest((prove(question, training, each, host_bytes),) for each in likely),
+        *_largest(calibrate_phases(question, each) for each in planned),
+        *_largest((build(question, each),) for each in planned),
+        *_largest((prove(question, training, each, host_bytes),) for each in planned),
         run_bundle(spec, target, weights, context, training.prefix_tokens),
     ]
     stages = Stages(
         phases=tuple(phases),
-        disk=plan_disk(spec, training, likely),
+        disk=plan_disk(spec, training, planned),
         target=target,
         context_tokens=context,
         context_limited_by=limited_by,

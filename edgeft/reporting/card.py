@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 State = Literal["fits", "elsewhere", "no", "done", "failed"]
 MARKS: dict[State, str] = {
-    "fits": "\N{CHECK MARK}", "elsewhere": "\N{CIRCLE WITH LEFT HALF BLACK}", "no": "\N{BALLOT X}",
+    "fits": "\N{CHECK MARK}", "elsewhere": "\N{WARNING SIGN}\N{VARIATION SELECTOR-15}", "no": "\N{BALLOT X}",
     "done": "\N{CHECK MARK}", "failed": "\N{BALLOT X}",
 }  # fmt: skip
 
@@ -69,6 +69,7 @@ def plan_card(plan: Plan, devices: Sequence[DeviceCell] = ()) -> Card:
     elsewhere = plan.stages.too_large()
     stages = list(dict.fromkeys(name.partition(":")[0] for name in elsewhere))
     title = f"Fits, {' and '.join(stages)} elsewhere" if stages else "Fits"
+    title += ", tightly on the device" if not stages and plan.stages.tight_on_device() else ""
     if plan.stages.cannot_build:
         title = "Fits, export not possible"
     name = name_of(plan.job.model, plan.spec.total_parameters)

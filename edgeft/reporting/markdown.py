@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from edgeft.machines.profile import Profile
@@ -12,9 +12,12 @@ from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, 
 from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
+    DEVICE_MARKS,
+    MARKS,
     SYMBOLS,
     amount,
     attempt_cells,
+    bundles_of,
     cell_text,
     grouped,
     signed,
@@ -181,19 +184,22 @@ def _matrix(report: Matrix) -> list[str]:
     pinned = "".join(f", {escape(key)}={escape(value)}" for key, value in report.settings.items())
     blocks = [
         "# Which models fit which machines",
-        f"Training is planned for samples of {report.max_length:,} tokens{pinned}; bundles are {report.target.name}. "
-        f"{SYMBOLS['full']} 16 or 32 bit, all layers; {SYMBOLS['4-bit']} over a 4-bit base, all layers; "
-        f"{SYMBOLS['reduced']} layers or rank given up; {SYMBOLS['none']} does not fit.",
+        f"Training is planned for samples of {report.max_length:,} tokens{pinned}. {escape(bundles_of(report))}",
     ]
     if report.training_machines:
         rows = [_row(model, model.training, len(report.training_machines)) for model in report.models]
-        blocks += ["## Fine-tuning", _table(_head(report.training_machines), rows, (1,))]
+        legend = _legend({SYMBOLS[grade]: said for grade, said in MARKS.items()})
+        blocks += ["## Fine-tuning", legend, _table(_head(report.training_machines), rows, (1,))]
     if report.devices:
         rows = [_row(model, model.devices, len(report.devices)) for model in report.models]
-        blocks += ["## Running", _table(_head(report.devices), rows, (1,))]
+        blocks += ["## Running", _legend(DEVICE_MARKS), _table(_head(report.devices), rows, (1,))]
     lines = ["Memory is the high estimate of training, the expected one of a bundle; times and speeds are estimates."]
     lines += [f"- {escape(text)}: {escape(', '.join(names))}" for text, names in approximate(report).items()]
     return [*blocks, "\n".join(lines)]
+
+
+def _legend(marks: Mapping[str, str]) -> str:
+    return "; ".join(f"{mark} {escape(said)}" for mark, said in marks.items()) + "."
 
 
 def _head(machines: Sequence[Profile]) -> list[str]:

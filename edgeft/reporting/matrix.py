@@ -17,10 +17,12 @@ from edgeft.errors import BadInput, DoesNotFit, MissingExtra
 from edgeft.machines.extras import installed
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
 from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.planning.expected import expected, likely
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.planning.rows_read import DEFAULT_LENGTH
+from edgeft.planning.stage_checks import run_bundle
 from edgeft.progress import Progress, silent
-from edgeft.settings.job import AUTO, make_job, parse_kv_bits
+from edgeft.settings.job import AUTO, Job, make_job, parse_kv_bits
 from edgeft.settings.tuners import TUNERS
 from edgeft.targets.footprint import SMALLEST_CONTEXT, LimitedBy, bundle_weights, choose_cache, choose_context, predict
 from edgeft.targets.runtimes import cannot_build
@@ -76,11 +78,20 @@ class DeviceCell(Strict):
         default=None, description="of that context, or of the smallest one when nothing fits"
     )
     budget_bytes: int
+    high_bytes: int | None = Field(
+        default=None, description="high estimate of what `need_bytes` is the expected one of"
+    )
+    target: str = Field(default="", description="what it runs; the target that is expected, where the export chooses")
     weights_bytes: int | None = Field(default=None, description="size of the weights on disk")
     tokens_per_second_bound: float | None = Field(
         default=None, description="bandwidth / bytes read per token: never reached"
     )
     problem: str = ""
+
+    @property
+    def tight(self) -> bool:
+        """Whether the high estimate is more than the device has."""
+        return self.fits and (self.high_bytes or 0) > self.budget_bytes
 
 
 class ModelRow(Strict):
@@ -104,7 +115,7 @@ class Matrix(Artifact):
     kind: Literal["matrix"] = "matrix"
     max_length: int = Field(description="tokens of the samples that training is planned for")
     settings: dict[str, str] = Field(description="what was pinned, as for edgeft plan --set")
-    target: Target
+    target: str = Field(description="what is shipped: a target, or auto: the smallest that keeps the fine-tune")
     training_machines: tuple[Profile, ...]
     devices: tuple[Profile, ...]
     models: tuple[ModelRow, ...]
@@ -160,22 +171,25 @@ def make_matrix(
     profiles: Sequence[Profile],
     *,
     devices: Sequence[Profile] | None = None,
-    target: str = "ort-int4",
+    device: str | None = None,
+    target: str = AUTO,
     settings: dict[str, str] | None = None,
     workers: int = 1,
     progress: Progress = silent,
 ) -> Matrix:
     """Every model of (name, folder) planned on every profile: for training, as a device, or both, as its roles say.
 
-    With `devices`, those are the devices. Nothing that a model or a machine does stops it: what cannot be planned is
-    a cell that says why. Raises BadInput for settings that no plan could take.
+    With `devices`, those are the devices; where one alone is asked for, `device` names it, and training is planned for
+    it: what its bundle is decides what the export takes. Nothing that a model or a machine does stops it: what cannot
+    be planned is a cell that says why. Raises BadInput for settings that no plan could take.
     """
     values = dict(settings or {})
     make_job(**{**values, "model": "any", "profile": "any"})
-    chosen = candidates(target)[0]
+    tuner = TUNERS.get(values.get("tuner", ""))
+    chosen = candidates(target, beside=tuner is not None and not tuner.folds)
     machines = sorted((p for p in profiles if "train" in p.roles), key=_by_memory)
     shipped_to = devices_of(profiles if devices is None else devices)
-    pinned = values | {"target": target}
+    pinned = values | {"target": target} | ({"device": device} if device is not None else {})
     arguments = [(name, folder, machines, shipped_to, chosen, pinned) for name, folder in models]
     rows: list[ModelRow] = []
     for row in _each(arguments, workers):
@@ -185,14 +199,14 @@ def make_matrix(
         versions=versions(),
         max_length=int(values.get("max_length") or DEFAULT_LENGTH),
         settings=values,
-        target=chosen,
+        target=target if len(chosen) > 1 else chosen[0].name,
         training_machines=tuple(machines),
         devices=tuple(shipped_to),
         models=tuple(sorted(rows, key=lambda row: (row.parameters is None, row.parameters or 0, row.name))),
     )
 
 
-_Arguments = tuple[str, str, list[Profile], list[Profile], Target, dict[str, str]]
+_Arguments = tuple[str, str, list[Profile], list[Profile], tuple[Target, ...], dict[str, str]]
 
 
 def find_devices(names: str) -> list[Profile]:
@@ -228,9 +242,10 @@ def _each(arguments: Sequence[_Arguments], workers: int) -> Iterable[ModelRow]:
 
 
 def model_row(
-    name: str, folder: str, machines: list[Profile], devices: list[Profile], target: Target, settings: dict[str, str]
-) -> ModelRow:
-    """One model on every machine."""
+    name: str, folder: str, machines: list[Profile], devices: list[Profile], targets: tuple[Target, ...],
+    settings: dict[str, str],
+) -> ModelRow:  # fmt: skip
+    """One model on every machine; `targets`: what its export may end in, as `candidates` gives them."""
     try:
         with installed("train"):  # torch counts what a family is that edgeft does not know
             spec = read_model_spec(folder)
@@ -238,7 +253,7 @@ def model_row(
         return ModelRow(name=name, parameters=None, problem=problem.problem.splitlines()[0])
     except MissingExtra as problem:
         return ModelRow(name=name, parameters=None, problem=f"{problem.where} {problem.problem}: {problem.hint}")
-    asked = parse_kv_bits(settings.get("kv_bits", AUTO))
+    asked, target = parse_kv_bits(settings.get("kv_bits", AUTO)), expected(spec, likely(targets))[0]
     return ModelRow(
         name=name,
         parameters=spec.total_parameters,
@@ -273,7 +288,7 @@ def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -
     try:
         with installed("train"):  # and simulates what has no closed form
             job = make_job(**{**settings, "model": spec.model, "profile": profile.name})
-            plan = make_plan(job, spec=spec, profile=profile)
+            plan = _plan_for_training(job, spec, profile)
     except DoesNotFit as problem:
         shorter = re.match(r"samples of at most (\d+) tokens would fit", problem.hint)
         return TrainingCell(
@@ -314,6 +329,16 @@ def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -
     )
 
 
+def _plan_for_training(job: Job, spec: ModelSpec, profile: Profile) -> Plan:
+    """The plan; where the device has no room for the bundle, that of training alone: the device has its own cell."""
+    try:
+        return make_plan(job, spec=spec, profile=profile)
+    except DoesNotFit as problem:
+        if job.device is None or problem.where != "bundle":
+            raise
+        return make_plan(job.model_copy(update={"device": None}), spec=spec, profile=profile)
+
+
 def grade(plan: Plan) -> Grade:
     """What is left of the best candidate, the first of the frontier."""
     training, best = plan.training, plan.frontier[0]
@@ -349,17 +374,19 @@ def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | 
         context, limited_by = choose_context(spec, target, weights, budget)
     except DoesNotFit:
         need = predict(spec, target, weights, SMALLEST_CONTEXT).memory_bytes
-        found = {"problem": "does not fit", "need_bytes": need, "weights_bytes": weights.stored_bytes}
-        return refused.model_copy(update=found)
-    expected = predict(spec, target, weights, context, budget, profile.bandwidth_gb_per_second * 1e9)
-    bound = expected.tokens_per_second_bound
+        short = {"problem": "does not fit", "need_bytes": need, "weights_bytes": weights.stored_bytes}
+        return refused.model_copy(update=short)
+    found = predict(spec, target, weights, context, budget, profile.bandwidth_gb_per_second * 1e9)
+    bound = found.tokens_per_second_bound
     return DeviceCell(
         machine=profile.name,
         fits=True,
         context_tokens=context,
         kv_bits=target.kv_bits,
         limited_by=limited_by,
-        need_bytes=expected.memory_bytes,
+        target=target.name,
+        need_bytes=found.memory_bytes,
+        high_bytes=run_bundle(spec, target, weights, context).high_bytes,
         budget_bytes=budget,
         weights_bytes=weights.stored_bytes,
         tokens_per_second_bound=None if bound is None else float(f"{bound:.3g}"),

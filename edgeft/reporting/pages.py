@@ -19,8 +19,16 @@ from edgeft.reporting.matrix import Grade, Matrix, ModelRow
 from edgeft.reporting.palette import FAMILIES
 from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
+    BEHIND,
+    DEVICE_MARKS,
+    ELSEWHERE,
+    MARKS,
+    MAY_EXCEED,
+    SYMBOLS,
     amount,
     attempt_cells,
+    behind,
+    bundles_of,
     cell_text,
     difference_text,
     grouped,
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     import jinja2
 
 TAGS = re.compile(r"<style>.*?</style>|<[^>]*>", re.DOTALL)
+KINDS: dict[Grade, str] = {"full": "full", "4-bit": "four-bit", "reduced": "reduced", "none": "none"}  # CSS classes
 USEFUL_CONTEXT = 1024  # tokens: less is no device for a chat or a document
 FAST = 5  # tokens a second: about the speed of reading
 
@@ -70,6 +79,7 @@ def _summary_values(report: Summary) -> dict[str, Any]:
     return {
         "name": Path(report.model).name or report.model,
         "looks": FAMILIES,
+        "device_marks": [*DEVICE_MARKS.items(), (MAY_EXCEED, BEHIND[MAY_EXCEED])],
         "bars": bars.groups(report.stages, memories),
         "later": bars.groups(report.later_stages, memories),
         "ways": charts.frontier(report.options, report.budget_bytes),
@@ -98,7 +108,7 @@ def environment() -> jinja2.Environment:
     environment.filters |= {
         "bytes": show_bytes, "count": show_count, "seconds": show_seconds, "pace": show_pace, "amount": amount,
         "rate": show_rate,
-        "symbol": symbol, "cell_text": cell_text,
+        "symbol": symbol, "cell_text": cell_text, "behind": behind,
         "signed": signed,
         "grouped": grouped,
         "answer": lambda value: {"True": "yes", "False": "no"}.get(value, value),
@@ -123,7 +133,19 @@ def _matrix_values(matrix: Matrix) -> dict[str, Any]:
     return {
         "title": "Which models fit which machines",
         "batch": Job.model_fields["batch_size"].default,
-        "kinds": {"full": "full", "4-bit": "four-bit", "reduced": "reduced", "none": "none"},
+        "kinds": KINDS,
+        "marks": [
+            *((KINDS[grade], SYMBOLS[grade], said) for grade, said in MARKS.items()),
+            ("", ELSEWHERE, BEHIND[ELSEWHERE]),
+        ],
+        "device_marks": [
+            *(
+                (kind, mark, said)
+                for kind, (mark, said) in zip(("runs", "tight", "none"), DEVICE_MARKS.items(), strict=True)
+            ),
+            ("tight", MAY_EXCEED, BEHIND[MAY_EXCEED]),
+        ],
+        "bundles": bundles_of(matrix),
         "machines": [largest_trained(matrix, i) for i in range(len(matrix.training_machines))],
         "devices": [largest_run(matrix, i) for i in range(len(matrix.devices))],
         "smallest": [smallest_machine(model) for model in matrix.models],

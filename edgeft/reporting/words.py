@@ -10,7 +10,8 @@ from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
 from edgeft.reporting.curve import last_fall
-from edgeft.reporting.matrix import DeviceCell, Grade, TrainingCell
+from edgeft.reporting.matrix import DeviceCell, Grade, Matrix, TrainingCell
+from edgeft.settings.job import AUTO
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import GIB, show_bytes, show_seconds
 
@@ -18,6 +19,22 @@ if TYPE_CHECKING:
     from edgeft.training.result import TrainResult
 
 SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
+SHORTENED = "\u25be"  # of a device: memory cuts the context
+ELSEWHERE, MAY_EXCEED = "\u2020", "\u2021"  # behind a cell: a later stage wants another machine; the high estimate
+MARKS: dict[Grade, str] = {
+    "full": "16 or 32 bit, all layers",
+    "4-bit": "over a 4-bit base, all layers: about half a point of quality lower",
+    "reduced": "layers or rank given up: some points of quality lower",
+    "none": "does not fit: what it would need",
+}  # fmt: skip
+DEVICE_MARKS = {
+    SYMBOLS["full"]: "with the full context of the target or the model", SHORTENED: "memory cuts the context",
+    SYMBOLS["none"]: "does not run",
+}  # fmt: skip
+BEHIND = {
+    ELSEWHERE: "a later stage needs another machine",
+    MAY_EXCEED: "may need more than the device has: its high estimate is above the limit",
+}  # fmt: skip
 PAGES_MARK = "*"
 STILL_FALLING, NEARLY_ALL = 0.2, 0.95  # shares: of the loss, and of answers beyond which more steps bring little
 GIVEN_BACK = "above the limit by pages of weight files alone, which the system takes back when it needs them"
@@ -27,7 +44,25 @@ def symbol(cell: TrainingCell | DeviceCell) -> str:
     """The mark of a cell, which says without colour what the colour says."""
     if isinstance(cell, TrainingCell):
         return SYMBOLS[cell.grade]
-    return SYMBOLS["none" if not cell.fits else "4-bit" if cell.limited_by == "device memory" else "full"]
+    if cell.fits and cell.limited_by == "device memory":
+        return SHORTENED
+    return SYMBOLS["full" if cell.fits else "none"]
+
+
+def behind(cell: TrainingCell | DeviceCell) -> str:
+    """The mark behind a cell that fits but not in all; nothing for any other."""
+    if isinstance(cell, TrainingCell):
+        return ELSEWHERE if cell.elsewhere else ""
+    return MAY_EXCEED if cell.tight else ""
+
+
+def bundles_of(matrix: Matrix) -> str:
+    """Which bundles a matrix is about: of one target, or of what the export is expected to choose for each model."""
+    if matrix.target != AUTO:
+        return f"Bundles are of the target {matrix.target}."
+    found = sorted({cell.target for model in matrix.models for cell in model.devices if cell.target})
+    expected = f", which is expected to be {' or '.join(found)}" if found else ""
+    return f"Bundles are of the smallest target that keeps the fine-tune (auto){expected}; the export decides."
 
 
 def cell_text(cell: TrainingCell | DeviceCell) -> str:
@@ -43,7 +78,8 @@ def cell_text(cell: TrainingCell | DeviceCell) -> str:
     if cell.fits:
         bound = f", at most {show_rate(cell.tokens_per_second_bound)} tok/s" if cell.tokens_per_second_bound else ""
         cache = f" (KV cache of {cell.kv_bits} bits)" if cell.kv_bits else ""
-        return f"context {cell.context_tokens:,}{cache}, {memory}{bound}"
+        most = f", {show_bytes(cell.high_bytes or 0)} by the high estimate" if cell.tight else ""
+        return f"context {cell.context_tokens:,}{cache}, {memory}{most}{bound}"
     return f"{cell.problem}: needs {memory}" if memory else cell.problem
 
 

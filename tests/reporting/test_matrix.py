@@ -17,6 +17,7 @@ from edgeft.machines.profile import load_profile
 from edgeft.models.families import FAMILIES, OTHERS_ORT_BUILDS
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import make_plan
+from edgeft.reporting import card
 from edgeft.reporting.matrix import (
     Matrix,
     device_cell,
@@ -27,7 +28,24 @@ from edgeft.reporting.matrix import (
     model_row,
     training_cell,
 )
-from edgeft.reporting.words import cell_text, memory_line, of_gib, show_pace, show_rate, verdict
+from edgeft.reporting.words import (
+    BEHIND,
+    DEVICE_MARKS,
+    ELSEWHERE,
+    MARKS,
+    MAY_EXCEED,
+    SHORTENED,
+    SYMBOLS,
+    behind,
+    bundles_of,
+    cell_text,
+    memory_line,
+    of_gib,
+    show_pace,
+    show_rate,
+    symbol,
+    verdict,
+)
 from edgeft.settings.job import make_job
 from edgeft.targets.footprint import SMALLEST_CONTEXT, bundle_weights, predict
 from edgeft.targets.target import load_target
@@ -71,6 +89,63 @@ def test_a_cell_is_what_planning_says(matrix: Matrix) -> None:
             tokens = training.batch_size * training.max_length
             assert found.seconds_per_million_tokens == pytest.approx(plan.seconds_per_step / tokens * 1e6)
             assert found.gave_up == plan.gave_up
+
+
+@pytest.mark.parametrize(("machine", "elsewhere"), [("laptop-16gb", True), ("t4", False), ("rtx4090-24gb", False)])
+@pytest.mark.parametrize("target", [None, "ort-int4", "ort-fp32"])
+def test_page_and_plan_give_one_answer(machine: str, elsewhere: bool, target: str | None) -> None:
+    """What is shipped decides whether the export fits too: where nobody says it, both take what the export will."""
+    pinned = {} if target is None else {"target": target}
+    devices = [load_profile("raspberrypi5-8gb")]
+    found = make_matrix(models("llama-3.1-8b"), find_profiles(machine), devices=devices, **pinned)
+    [row] = found.models
+    plan = make_plan(make_job(model=str(CONFIGS / "llama-3.1-8b"), profile=machine, **pinned))
+    [cell] = row.training
+    assert f"fits, but {' and '.join(cell.elsewhere)} elsewhere" in verdict(plan) if cell.elsewhere else (
+        verdict(plan) == "fits"
+    )  # fmt: skip
+    assert (behind(cell) == ELSEWHERE) == bool(cell.elsewhere)
+    [on_device] = row.devices
+    assert on_device.target in ("", plan.stages.target.name)
+    if target is None:
+        assert (
+            bool(cell.elsewhere) is elsewhere and on_device.target == "ort-int4-calibrated" and found.target == "auto"
+        )
+        assert "expected to be ort-int4-calibrated" in bundles_of(found)
+
+
+def test_where_one_device_is_asked_for_its_bundle_is_what_is_exported() -> None:
+    """Its keys and values may be kept in 8 bits, and the proof of that needs more of the host; or it has no room."""
+    [pi], [phone] = find_profiles("raspberrypi5-8gb"), find_profiles("android-8gb:6GiB")
+    for_pi = make_matrix(models("llama-3.1-8b"), find_profiles("t4"), devices=[pi], device=pi.name).models[0]
+    plan = make_plan(make_job(model=str(CONFIGS / "llama-3.1-8b"), profile="t4", device=pi.name))
+    assert verdict(plan).startswith("fits, but export elsewhere") and for_pi.training[0].elsewhere == ("export",)
+    small = make_matrix(models("llama-3.1-8b"), find_profiles("t4"), devices=[phone], device=phone.name).models[0]
+    assert small.training[0].fits and not small.training[0].elsewhere and not small.devices[0].fits
+
+
+@pytest.mark.parametrize(("model", "tight"), [("llama-3.1-8b", True), ("qwen2.5-1.5b", False)])
+def test_a_bundle_that_may_need_more_than_its_device_is_marked_as_its_plan_says(model: str, tight: bool) -> None:
+    """By the same high estimate: what a plan's verdict calls tight has a mark of its own in the matrix."""
+    plan = make_plan(make_job(model=str(CONFIGS / model), profile="rtx4090-24gb", device="raspberrypi5-8gb"))
+    [found] = make_matrix(models(model), find_profiles("raspberrypi5-8gb")).models[0].devices
+    assert found.high_bytes == plan.stages.phases[-1].high_bytes
+    assert (behind(found) == MAY_EXCEED) == ("tightly on the device" in verdict(plan)) == tight
+
+
+def test_every_mark_has_one_meaning() -> None:
+    training, devices = {SYMBOLS[grade]: said for grade, said in MARKS.items()}, DEVICE_MARKS
+    shared = training.keys() & devices.keys()
+    assert shared == {SYMBOLS["full"], SYMBOLS["none"]}  # all that can be had; nothing
+    others = [*training, *devices, *BEHIND, *(set(card.MARKS.values()))]
+    assert len(others) - len(shared) == len(set(others)), "a card's sign is no cell's"
+
+
+def test_adapters_beside_the_weights_are_shipped_by_what_runs_them() -> None:
+    """As in a plan of that tuner: not every runtime can."""
+    made = make_matrix(models("qwen2.5-0.5b"), find_profiles("t4,raspberrypi5-8gb"), settings={"tuner": "adapter"})
+    plan = make_plan(make_job(model=str(CONFIGS / "qwen2.5-0.5b"), profile="t4", tuner="adapter"))
+    assert made.models[0].devices[0].target == plan.stages.target.name != "ort-int4-calibrated"
 
 
 def test_machines_by_memory_models_by_parameters_each_where_its_role_is(matrix: Matrix) -> None:
@@ -130,14 +205,14 @@ def test_a_stage_that_the_host_cannot_hold_is_named() -> None:
 def test_a_config_that_cannot_be_used_is_a_row(tmp_path: Path) -> None:
     config = json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    row = model_row("quantised", str(tmp_path), [load_profile("t4")], [], INT4, {})
+    row = model_row("quantised", str(tmp_path), [load_profile("t4")], [], (INT4,), {})
     assert row.problem == "is quantised (mxfp4); a merge needs the original-precision weights"
     assert (row.parameters, row.training) == (None, ())
 
 
 def test_experts_are_said_to_be_approximate_and_stop_nothing() -> None:
     [name, folder] = models("qwen3-30b-a3b")[0]
-    row = model_row(name, folder, [load_profile("t4")], [load_profile("cpu-16gb")], INT4, {})
+    row = model_row(name, folder, [load_profile("t4")], [load_profile("cpu-16gb")], (INT4,), {})
     assert row.parameters == 30_532_122_624
     assert row.approximate.startswith("mixture of experts")
     assert row.training[0].grade == "none" and row.training[0].need_bytes > 2 * row.parameters
@@ -145,7 +220,7 @@ def test_experts_are_said_to_be_approximate_and_stop_nothing() -> None:
 
 
 def test_families_outside_the_closed_form_are_marked() -> None:
-    rows = [model_row(*pair, [], [], INT4, {}) for pair in models("olmo-2-1b", "llama-3.2-1b")]
+    rows = [model_row(*pair, [], [], (INT4,), {}) for pair in models("olmo-2-1b", "llama-3.2-1b")]
     assert [row.approximate for row in rows] == ["approximated by a Llama of that shape, with a wider margin", ""]
 
 
@@ -159,10 +234,12 @@ def test_a_device_cell_is_what_the_bundle_is_predicted_to_take() -> None:
     assert one_more > profile.budget_bytes
     bound = profile.bandwidth_gb_per_second * 1e9 / weights.bytes_per_token
     assert found.tokens_per_second_bound == pytest.approx(bound, rel=5e-3)
-    own = r"context 1,\d{3} \(KV cache of 32 bits\), 6\.80 of 6\.80 GiB, at most 3\.\d\d tok/s"
-    assert re.fullmatch(own, cell_text(found))
-    small = cell_text(device_cell(spec, INT4, profile))  # four times as many fit: all that the target asks for
-    assert re.fullmatch(r"context 4,096 \(KV cache of 8 bits\), 6\.\d\d of 6\.80 GiB, at most 3\.\d\d tok/s", small)
+    own = r"context 1,\d{3} \(KV cache of 32 bits\), 6\.80 of 6\.80 GiB, 7\.1\d GiB by the high estimate, "
+    assert re.fullmatch(own + r"at most 3\.\d\d tok/s", cell_text(found))
+    small = device_cell(spec, INT4, profile)  # four times as many fit: all that the target asks for
+    words = r"context 4,096 \(KV cache of 8 bits\), 6\.\d\d of 6\.80 GiB, 6\.9\d GiB by the high estimate, "
+    assert re.fullmatch(words + r"at most 3\.\d\d tok/s", cell_text(small))
+    assert symbol(small) == "\u25cf" and behind(small) == MAY_EXCEED and symbol(found) == SHORTENED
     portable = device_cell(spec, load_target("onnx-portable-int8"), profile, 8)
     assert not portable.fits and portable.problem == "kv_bits of runtime onnxruntime must be 32"
 
