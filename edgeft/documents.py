@@ -248,7 +248,9 @@ def shipped_path(kind: str, folder: str, name_or_path: str) -> Path:
     path = shipped_folder(folder) / f"{name_or_path}.toml"
     if not path.is_file():
         names = [file.stem for file in path.parent.glob("*.toml")]
-        raise BadInput(kind, f"unknown {kind} {name_or_path!r}", did_you_mean(name_or_path, names))
+        raise BadInput(
+            kind, f"unknown {kind} {name_or_path!r}", did_you_mean(name_or_path, names, f"edgeft show {kind}s")
+        )
     return path
 
 

@@ -67,8 +67,11 @@ def of_exit_code(code: int, where: object, problem: str, hint: str = "") -> Edge
     return error
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the sorted list of what is known when nothing is near.
+SHOWN_NAMES = 16  # of what is known in one message: more are a wall
+
+
+def did_you_mean(word: str, known: Iterable[str], listing: str = "") -> str:
+    """`did you mean 'x'?`, or the sorted list of what is known when nothing is near: of many what lists them.
 
     A slip of the pen first, then what is part of a longer name that another tool has: max_seq_length, max_length.
     """
@@ -77,7 +80,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     within = sorted((name for name in names if _parts(name) < parts), key=lambda name: (-len(_parts(name)), name))
     slips, near = (difflib.get_close_matches(word, names, n=1, cutoff=cutoff) for cutoff in (0.8, 0.6))
     found = next((each[0] for each in (slips, within, near) if each), None)
-    return f"did you mean {found!r}?" if found else "one of " + ", ".join(names)
+    if found:
+        return f"did you mean {found!r}?"
+    if len(names) > SHOWN_NAMES:
+        return f"{listing} lists all {len(names)}" if listing else f"{len(names)} are known: {names[0]} to {names[-1]}"
+    return "one of " + ", ".join(names)
 
 
 def _parts(name: str) -> set[str]:

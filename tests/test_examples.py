@@ -52,6 +52,35 @@ def test_a_plan_that_does_not_fit_fails_with_exit_3(tmp_path: Path) -> None:
     assert line.startswith("::error title=This fine-tune does not fit::") and "GiB" in line
 
 
+def test_strict_and_a_time_limit_are_inputs_too(tmp_path: Path) -> None:
+    large = {"MODEL": str(CONFIGS / "qwen2.5-14b"), "ON": "laptop-16gb", "SETTINGS": "base_precision=fp32\nrank=64"}
+    done, summary, outputs = plan(tmp_path, **large)
+    assert done.returncode == 0 and outputs == "fits=true\n" and "EXPORT ELSEWHERE" in summary
+    done, summary, outputs = plan(tmp_path, **large, STRICT="true")
+    assert done.returncode == 3 and outputs == "fits=false\n"
+    assert summary.startswith("# This fine-tune does not fit in every stage") and "EXPORT ELSEWHERE" in summary
+    done, summary, outputs = plan(tmp_path, **large, MAX_SECONDS="3600")
+    assert done.returncode == 3 and outputs == "fits=false\n" and "nothing ends within" in summary
+    assert plan(tmp_path, **large, STRICT="yes")[0].returncode == 2
+
+
+def test_the_action_can_be_copied_as_it_is() -> None:
+    """No placeholder is left, and what it installs is found beside it or by name."""
+    text = (ACTION / "action.yml").read_text(encoding="utf-8")
+    assert not re.search(r"OWNER|REPOSITORY|YOUR", text)
+    install = yaml.safe_load(text)["runs"]["steps"][0]["run"]
+    asked = f'python() {{ echo "$@"; }}\n{install}'
+    for place, package, wanted in (
+        (ACTION, "", f"{ACTION}/../.."), ("/nowhere/.github/actions/fits", "", "edgeft"),
+        (ACTION, "mine.whl", "mine.whl"),
+    ):  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-e", "-c", asked], capture_output=True, text=True, check=True,
+            env={"PATH": os.environ["PATH"], "GITHUB_ACTION_PATH": str(place), "PACKAGE": package},
+        )  # fmt: skip
+        assert done.stdout.split()[-1] == wanted
+
+
 def test_what_cannot_be_planned_says_that(tmp_path: Path) -> None:
     done, summary, outputs = plan(tmp_path, MODEL=str(EXAMPLE), ON="cpu-16gb", SETTINGS="no_such=1")
     assert done.returncode == 1 and outputs == "" and "could not be planned" in summary
@@ -63,11 +92,10 @@ def test_the_action_passes_its_inputs_as_variables_alone() -> None:
     steps = made["runs"]["steps"]
     assert made["runs"]["using"] == "composite" and all("${{" not in step["run"] for step in steps)
     used = {value for step in steps for value in step["env"].values()}
-    here = "${{ inputs.package || format('{0}/../..', github.action_path) }}"
-    assert used == {f"${{{{ inputs.{name} }}}}" for name in made["inputs"] if name != "package"} | {here}
+    assert used == {f"${{{{ inputs.{name} }}}}" for name in made["inputs"]}
     assert (ACTION.parent.parent / "pyproject.toml").is_file()  # two folders above the action is what is installed
     script = (ACTION / "plan.sh").read_text(encoding="utf-8")
-    assert all(re.search(rf"\b({name}|{name.lower()})\b", script) for name in steps[1]["env"])
+    assert all(re.search(rf"\b({name}|{name.lower().replace('_', '-')})\b", script) for name in steps[1]["env"])
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,17 @@ MOVED = {
 }  # fmt: skip
 
 
+# what other tools call what is called otherwise here
+ELSEWHERE = {
+    "chat": "edgeft run BUNDLE holds a conversation", "infer": "edgeft run BUNDLE 'a prompt'",
+    "generate": "edgeft run BUNDLE 'a prompt'", "serve": "edgeft run BUNDLE --serve 8080",
+    "api": "edgeft run BUNDLE --serve 8080", "sft": "edgeft build does all, from data to a bundle",
+    "finetune": "edgeft build does all, from data to a bundle", "tune": "edgeft build does all, from data to a bundle",
+    "fuse": "edgeft merge TRAIN", "quantize": "edgeft export MERGED", "convert": "edgeft export MERGED",
+    "estimate": "edgeft plan MODEL", "estimate-memory": "edgeft plan MODEL", "env": "edgeft show profiles --here OUT.toml",
+}  # fmt: skip
+
+
 def main() -> None:
     """The command line: errors as `where: problem` and a hint, without a traceback, and their exit code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces kernels it did not find at import
@@ -82,6 +93,8 @@ def main() -> None:
     try:
         if len(sys.argv) > 1 and sys.argv[1] in MOVED:
             raise BadInput(f"edgeft {sys.argv[1]}", "is another command now", f"edgeft {MOVED[sys.argv[1]]}")
+        if len(sys.argv) > 1 and sys.argv[1] in ELSEWHERE:
+            raise BadInput(f"edgeft {sys.argv[1]}", "is called otherwise here", ELSEWHERE[sys.argv[1]])
         with installed("export" if sys.argv[1:2] and sys.argv[1] in ("export", "adapters") else ""):
             app()
     except EdgeftError as problem:

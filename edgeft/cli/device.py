@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,14 @@ from rich.text import Text
 
 from edgeft.cli.screen import JsonOption, say, show, stdout
 from edgeft.errors import BadInput
+
+# what people point `run` at: the file that tells it, what it is, what to do
+NO_BUNDLES = (
+    ("merged.json", "a merged checkpoint", "edgeft export {folder} makes its bundle"),
+    ("train.json", "what a training gave", "edgeft merge {folder}, then edgeft export makes its bundle"),
+    ("bundle/bundle.json", "the folder of a job", "its bundle lies in it: edgeft run {folder}/bundle"),
+    ("plan.json", "the folder of a job without a bundle", "edgeft train {folder}/plan.json, merge and export make it"),
+)
 
 
 def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bundle folder")]) -> None:
@@ -21,8 +30,9 @@ def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bun
     if str(bundle) in ("-h", "--help"):
         print(context.get_help())
         raise typer.Exit
-    if (bundle / "merged.json").is_file():
-        raise BadInput(bundle, "is a merged checkpoint, no bundle", f"edgeft export {bundle} makes its bundle")
+    for name, what, hint in NO_BUNDLES:
+        if (bundle / name).is_file():
+            raise BadInput(bundle, f"is {what}, no bundle", hint.format(folder=shlex.quote(str(bundle))))
     raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
 
 

@@ -46,7 +46,7 @@ def init(
     asked = typed_job(model, None, settings, on=on, memory=memory, device=device, data=data, target=target)
     write_job_file(file, asked)
     stdout.print(str(file), soft_wrap=True, markup=False)
-    next_steps.after_init(file, complete=asked.model is not None and bool(asked.data))
+    next_steps.after_init(file, [name for name in ("model", "data") if not getattr(asked, name)])
 
 
 def build(

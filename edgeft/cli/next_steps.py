@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 EXAMPLE_CHARACTERS = 300  # of a prompt that is typed
 
 
-def after_init(file: Path, *, complete: bool) -> None:
+def after_init(file: Path, missing: Sequence[str]) -> None:
     """The command that makes what a job file says, or what it still has to say."""
     named = "" if str(file) == "edgeft.toml" else f" --job {shlex.quote(str(file))}"
-    if complete:
-        _say(f"next: {edgeft()} build{named}")
+    if missing:
+        _say(f"fill in {' and '.join(missing)}; then: {edgeft()} build{named}")
     else:
-        _say(f"fill in model and data; then: {edgeft()} build{named}")
+        _say(f"next: {edgeft()} build{named}")
 
 
 def after_plan(plan: Plan, path: Path) -> None:
@@ -36,7 +36,7 @@ def after_plan(plan: Plan, path: Path) -> None:
     if plan.job.data is None:
         _say("to train it, plan with --data FILE: edgeft data shows what of a file trains")
         return
-    where = "" if _is_here(plan) else f", on {plan.profile.name}"
+    where = "" if is_here(plan) else f", on {plan.profile.name}"
     if plan.training.processes > 1:
         from edgeft.planning.processes import start
 
@@ -74,7 +74,9 @@ def after_export(bundle: Bundle, folder: Path) -> None:
 
 def example(golden: Iterable[Golden]) -> str:
     """The shortest prompt that a bundle's answers were recorded for, as a user would type it."""
-    said = [each.text if each.plain else (each.messages or [{}])[-1].get("content") for each in golden]
+    from edgeft.exporting.bundle import first_said
+
+    said = [first_said(each) for each in golden if each.plain or each.messages]
     texts = [text for text in said if isinstance(text, str) and text.strip() and not text.startswith("-")]
     return min((text for text in texts if len(text) <= EXAMPLE_CHARACTERS), key=len, default="a prompt")
 
@@ -83,7 +85,8 @@ def edgeft() -> str:
     """The words that start this very edgeft in a shell here."""
     script = Path(sys.executable).with_name("edgeft.exe" if os.name == "nt" else "edgeft")
     if script.is_file():
-        return "edgeft" if _is_found("edgeft", script) else _typed(script)
+        found = shutil.which("edgeft")  # or a link to it
+        return "edgeft" if found is not None and Path(found).resolve() == script.resolve() else _typed(script)
     return f"{python()} -m edgeft"
 
 
@@ -106,7 +109,7 @@ def _typed(program: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
-def _is_here(plan: Plan) -> bool:
+def is_here(plan: Plan) -> bool:
     """Whether the plan's device may be in this machine, without a look by PyTorch."""
     if plan.profile.device == "mps":
         return sys.platform == "darwin"

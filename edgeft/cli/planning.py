@@ -30,7 +30,7 @@ from edgeft.cli.options import (
 )
 from edgeft.cli.screen import ColumnsOption, DataOption, JsonOption, Reporter, say, show, stderr, stopping
 from edgeft.documents import cache_folder
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, DoesNotFit
 
 if TYPE_CHECKING:
     from edgeft.api.results import Plan
@@ -61,6 +61,15 @@ def plan(
         bool, typer.Option("--simulate", help="run the chosen step on tensors without memory, and count their bytes")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            rich_help_panel=MACHINE,
+            help="exit 3 also where a later stage needs another machine, the "
+            "device may be too small by the high estimate, or the bundle cannot be built",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="plan file; default build/<model>-<data>-<machine>/plan.json, - writes none")
     ] = None,
@@ -90,15 +99,31 @@ def plan(
         from edgeft.reporting.terminal import trial_text
 
         show(as_json, trial, trial_text(trial))
+    if strict:
+        _refuse_in_part(made)
     if written is not None:
         next_steps.after_plan(made, written)
+
+
+def _refuse_in_part(made: Plan) -> None:
+    """Raises DoesNotFit where training fits and something after it does not: all of that at once."""
+    from edgeft.planning.stage_checks import disk_notes
+    from edgeft.reporting.words import verdict
+
+    stages = made.stages
+    lacking = [*stages.notes(), *disk_notes(made.profile, stages.disk)]
+    lacking += [verdict(made)] if stages.cannot_build else []
+    if lacking:
+        hint = "without --strict a plan is enough whose training fits; the rest can be done on another machine"
+        raise DoesNotFit("--strict", "\n".join(lacking), hint)
 
 
 def make_and_say(values: dict[str, Any], out: Path | None, file: Path | None, *, simulate: bool = False) -> Plan:
     """The plan of a job, written to `out`, with its progress and what its folder's disk is short of said on stderr."""
     with stopping("no plan was made"), Reporter(stderr) as progress:
         made = plan_and_train.plan(out=out, simulate=simulate, job_file=file, progress=progress, say=say, **values)
-    _say_shortages(made, Path() if out is None else out.parent)
+    if made.job.data is not None and next_steps.is_here(made):  # else it is a question about another machine
+        _say_shortages(made, Path() if out is None else out.parent)
     return made
 
 

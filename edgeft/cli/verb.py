@@ -29,7 +29,14 @@ def _meant(verb: str, name: str) -> str:
 
     if verb == "train" and name in ("data", "model", "on", "set"):
         return "train carries out a plan: edgeft plan MODEL --data FILE makes one, edgeft build does all of it"
+    if name in ("config", "config_file", "yaml", "cfg"):
+        return (
+            "--job FILE reads a job file, which edgeft init writes; docs/other-trainers.md has what YAML keys are here"
+        )
     settings = "--set {} of plan and build" if verb not in ("plan", "build") else "--set {}"
     if name in Job.model_fields:
         return f"it is a setting: {settings.format(f'{name}=VALUE')}"
-    return f"as a setting: {hint_for(name, ())} ({settings.format('NAME=VALUE')})" if name in BY_NAME else ""
+    if name not in BY_NAME:
+        return ""
+    said = hint_for(name, ())
+    return f"as a setting: {said} ({settings.format('NAME=VALUE')})" if BY_NAME[name].here else said

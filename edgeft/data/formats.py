@@ -6,6 +6,7 @@ response. Whatever a shape does not name stays in the row, so that it is counted
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -36,15 +37,33 @@ def as_known(value: Message, columns: Mapping[str, str] | None = None) -> tuple[
 
     Raises ValueError for a row that cannot be decided.
     """
+    apart = False
     if columns:
         value = _renamed(value, columns)
+        apart = {"prompt", "completion"} <= columns.keys()
     if all(name in value for name in PREFERENCES):
         raise ValueError("holds 'chosen' and 'rejected': pairs of answers are not trained, one answer is")
     shape = next((each for each in SHAPES if all(name in value for name in each.columns)), None)
     if shape is None:
         return value, ""
     known = shape.known(dict(value))
+    if apart and _touch(known.get("prompt"), known.get("completion")):
+        return known | {"completion": f" {known['completion']}"}, SPACED
     return known, "" if all(name in known for name in shape.columns) else shape.name
+
+
+SPACED = "prompt and completion with a space between them"
+
+
+def _touch(prompt: Any, completion: Any) -> bool:
+    """Whether a text and its answer, from columns of their own, would run into one word: `kitchennetwork`.
+
+    Scripts that are written without spaces stay so; so do rows that have prompt and completion by these names.
+    """
+    if not (isinstance(prompt, str) and isinstance(completion, str) and prompt and completion):
+        return False
+    sides = prompt[-1], completion[0]
+    return not any(side.isspace() or unicodedata.east_asian_width(side) in "WF" for side in sides)
 
 
 def _renamed(value: Message, columns: Mapping[str, str]) -> Message:

@@ -158,6 +158,8 @@ def _columns(text: str | None, source: str) -> dict[str, str]:
         known, _, own = (word.strip() for word in pair.partition("="))
         if known not in KNOWN or not own:
             hint = "as in prompt=question,completion=answer" if known in KNOWN else did_you_mean(known, KNOWN)
+            if own in KNOWN and known not in KNOWN:
+                hint = f"the known name comes first, your own behind it: {own}={known}"
             raise BadInput(source, f"columns: {pair!r} does not name one of " + ", ".join(KNOWN), hint)
         if known in found:
             raise BadInput(source, f"columns: {known} is given twice", "name each once")

@@ -219,9 +219,16 @@ def readme(
     return "\n".join(lines) + "\n"
 
 
+def first_said(prompt: GoldenInput) -> object:
+    """The text, or what a user says first in a conversation: a later turn makes no sense without those before it."""
+    if prompt.messages is None:
+        return prompt.text
+    return next((each.get("content") for each in prompt.messages if each.get("role") == "user"), None)
+
+
 def _example(prompt: GoldenInput) -> str | None:
     """What a user says in a prompt, where that is short enough to show."""
-    said = prompt.text if prompt.messages is None else prompt.messages[-1].get("content")
+    said = first_said(prompt)
     return said if isinstance(said, str) and said.strip() and len(said) <= EXAMPLE_CHARACTERS else None
 
 

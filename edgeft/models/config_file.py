@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from edgeft.documents import shipped_folder
 from edgeft.errors import BadInput
 from edgeft.models.doctor.kinds import Listing, adapter_base, forms_of, kind_of, models_below, refuse_pointer, see
 from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS
@@ -23,7 +25,7 @@ def config_path(model: str) -> Path:
         is_path = folder.parent.name and folder.parent.is_dir()
         if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) and not is_path:
             return _download(model)
-        raise BadInput(model, "no such folder", hint)
+        raise BadInput(model, "no such folder", near_model(model) or hint)
     if (folder / "config.json").is_file():
         return folder / "config.json"
     raise _no_config(model, folder, hint)
@@ -69,7 +71,22 @@ def _download(model: str) -> Path:
             )
     except (OSError, ValueError):
         pass
-    raise BadInput(model, f"no such folder, and {problem}", hint)
+    near = near_model(model)
+    raise BadInput(model, f"no such folder, and {problem}", f"{hint}; {near}" if near else hint)
+
+
+def near_model(model: str) -> str:
+    """`did you mean PATH?`, of the models beside a folder that is not there, else of the shapes that come along."""
+    folder, shapes = Path(model).expanduser(), shipped_folder("examples") / "configs"
+    for place in (folder.parent, shapes):
+        if not place.is_dir():
+            continue
+        known = {each.name.lower(): each for each in place.iterdir() if (each / "config.json").is_file()}
+        for name in difflib.get_close_matches(folder.name.lower(), known, n=1):
+            found = known[name]
+            shown = found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
+            return f"did you mean {shown}?" + (" (a shape to plan with, without weights)" if place == shapes else "")
+    return ""
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from edgeft.documents import Artifact, Strict, versions
 from edgeft.errors import BadInput, DoesNotFit, MissingExtra
 from edgeft.machines.extras import installed
 from edgeft.machines.profile import Profile, detect, list_profiles, load_profile
+from edgeft.models.config_file import near_model
 from edgeft.models.spec import ModelSpec, read_model_spec
 from edgeft.planning.expected import expected, likely
 from edgeft.planning.plan import Plan, make_plan
@@ -133,7 +134,8 @@ def find_models(folder: Path) -> list[tuple[str, str]]:
     found = sorted(_holding("config.json", folder))
     if not found:
         problem = "holds no config.json" if folder.is_dir() else "no such folder"
-        raise BadInput(folder, problem, "give a folder of model folders, as examples/configs is one")
+        hint = "give a folder of model folders, as examples/configs is one"
+        raise BadInput(folder, problem, (not folder.is_dir() and near_model(str(folder))) or hint)
     return [(path.relative_to(folder).as_posix() if path != folder else folder.name, str(path)) for path in found]
 
 

@@ -71,7 +71,8 @@ def plan_text(plan: Plan) -> RenderableType:
     lines = [Text(simulation_line(plan, plan.simulation))] if plan.simulation is not None else []
     lines += [Text(f"note: {note}") for note in plan.notes]
     if plan.savings:
-        lines.append(Text("what makes it fit, each by itself:", style="bold"))
+        needed = plan.peak_bytes + max(saving.bytes for saving in plan.savings) > plan.budget_bytes
+        lines.append(Text(f"what makes it {'fit' if needed else 'smaller'}, each by itself:", style="bold"))
         lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
     if plan.gave_up:
         lines.append(Text("given up to fit the budget:", style="bold"))

@@ -37,7 +37,20 @@ ROWS = (
     Row(("lisa_activated_layers", "lisa_n_layers"), "active_layers=", "with layers=lisa"),
     Row(("lisa_step_interval", "lisa_interval_steps"), "lisa_interval=", "with layers=lisa"),
     Row(("quantization_bit", "quant_bits", "load_in_4bit"), "base_precision=nf4", ""),
-    Row(("bf16", "fp16", "torch_dtype", "pure_bf16"), "base_precision=", "the plan chooses what the machine computes"),
+    Row(("torch_dtype",), "base_precision=", "the plan chooses what the machine computes"),
+    Row(("bf16", "fp16", "pure_bf16", "tf32"), "", "not needed here: the plan takes what the machine computes fastest; "
+        "base_precision= is what the base is kept in"),
+    Row(("do_train", "do_eval", "do_predict", "stage", "overwrite_output_dir", "overwrite_cache"), "",
+        "not needed here: plan, train, merge and export are the stages, and what is up to date is not made again"),
+    Row(("plot_loss", "logging_dir", "disable_tqdm"), "", "not needed here: the curve is shown when training ends and "
+        "stands in the report; --track tells trackers"),
+    Row(("dataloader_num_workers", "preprocessing_num_workers", "dataset_num_proc", "dataloader_pin_memory",
+         "remove_unused_columns", "group_by_length", "ddp_timeout"), "", "not needed here: rows are read once, and "
+        "passes are filled by length"),
+    Row(("save_total_limit", "save_only_model", "save_safetensors"), "", "not needed here: the last checkpoint is kept "
+        "until the run ends, the result as safetensors"),
+    Row(("trust_remote_code",), "", "not needed here: no code of a model's folder is run"),
+    Row(("max_samples", "max_train_samples"), "", "--data FILE#500 reads 500 of its rows"),
     Row(("cutoff_len", "max_seq_length", "max_seq_len", "model_max_length", "sequence_len"), "max_length=", ""),
     Row(("per_device_train_batch_size", "micro_batch"), "micro_batch_size=", "the plan chooses it; batch_size is what "
         "a step takes in all"),
@@ -76,7 +89,7 @@ def hint_for(asked: str, known: Iterable[str]) -> str:
     """What to type for a setting that edgeft does not know: by another trainer's name for it, else the nearest one."""
     row = BY_NAME.get(asked.replace("-", "_"))
     if row is None:
-        return did_you_mean(asked, known)
+        return did_you_mean(asked, known, "edgeft show settings")
     return (f"it is {row.here} here" + (f": {row.said}" if row.said else "")) if row.here else row.said
 
 

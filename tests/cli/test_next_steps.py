@@ -93,6 +93,8 @@ def test_the_example_is_what_a_user_says() -> None:
     assert example([golden("<|im_start|>user, 28 November", plain=False)]) == "a prompt"  # a template that dates it
     assert example([golden("--all of it"), golden(" \n"), golden("x" * 301), golden("Hello")]) == "Hello"
     assert example([]) == "a prompt"
+    later = [*chat, {"role": "assistant", "content": "Well."}, {"role": "user", "content": "And?"}]
+    assert example([golden("", messages=later, plain=False)]) == "How are you?"  # not what follows an answer
 
 
 def after(plan: object, path: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -146,6 +148,11 @@ def test_the_words_that_start_edgeft_are_those_of_this_environment(
     assert [shlex.split(words) for words in (next_steps.edgeft(), next_steps.python())] == [
         ["my env/bin/edgeft"], ["my env/bin/python"],
     ]  # fmt: skip
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "edgeft").symlink_to(own / "edgeft")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'links'}:{other}")  # as pipx and a system's package put it
+    assert next_steps.edgeft() == "edgeft"
+    monkeypatch.setenv("PATH", f"{other}:{own}")
     (own / "edgeft").unlink()
     assert shlex.split(next_steps.edgeft()) == ["my env/bin/python", "-m", "edgeft"]
     monkeypatch.chdir(other)

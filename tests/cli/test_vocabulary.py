@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import typer
-from tiny import CONFIGS
+from tiny import CONFIGS, EXAMPLE
 from typer.testing import CliRunner
 
-from edgeft.cli import app
+from edgeft.cli import ELSEWHERE, app, main
 from edgeft.cli.options import OLD_OPTIONS
-from edgeft.errors import BadInput
+from edgeft.errors import BadInput, DoesNotFit
 from edgeft.planning.plan import Plan
 
 PI, MODEL = "raspberrypi5-8gb", str(CONFIGS / "gpt2")
@@ -113,8 +113,6 @@ def test_a_training_on_another_machine_is_refused(
 
 
 def test_a_training_for_a_device_that_is_too_small_is_refused(plan_file: Callable[..., Path], tmp_path: Path) -> None:
-    from edgeft.errors import DoesNotFit
-
     small = tmp_path / "small.toml"
     small.write_text(
         'description = "too small"\nroles = ["deploy"]\ndevice = "cpu"\nmemory_gib = 0.02\nruntime_memory_gib = 0.01\n'
@@ -189,7 +187,92 @@ def test_a_yaml_of_another_trainer_leads_to_the_table(verb: str, tmp_path: Path)
     assert isinstance(problem, BadInput) and "is YAML" in problem.problem and "docs/other-trainers.md" in problem.hint
 
 
-def test_a_merged_folder_is_no_bundle_to_run(tmp_path: Path) -> None:
-    (tmp_path / "merged.json").write_text("{}")
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [(["merged.json"], "edgeft export {} makes its bundle"), (["train.json"], "edgeft merge {}, then edgeft export"),
+     (["plan.json", "bundle/bundle.json"], "its bundle lies in it: edgeft run {}/bundle"),
+     (["plan.json"], "edgeft train {}/plan.json")],
+)  # fmt: skip
+def test_a_folder_that_is_no_bundle_says_how_it_gets_one(files: list[str], hint: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     problem = typed("run", tmp_path, "hello").exception
-    assert isinstance(problem, BadInput) and problem.hint == f"edgeft export {tmp_path} makes its bundle"
+    assert isinstance(problem, BadInput) and problem.hint.startswith(hint.format(tmp_path))
+
+
+@pytest.mark.parametrize(("verb", "here"), ELSEWHERE.items())
+def test_what_other_tools_call_a_verb_leads_to_ours(
+    verb: str, here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert verb not in verbs and here.split()[1] in verbs
+    monkeypatch.setattr("sys.argv", ["edgeft", verb, "x"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert f"hint: {here}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [(("plan", "examples/configs/qwen2.5-1.5", "--on", "t4", "--out", "-"), "examples/configs/qwen2.5-1.5b"),
+     (("plan", "examples/configs/llama3-8b", "--on", "t4", "--out", "-"), "examples/configs/llama-3.1-8b"),
+     (("report", "--models", "qwen2.5-1.5b", "--on", "t4"), "examples/configs/qwen2.5-1.5b"),
+     (("report", "--models", "examples/configs/gpt2,examples/configs/phi4", "--on", "t4"), "examples/configs/phi-4")],
+)  # fmt: skip
+def test_a_model_that_is_not_there_leads_to_the_nearest(
+    line: tuple[str, ...], near: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent.parent)
+    problem = typed(*line).exception
+    assert isinstance(problem, BadInput) and "no such folder" in problem.problem
+    assert f"did you mean {near}?" in problem.hint
+
+
+def test_a_hub_model_that_cannot_be_asked_for_leads_to_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeft.models.hub.reachable", lambda: False)
+    problem = typed("plan", "Nobody/Qwen2.5-1.5B-Instruct", "--on", "t4", "--out", "-").exception
+    assert isinstance(problem, BadInput) and "configs/qwen2.5-1.5b" in problem.hint and "to plan with" in problem.hint
+
+
+def test_strict_refuses_what_fits_in_part_alone(tmp_path: Path) -> None:
+    whole = ("plan", CONFIGS / "gpt2", "--on", "t4", "--target", "onnx-portable-int8", "--out", tmp_path / "a.json")
+    assert typed(*whole, "--strict").exit_code == 0
+    for options, said in (
+        (("--on", "laptop-16gb"), "export: "),  # too little main memory
+        (("--on", "rtx4090-24gb", "--for", PI), "the bundle may need 6.93 GiB"),
+    ):
+        line = ("plan", CONFIGS / "llama-3.1-8b", *options, "--out", tmp_path / "b.json")
+        assert typed(*line).exit_code == 0
+        refused = typed(*line, "--strict").exception
+        assert isinstance(refused, DoesNotFit) and refused.exit_code == 3 and said in refused.problem
+        assert Plan.read(tmp_path / "b.json").stages.notes()  # for the report
+
+
+def test_a_config_option_leads_to_the_job_file() -> None:
+    problem = typed("build", "--config", "shop.yaml").exception
+    assert isinstance(problem, BadInput) and problem.hint.startswith("--job FILE")
+    other = typed("plan", MODEL, "--do_train", "true").exception
+    assert isinstance(other, BadInput) and other.hint.startswith("not needed here") and "--set" not in other.hint
+
+
+def test_what_init_was_given_need_not_be_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "fill in data; then" in typed("init", MODEL).stderr
+    assert "fill in model and data; then" in typed("init", "--file", "b.toml").stderr
+
+
+def test_the_disk_here_is_no_matter_of_a_plan_for_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("edgeft.memory.disk.free_bytes", lambda _: 1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi ->", "completion": " Hello."}\n' * 40)
+    place = ("--on", "cpu-16gb", "--out", "-")
+    assert "are free" not in typed("plan", MODEL, *place).stderr
+    assert "are free" in typed("plan", EXAMPLE, *place, "--data", rows).stderr
+    assert "are free" not in typed("plan", EXAMPLE, "--on", "t4", "--out", "-", "--data", rows).stderr
+
+
+def test_nothing_had_to_be_made_fit_where_there_is_room(tmp_path: Path) -> None:
+    shown = typed("plan", MODEL, "--on", "rtx4090-24gb", "--set", "micro_batch_size=1", "--out", "-").stdout
+    assert "what makes it smaller, each by itself" in shown and "what makes it fit" not in shown
+    assert "what makes it fit" in typed("plan", CONFIGS / "llama-3.1-8b", "--on", "t4", "--out", "-").stdout

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from tiny import WriteRows
 
+from edgeft.data.conversation import to_row
 from edgeft.data.dataset import IGNORED, TextTokenizer, measure, read_rows, to_samples
+from edgeft.data.formats import SPACED, as_known
 from edgeft.data.sources import Part, by_role, digest, files, parts
 from edgeft.documents import sha256_file, sha256_json
 from edgeft.errors import BadInput
@@ -241,3 +243,32 @@ def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
     (tmp_path / "valid.jsonl").touch()
     with pytest.raises(BadInput, match=r"holds valid\.jsonl and val\.csv"):
         by_role([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "text"),
+    [({"text": "kitchen", "label": "network"}, {"prompt": "text", "completion": "label"}, "kitchen network"),
+     ({"text": "kitchen: ", "label": "network"}, {"prompt": "text", "completion": "label"}, "kitchen: network"),
+     ({"text": "kitchen", "label": " network"}, {"prompt": "text", "completion": "label"}, "kitchen network"),
+     ({"text": "\u53a8\u623f", "label": "\u7f51"}, {"prompt": "text", "completion": "label"}, "\u53a8\u623f\u7f51"),
+     ({"text": "kit", "completion": "chen"}, {"prompt": "text"}, "kitchen"),
+     ({"prompt": "kit", "completion": "chen"}, None, "kitchen")],
+)  # fmt: skip
+def test_columns_of_ones_own_do_not_run_into_one_word(
+    row: dict[str, str], columns: dict[str, str] | None, text: str
+) -> None:
+    known, said = as_known(row, columns)
+    assert known["prompt"] + known["completion"] == text and set(known) == {"prompt", "completion"}
+    assert said == (SPACED if row.get("label") == "network" and ": " not in row["text"] else "")
+
+
+def test_a_space_that_is_put_in_is_said(tokenizer: TextTokenizer) -> None:
+    row = to_row({"text": "kitchen", "label": "network"}, tokenizer, {"prompt": "text", "completion": "label"})
+    assert row.prompt == "kitchen" and row.text == "kitchen network"
+    assert row.remarks == ("read as prompt and completion with a space between them",)
+
+
+def test_columns_the_wrong_way_round_are_turned() -> None:
+    with pytest.raises(BadInput, match="does not name one of") as problem:
+        list(parts("a.jsonl[log=prompt]"))
+    assert problem.value.hint == "the known name comes first, your own behind it: prompt=log"
