@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HEAVY = (
-    "subprocess", "multiprocessing", "edgeft.machines.processes", "warm", "bundles", "environments", "runtimes",
-    "onnxruntime", "onnxruntime_genai", "llama_cpp", "tiny.run", "beside.others_merge", "edgeft.training.train",
-    "edgeft.training.importance", "edgeft.engine.nf4_base", "edgeft.engine.loop",
+    "subprocess", "multiprocessing", "edgeft.machines.processes", "warm", "several_processes", "bundles",
+    "environments", "runtimes", "onnxruntime", "onnxruntime_genai", "llama_cpp", "tiny.run", "beside.others_merge",
+    "edgeft.training.train", "edgeft.training.importance", "edgeft.engine.nf4_base", "edgeft.engine.loop",
     "edgeft.simulation", "edgeft.merging.merge", "edgeft.merging.sweep", "edgeft.exporting", "edgeft.api",
 )  # fmt: skip
 LIGHT = ("edgeft.exporting.parity", "edgeft.exporting.outputs", "edgeft.exporting.choose_target")

@@ -43,14 +43,10 @@ def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoin
 
 
 def _give_lengths(name: str, layer: Any, stored: Checkpoint | None) -> None:
-    weight = layer.base_layer.weight
-    if stored is not None and not weight.is_meta:
-        found = lengths(stored.read(stored.name_of(f"{name}.weight")), _transposed(layer.base_layer))
-        found = found.to(weight.device)
-    elif weight.is_meta:
+    if layer.base_layer.weight.is_meta:
         found = torch.empty(layer.out_features, device="meta")
     else:
-        found = lengths(weight.detach(), _transposed(layer.base_layer))
+        found = lengths(low_rank.base_weight(name, layer, stored), _transposed(layer.base_layer))
     layer.register_buffer("squared_lengths", found.square(), persistent=False)
     layer.lora_magnitude_vector["default"] = Lengths(found)
     layer.forward = Dora(layer)

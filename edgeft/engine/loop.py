@@ -24,6 +24,7 @@ from edgeft.engine.fp32_layers import DenseTurns
 from edgeft.engine.lisa import Lisa, Named
 from edgeft.engine.quantized_layers import RoundedTurns, check_stored, round_frozen
 from edgeft.engine.ranks import ALONE, Ranks
+from edgeft.engine.sharded import shards_of
 from edgeft.engine.trainable import apply_tuner, make_lisa, trained_units
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models import soft_prompt
@@ -121,15 +122,17 @@ class Run:
 
     def _gradients(self, samples: list[Sample]) -> float:
         """The mean loss of `samples`, of all processes; its gradients, scaled, are in the parameters."""
-        total, tokens = 0.0, sum(sample.trained_tokens for sample in samples)
+        total, tokens, shards = 0.0, sum(sample.trained_tokens for sample in samples), shards_of(self.model)
         for micro in self._micro_batches(self.ranks.share(samples)):
             chunk = self.training.loss_chunk_tokens
             loss = token_losses(self.model, self.parts, micro, self.device, self.compute, chunk) / tokens
             total += float(loss.detach())
-            if not math.isfinite(total):
-                break
+            if not math.isfinite(total) and shards is None:
+                break  # of a base in parts the others wait for this one's
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             del loss
+        if shards is not None:
+            shards.accompany([len(list(self._micro_batches(share))) for share in shares(samples, self.ranks.size)])
         total, asked = self.ranks.add_gradients([p for _, p in self.chosen], total, float(self.asked))
         self.asked = asked > 0
         if not math.isfinite(total):

@@ -86,6 +86,15 @@ def layers(module: nn.Module) -> Iterator[Any]:
     return (each for each in module.modules() if isinstance(each, LoraLayer))
 
 
+def base_weight(name: str, layer: Any, stored: Checkpoint | None) -> torch.Tensor:
+    """What a projection multiplies with, read from `stored` where its module does not hold it; of 4 bits as stored."""
+    weight: torch.Tensor = layer.base_layer.weight.detach()
+    if stored is None:
+        return weight
+    found = stored.read(stored.name_of(f"{name}.weight")).to(weight.device)
+    return found.to(weight.dtype) if weight.is_floating_point() else found
+
+
 def scale(layer: Any, share: float) -> None:
     """Let an adapted projection compute with a share of what is changed so far."""
     for adapter in layer.scaling:

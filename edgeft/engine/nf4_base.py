@@ -10,6 +10,8 @@ import torch
 
 from edgeft.documents import cache_folder, saving, sha256_file, sha256_json, staging
 from edgeft.engine.nf4_codes import nf4_settings, quantise_on
+from edgeft.engine.ranks import ALONE, Ranks
+from edgeft.engine.sharded import load_sharded
 from edgeft.engine.streaming import load_streamed
 from edgeft.engine.tensor_by_tensor import fill, load_packed, multiply_in
 from edgeft.errors import BadInput
@@ -28,9 +30,12 @@ FORM = 2  # of what `quantise` writes: another number where the same weights wou
 
 
 def load_base(
-    folder: Path, training: Training, device: torch.device, compute: torch.dtype, progress: Progress = silent
-) -> Any:
+    folder: Path, training: Training, device: torch.device, compute: torch.dtype, progress: Progress = silent,
+    ranks: Ranks = ALONE,
+) -> Any:  # fmt: skip
     """The base model as the plan keeps it: dense in base_precision, or NF4 with double quantisation.
+
+    Only several processes can hold it in parts: one that is alone has all of it.
 
     Quantising costs seconds per 100M parameters on a CPU, so the NF4 model is kept on disk under the hash of
     its weights and loaded from there next time. CUDA devices make the codes themselves.
@@ -40,6 +45,8 @@ def load_base(
         dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
         if training.stream_layers:
             return load_streamed(folder, training, dense)
+        if training.shard_base and not ranks.alone:
+            return load_sharded(folder, training, device, dense, ranks)
         model = load_plain(folder, dense)
         leave_files(model, Checkpoint(folder))
         return model.to(device)
@@ -47,6 +54,8 @@ def load_base(
     try:
         if training.stream_layers:
             return load_streamed(cached, training, compute)
+        if training.shard_base and not ranks.alone:
+            return load_sharded(cached, training, device, compute, ranks)
         return load_quantised(cached, compute, device)
     except BadInput as problem:
         raise BadInput(cached, problem.problem, "remove this folder: it is made again from the base") from None

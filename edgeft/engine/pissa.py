@@ -33,8 +33,7 @@ def inject(model: nn.Module, parts: Parts, training: Training, stored: Checkpoin
 def _begin(layer: Any, name: str, training: Training, stored: Checkpoint | None) -> None:
     base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     if not down.is_meta:
-        weight = base.weight.detach() if stored is None else stored.read(stored.name_of(f"{name}.weight"))
-        weight = weight.to(down.device).float()
+        weight = low_rank.base_weight(name, layer, stored).to(down.device).float()
         left, right = largest(weight.T if type(base).__name__ == "Conv1D" else weight, training.rank)
         scale = layer.scaling["default"] ** 0.5
         down.data, up.data = (right / scale).contiguous(), (left / scale).contiguous()

@@ -89,6 +89,46 @@ class Ranks:
         except RuntimeError as problem:
             raise self._ended(str(problem).strip().splitlines()[0]) from None
 
+    def gather(self, part: torch.Tensor, whole: torch.Tensor) -> Callable[[], None]:
+        """Begin to put the parts of all processes together in `whole`; calling what is given back waits for them.
+
+        Between CPUs each sends its part into its place: gloo's own gathering would make a second whole.
+        """
+        from torch import distributed
+
+        if part.device.type != "cpu":
+            return self._waits([distributed.all_gather_into_tensor(whole, part, async_op=True)])
+        places = whole.view(self.size, -1)
+        places[self.rank].copy_(part)
+        return self._waits([distributed.broadcast(place, rank, async_op=True) for rank, place in enumerate(places)])
+
+    def _waits(self, works: Sequence[Any]) -> Callable[[], None]:
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as problem:
+                raise self._ended(str(problem).strip().splitlines()[0]) from None
+
+        return wait
+
+    def say(self, number: int) -> None:
+        """Tell the others, of the first process, a number at once: by the network, not the store."""
+        self._broadcast(torch.tensor([number]))
+
+    def heard(self) -> int:
+        """The next number that the first process says."""
+        return int(self._broadcast(torch.tensor([0])))
+
+    def _broadcast(self, number: torch.Tensor) -> torch.Tensor:
+        from torch import distributed
+
+        try:
+            distributed.broadcast(number, 0)
+        except RuntimeError as problem:
+            raise self._ended(str(problem).strip().splitlines()[0]) from None
+        return number
+
     def told(self, make: Callable[[], Json]) -> Json:
         """What the first process makes, a value of JSON, given to all: the others wait, however long it takes."""
         if self.alone:

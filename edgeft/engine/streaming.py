@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from edgeft.engine.adapted_linear import STORED, dense_weight
-from edgeft.engine.tensor_by_tensor import empty_weights, fill, fill_packed, holds, model_without_weights
+from edgeft.engine.tensor_by_tensor import check_held, empty_weights, fill, fill_packed, model_without_weights
 from edgeft.errors import BadInput
 from edgeft.machines import pages
 from edgeft.models.boundary import Weight
@@ -142,9 +142,7 @@ def load_streamed(folder: Path, training: Training, kept: torch.dtype) -> Any:
     packed = training.base_precision == "nf4"
     model, files = model_without_weights(folder, kept, packed=packed), Checkpoint(folder, packed=packed)
     weights = list(empty_weights(model))
-    if missing := [weight.name for weight in weights if not holds(files, weight)]:
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise BadInput(folder, f"{some}: not in the files as the model has them, so no layer can stay there", _AGAIN)
+    check_held(files, weights, folder, "no layer can stay there", _AGAIN)
     parts = find_parts(model)
     layers = list(parts.layers)
     owner = {id(module): n for n, layer in enumerate(layers) for module in layer.modules() if is_linear(module)}

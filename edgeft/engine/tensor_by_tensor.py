@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from edgeft.engine.nf4_codes import give_4bit_linears
+from edgeft.errors import BadInput
 from edgeft.models.boundary import Weight
 from edgeft.models.checkpoint import Checkpoint, quiet_transformers
 from edgeft.models.headers import blocks
@@ -79,6 +80,13 @@ def holds(files: Checkpoint, weight: Weight) -> bool:
         return math.prod(files.shape(name)) == -(-size // 2)
     own = (*weight.module._parameters.items(), *weight.module._buffers.items())
     return files.shape(name) == tuple(dict(own)[weight.key].shape)
+
+
+def check_held(files: Checkpoint, weights: Iterable[Weight], folder: Path, so: str, hint: str) -> None:
+    """Raise BadInput, saying what follows from it, where files do not have all weights as large as they are."""
+    if missing := [weight.name for weight in weights if not holds(files, weight)]:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise BadInput(folder, f"{some}: not in the files as the model has them, so {so}", hint)
 
 
 def fill(weights: Iterable[Weight], files: Checkpoint, device: torch.device) -> None:

@@ -273,7 +273,7 @@ def layers_of_excerpt(training: Training, count: int) -> dict[str, object]:
     layers = "all" if training.layers == "all" else "sparse"
     # what is written begins at random also where training begins elsewhere
     return {"init": "random", "layers": layers, "trained_layers": every, "active_layers": 0, "cached_layers": 0,
-            "stream_layers": False,
+            "stream_layers": False, "shard_base": False,
             "resting_layers": (), "compute_dtype": "fp32"}  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from edgeft.documents import Strict, nearest_folder
 from edgeft.errors import DoesNotFit
 from edgeft.memory import train_step
+from edgeft.memory.sharded import uncut
 from edgeft.memory.streamed import learnt_pages_bytes
 from edgeft.memory.train_step import Term
 from edgeft.models.spec import ModelSpec
@@ -55,7 +56,7 @@ def plan_disk(spec: ModelSpec, training: Training, targets: Sequence[Target]) ->
 def nf4_disk(spec: ModelSpec, training: Training) -> Disk:
     """The NF4 form of the base, kept in the cache: codes, and what is not quantised in the checkpoint's own dtype."""
     dense = train_step.weight_bytes(
-        spec, training.model_copy(update={"base_precision": "nf4", "compute_dtype": "fp32"})
+        spec, uncut(training).model_copy(update={"base_precision": "nf4", "compute_dtype": "fp32"})
     )
     size = dense + SIDE_FILES_BYTES
     term = Term(name="NF4 base", bytes=size, formula=f"{spec.total_parameters} parameters, 4 bits where quantised")

@@ -15,6 +15,7 @@ from edgeft.data.scoring_groups import MAX_ANSWER_TOKENS, Answers, Scoring, Shap
 from edgeft.memory.dataflow import is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
 from edgeft.memory.several import GLOO_BYTES
+from edgeft.memory.sharded import gathered_bytes
 from edgeft.memory.streamed import window_bytes
 from edgeft.memory.train_step import (
     DTYPE_BYTES,
@@ -233,9 +234,12 @@ def _weights(spec: ModelSpec, training: Training) -> Term:
 
 
 def _window(spec: ModelSpec, training: Training) -> list[Term]:
-    """Pages of layers that are read as they compute."""
-    window, formula = window_bytes(spec, training), "pages of the layer that computes and of the next"
-    return [Term(name="streamed layers", bytes=window, formula=formula)] if window else []
+    """Layers that are read, or gathered from other processes, as they compute."""
+    found = [
+        Term(name="streamed layers", bytes=window_bytes(spec, training), formula="pages of two layers at a time"),
+        Term(name="gathered layers", bytes=gathered_bytes(spec, training), formula="two layers at a time"),
+    ]
+    return [term for term in found if term.bytes]
 
 
 def _first_look(spec: ModelSpec, training: Training) -> list[Term]:
@@ -254,7 +258,7 @@ def _loading(spec: ModelSpec, training: Training) -> list[Term]:
     if not spec.stacked and (nf4 or stored == weights.bytes):
         stored = 0  # 4-bit weights are read one at a time; those that stay as they are stored stay pages of their file
     found = [weights, *_window(spec, training)]
-    if training.stream_layers:
+    if training.stream_layers or training.shard_base:
         return [*found, *_first_look(spec, training)]
     if training.device == "cuda" and nf4 and spec.stacked:
         # what stays dense is cast tensor by tensor, each beside its old self

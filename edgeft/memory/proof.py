@@ -11,6 +11,7 @@ from edgeft.data.scoring_groups import EVAL_TOKENS
 from edgeft.machines.runner import runner_module
 from edgeft.memory import train_step
 from edgeft.memory.disk import learnt_parameters
+from edgeft.memory.sharded import uncut
 from edgeft.memory.stages import (
     LOGIT_BYTES,
     PARITY_PROMPTS,
@@ -172,7 +173,7 @@ def _whole(spec: ModelSpec) -> tuple[list[Term], list[Term]]:
 
 def _as_trained(spec: ModelSpec, training: Training) -> list[Term]:
     """The base as a run held it, computing on a CPU: 4 bits, or pages of its file where nothing is cast."""
-    nf4 = training.base_precision == "nf4"
+    nf4, training = training.base_precision == "nf4", uncut(training)
     if training.device == "cuda":
         if not nf4:  # a layer at a time, each rounded as it was
             return []

@@ -10,8 +10,8 @@ from edgeft.units import MIB
 # Resident bytes of gloo's threads, connections and the two pieces it adds up at a time: 5.0 to 5.4 MB of two and of
 # four processes, the same for 1 MiB as for 400 (bench/ranks.py). NCCL's lie outside of PyTorch's allocator: a guess.
 GLOO_BYTES, NCCL_BYTES = 5_400_000, 512 * MIB
-# Bytes a second that one process sends while gradients are added up, on the safe side: a CPU's to another on the same
-# machine, a GPU's over PCIe, any over 1 Gbit/s of network. None is measured of your machines.
+# Bytes a second that one process sends while gradients are added up or layers gathered, on the safe side: a CPU's to
+# another on the same machine, a GPU's over PCIe, any over 1 Gbit/s of network. None is measured of your machines.
 GLOO_RATE, PCIE_RATE, NETWORK_RATE = 0.2e9, 4e9, 0.1e9
 SECONDS_PER_MEETING = 2e-3  # of a step's few numbers: loss, norm, whether to stop
 
@@ -29,7 +29,15 @@ def adding_seconds(training: Training, buffer_bytes: float) -> float:
     count = training.processes
     if count == 1:
         return 0.0
-    rate = PCIE_RATE if training.device == "cuda" else GLOO_RATE
-    if training.machines > 1:
-        rate = min(rate, NETWORK_RATE)
-    return 2 * (count - 1) / count * buffer_bytes / rate + SECONDS_PER_MEETING
+    return 2 * (count - 1) / count * buffer_bytes / rate(training) + SECONDS_PER_MEETING
+
+
+def gathering_seconds(training: Training, layer_bytes: float) -> float:
+    """Seconds in which so many bytes of layers in parts are gathered: each process gets (n - 1) / n of them."""
+    return (training.processes - 1) / training.processes * layer_bytes / rate(training)
+
+
+def rate(training: Training) -> float:
+    """Bytes a second that one process sends to another."""
+    here = PCIE_RATE if training.device == "cuda" else GLOO_RATE
+    return min(here, NETWORK_RATE) if training.machines > 1 else here

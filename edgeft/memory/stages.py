@@ -17,6 +17,7 @@ from edgeft.machines.limits import memory_limit
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.prompted import reading_bytes
+from edgeft.memory.sharded import gathered_bytes, uncut
 from edgeft.memory.streamed import stored_as, window_bytes
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
@@ -180,10 +181,13 @@ def quantise(spec: ModelSpec, training: Training, has: Processes, data_bytes: in
 
 
 def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
-    """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece."""
+    """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece.
+
+    So does one of which each process has a part.
+    """
     terms = [process_term(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
-    if training.base_precision == "nf4":
-        file, table = train_step.weight_bytes(spec, training), spec.vocab_size * spec.hidden_size
+    if training.base_precision == "nf4" or training.shard_base:
+        file, table = train_step.weight_bytes(spec, uncut(training)), spec.vocab_size * spec.hidden_size
         one = Term(
             name="one tensor", bytes=table * DTYPE_BYTES[training.compute_dtype], formula=f"the largest, {table}"
         )
@@ -223,6 +227,7 @@ def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int)
     if training.device == "cpu":
         adapters, dense = train_step.adapter_bytes(spec, training), train_step.worst_dense_bytes(spec, training)
         weights = train_step.weight_bytes(spec, training) + window_bytes(spec, training)
+        weights += gathered_bytes(spec, training)
         terms += [
             Term(name="weights", bytes=weights, formula=f"{spec.total_parameters} in {training.base_precision}"),
             Term(name="adapters", bytes=adapters, formula=f"{trained} x 4 B"),

@@ -15,7 +15,8 @@ from edgeft.data.scoring_groups import PROMPT_READINGS, Scoring, Size, by_answer
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.launches import launches, loss_launches, optimizer_launches
-from edgeft.memory.several import added_up, adding_seconds
+from edgeft.memory.several import added_up, adding_seconds, gathering_seconds
+from edgeft.memory.sharded import pass_bytes
 from edgeft.memory.streamed import casts, layer_file_bytes
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
@@ -53,6 +54,7 @@ class Counted(NamedTuple):
     launches: float = 0.0  # kernels that a host puts on a GPU; of the loss those of one chunk
     read: float = 0.0  # bytes of layers that stay in their files
     added_up: float = 0.0  # bytes of gradients that several processes add up
+    gathered: float = 0.0  # bytes of layers of which each of them has a part
 
 
 def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.Workload:
@@ -67,10 +69,11 @@ def mean_work(work: train_step.Workload, lengths: Lengths | None) -> train_step.
 def seconds_per_step(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
     """Seconds per optimizer step of samples of `work`: what the device computes and moves, or what launching it takes.
 
-    A GPU works while its host launches what comes next, a CPU while the next layer is read: the slower of the two
-    decides.
+    A GPU works while its host launches what comes next, and any device while the next layer is read or gathered: the
+    slower of the two decides.
     """
     beside = max(launch_seconds(profile, training, work, counted), counted.read / READ_BYTES_PER_SECOND)
+    beside = max(beside, gathering_seconds(training, counted.gathered))
     slower = max(device_seconds(profile, training, work, counted), beside)
     return slower + adding_seconds(training, counted.added_up)
 
@@ -110,6 +113,9 @@ def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, score
     if training.stream_layers:
         groups = -(-scored.tokens // training.group_tokens)
         forward = max(forward, groups * layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
+    if training.shard_base:
+        groups = -(-scored.tokens // training.group_tokens)
+        forward = max(forward, groups * gathering_seconds(training, pass_bytes(spec, training, layers)))
     return 2 * forward
 
 
@@ -142,6 +148,8 @@ def _token_seconds(profile: Profile, spec: ModelSpec, training: Training) -> flo
     moved = read / (TOKEN_BANDWIDTH * profile.bandwidth_gb_per_second * 1e9)
     if training.stream_layers:
         moved = max(moved, spec.num_hidden_layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
+    if training.shard_base:
+        moved = max(moved, gathering_seconds(training, pass_bytes(spec, training, spec.num_hidden_layers)))
     return moved + TOKEN_SECONDS + LAYER_TOKEN_SECONDS * spec.num_hidden_layers
 
 
@@ -181,7 +189,8 @@ def micro_batches(training: Training, work: train_step.Workload) -> float:
 COUNTED = attrgetter(
     "compute_dtype", "base_precision", "tuner", "init", "adapter_at", "rank", "target_modules", "layers",
     "trained_layers", "active_layers", "embedding", "norm", "head", "micro_batch_size", "batch_size", "max_length",
-    "checkpointing", "quantize_aware", "cached_layers", "stream_layers", "processes", "lisa_interval",
+    "checkpointing", "quantize_aware", "cached_layers", "stream_layers", "shard_base", "processes",
+    "lisa_interval",
 )  # fmt: skip
 
 
@@ -229,4 +238,5 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
         put += optimizer_launches(sum(train_step.trained_tensors(spec, training).values()))
     away = layers + again - (1 + training.checkpointing) * trained * full  # dense ones that train are in memory
     read = layer_file_bytes(spec, training) * away * splits if training.stream_layers else 0.0
-    return Counted(operations, moved + read, put, read, added_up(spec, training))
+    gathered = pass_bytes(spec, training, layers + crossed) * splits  # on the way back too, recomputed or not
+    return Counted(operations, moved + read + gathered, put, read, added_up(spec, training), gathered)

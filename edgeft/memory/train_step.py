@@ -16,6 +16,7 @@ from edgeft.documents import Strict
 from edgeft.memory.dataflow import Kind, Sizes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
 from edgeft.memory.prompted import Read, read_bytes
+from edgeft.memory.sharded import elsewhere_bytes, gathered_bytes
 from edgeft.memory.streamed import away_bytes, layer_away_bytes, window_bytes
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
@@ -62,7 +63,7 @@ class Workload:
 
 def weight_bytes(spec: ModelSpec, training: Training) -> int:
     """Bytes of the base model that the plan keeps in memory; NF4 leaves embedding, head, norms and biases dense."""
-    away = away_bytes(spec, training)
+    away = away_bytes(spec, training) + elsewhere_bytes(spec, training)
     if training.base_precision != "nf4":
         return spec.total_parameters * DTYPE_BYTES[training.base_precision] - away
     quantised = sum(linear.in_features * linear.out_features for linear in spec.linears) * spec.num_hidden_layers
@@ -267,7 +268,8 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     trained = len(set(training.trained_layers))
     terms = [
         ("weights", weights, weights_formula(spec, training)),
-        ("streamed layers", window_bytes(spec, training), "pages of the layer that computes and of the next"),
+        ("streamed layers", window_bytes(spec, training), "pages of two layers at a time"),
+        ("gathered layers", gathered_bytes(spec, training), "two layers at a time"),
         ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
         ("adapters", adapters, f"{adapters // 4} x 4 B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
@@ -284,6 +286,8 @@ def weights_formula(spec: ModelSpec, training: Training) -> str:
     without = f" without layers 0 to {training.cached_layers - 1}" if training.cached_layers else ""
     if training.stream_layers:
         without = " without the layers' matrices"
+    if training.shard_base:
+        without = f", of each layer 1/{training.processes},"
     return f"{spec.total_parameters} parameters{without} in {training.base_precision}"
 
 

@@ -35,7 +35,7 @@ class Saving(Strict):
 
 
 CHOICES = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "loss_chunk_tokens",
-           "optimizer", "malloc", "stream_layers", "prefix_cache")  # fmt: skip
+           "optimizer", "malloc", "stream_layers", "shard_base", "prefix_cache")  # fmt: skip
 
 
 def describe(training: Training, name: str) -> str:
@@ -149,6 +149,8 @@ def savings(question: Question, chosen: Training) -> tuple[Saving, ...]:
         ways.append((f"layers: {describe(chosen, 'layers')}", f"all {count} layers", whole))
     if chosen.stream_layers:
         ways.append(("layers read from their files", "all of them in memory", {"stream_layers": False}))
+    if chosen.shard_base:
+        ways.append(("a part of each layer in a process", "all of them in each", {"shard_base": False}))
     if chosen.cached_layers:
         ways.append((f"outputs of layers 0 to {chosen.cached_layers - 1} on disk", "those layers in memory",
                      {"cached_layers": 0}))  # fmt: skip

@@ -11,7 +11,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory.train_step import Workload
 from edgeft.models.families import overflows_fp16
 from edgeft.models.spec import ModelSpec
-from edgeft.planning import streaming
+from edgeft.planning import sharding, streaming
 from edgeft.planning.early_stopping import cannot_keep, steps_between
 from edgeft.planning.job_checks import (
     SMALL_PRECISIONS,
@@ -132,13 +132,14 @@ def candidates(
         if (reason := cannot_keep(first)) is not None:
             refused = refused or reason
             continue
-        cuts = [{}] if job.stream_layers else prefixes(job, spec, first, rows_tokens)
-        runs = streaming.executions(job, spec, first, executions)
+        cuts = [{}] if job.stream_layers or job.shard_base else prefixes(job, spec, first, rows_tokens)
+        runs = sharding.executions(job, spec, first, streaming.executions(job, spec, first, executions))
         pages = method.layers["layers"] != "lisa"  # see pages_pile_up
         yield from (first.model_copy(update={**execution, **cut}) for cut in cuts for execution in runs
                     if pages or execution["optimizer"] != "paged_adamw8bit")  # fmt: skip
         left = left or bool(cuts and runs)
     if first is not None and not left:
+        sharding.check_sharding(job, spec, first)
         streaming.check_streaming(job, spec, first)
         check_prefix(job, spec, first, rows_tokens)
     if refused is not None and not left:

@@ -62,6 +62,7 @@ class Candidate(Strict):
     optimizer: Optimizer
     malloc: Malloc = "tight"
     stream_layers: bool = False
+    shard_base: bool = False
     cached_layers: int = 0
     quality_cost: float
     seconds_per_step: float
@@ -163,9 +164,10 @@ class Question:
     def sample_answers(self, training: Training) -> int:
         """Of how many rows of each scored file answers are written out.
 
-        None unless asked for where layers stay in their files: each token would read all of them again.
+        None unless asked for where layers stay in their files, or are in parts: each token would read, or gather, all
+        of them again.
         """
-        if training.stream_layers and self.job.sample_answers is None:
+        if (training.stream_layers or training.shard_base) and self.job.sample_answers is None:
             return 0
         return rows_written(self.task_score, self.job.sample_answers)
 
@@ -224,7 +226,8 @@ class Question:
         """
         from edgeft.simulation.simulate import simulate  # imports torch: for such families alone
 
-        resident = training.model_copy(update={"stream_layers": False})  # what streams is in the closed form
+        # what streams, or is gathered, is in the closed form
+        resident = training.model_copy(update={"stream_layers": False, "shard_base": False})
         found = simulate(self.spec, resident, self.work).live_peak_bytes
         sets = train_step.worst_sets(self.spec, resident)
         closed = max(sum(term.bytes for term in train_step.step_terms(self.spec, one, self.work)) for one in sets)

@@ -75,7 +75,8 @@ def _with(question: Question, chosen: Training, name: Tuner, scores: Sequence[fl
         "micro_batch_size": chosen.micro_batch_size, "checkpointing": chosen.checkpointing,
         "kept_layers": chosen.kept_layers if chosen.checkpointing else None, "malloc": chosen.malloc,
         "loss_chunk_tokens": chosen.loss_chunk_tokens, "optimizer": chosen.optimizer,
-        "stream_layers": chosen.stream_layers, **(dict.fromkeys(ENDS) if row.adapters else {}),
+        "stream_layers": chosen.stream_layers, "shard_base": chosen.shard_base,
+        **(dict.fromkeys(ENDS) if row.adapters else {}),
     }  # fmt: skip
     job = question.job.model_copy(update=changes)
     try:

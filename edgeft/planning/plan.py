@@ -58,6 +58,7 @@ from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes
 from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.rows_read import DEFAULT_LENGTH, DEFAULT_ROWS, assumed_rows, read_data, read_lengths
+from edgeft.planning.sharding import sharding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.planning.streaming import goes_on, streaming_notes
 from edgeft.settings.job import Job, Training
@@ -65,7 +66,7 @@ from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 from edgeft.units import show_bytes
 
 PINS = ("base_precision", "layers", "active_layers", "checkpointing", "kept_layers", "micro_batch_size", "rank",
-        "loss_chunk_tokens", "optimizer", "malloc", "stream_layers", "prefix_cache")  # fmt: skip
+        "loss_chunk_tokens", "optimizer", "malloc", "stream_layers", "shard_base", "prefix_cache")  # fmt: skip
 
 
 class Plan(Artifact):
@@ -125,7 +126,8 @@ def _of_model(job: Job, folder: Path) -> Inputs:
 
 
 # of a plan's choices those that change what a step holds, and nothing that it computes but the order of sums
-MEMORY_ALONE = ("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_tokens", "malloc", "stream_layers")
+MEMORY_ALONE = ("micro_batch_size", "checkpointing", "kept_layers", "loss_chunk_tokens", "malloc", "stream_layers",
+                "shard_base")  # fmt: skip
 
 
 def request_digest(job: Job, model_folder: Path | None) -> str:
@@ -190,7 +192,7 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
     job = plan.job.model_copy(update=open_again | {"max_memory_bytes": most_bytes})
     asked = _ask(job, plan.importance, plan.spec, plan.profile)
     taken = {name: getattr(plan.training, name) for name in MEMORY_ALONE}
-    for ways in (asked.looked_at, _streamed(asked.question, asked)):
+    for ways in (asked.looked_at, _not_whole(asked.question, asked)):
         same = [way for way in ways if way.model_copy(update=taken) == plan.training and goes_on(plan.training, way)]
         training, _ = choose(asked.question, same)
         if training is not None:
@@ -204,9 +206,9 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
 def _planned(asked: _Asked) -> Plan:
     question, looked_at, spec, job = asked.question, asked.looked_at, asked.question.spec, asked.question.job
     training, said = choose(question, looked_at)
-    if training is None and (streamed := _streamed(asked.question, asked)):
-        training, said = choose(question, streamed)
-        looked_at = sorted([*looked_at, *streamed], key=question.key)
+    if training is None and (not_whole := _not_whole(asked.question, asked)):
+        training, said = choose(question, not_whole)
+        looked_at = sorted([*looked_at, *not_whole], key=question.key)
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(asked))
     best, key = looked_at[0], question.key(training)
@@ -214,7 +216,8 @@ def _planned(asked: _Asked) -> Plan:
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
     notes += patience_notes(training) + machine_notes(question.profile)
     notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training)
-    notes += process_notes(question, training) + tuner_notes(question, looked_at)
+    notes += process_notes(question, training) + sharding_notes(question, training)
+    notes += tuner_notes(question, looked_at)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)
     stages, stage_notes = plan_stages(question, training)
     of_each_quality = frontier(question, training, looked_at)
@@ -256,17 +259,19 @@ def _planned(asked: _Asked) -> Plan:
     )
 
 
-def _streamed(question: Question, asked: _Asked) -> list[Training]:
-    """The candidates whose layers stay in their files, where nobody has said whether they shall."""
-    job = question.job
-    if job.stream_layers is not None or question.profile.device != "cpu":
-        return []
-    try:
-        asking = job.model_copy(update={"stream_layers": True})
-        scores = asked.importance.scores if asked.importance else None
-        return list(candidates(asking, question.profile, question.spec, question.work, asked.steps, scores))
-    except BadInput:
-        return []
+def _not_whole(question: Question, asked: _Asked) -> list[Training]:
+    """The candidates that do not have all of a base in memory, where nobody has said whether they shall.
+
+    One process of a CPU can leave layers in their files, several can have a part of each.
+    """
+    job, found = question.job, list[Training]()
+    scores = asked.importance.scores if asked.importance else None
+    for setting, can in (("stream_layers", question.profile.device == "cpu"), ("shard_base", job.processes > 1)):
+        if can and getattr(job, setting) is None:
+            with contextlib.suppress(BadInput):
+                asking = job.model_copy(update={setting: True})
+                found += candidates(asking, question.profile, question.spec, question.work, asked.steps, scores)
+    return found
 
 
 def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profile: Profile | None) -> _Asked:
@@ -371,7 +376,7 @@ def _unpinned(asked: _Asked) -> str | None:
             check_job(other.job, other.spec)
             found = candidates(other.job, other.profile, other.spec, other.work, asked.steps, scores,
                                asked.rows_tokens)  # fmt: skip
-            return best_that_fits(other, [*found, *_streamed(other, asked)]) is not None
+            return best_that_fits(other, [*found, *_not_whole(other, asked)]) is not None
         except BadInput:
             return False
 

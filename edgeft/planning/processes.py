@@ -8,6 +8,7 @@ from edgeft.errors import BadInput
 from edgeft.machines.launcher import torchrun
 from edgeft.machines.profile import Profile
 from edgeft.memory.several import NCCL_BYTES, added_up, adding_seconds
+from edgeft.memory.sharded import uncut
 from edgeft.planning.costs import Question
 from edgeft.settings.job import Job, Training
 from edgeft.units import show_bytes, show_seconds
@@ -42,7 +43,7 @@ def process_notes(question: Question, training: Training) -> list[str]:
     count, machines = training.processes, training.machines
     if count == 1:
         return []
-    one = training.model_copy(update={"processes": 1, "machines": 1})
+    one = uncut(training).model_copy(update={"processes": 1, "machines": 1})
     each, before = question.seconds(training), question.seconds(one)
     adding = adding_seconds(training, added_up(question.spec, training))
     where = f" on {machines} machines" if machines > 1 else ""

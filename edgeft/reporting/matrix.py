@@ -356,7 +356,8 @@ def method(plan: Plan) -> str:
     layers = training.active_layers or len(training.trained_layers)
     which = "all" if layers == count else f"{'LISA ' if training.layers == 'lisa' else ''}{layers} of"
     streamed = ", from their files" if training.stream_layers else ""
-    return f"{training.base_precision.upper()} {way}, {which} {count} layers{streamed}"
+    parts = f", in {training.processes} parts" if training.shard_base else ""
+    return f"{training.base_precision.upper()} {way}, {which} {count} layers{streamed}{parts}"
 
 
 def device_cell(spec: ModelSpec, target: Target, profile: Profile, asked: int | str = AUTO) -> DeviceCell:

@@ -38,8 +38,8 @@ FAMILIES: dict[Family, Look] = {
 
 # A term belongs to one family in every phase and figure; one that is not here is drawn as "other".
 TERMS: dict[Family, tuple[str, ...]] = {
-    "weights": ("weights", "model", "one layer", "streamed layers", "head copies", "NF4 codes", "quantised", "bundle",
-                "embedding", "simulated"),
+    "weights": ("weights", "model", "one layer", "streamed layers", "gathered layers", "head copies", "NF4 codes",
+                "quantised", "bundle", "embedding", "simulated"),
     "trained": ("adapters", "dense layers", "gradients", "learnt tensor"),
     "optimizer": ("optimizer", "optimizer states", "paged states"),
     "activations": ("activations", "forward", "layer outputs", "fused QKV", "key-value cache", "both caches", "rows",

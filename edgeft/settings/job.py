@@ -154,6 +154,9 @@ class Job(Strict):
     stream_layers: bool | None = Field(
         None, description="frozen layers stay in their files and are read when they compute (CPU); if nothing else fits"
     )
+    shard_base: bool | None = Field(
+        None, description="each process holds a part of every frozen layer, gathered when it computes; if nothing fits"
+    )
     prefix_cache: bool | Literal["bf16"] | None = Field(
         None,
         description="outputs of the layers below all that train are kept on disk, computed once for each row; "
@@ -294,6 +297,7 @@ class Training(Strict):
     optimizer: Optimizer
     malloc: Malloc = "tight"
     stream_layers: bool = False  # frozen matrices stay in their files and are read when their layer computes
+    shard_base: bool = False  # of each frozen layer a process holds a part; it is gathered when it computes
     cached_layers: int = 0  # the lowest ones, whose outputs are on disk for every row; 0: all are computed
     cached_tokens: int = 0  # of those rows
     cached_dtype: CachedDtype = "computed"  # which those outputs are kept in
@@ -358,8 +362,8 @@ class Training(Strict):
 
     @property
     def holds_others(self) -> bool:
-        """Whether the modules of a base hold something else than its weights: 4-bit codes, or what lies in files."""
-        return self.base_precision == "nf4" or self.stream_layers
+        """Whether the modules of a base hold something else than its weights: codes, what lies in files, in parts."""
+        return self.base_precision == "nf4" or self.stream_layers or self.shard_base
 
     def recomputes(self, layer: int, layers: int) -> bool:
         """Whether a layer of a model with so many recomputes its activations, if autograd sees it at all."""

@@ -75,8 +75,9 @@ ROWS = (
     Row(("report_to", "track"), "", "it is an option of train and build: --track tensorboard, wandb, trackio ..."),
     Row(("adapter_name_or_path", "adapters"), "", "a fine-tuned folder is the MODEL of the next run; an adapter is "
         "merged first"),
-    Row(("deepspeed", "fsdp", "ddp"), "processes=", "data parallel under torchrun; stream_layers=true for models "
-        "beyond memory"),
+    Row(("ddp",), "processes=", "data parallel under torchrun"),
+    Row(("deepspeed", "fsdp"), "processes=", "data parallel under torchrun; with shard_base=true each process holds a "
+        "part of the base"),
     Row(("packing", "sample_packing"), "", "rows are not joined: a pass takes more of them where they are short"),
     Row(("neftune_noise_alpha", "noisy_embedding_alpha"), "", "there is no noise on embeddings"),
     Row(("flash_attn", "attn_implementation", "attn_impl"), "", "the fused kernel that the machine has is taken"),

@@ -11,6 +11,7 @@ import torch
 
 from edgeft.data.dataset import IGNORED, Sample
 from edgeft.engine.nf4_base import load_base
+from edgeft.engine.ranks import ALONE, Ranks
 from edgeft.errors import BadInput
 from edgeft.machines.pool import Pool
 from edgeft.machines.profile import detect, load_profile
@@ -87,10 +88,11 @@ def carried_out(plan: Plan, deviations: Sequence[Deviation]) -> Plan:
 
 
 def prepare(
-    plan: Plan, device: torch.device, compute: torch.dtype, folder: Path, progress: Progress = silent
-) -> tuple[Any, Parts]:
+    plan: Plan, device: torch.device, compute: torch.dtype, folder: Path, progress: Progress = silent,
+    ranks: Ranks = ALONE,
+) -> tuple[Any, Parts]:  # fmt: skip
     """The base model on its device, frozen, with the attention the plan counts on."""
-    model = load_base(folder, plan.training, device, compute, progress)
+    model = load_base(folder, plan.training, device, compute, progress, ranks)
     if repeats_groups(plan.training, plan.spec.head_dim):
         repeat_groups(model)
     for parameter in model.parameters():

@@ -15,6 +15,7 @@ from edgeft.documents import saving
 from edgeft.engine.lisa import Named
 from edgeft.engine.loop import Run
 from edgeft.engine.ranks import ALONE, Ranks
+from edgeft.engine.sharded import by_first
 from edgeft.errors import BadInput, EdgeftError
 from edgeft.models.checkpoint import TensorFile, write_tensors
 from edgeft.models.evaluate import by_length, score_group
@@ -67,7 +68,9 @@ class Stopping:
 
     def validate(self, run: Run, progress: Callable[[int, int], None]) -> None:
         """Measure the mean loss of the rows now, and keep the parameters where it is the lowest so far."""
-        self.losses.append((run.step, self.ranks.told(lambda: self._measured(run, progress))))
+        with by_first(run.model, self.ranks) as computes:
+            found = self._measured(run, progress) if computes else 0.0
+        self.losses.append((run.step, self.ranks.told(lambda: found)))
         if self.best == run.step and self.ranks.first:
             self._keep(run)
 

@@ -20,6 +20,7 @@ from edgeft.engine.loop import Run, learning_rate, make_run, remaining_steps
 from edgeft.engine.nf4_base import keep_base
 from edgeft.engine.quantized_layers import settle
 from edgeft.engine.ranks import Ended, Ranks
+from edgeft.engine.sharded import by_first, check_gathered
 from edgeft.engine.trainable import save_tuned, trained_units, unit_changes
 from edgeft.machines import meter
 from edgeft.machines.pool import Pool, pool_ends
@@ -99,7 +100,8 @@ def train(
             session = Session.open(plan, here, out, plan_sha256, report, device, compute, deviations, ranks, watch)
         session.loop()
         session.compare()
-        result = session.finish(out, plan_sha256, rehearsal) if ranks.first else None
+        with by_first(session.run.model, ranks) as computes:
+            result = session.finish(out, plan_sha256, rehearsal) if computes else None
         del session
         ranks.part()
     progress("done", 1, 1, {"seconds": time.monotonic() - started})
@@ -153,8 +155,9 @@ class Session:
         progress("load", 0, 1, {})
         with ranks.in_turn():
             keep_base(folder, training, device, progress)
-        model, parts = prepare(here, device, compute, folder, progress)
+        model, parts = prepare(here, device, compute, folder, progress, ranks)
         check_head(model, parts, data.train[0], device, compute)
+        check_gathered(model)
         phases = {"load": meter.peak_bytes(device)}
         pool = make_pool(here, parts)
         fresh: dict[str, Any] = {}
@@ -165,13 +168,14 @@ class Session:
                 prefix = FrozenPrefix.open(here, data, model, parts, folder, device, compute, progress)
             parts = prefix.above(parts)
             phases["prefix"] = meter.peak_bytes(device)
-        if ranks.first and not any(work.glob("step-*")):
-            meter.reset_peak(device)
-            scorer = Scorer(here, data, model, parts, device, compute, progress, prefix)
-            found, earlier = base_scores(scorer, inputs[WEIGHTS], folder)
-            fresh = {"base_valid": found.valid.model_dump(), "base_answers": found.answers, "base_kept": earlier,
-                     "base_test": found.test.model_dump() if found.test else None}  # fmt: skip
-            phases["evaluate"] = meter.peak_bytes(device)
+        with by_first(model, ranks) as computes:
+            if computes and not any(work.glob("step-*")):
+                meter.reset_peak(device)
+                scorer = Scorer(here, data, model, parts, device, compute, progress, prefix)
+                found, earlier = base_scores(scorer, inputs[WEIGHTS], folder)
+                fresh = {"base_valid": found.valid.model_dump(), "base_answers": found.answers, "base_kept": earlier,
+                         "base_test": found.test.model_dump() if found.test else None}  # fmt: skip
+                phases["evaluate"] = meter.peak_bytes(device)
         if prefix is not None:
             prefix.drop()
             pool.give_back()

@@ -44,6 +44,9 @@ def trial(plan: Plan, plan_sha256: str = "") -> Trial:
     if deviations:
         problem = f"needs {plan.training.device}, which is not here"
         raise BadInput("--verify", problem, "plan with the profile of this machine, or leave --verify out")
+    if plan.training.shard_base:
+        hint = "leave --verify out, or measure with --set shard_base=false"
+        raise BadInput("--verify", f"a base in {plan.training.processes} parts needs as many processes", hint)
     check_budget(plan, device)
     with (
         explained(plan, device, ["train"]), capped(plan.budget_bytes, device), tf32(plan.training, device),

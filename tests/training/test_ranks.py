@@ -6,51 +6,26 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import warm
-from safetensors.torch import load_file
-from tiny import FULL, NF4, ROWS, qwen3_folder, run, write_plan
+from several_processes import EMULATED, KILLED, UNAWARE, free_port, plan_for, start, together, weights
+from tiny import FULL, NF4, ROWS, qwen3_folder, run
 
 from edgeft.data.batches import shares
 from edgeft.engine.ranks import ALONE
 from edgeft.errors import BadInput, WrongStart
-from edgeft.machines import processes
 from edgeft.machines.launcher import alone, launched, torchrun
-from edgeft.models.metrics import Importance
-from edgeft.planning.plan import Plan, make_plan
-from edgeft.settings.job import make_job
+from edgeft.planning.plan import Plan
 from edgeft.training.result import TrainResult
 from edgeft.training.work import work_folder
 
-# What a process runs: its fault is planted first, if it has one
-CHILD = """if True:
-    import sys
-    from pathlib import Path
-    from edgeft.documents import sha256_file
-    from edgeft.engine import loop, ranks
-    from edgeft.errors import EdgeftError
-    from edgeft.planning.plan import Plan
-    from edgeft.progress import silent
-    from edgeft.training.train import train
-    path, out = map(Path, sys.argv[1:3])
-    exec(sys.argv[3])
-    try:
-        train(Plan.read(path), out, plan_sha256=sha256_file(path), progress=silent)
-    except EdgeftError as problem:
-        if not problem.told:
-            print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
-"""
 LISA = {"layers": "lisa", "active_layers": 1, "lisa_interval": 3}
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -67,55 +42,6 @@ SLOW = {"lisa uniform", "sparse", "full"}
 def model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers, whose turns can come and go."""
     return qwen3_folder(tmp_path_factory.mktemp("qwen3"), tokenizer_folder, 4)
-
-
-def plan_for(folder: Path, model: Path, count: int, **settings: Any) -> Path:
-    """The plan of 20 steps in so many processes."""
-    values = {"max_steps": 20, "epochs": 3.0, "learning_rate": 5e-5, "checkpoint_steps": 7, "batch_size": 5} | settings
-    folder.mkdir(parents=True, exist_ok=True)
-    if values.get("layer_score") != "gradient":
-        return write_plan(folder, model, processes=count, **values)
-    path = write_plan(folder, model, processes=count, **{**values, "layer_score": "top", "lisa_schedule": "cycle"})
-    job = make_job(**Plan.read(path).job.model_dump() | settings)
-    scores = (4.0, 1.0, 2.0, 3.0)
-    found = Importance(method="gradient", scores=scores, rows=1, tokens=1, device="cpu", seconds=0.0, peak_bytes=1)
-    make_plan(job, found).write(path)
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
-def start(count: int, path: Path, out: Path, faults: dict[int, str] | None = None) -> list[Any]:
-    """What so many processes said and how they ended, told by variables who they are, as torchrun tells them."""
-    port = free_port()
-
-    def one(rank: int) -> Any:
-        variables = {
-            "RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
-        }  # fmt: skip
-        command = processes.command(CHILD, path, out, (faults or {}).get(rank, ""))
-        environment = os.environ | {name: str(value) for name, value in variables.items()}
-        return warm.run(command, env=environment, capture_output=True, text=True)
-
-    warm.run(processes.command("pass"))  # the server that forks them is one
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count)))
-
-
-def together(count: int, path: Path, out: Path, faults: dict[int, str] | None = None) -> TrainResult:
-    """What a run of so many processes leaves."""
-    for done in start(count, path, out, faults):
-        assert done.returncode == 0, done.stderr
-    return TrainResult.read(out / "train.json")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def assert_same_training(some: Path, other: Path) -> None:
@@ -161,10 +87,6 @@ def own(self, samples):
         loop.token_losses = losses
 loop.Run._gradients = own
 """
-UNAWARE = """
-from edgeft.training import train as stage
-stage.check_agree = lambda *a: None
-"""
 KEEPS_ITS_OWN = """
 add = ranks.Ranks.add_gradients
 def alone(self, parameters, *numbers):
@@ -183,15 +105,6 @@ def high(self, parameters, *numbers):
     calls.append(1)
     return add(self, parameters, *numbers)
 ranks.Ranks.add_gradients = high
-"""
-KILLED = """
-import os, signal
-step = loop.Run.train_step
-def killed(self, samples):
-    if self.step == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, samples)
-loop.Run.train_step = killed
 """
 STOPPED = """
 import os, signal
@@ -362,8 +275,7 @@ def test_a_folder_that_is_not_shared_is_named(two: Path, tmp_path: Path) -> None
 def test_of_fp16_gradients_that_overflow_every_process_knows(model: Path, tmp_path: Path) -> None:
     """Emulated on a CPU: where one process's gradients overflow, both take the step again."""
     path = plan_for(tmp_path, model, 2, profile="t4", base_precision="fp16", max_steps=3, batch_size=4)
-    emulated = "inner = train\ntrain = lambda *a, **k: inner(*a, emulate=True, **k)\n"
-    found = together(2, path, tmp_path / "train", {0: emulated, 1: emulated + OVERFLOWS_ONCE})
+    found = together(2, path, tmp_path / "train", {0: EMULATED, 1: EMULATED + OVERFLOWS_ONCE})
     assert (found.skipped_steps, found.steps) == (1, 3)
     assert not [deviation for deviation in found.deviations if deviation.what == "trained weights"]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "train").values())
