@@ -3,7 +3,7 @@
     make bench-ranks                # or: python bench/ranks.py --small, a rehearsal that records nothing
 
 SmolLM2-135M's shape with random weights under torchrun, on this machine, one thread each: LoRA, all weights, layers in
-turn on NF4. Of each process the highest bytes of its run, before the tuned model is scored, against the plan's expected
+turn on NF4, LoRA on a base of which each process has a part. Of each process the highest bytes of its run, before the tuned model is scored, against the plan's expected
 ones. Nothing else may run beside it. Runs that have ended are kept in build/bench-ranks.jsonl (remove it to measure
 again).
 """
@@ -27,13 +27,17 @@ from edgeft.planning.plan import Plan
 # set before the machine is measured: what its matrix library keeps is of each thread
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 COMMON = {"batch_size": 8, "eval_rows": 4, "max_steps": 4, "malloc": "tight", "prefix_cache": False}
+LORA = {"tuner": "lora", "rank": 16}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "LoRA, 2 processes": (2, {"tuner": "lora", "rank": 16, "base_precision": "fp32"}),
-    "LoRA, 4 processes": (4, {"tuner": "lora", "rank": 16, "base_precision": "fp32"}),
+    "LoRA, 2 processes": (2, {**LORA, "base_precision": "fp32"}),
+    "LoRA, 4 processes": (4, {**LORA, "base_precision": "fp32"}),
     "all weights, 2 processes": (2, {"tuner": "full", "base_precision": "fp32"}),
     "layers in turn on NF4, 2 processes": (
         2, {"tuner": "full", "layers": "lisa", "active_layers": 2, "lisa_interval": 2, "base_precision": "nf4"},
     ),
+    "LoRA, base in 2 parts": (2, {**LORA, "base_precision": "fp32", "shard_base": True}),
+    "LoRA, base in 4 parts": (4, {**LORA, "base_precision": "fp32", "shard_base": True}),
+    "LoRA, NF4 base in 2 parts": (2, {**LORA, "base_precision": "nf4", "shard_base": True}),
 }  # fmt: skip
 
 

@@ -84,10 +84,8 @@ class Ranks:
     def _all_reduce(self, values: torch.Tensor) -> None:
         from torch import distributed
 
-        try:
+        with self._others():
             distributed.all_reduce(values)
-        except RuntimeError as problem:
-            raise self._ended(str(problem).strip().splitlines()[0]) from None
 
     def gather(self, part: torch.Tensor, whole: torch.Tensor) -> Callable[[], None]:
         """Begin to put the parts of all processes together in `whole`; calling what is given back waits for them.
@@ -96,19 +94,18 @@ class Ranks:
         """
         from torch import distributed
 
-        if part.device.type != "cpu":
-            return self._waits([distributed.all_gather_into_tensor(whole, part, async_op=True)])
-        places = whole.view(self.size, -1)
-        places[self.rank].copy_(part)
-        return self._waits([distributed.broadcast(place, rank, async_op=True) for rank, place in enumerate(places)])
+        with self._others():
+            if part.device.type != "cpu":
+                works: list[Any] = [distributed.all_gather_into_tensor(whole, part, async_op=True)]
+            else:
+                places = whole.view(self.size, -1)
+                places[self.rank].copy_(part)
+                works = [distributed.broadcast(place, rank, async_op=True) for rank, place in enumerate(places)]
 
-    def _waits(self, works: Sequence[Any]) -> Callable[[], None]:
         def wait() -> None:
-            try:
+            with self._others():
                 for work in works:
                     work.wait()
-            except RuntimeError as problem:
-                raise self._ended(str(problem).strip().splitlines()[0]) from None
 
         return wait
 
@@ -123,10 +120,8 @@ class Ranks:
     def _broadcast(self, number: torch.Tensor) -> torch.Tensor:
         from torch import distributed
 
-        try:
+        with self._others():
             distributed.broadcast(number, 0)
-        except RuntimeError as problem:
-            raise self._ended(str(problem).strip().splitlines()[0]) from None
         return number
 
     def told(self, make: Callable[[], Json]) -> Json:
@@ -151,7 +146,7 @@ class Ranks:
             return
         self.wait()
         name = self._next("parted")
-        with self._store():
+        with self._others():
             if not self.first:
                 self.store.add(name, 1)
                 return
@@ -188,18 +183,18 @@ class Ranks:
         return f"{kind}/{self.asked}"
 
     def _set(self, name: str, value: object) -> None:
-        with self._store():
+        with self._others():
             self.store.set(name, json.dumps(value))
 
     def _get(self, name: str) -> Any:
         self._until(lambda: self.store.check([name]))
-        with self._store():
+        with self._others():
             return json.loads(self.store.get(name))
 
     def _until(self, there: Callable[[], bool]) -> None:
         """Look again and again, so that signals are heard. Raises Ended where a process has ended."""
         while True:
-            with self._store():
+            with self._others():
                 if there():
                     return
                 failed = self.store.check([FAILED])
@@ -208,10 +203,10 @@ class Ranks:
             time.sleep(LOOKING_SECONDS)
 
     @contextlib.contextmanager
-    def _store(self) -> Iterator[None]:
+    def _others(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as problem:  # of torch.distributed: who held it is gone
+        except RuntimeError as problem:  # of torch.distributed: one of them, or who held the store, is gone
             raise self._ended(str(problem).strip().splitlines()[0]) from None
 
     def _ended(self, how: str) -> Ended:

@@ -16,7 +16,7 @@ from edgeft.documents import Strict
 from edgeft.memory.dataflow import Kind, Sizes, ends_bytes, is_masked, layer_bytes, mask_bytes
 from edgeft.memory.operations import Way
 from edgeft.memory.prompted import Read, read_bytes
-from edgeft.memory.sharded import elsewhere_bytes, gathered_bytes
+from edgeft.memory.sharded import elsewhere_bytes, gathered_bytes, topmost_bytes
 from edgeft.memory.streamed import away_bytes, layer_away_bytes, window_bytes
 from edgeft.models.families import LIKE_LLAMA
 from edgeft.models.spec import Linear, ModelSpec
@@ -258,7 +258,9 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     way, tokens = Way.of(spec, training, work.longest), training.micro_batch_size * work.longest
     loss_tokens = training.micro_batch_size * min(work.longest_trained, work.longest - 1)
     moments = _moments(spec, training, work, way, loss_tokens)
-    name, activations, present, held = max(moments, key=lambda moment: sum(moment[1:]))
+    whole = gathered_bytes(spec, training), topmost_bytes(spec, training)
+    highest = max(moments, key=lambda moment: sum(moment[1:]) + whole[moment.name.endswith(", loss")])
+    name, activations, present, held = highest
     parameters = trained_parameters(spec, training)
     weights, itemsize = weight_bytes(spec, training) - dropped_bytes(spec, training), trained_itemsize(training)
     adapters, dense, count = adapter_bytes(spec, training), dense_bytes(spec, training), spec.num_hidden_layers
@@ -269,7 +271,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     terms = [
         ("weights", weights, weights_formula(spec, training)),
         ("streamed layers", window_bytes(spec, training), "pages of two layers at a time"),
-        ("gathered layers", gathered_bytes(spec, training), "two layers at a time"),
+        ("gathered layers", whole[name.endswith(", loss")], "two at a time, one while there is a loss"),
         ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
         ("adapters", adapters, f"{adapters // 4} x 4 B"),
         ("optimizer", optimizer_bytes(spec, training), f"{parameters} parameters, {training.optimizer}"),
@@ -284,10 +286,8 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
 def weights_formula(spec: ModelSpec, training: Training) -> str:
     """Which weights are there while a step runs."""
     without = f" without layers 0 to {training.cached_layers - 1}" if training.cached_layers else ""
-    if training.stream_layers:
-        without = " without the layers' matrices"
-    if training.shard_base:
-        without = f", of each layer 1/{training.processes},"
+    without = " without the layers' matrices" if training.stream_layers else without
+    without = f", 1/{training.processes} of each layer," if training.shard_base else without
     return f"{spec.total_parameters} parameters{without} in {training.base_precision}"
 
 

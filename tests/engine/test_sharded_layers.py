@@ -16,7 +16,7 @@ from edgeft.engine.nf4_base import load_base
 from edgeft.engine.ranks import Ranks
 from edgeft.engine.sharded import CutLayer, Shards, shards_of
 from edgeft.errors import BadInput
-from edgeft.memory.sharded import gathered_bytes, part_bytes
+from edgeft.memory.sharded import gathered_bytes, part_bytes, topmost_bytes
 from edgeft.memory.train_step import weight_bytes
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts
@@ -85,21 +85,24 @@ def test_steps_are_those_of_a_process_with_all_and_two_layers_are_there(
                     (training, training.model_copy(update={"shard_base": False})))  # fmt: skip
     shards = parts.model.edgeft_shards
     assert shards_of(plain.model) is None
-    own = sum(part_bytes(spec, training, n) for n in range(5))
+    own = sum(part_bytes(spec, training, size) for size in spec.layer_parameters)
     assert held(shards) == pytest.approx(own, rel=0.03), "each weight begins at a multiple of 64 bytes"
     assert all(tensor.isnan().all() for layer in shards.layers for name, tensor in layer.named_parameters()
                if "norm" in name)  # fmt: skip
     highest, enter, own = [0], shards.enter, held(shards)
 
     def entered(number: int) -> None:
+        loss = number == 4 and shards.at == 3  # comes next
         enter(number)
         highest[0] = max(highest[0], held(shards))
+        assert not loss or held(shards) - own == shards.cut[4].bytes
 
     shards.enter = entered
     for _ in range(3):
         losses = [run.train_step(SAMPLES) for run in (parts, plain)]
         assert losses[0] == losses[1] and torch.isfinite(torch.tensor(losses)).all()
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(parts.chosen, plain.chosen, strict=True))
+    assert topmost_bytes(spec, training) == pytest.approx(shards.cut[4].bytes, rel=0.03)
     assert highest[0] - own == 2 * shards.cut[0].bytes == pytest.approx(gathered_bytes(spec, training), rel=0.03)
 
 

@@ -31,7 +31,7 @@ def terms(made: Plan, phase: str) -> dict[str, int]:
 
 def test_a_base_that_fits_no_gpu_is_cut_by_itself() -> None:
     with pytest.raises(DoesNotFit, match="it fits when shard_base is left to the planner"):
-        plan(shard_base=False, max_memory_bytes=6 * GIB)  # of which its 4-bit form leaves too little
+        plan(shard_base=False, max_memory_bytes=5 * GIB)  # less than its 4-bit form takes
     for settings in ({"shard_base": False}, {"processes": 1}):
         with pytest.raises(DoesNotFit):
             plan(**HALF | settings)
@@ -51,7 +51,9 @@ def test_a_base_that_fits_no_gpu_is_cut_by_itself() -> None:
     outside = 2 * spec.total_parameters - 32 * layer
     for phase in ("load", "evaluate", "train"):
         assert terms(made, phase)["weights"] == outside + 8 * layer
-        assert terms(made, phase)["gathered layers"] == 2 * layer
+        loss = any(name.endswith(", loss") for name in terms(made, phase))  # is the highest moment of a step
+        assert terms(made, phase)["gathered layers"] == (1 if loss else 2) * layer
+    assert loss, "of a large vocabulary"
 
 
 def test_nothing_is_cut_where_something_fits() -> None:
