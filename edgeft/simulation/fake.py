@@ -87,7 +87,12 @@ def make_fake(model: nn.Module) -> None:
 
 
 def leave_in_files(model: nn.Module, parts: Parts, spec: ModelSpec, training: Training) -> list[nn.Parameter]:
-    """The weights of a fake model that are pages of files, whose bytes are no tensors'; cast where the plan casts."""
+    """The weights of a fake model that are pages of files, whose bytes are no tensors'; cast where the plan casts.
+
+    And those of which a process has a part: that, and what is gathered, follow from no step.
+    """
+    if training.shard_base:
+        return [p for layer in parts.layers for name, p in layer.named_parameters() if not is_adapter(name)]
     away: list[nn.Parameter] = []
     dense = set(training.trained_layers) if training.densely else set()
     stored: torch.dtype = getattr(torch, spec.dtype, torch.float32)

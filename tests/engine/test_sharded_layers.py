@@ -16,14 +16,15 @@ from edgeft.engine.nf4_base import load_base
 from edgeft.engine.ranks import Ranks
 from edgeft.engine.sharded import CutLayer, Shards, shards_of
 from edgeft.errors import BadInput
-from edgeft.memory.sharded import gathered_bytes, part_bytes, topmost_bytes
-from edgeft.memory.train_step import weight_bytes
+from edgeft.memory.sharded import gathered_bytes, part_bytes, topmost_bytes, uncut
+from edgeft.memory.train_step import Workload, step_terms, weight_bytes
 from edgeft.models.checkpoint import DTYPES
 from edgeft.models.parts import find_parts
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
 from edgeft.settings.tuners import is_adapter
 from edgeft.simulation.fake import quantisation_states
+from edgeft.simulation.simulate import simulate
 
 
 class One(Ranks):
@@ -125,3 +126,16 @@ def test_layers_that_are_not_in_the_files_as_the_model_has_them_are_refused(begi
     problem = r"layers\.0\.mlp\.up_proj\.weight, .*1\.mlp\.up_proj\.weight: not in the files .* no layer can be cut"
     with pytest.raises(BadInput, match=problem):
         begin(tmp_path / "model", planned(spec, "fp32"), tmp_path / "work")
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "nf4"])
+def test_closed_form_is_the_simulated_step_beside_what_is_cut(form: str, tmp_path: Path) -> None:
+    """As near as that of a process with all of it, of a step whose highest moment is a layer's in both."""
+    spec, work, over = save_model(tmp_path / "model", num_hidden_layers=4, vocab_size=32), Workload(48, 47), list[int]()
+    cut = planned(spec, form, checkpointing=True)
+    for training in (uncut(cut), cut):
+        own = sum(part_bytes(spec, training, size) for size in spec.layer_parameters) if training.shard_base else 0
+        terms = [term.bytes for term in step_terms(spec, training, work) if term.name != "gathered layers"]
+        over.append(sum(terms) - own - simulate(spec, training, work).live_peak_bytes)
+        assert abs(over[-1]) < 0.01 * sum(terms)
+    assert over[0] == over[1]
