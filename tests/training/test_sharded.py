@@ -12,7 +12,10 @@ import torch
 from several_processes import EMULATED, KILLED, plan_for, start, together, weights
 from tiny import NF4, ROWS, qwen3_folder
 
+from edgeft.engine.sharded import shards_of
+from edgeft.exporting.outputs import load_as_trained, observe_model
 from edgeft.planning.plan import Plan
+from edgeft.training.job_data import Data
 from edgeft.training.result import TrainResult
 from edgeft.training.work import work_folder
 
@@ -86,6 +89,16 @@ def test_processes_with_parts_train_what_those_with_all_do(way: str, count: int,
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes train that have all of the base each."""
     return carried_out(tmp_path_factory.mktemp("whole"), model, 2, **WAYS["fp32"])
+
+
+def test_what_was_trained_is_proven_with_all_of_the_base_in_one_process(model: Path, tmp_path: Path) -> None:
+    out = carried_out(tmp_path, model, 2, shard_base=True, learning_rate=1e-3, **WAYS["fp32"])
+    result = TrainResult.read(out / "train.json")
+    tuned, compute = load_as_trained(out, result)
+    assert shards_of(tuned) is None and all(p.isfinite().all() for p in tuned.parameters())
+    rows = Data.read(result.plan).valid[: result.plan.training.eval_rows]
+    form = observe_model("trained", tuned, rows, compute=compute, group_tokens=result.plan.training.group_tokens)
+    assert form.loss == pytest.approx(result.valid.loss, abs=1e-5) != pytest.approx(result.base_valid.loss, abs=1e-3)
 
 
 @pytest.fixture
