@@ -81,7 +81,8 @@ ELSEWHERE = {
     "api": "edgeft run BUNDLE --serve 8080", "sft": "edgeft build does all, from data to a bundle",
     "finetune": "edgeft build does all, from data to a bundle", "tune": "edgeft build does all, from data to a bundle",
     "fuse": "edgeft merge TRAIN", "quantize": "edgeft export MERGED", "convert": "edgeft export MERGED",
-    "estimate": "edgeft plan MODEL", "estimate-memory": "edgeft plan MODEL", "env": "edgeft show profiles --here OUT.toml",
+    "estimate": "edgeft plan MODEL", "estimate-memory": "edgeft plan MODEL",
+    "env": "edgeft show profiles --here OUT.toml",
 }  # fmt: skip
 
 

@@ -67,9 +67,11 @@ def _touch(prompt: Any, completion: Any) -> bool:
 
 
 def _renamed(value: Message, columns: Mapping[str, str]) -> Message:
-    missing = [own for own in columns.values() if own not in value]
+    missing = [(name, own) for name, own in columns.items() if own not in value]
     if missing:
-        raise ValueError(f"has no column {missing[0]!r}, got {sorted(map(str, value))}")
+        name, own = missing[0]
+        turned = f"; the known name comes first: {own}={name}" if name in value else ""
+        raise ValueError(f"has no column {own!r}, got {sorted(map(str, value))}{turned}")
     taken = {own: name for name, own in columns.items()}
     kept = {name: value[name] for name in value if name not in taken and name not in columns}
     return {name: value[own] for own, name in taken.items()} | kept
