@@ -17,6 +17,7 @@ from edgeft.cli.screen import (
     OutOption,
     Reporter,
     need,
+    part_of_job,
     say,
     show,
     stderr,
@@ -60,6 +61,7 @@ def train(
     """Carry out a plan. A killed run goes on from its last checkpoint when the same command runs again."""
     from edgeft.machines.limits import settle_allocator
 
+    plan_file = plan_file / "plan.json" if plan_file.is_dir() else plan_file
     made = Plan.read(plan_file)
     settle_allocator(made.training.device)  # before anything imports torch
     with stopping("what was done is kept: run the same command again to go on"), Reporter(stderr) as progress:
@@ -119,6 +121,7 @@ def merge(
         "target": target, "groups": groups,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
+    trained = part_of_job(trained, "train/train.json")
     with Reporter(stderr) as progress:
         made = merging.merge(
             trained, out, wise_alpha=wise_alpha, base=base, sweep=merging.SweepOptions(**given) if sweep else None,
@@ -208,8 +211,9 @@ def export(
     MERGED may be the folder of an encoder (classifier or embedding model), which a portable target takes as it is.
     """
     if add is not None:
-        _add_adapter(merged, add, out, as_json)
+        _add_adapter(part_of_job(merged, "bundle/bundle.json"), add, out, as_json)
         return
+    merged = part_of_job(merged, "merged/merged.json")
     if _is_encoder(merged):
         _export_encoder(merged, target or "onnx-portable-fp32", out, texts, device, as_json)
         return

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from edgeft.cli.screen import JsonOption, say, show, stdout
+from edgeft.cli.screen import JsonOption, part_of_job, say, show, stdout
 from edgeft.errors import BadInput
 
 # what people point `run` at: the file that tells it, what it is, what to do
 NO_BUNDLES = (
     ("merged.json", "a merged checkpoint", "edgeft export {folder} makes its bundle"),
     ("train.json", "what a training gave", "edgeft merge {folder}, then edgeft export makes its bundle"),
-    ("bundle/bundle.json", "the folder of a job", "its bundle lies in it: edgeft run {folder}/bundle"),
     ("plan.json", "the folder of a job without a bundle", "edgeft train {folder}/plan.json, merge and export make it"),
 )
 
@@ -30,6 +29,7 @@ def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bun
     if str(bundle) in ("-h", "--help"):
         print(context.get_help())
         raise typer.Exit
+    bundle = part_of_job(bundle, "bundle/bundle.json")
     for name, what, hint in NO_BUNDLES:
         if (bundle / name).is_file():
             raise BadInput(bundle, f"is {what}, no bundle", hint.format(folder=shlex.quote(str(bundle))))
@@ -61,6 +61,7 @@ def verify(
     With --for the same under emulation of a device's processor, in the runtime's build for it; the result is written
     beside the bundle.
     """
+    bundle = part_of_job(bundle, "bundle/bundle.json")
     if device is not None:
         if no_replay:
             raise BadInput("--no-replay", "leaves out what --for is there for", "give one of the two")

@@ -117,12 +117,12 @@ def data(
     """
     from edgeft.data.dataset import TextTokenizer, data_text, report_data
     from edgeft.data.sources import by_role
+    from edgeft.models.headers import has_weights, local_folder
 
-    folder = Path(model)
-    if not folder.is_dir():
-        from edgeft.models.headers import local_folder
-
-        folder = local_folder(model)
+    folder = local_folder(model)
+    if not (folder / "tokenizer.json").is_file() and not has_weights(folder):
+        hint = "name the model itself, a folder or a hub id: its tokenizer counts the data"
+        raise BadInput(folder, "is the shape of a model, without tokenizer and weights", hint)
     source = by_role(files, columns=columns)["data"] or ""
     found = report_data(source, TextTokenizer(folder), max_length, rows)
     if as_json:

@@ -73,6 +73,12 @@ def stopping(what: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def part_of_job(given: Path, file: str) -> Path:
+    """What was named; of a job's folder, build/NAME, its part: where `file`, as in train/train.json, lies in it."""
+    part = given / file
+    return part.parent if part.is_file() and not (given / part.name).is_file() else given
+
+
 def need(path: Path, command: str) -> None:
     if not path.is_file():
         raise BadInput(path, "no such file", f"run {command} first")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeft.errors import BadInput
+from edgeft.models.config_file import near_model
 from edgeft.models.doctor.kinds import INDEX, Listing, forms_of, kind_of, refuse_pointer, see, words_of
 from edgeft.models.doctor.names import added, plain_names
 from edgeft.models.families import in_conv1d
@@ -196,7 +197,8 @@ def local_folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
-        raise BadInput(model, "no such model folder", "give a folder with config.json, or a hub id such as org/name")
+        hint = near_model(model) or "give a folder with config.json, or a hub id such as org/name"
+        raise BadInput(model, "no such model folder", hint)
     from huggingface_hub import errors, snapshot_download
 
     try:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from edgeft.cli import ELSEWHERE, app, main
 from edgeft.cli.options import OLD_OPTIONS
+from edgeft.cli.screen import part_of_job
 from edgeft.errors import BadInput, DoesNotFit
 from edgeft.planning.plan import Plan
 
@@ -190,7 +191,6 @@ def test_a_yaml_of_another_trainer_leads_to_the_table(verb: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("files", "hint"),
     [(["merged.json"], "edgeft export {} makes its bundle"), (["train.json"], "edgeft merge {}, then edgeft export"),
-     (["plan.json", "bundle/bundle.json"], "its bundle lies in it: edgeft run {}/bundle"),
      (["plan.json"], "edgeft train {}/plan.json")],
 )  # fmt: skip
 def test_a_folder_that_is_no_bundle_says_how_it_gets_one(files: list[str], hint: str, tmp_path: Path) -> None:
@@ -276,3 +276,25 @@ def test_nothing_had_to_be_made_fit_where_there_is_room(tmp_path: Path) -> None:
     shown = typed("plan", MODEL, "--on", "rtx4090-24gb", "--set", "micro_batch_size=1", "--out", "-").stdout
     assert "what makes it smaller, each by itself" in shown and "what makes it fit" not in shown
     assert "what makes it fit" in typed("plan", CONFIGS / "llama-3.1-8b", "--on", "t4", "--out", "-").stdout
+
+
+def test_a_jobs_folder_stands_for_its_parts(tmp_path: Path, plan_file: Callable[..., Path]) -> None:
+    for file in ("train/train.json", "merged/merged.json", "bundle/bundle.json"):
+        assert part_of_job(tmp_path, file) == tmp_path
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("{}")
+        assert part_of_job(tmp_path, file) == (tmp_path / file).parent == part_of_job((tmp_path / file).parent, file)
+    for verb in ("run", "verify"):  # an empty manifest is what they find, not a missing one
+        shown = typed(verb, tmp_path)
+        assert shown.exit_code in (1, 4) and "no such file" not in f"{shown.stderr}{shown.exception}"
+    assert "no such file" not in str(typed("merge", tmp_path).exception)
+    assert "no such file" not in str(typed("export", tmp_path).exception)
+    refused = typed("train", plan_file().parent, "--on", "t4").exception
+    assert isinstance(refused, BadInput) and refused.problem == "the plan is for cpu-8gb, not t4"
+
+
+def test_data_cannot_be_counted_by_a_shape(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    problem = typed("data", rows, "--model", CONFIGS / "qwen2.5-7b").exception
+    assert isinstance(problem, BadInput) and "is the shape of a model" in problem.problem and "itself" in problem.hint

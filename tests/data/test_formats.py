@@ -272,5 +272,5 @@ def test_columns_the_wrong_way_round_are_turned() -> None:
     with pytest.raises(BadInput, match="does not name one of") as problem:
         list(parts("a.jsonl[log=prompt]"))
     assert problem.value.hint == "the known name comes first, your own behind it: prompt=log"
-    with pytest.raises(ValueError, match="has no column 'prompt', got .*; the known name comes first: prompt=text"):
+    with pytest.raises(ValueError, match=r"has no column 'prompt', got .*; the known name comes first: prompt=text"):
         as_known({"text": "a", "label": "b"}, {"text": "prompt"})
