@@ -5,10 +5,11 @@ processes. When a layer runs, forwards or on the way back, its parts are gathere
 what neither needs is let go of. Nothing of a frozen base is ever reduced, and adapters are whole in every process, so
 that steps are those of plain data parallel, bit for bit.
 
-torch's fully_shard (FSDP2) is not used for it: it cuts each tensor by rows and copies a gathered layer once more, puts
-tensors of its own kind in the place of weights, reads 4-bit codes as numbers, and has no way to keep in step a process
-that has fewer micro-batches than another. What is gathered is compared with what the files held, each time: processes
-that gather different layers, or have lost a byte, end instead of training on.
+torch's fully_shard (FSDP2) is not used for it: it cuts each tensor by rows and copies what it has gathered, so that
+three layers are there at its highest (measured between CPUs) and not two, puts tensors of its own kind in the place of
+weights, reads 4-bit codes as numbers, and cannot keep in step a process that has fewer micro-batches than another.
+What is gathered is compared with what the files held, each time: processes that gather different layers, or have lost
+a byte, end instead of training on.
 """
 
 from __future__ import annotations

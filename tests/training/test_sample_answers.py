@@ -167,11 +167,13 @@ def test_a_plan_counts_their_seconds_and_bytes(checkpoint_folder: Path, tmp_path
     assert len({phase.high_bytes for phase in evaluate}) == 1, "the most that answers can take was planned before"
 
 
-def test_layers_that_stay_in_files_write_none_unless_asked(checkpoint_folder: Path, tmp_path: Path) -> None:
-    data = rows_file(tmp_path, "free.jsonl", FREE)
-    streamed = {"data": data, "stream_layers": True}
-    assert Plan.read(write_plan(tmp_path, checkpoint_folder, **streamed)).sample_answers == 0
-    assert Plan.read(write_plan(tmp_path, checkpoint_folder, sample_answers=2, **streamed)).sample_answers == 2
+@pytest.mark.parametrize("way", [{"stream_layers": True}, {"shard_base": True, "processes": 2}], ids=["files", "parts"])
+def test_layers_that_are_not_whole_here_write_none_unless_asked(
+    way: dict[str, Any], checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    how = {"data": rows_file(tmp_path, "free.jsonl", FREE), **way}
+    assert Plan.read(write_plan(tmp_path, checkpoint_folder, **how)).sample_answers == 0
+    assert Plan.read(write_plan(tmp_path, checkpoint_folder, sample_answers=2, **how)).sample_answers == 2
 
 
 def test_layers_that_were_left_out_are_there_to_write(
