@@ -3,9 +3,9 @@
     make bench-ranks                # or: python bench/ranks.py --small, a rehearsal that records nothing
 
 SmolLM2-135M's shape with random weights under torchrun, on this machine, one thread each: LoRA, all weights, layers in
-turn on NF4, LoRA on a base of which each process has a part. Of each process the highest bytes of its run, before the tuned model is scored, against the plan's expected
-ones. Nothing else may run beside it. Runs that have ended are kept in build/bench-ranks.jsonl (remove it to measure
-again).
+turn on NF4, LoRA on a base of which each process has a part. Of each process the highest bytes of its run, before the
+tuned model is scored, against the plan's expected ones. Nothing else may run beside it. Runs that have ended are kept
+in build/bench-ranks.jsonl (remove it to measure again).
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def readme(
     return "\n".join(lines) + "\n"
 
 
-def first_said(prompt: GoldenInput) -> object:
+def first_said(prompt: GoldenInput | Golden) -> object:
     """The text, or what a user says first in a conversation: a later turn makes no sense without those before it."""
     if prompt.messages is None:
         return prompt.text
