@@ -57,6 +57,15 @@ MaxMemoryOption = Annotated[
 MaxSecondsOption = Annotated[
     float | None, typer.Option(rich_help_panel=MACHINE, help="time limit for all training steps, by the estimate")
 ]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        rich_help_panel=MACHINE,
+        help="exit 3 also where a later stage needs another machine, the device may be too small by the high estimate, "
+        "or the bundle cannot be built",
+    ),
+]
 TargetOption = Annotated[
     str | None,
     typer.Option(

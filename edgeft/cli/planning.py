@@ -22,6 +22,7 @@ from edgeft.cli.options import (
     ModelOption,
     OnOption,
     SetOption,
+    StrictOption,
     TargetOption,
     TestOption,
     ValidOption,
@@ -61,15 +62,7 @@ def plan(
         bool, typer.Option("--simulate", help="run the chosen step on tensors without memory, and count their bytes")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="show what else was looked at, and what it costs")] = False,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            rich_help_panel=MACHINE,
-            help="exit 3 also where a later stage needs another machine, the "
-            "device may be too small by the high estimate, or the bundle cannot be built",
-        ),
-    ] = False,
+    strict: StrictOption = False,
     out: Annotated[
         Path | None, typer.Option(help="plan file; default build/<model>-<data>-<machine>/plan.json, - writes none")
     ] = None,

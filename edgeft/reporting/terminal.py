@@ -318,10 +318,8 @@ def rehearsal_line(rehearsal: Rehearsal) -> str:
     if rehearsal.skipped:
         return f"not rehearsed{f' for {rehearsal.target}' if rehearsal.target else ''}: {rehearsal.skipped}"
     way = f"{rehearsal.layers} layers went from merge to {rehearsal.target} and answered"
-    when = (
-        f"before an earlier run ({rehearsal.earlier})" if rehearsal.earlier else f"in {show_seconds(rehearsal.seconds)}"
-    )
-    return f"rehearsed: {way}, {when}"
+    earlier = f"before an earlier run ({rehearsal.earlier})"
+    return f"rehearsed: {way}, {earlier if rehearsal.earlier else f'in {show_seconds(rehearsal.seconds)}'}"
 
 
 def predicted_expected(result: TrainResult) -> int:
