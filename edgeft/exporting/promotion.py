@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,17 +224,14 @@ def choose(
     model = Rounding(merged, target, spec, measured.codes)
     merged_form = exact or observe_model("merged", model.model, gate)
     tolerance = tightened(target.parity, used)
+    observe = observe or partial(_without_answers, merged_form, gate, gain)
     seen: dict[int, Form] = {}
-
-    def plainly_read(rounded: Any, tolerance: Tolerance) -> Form:
-        drawing = drawn_for(merged_form.tokens, tolerance, gain, gate=len(gate), scored=None)
-        return observe_drawn("simulated", rounded, gate, None, drawing.follows(merged_form))
 
     def passes(count: int) -> bool:
         if count not in seen:
             progress("promotion", len(seen), most.bit_length() + 2, {})
             model.as_bundle({each.module for each in measured.order[:count]})
-            seen[count] = (observe or plainly_read)(model.model, tolerance)
+            seen[count] = observe(model.model, tolerance)
         return not gate_rung(merged_form, seen[count], tolerance, gain).problems
 
     low, high = 0, most
@@ -259,6 +257,12 @@ def choose(
         promoted=measured.order[:high],
         predicted_bytes=size(high),
     )
+
+
+def _without_answers(exact: Form, gate: Sequence[Sample], gain: Gain, model: Any, tolerance: Tolerance) -> Form:
+    """What a rounded model says of as many rows as decide, but for its answers."""
+    drawing = drawn_for(exact.tokens, tolerance, gain, gate=len(gate), scored=None)
+    return observe_drawn("simulated", model, gate, None, drawing.follows(exact))
 
 
 def tightened(tolerance: Tolerance, share: float) -> Tolerance:
