@@ -4,7 +4,8 @@
 
 All in one process, with random weights made on the device, the most telling first: edgeft and PEFT + Trainer in turn
 on the same job, then planned against allocated and reserved bytes and seconds of each run of bench/gpu_runs.json and
-some more, what one launch costs, what the device and the host spend on NF4 codes, and how many kernels some steps take.
+some more, of runs whose layers stay in their files beside those that hold them, what one launch costs, what the device
+and the host spend on NF4 codes, and how many kernels some steps take.
 Rows are written as they are measured (build/bench-cuda.jsonl, or in the folder $OUT): a run that is cut short keeps
 them. What fails is a row that says so. `--device cpu` rehearses everything on tiny shapes without a GPU.
 """
@@ -44,6 +45,7 @@ from gpu_models import (
     shrink,
 )
 from gpu_peers import COMPARISONS, compare
+from gpu_streamed import streamed, streamed_cases
 from run import BASE, CONFIGS, ROOT, record
 
 from edgeft.machines import meter
@@ -178,6 +180,13 @@ class Bench:
         row |= planned(case, self.profile) | measure(case, self.device, folder)
         return row | errors(row)
 
+    def streamed(self, case: Case, folder: Path) -> dict[str, Any]:
+        """Bytes and seconds of a case whose layers stay in files, beside what is planned and a run that holds them."""
+        case = self.fitting(case)
+        row = {"model": case.folder.name, "training": case.training.model_dump(mode="json", exclude_defaults=True)}
+        row |= planned(case, self.profile) | streamed(case, self.device, folder)
+        return row | errors(row)
+
     def counted(self, case: Case, folder: Path) -> dict[str, Any]:
         """Kernels of one step."""
         return count_kernels(self.fitting(case), self.device, folder)
@@ -219,7 +228,8 @@ def show(row: dict[str, Any]) -> None:
     words = [f"{key.removesuffix('_bytes')} {value}" for key, value in mib.items()]
     words += [f"{key} {row[key]}" for key in ("planned_seconds_per_step", "seconds_per_step", "error_of_allocated",
               "error_of_reserved", "ratios", "met", "launch_seconds", "context_bytes", "kernels", "device_seconds",
-              "seconds_to_make", "host_bytes_more", "codes_that_differ", "scales_that_differ")
+              "seconds_to_make", "host_bytes_more", "codes_that_differ", "scales_that_differ", "first_loss_equal",
+              "largest_loss_difference")
               if key in row]  # fmt: skip
     words += ["ABOVE HIGH"] if row.get("above_high") else []
     words += [row["failed"]] if "failed" in row else []
@@ -235,6 +245,9 @@ def run_all(bench: Bench, only: str) -> None:
     wanted = {case.name: case for case in cases()}
     if not only:
         bench.attempt("a launch", bench.host)
+    for case in streamed_cases(RUNS):
+        if only in case.name:
+            bench.attempt(case.name, lambda folder, case=case: bench.streamed(case, folder), 60.0)
     for name, case in wanted.items():
         if only in name:
             bench.attempt(name, lambda folder, case=case: bench.planned_and_measured(case, folder), 40.0)
@@ -267,7 +280,8 @@ def main() -> None:
         run_all(bench, asked.only)
     failed = [row["run"] for row in bench.rows if "failed" in row]
     if bench.rehearsal:
-        print(f"rehearsed {len(bench.rows) - len(failed)} of {len(bench.rows)} rows; a GPU was not measured")
+        done = f"rehearsed {len(bench.rows) - len(failed)} of {len(bench.rows)} rows; a GPU was not measured"
+        print(f"{done}: its bytes, its seconds, and of layers in files pinned buffers, the copy stream and its waits")
     else:
         keep(bench.rows, beside=bool(asked.only))
         (bench.out / "cuda.json").write_text(RESULTS.read_text())

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: scaled gradients, 8-bit and paged states, 4-bit kernels, attention, the memory cap."""
+"""What only a CUDA device shows: scaled gradients, 8-bit and paged states, 4-bit kernels, attention, copies, caps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeft.data.dataset import Sample
 from edgeft.documents import sha256_file
+from edgeft.engine import copies, streaming
+from edgeft.engine.copies import Copies, Stream
 from edgeft.engine.loop import Run, make_run
 from edgeft.engine.nf4_base import load_base
 from edgeft.engine.trainable import apply_tuner
 from edgeft.errors import DoesNotFit, EdgeftError
+from edgeft.memory.streamed import ALIGNED, layer_file_bytes
 from edgeft.merging.merge import merge
 from edgeft.models.checkpoint import DTYPES, load_plain
 from edgeft.models.evaluate import token_losses
@@ -227,6 +230,108 @@ def test_layers_in_turn_stopped_and_gone_on_with(settings: dict[str, Any], plann
     assert resumed.units and {u.unit for u in resumed.units if u.steps} == {u.unit for u in whole.units if u.steps}
     made = merge(tmp_path / "stopped", tmp_path / "merged", wise_alpha=1.0, progress=silent)
     assert made.changed_tensors > 0
+
+
+class SlowCopies(Stream):
+    """What computes is long there when a layer comes: who does not wait for it reads what is no matrix yet."""
+
+    def send(self, into: torch.Tensor, piece: torch.Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            into.fill_(255)
+            torch.cuda._sleep(2_000_000)
+        super().send(into, piece)
+
+
+class SlowComputing(Stream):
+    """What was given to compute still runs when its layer is left and the next but one comes."""
+
+    def wait(self, mark: torch.cuda.Event, memory: torch.Tensor) -> None:
+        torch.cuda._sleep(20_000_000)
+        super().wait(mark, memory)
+
+
+class NoWait(SlowCopies):
+    """A fault, planted: what computes does not wait."""
+
+    def wait(self, mark: torch.cuda.Event, memory: torch.Tensor) -> None:
+        memory.record_stream(torch.cuda.current_stream(CUDA))
+
+
+class NoBuffer(SlowCopies):
+    """A fault, planted: a pinned buffer is filled again while it is copied out of."""
+
+    def finish(self, mark: torch.cuda.Event | None) -> None:
+        pass
+
+
+STREAMED: dict[str, dict[str, Any]] = {
+    "bf16": {"base_precision": "bf16"}, "fp16": {"base_precision": "fp16", "profile": "t4"},
+    "nf4": {"base_precision": "nf4"}, "nf4 in turns": {**LISA, "base_precision": "nf4", "lisa_interval": 1},
+}  # fmt: skip
+
+
+def trained(path: Path, work: Path, streamed: bool) -> tuple[dict[str, torch.Tensor], list[float], Run]:
+    """Three steps of a plan, resident or streamed: gradients and weights after them, every loss."""
+    plan = Plan.read(path)
+    way = {"stream_layers": streamed, "checkpointing": True, "kept_layers": 0, "micro_batch_size": 2}
+    made = started(plan.model_copy(update={"training": plan.training.model_copy(update=way)}), work)
+    with sdpa_kernel([SDPBackend.MATH]):  # the others add gradients up in any order
+        losses = [made.train_step(samples(step)) for step in range(3)]
+        made._gradients(samples(4))
+    found = {f"gradient of {name}": p.grad for name, p in made.chosen if p.grad is not None}
+    return found | {name: p.detach().clone() for name, p in made.chosen}, losses, made
+
+
+@pytest.mark.parametrize("kind", [Stream, SlowCopies, SlowComputing])
+@pytest.mark.parametrize("way", STREAMED)
+def test_layers_in_files_train_as_those_on_the_card(
+    way: str, kind: type[Stream], planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "PIECE_BYTES", 2**18)  # a matrix in several pieces
+    monkeypatch.setattr(streaming, "way_of", lambda device: Copies(device, kind(device)))
+    settings = {"tuner": "lora", "rank": 8, "layers": "all"} if "turns" not in way else {}
+    path = planned(**settings | STREAMED[way], max_steps=4)
+    resident, losses, _ = trained(path, tmp_path / "resident", False)
+    again, _, _ = trained(path, tmp_path / "again", False)
+    streamed, others, made = trained(path, tmp_path / "streamed", True)
+    assert made.model.edgeft_window.way.there and losses[0] == others[0] and streamed.keys() == resident.keys()
+    for name, value in resident.items():
+        noise = float(torch.dist(value, again[name]))  # nothing, where a kernel does not add up in any order
+        assert float(torch.dist(value, streamed[name])) <= 2 * noise, name
+
+
+@pytest.mark.parametrize("fault", [NoWait, NoBuffer])
+def test_copies_that_nobody_waits_for_are_seen(
+    fault: type[Stream], planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "PIECE_BYTES", 2**18)
+    monkeypatch.setattr(streaming, "way_of", lambda device: Copies(device, fault(device)))
+    path = planned(tuner="lora", rank=8, layers="all", base_precision="bf16", max_steps=4)
+    _, losses, _ = trained(path, tmp_path / "resident", False)
+    try:
+        _, others, _ = trained(path, tmp_path / "streamed", True)
+    except EdgeftError:  # no number came of it
+        return
+    assert losses[0] != others[0]
+
+
+def test_two_layers_in_files_are_on_the_card_at_a_time(planned: Any, tmp_path: Path) -> None:
+    path = planned(tuner="lora", rank=8, layers="all", base_precision="bf16", stream_layers=True)
+    made = started(Plan.read(path), tmp_path / "work")
+    window, seen = made.model.edgeft_window, set[int]()
+    read = window.way.read
+
+    def watched(number: int, spans: Any, before: Any) -> None:
+        read(number, spans, before)
+        seen.add(sum(found.memory.nbytes for found in window.way.there.values()))
+
+    window.way.read = watched
+    made.train_step(samples(0))
+    layer = layer_file_bytes(Plan.read(path).spec, Plan.read(path).training)
+    assert max(seen) <= 2 * layer + 2 * 7 * ALIGNED and max(seen) > 1.9 * layer
+    before = torch.cuda.memory_allocated()
+    window.leave()
+    assert torch.cuda.memory_allocated() <= before - layer
 
 
 def test_adapters_train_on_the_card_and_the_record_says_so(planned: Any, tmp_path: Path) -> None:

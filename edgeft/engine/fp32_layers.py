@@ -36,6 +36,10 @@ class DenseTurns:
 
     writes = True  # of several processes one does, which all read
 
+    @staticmethod
+    def wait() -> None:
+        """Go on once the process that writes has come here (`engine.ranks`)."""
+
     def __init__(
         self, model: nn.Module, parts: Parts, base: Checkpoint, folder: Path, compute: torch.dtype,
         ends: Mapping[str, Named] | None = None,
@@ -155,11 +159,17 @@ class DenseTurns:
         path = self.file(unit)
         if any(linear.weight.dtype != torch.float32 for linear in own.values()):
             path = self.folder / f".{unit}.pages"
-            with saving(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path.unlink(missing_ok=True)
-                write_tensors(path, {name: linear.weight for name, linear in own.items()})
+            self._write_pages(path, {name: linear.weight for name, linear in own.items()})
+        self.wait()
         window.give(_number(unit), TensorFile(path), own)
+
+    def _write_pages(self, path: Path, matrices: Mapping[str, torch.Tensor]) -> None:
+        if not self.writes:
+            return
+        with saving(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            write_tensors(path, matrices)
 
 
 def piece_of(unit: str) -> str:

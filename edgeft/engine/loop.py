@@ -382,7 +382,7 @@ def make_run(
         lisa = make_lisa(model, parts, training, turns, work / "layers")
         lisa.writes = ranks.first
         if turns is not None:
-            turns.writes = ranks.first
+            turns.writes, turns.wait = ranks.first, ranks.wait  # type: ignore[method-assign]
     if training.quantize_aware is not None:
         check_stored(Checkpoint(base), model, parts, training)
         round_frozen(model, parts, training)

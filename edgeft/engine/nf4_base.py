@@ -44,7 +44,7 @@ def load_base(
         # a half-precision base on a device that cannot compute in it is held in the compute dtype instead
         dense = DTYPES[training.base_precision] if compute.itemsize == 2 else compute
         if training.stream_layers:
-            return load_streamed(folder, training, dense)
+            return load_streamed(folder, training, dense, device)
         if training.shard_base and not ranks.alone:
             return load_sharded(folder, training, device, dense, ranks)
         model = load_plain(folder, dense)
@@ -53,7 +53,7 @@ def load_base(
     cached = keep_base(folder, training, device, progress)
     try:
         if training.stream_layers:
-            return load_streamed(cached, training, compute)
+            return load_streamed(cached, training, compute, device)
         if training.shard_base and not ranks.alone:
             return load_sharded(cached, training, device, compute, ranks)
         return load_quantised(cached, compute, device)

@@ -236,7 +236,7 @@ def _weights(spec: ModelSpec, training: Training) -> Term:
 def _window(spec: ModelSpec, training: Training) -> list[Term]:
     """Layers that are read, or gathered from other processes, as they compute."""
     found = [
-        Term(name="streamed layers", bytes=window_bytes(spec, training), formula="pages of two layers at a time"),
+        Term(name="streamed layers", bytes=window_bytes(spec, training), formula="two layers at a time"),
         Term(name="gathered layers", bytes=gathered_bytes(spec, training), formula="two layers at a time"),
     ]
     return [term for term in found if term.bytes]

@@ -177,7 +177,7 @@ def _as_trained(spec: ModelSpec, training: Training) -> list[Term]:
     if training.device == "cuda":
         if not nf4:  # a layer at a time, each rounded as it was
             return []
-        training = training.model_copy(update={"compute_dtype": "fp32"})
+        training = training.model_copy(update={"compute_dtype": "fp32", "device": "cpu"})
     held = train_step.weight_bytes(spec, training)
     beside = training.stream_layers and training.densely  # layers in fp32
     if not nf4 and not beside and stored_as(training) == spec.dtype:

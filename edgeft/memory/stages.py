@@ -18,7 +18,7 @@ from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.prompted import reading_bytes
 from edgeft.memory.sharded import gathered_bytes, uncut
-from edgeft.memory.streamed import stored_as, window_bytes
+from edgeft.memory.streamed import PIECE_BYTES, passing_bytes, stored_as, window_bytes
 from edgeft.memory.train_step import DTYPE_BYTES, NF4_BYTES, Phase, Term
 from edgeft.models.headers import BLOCK_BYTES
 from edgeft.models.spec import STORED_BYTES, ModelSpec
@@ -183,10 +183,11 @@ def quantise(spec: ModelSpec, training: Training, has: Processes, data_bytes: in
 def host_load(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     """The host's share of loading a base onto a GPU: a dense one is made there first, NF4 goes over piece by piece.
 
-    So does one of which each process has a part.
+    So does one of which each process has a part, and all else of one whose layers stay in their files.
     """
     terms = [process_term(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured")]
-    if training.base_precision == "nf4" or training.shard_base:
+    if training.base_precision == "nf4" or training.shard_base or training.stream_layers:
+        terms += _passing(spec, training)
         file, table = train_step.weight_bytes(spec, uncut(training)), spec.vocab_size * spec.hidden_size
         one = Term(
             name="one tensor", bytes=table * DTYPE_BYTES[training.compute_dtype], formula=f"the largest, {table}"
@@ -208,7 +209,15 @@ def host_train(spec: ModelSpec, training: Training, has: Processes, data_bytes: 
         process_term(has.training_bytes + CUDA_HOST_BYTES, "Python, torch, CUDA's libraries: not measured"),
         Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"),
         Term(name="paged states", bytes=paged, formula=f"{trained} parameters, {training.optimizer}"),
+        *_passing(spec, training),
     ], spec)  # fmt: skip
+
+
+def _passing(spec: ModelSpec, training: Training) -> list[Term]:
+    """What layers in files take of the host on their way to a GPU."""
+    formula = f"2 pinned buffers of {show_bytes(PIECE_BYTES)}, pages that are read"
+    found = passing_bytes(spec, training)
+    return [Term(name="streamed layers", bytes=found, formula=formula)] if found else []
 
 
 def resume(spec: ModelSpec, training: Training, has: Processes, data_bytes: int) -> Phase:

@@ -1,17 +1,21 @@
 """Which bytes of a base are in memory, and which are read, where its layers' matrices stay in their files?
 
-The table of embeddings stays there too, unless the head is tied to it or it trains.
+The table of embeddings stays there too, unless the head is tied to it or it trains. A CPU has pages of the files, a GPU
+copies of two layers, which go through pinned buffers of the host.
 """
 
 from __future__ import annotations
 
 from edgeft.models.spec import STORED_BYTES, ModelSpec
 from edgeft.settings.job import Training
+from edgeft.units import MIB
 
 STORED_AS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 KEPT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_CODES = 0.5  # bytes of a weight that stay in the file; its scales do not
 ROW_BYTES = 2**16  # of a mapped file that become resident where one byte is looked at, on Linux
+# Of the way to a GPU: each of the two pinned buffers, and what a matrix's place among its layer's is a multiple of.
+PIECE_BYTES, ALIGNED = 16 * MIB, 256
 
 
 def casts(spec: ModelSpec, training: Training) -> bool:
@@ -73,13 +77,27 @@ def away_bytes(spec: ModelSpec, training: Training) -> int:
 
 
 def window_bytes(spec: ModelSpec, training: Training) -> int:
-    """Pages of the layer that computes, of the one that comes next, of rows of the embedding; nothing without streams.
-
-    Of a row that is looked at, what lies around it comes along.
-    """
+    """The layer that computes, the one that comes next, on a CPU rows of the embedding; nothing without streams."""
     if not training.stream_layers:
         return 0
+    two = min(2, spec.num_hidden_layers) * layer_file_bytes(spec, training)
+    return two + (rows_bytes(spec, training) if training.device == "cpu" else 0)
+
+
+def rows_bytes(spec: ModelSpec, training: Training) -> int:
+    """Pages of rows of the embedding, on the host: of a row that is looked at, what lies around it comes along."""
     most = STORED_BYTES.get(spec.dtype, 4) * spec.embedding_parameters
     rows = min(most, ROW_BYTES * training.micro_batch_size * training.max_length)
-    two = min(2, spec.num_hidden_layers) * layer_file_bytes(spec, training)
-    return two + (rows if table_streams(spec, training) else 0)
+    return rows if table_streams(spec, training) else 0
+
+
+def passing_bytes(spec: ModelSpec, training: Training) -> int:
+    """What of the host a GPU's layers in files take: pinned buffers, the piece that is read, rows of the embedding."""
+    if not training.stream_layers or training.device == "cpu":
+        return 0
+    return 3 * PIECE_BYTES + rows_bytes(spec, training)
+
+
+def files_bytes(spec: ModelSpec, training: Training) -> int:
+    """Bytes of the files that all layers are read from, once each; nothing without streams."""
+    return spec.num_hidden_layers * layer_file_bytes(spec, training) if training.stream_layers else 0

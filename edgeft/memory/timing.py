@@ -15,11 +15,12 @@ from edgeft.data.scoring_groups import PROMPT_READINGS, Scoring, Size, by_answer
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.launches import launches, loss_launches, optimizer_launches
-from edgeft.memory.several import added_up, adding_seconds, gathering_seconds
+from edgeft.memory.several import PCIE_RATE, added_up, adding_seconds, gathering_seconds
 from edgeft.memory.sharded import pass_bytes
-from edgeft.memory.streamed import casts, layer_file_bytes
+from edgeft.memory.streamed import casts, files_bytes, layer_file_bytes
 from edgeft.models.spec import ModelSpec
 from edgeft.settings.job import Training
+from edgeft.units import GIB
 
 # Shares of a profile's matrix rate and bandwidth that a step reaches. MEASURED: of a CPU's measured ones, fitted on
 # half of the shapes of bench/step_time.py, which records the error of all. HOPPER: of an H100's datasheet, fitted on
@@ -43,6 +44,7 @@ PER_MICRO_BATCH = 0.02  # of a step's time, for each further micro-batch: smalle
 TOKEN_BANDWIDTH, TOKEN_SECONDS, LAYER_TOKEN_SECONDS = 0.5, 3e-3, 1e-3
 KEEPING = 1.25  # of a forward pass: its outputs are also written, hashed and compared; a guess
 READ_BYTES_PER_SECOND = 5e8  # of a file whose pages the system has not kept: what a SATA SSD gives; not measured
+KEPT_SHARE = 0.5  # of a GPU host's memory, in which the system keeps files that are read again and again; a guess
 LOSS_BYTES, OPTIMIZER_BYTES = 20, 36  # per word and trained token: fp32 logits; per trained parameter: states, gradient
 
 
@@ -53,6 +55,7 @@ class Counted(NamedTuple):
     bytes: float
     launches: float = 0.0  # kernels that a host puts on a GPU; of the loss those of one chunk
     read: float = 0.0  # bytes of layers that stay in their files
+    files: float = 0.0  # which they are read from: once each
     added_up: float = 0.0  # bytes of gradients that several processes add up
     gathered: float = 0.0  # bytes of layers of which each of them has a part
 
@@ -72,10 +75,22 @@ def seconds_per_step(profile: Profile, training: Training, work: train_step.Work
     A GPU works while its host launches what comes next, and any device while the next layer is read or gathered: the
     slower of the two decides.
     """
-    beside = max(launch_seconds(profile, training, work, counted), counted.read / READ_BYTES_PER_SECOND)
+    reading = counted.read / read_rate(profile, training, counted.files)
+    beside = max(launch_seconds(profile, training, work, counted), reading)
     beside = max(beside, gathering_seconds(training, counted.gathered))
     slower = max(device_seconds(profile, training, work, counted), beside)
     return slower + adding_seconds(training, counted.added_up)
+
+
+def read_rate(profile: Profile, training: Training, files: float) -> float:
+    """Bytes a second at which layers come from their `files`: at a disk's rate, or over PCIe where the host keeps them.
+
+    Processes of a machine share its disk. That its memory may keep files is counted on beside a GPU alone: what trains
+    on a CPU takes that.
+    """
+    if profile.device == "cuda" and files <= KEPT_SHARE * (profile.host_memory_gib or 0.0) * GIB:
+        return PCIE_RATE
+    return READ_BYTES_PER_SECOND / training.neighbours
 
 
 def launch_seconds(profile: Profile, training: Training, work: train_step.Workload, counted: Counted) -> float:
@@ -112,7 +127,8 @@ def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, score
     forward = forward_seconds(profile, spec, training, layers, scored.tokens, scored.trained_tokens)
     if training.stream_layers:
         groups = -(-scored.tokens // training.group_tokens)
-        forward = max(forward, groups * layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
+        rate = read_rate(profile, training, files_bytes(spec, training))
+        forward = max(forward, groups * layers * layer_file_bytes(spec, training) / rate)
     if training.shard_base:
         groups = -(-scored.tokens // training.group_tokens)
         forward = max(forward, groups * gathering_seconds(training, pass_bytes(spec, training, layers)))
@@ -147,7 +163,8 @@ def _token_seconds(profile: Profile, spec: ModelSpec, training: Training) -> flo
     read = itemsize * (weights + spec.vocab_size * spec.hidden_size) + made
     moved = read / (TOKEN_BANDWIDTH * profile.bandwidth_gb_per_second * 1e9)
     if training.stream_layers:
-        moved = max(moved, spec.num_hidden_layers * layer_file_bytes(spec, training) / READ_BYTES_PER_SECOND)
+        files = files_bytes(spec, training)
+        moved = max(moved, files / read_rate(profile, training, files))
     if training.shard_base:
         moved = max(moved, gathering_seconds(training, pass_bytes(spec, training, spec.num_hidden_layers)))
     return moved + TOKEN_SECONDS + LAYER_TOKEN_SECONDS * spec.num_hidden_layers
@@ -239,4 +256,5 @@ def count(spec: ModelSpec, training: Training, work: train_step.Workload, kept_l
     away = layers + again - (1 + training.checkpointing) * trained * full  # dense ones that train are in memory
     read = layer_file_bytes(spec, training) * away * splits if training.stream_layers else 0.0
     gathered = pass_bytes(spec, training, layers + crossed) * splits  # on the way back too, recomputed or not
-    return Counted(operations, moved + read + gathered, put, read, added_up(spec, training), gathered)
+    moved, files = moved + read + gathered, files_bytes(spec, training)
+    return Counted(operations, moved, put, read, files, added_up(spec, training), gathered)

@@ -270,7 +270,7 @@ def step_terms(spec: ModelSpec, training: Training, work: Workload) -> list[Term
     trained = len(set(training.trained_layers))
     terms = [
         ("weights", weights, weights_formula(spec, training)),
-        ("streamed layers", window_bytes(spec, training), "pages of two layers at a time"),
+        ("streamed layers", window_bytes(spec, training), "two layers at a time"),
         ("gathered layers", whole[name.endswith(", loss")], "two at a time, one while there is a loss"),
         ("dense layers", dense, f"{trained} layers of {count} in fp32 while they train"),
         ("adapters", adapters, f"{adapters // 4} x 4 B"),

@@ -60,7 +60,7 @@ from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.rows_read import DEFAULT_LENGTH, DEFAULT_ROWS, assumed_rows, read_data, read_lengths
 from edgeft.planning.sharding import sharding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
-from edgeft.planning.streaming import goes_on, streaming_notes
+from edgeft.planning.streaming import DEVICES, goes_on, in_groups, streaming_notes
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 from edgeft.units import show_bytes
@@ -206,9 +206,11 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
 def _planned(asked: _Asked) -> Plan:
     question, looked_at, spec, job = asked.question, asked.looked_at, asked.question.spec, asked.question.job
     training, said = choose(question, looked_at)
-    if training is None and (not_whole := _not_whole(asked.question, asked)):
+    for not_whole in in_groups(question, _not_whole(question, asked)) if training is None else ():
         training, said = choose(question, not_whole)
-        looked_at = sorted([*looked_at, *not_whole], key=question.key)
+        if training is not None:
+            looked_at = sorted([*looked_at, *not_whole], key=question.key)
+            break
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(asked))
     best, key = looked_at[0], question.key(training)
@@ -262,11 +264,11 @@ def _planned(asked: _Asked) -> Plan:
 def _not_whole(question: Question, asked: _Asked) -> list[Training]:
     """The candidates that do not have all of a base in memory, where nobody has said whether they shall.
 
-    One process of a CPU can leave layers in their files, several can have a part of each.
+    Each process can leave layers in their files, several can have a part of each.
     """
     job, found = question.job, list[Training]()
     scores = asked.importance.scores if asked.importance else None
-    for setting, can in (("stream_layers", question.profile.device == "cpu"), ("shard_base", job.processes > 1)):
+    for setting, can in (("stream_layers", question.profile.device in DEVICES), ("shard_base", job.processes > 1)):
         if can and getattr(job, setting) is None:
             with contextlib.suppress(BadInput):
                 asking = job.model_copy(update={setting: True})

@@ -152,7 +152,8 @@ class Job(Strict):
     )
 
     stream_layers: bool | None = Field(
-        None, description="frozen layers stay in their files and are read when they compute (CPU); if nothing else fits"
+        None,
+        description="frozen layers stay in their files and come when they compute (CPU, CUDA); if nothing else fits",
     )
     shard_base: bool | None = Field(
         None, description="each process holds a part of every frozen layer, gathered when it computes; if nothing fits"

@@ -200,14 +200,16 @@ def test_a_larger_budget_never_gives_a_worse_plan(smaller: int, larger: int) -> 
 
 def test_nothing_fits_names_the_smallest_and_the_cheapest_change() -> None:
     with pytest.raises(DoesNotFit) as caught:
-        plan(max_memory_bytes=7 * GIB, max_length=8192)  # beside what loading takes, whatever the length
+        plan(
+            max_memory_bytes=7 * GIB, max_length=8192, stream_layers=False
+        )  # beside what loading takes, whatever the length
     assert caught.value.exit_code == 3
     assert "nothing fits 7.00 GiB: the smallest of" in str(caught.value)
     assert "hint: samples of at most" in str(caught.value) and "--set max_length=" in str(caught.value)
     with pytest.raises(
         DoesNotFit, match=r"hint: a budget of [0-9.]+ GiB would do \(now 2.00 GiB\), or a smaller model"
     ):
-        plan(max_memory_bytes=2 * GIB)
+        plan(max_memory_bytes=2 * GIB, stream_layers=False)
 
 
 @pytest.mark.parametrize("model, budget", [("gemma-2-9b", 8.4), ("llama-3.1-8b", 6.8)])
@@ -233,7 +235,7 @@ def test_a_pin_that_does_not_fit_is_named() -> None:
     with pytest.raises(
         DoesNotFit, match="it fits when base_precision is left to the planner: drop --set base_precision=fp16"
     ):
-        plan(base_precision="fp16")
+        plan(base_precision="fp16", stream_layers=False)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,12 @@ def terms(made: Plan, phase: str) -> dict[str, int]:
 
 
 def test_a_base_that_fits_no_gpu_is_cut_by_itself() -> None:
-    with pytest.raises(DoesNotFit, match="it fits when shard_base is left to the planner"):
-        plan(shard_base=False, max_memory_bytes=5 * GIB)  # less than its 4-bit form takes
+    with pytest.raises(DoesNotFit, match=r"it fits when (shard_base|stream_layers) is left to the planner"):
+        plan(shard_base=False, stream_layers=False, max_memory_bytes=5 * GIB)  # less than its 4-bit form takes
     for settings in ({"shard_base": False}, {"processes": 1}):
         with pytest.raises(DoesNotFit):
-            plan(**HALF | settings)
+            plan(**HALF | settings, stream_layers=False)
+        assert plan(**HALF | settings).training.stream_layers, "what processes do not have together comes from files"
     made = plan(**HALF)
     training, spec = made.training, made.spec
     assert training.shard_base and training.base_precision == "bf16" and made.peak_bytes <= made.budget_bytes

@@ -82,7 +82,7 @@ ASKED: tuple[dict[str, Any], ...] = (
     {"model": "llama-3.1-8b", "machine": "rtx4060-8gb"},
     {"model": "mistral-7b", "machine": "t4", "length": 512},
     {"model": "phi-3-mini", "machine": "rtx4090-24gb"},
-    {"model": "llama-3.1-70b", "machine": "t4"},
+    {"model": "llama-3.1-70b", "gib": 4},
     {"model": "qwen2.5-32b", "machine": "rtx4090-24gb"},
 )
 

@@ -51,7 +51,7 @@ def test_a_plan_whose_export_needs_another_machine() -> None:
 
 def test_what_fits_nowhere_says_what_would() -> None:
     with pytest.raises(DoesNotFit) as caught:
-        plan_of("llama-3.1-70b")
+        plan_of("llama-3.1-70b", stream_layers=False)
     card = refusal_card(caught.value, "models/llama-3.1-70b", 70_553_706_496, "t4", 14 * GIB)
     assert (card.state, card.title) == ("no", "DOES NOT FIT")
     assert card.need_bytes is not None and card.need_bytes > card.limit_bytes and card.hints

@@ -50,7 +50,7 @@ def test_a_number_of_gib_is_a_machine() -> None:
 
 
 def test_what_does_not_fit_says_what_would() -> None:
-    found = ask(model="llama-3.1-70b", machine="t4")
+    found = ask(model="llama-3.1-70b", gib=4)  # its head alone takes two
     assert found.state == "no" and found.numbers["need_bytes"] > found.numbers["budget_bytes"]
     assert "DOES NOT FIT" in found.html
 

@@ -35,7 +35,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "sparse": {"layers": "sparse", "active_layers": 2, "tuner": "full", "prefix_cache": True},
     "lisa on nf4": {**LISA, **NF4, "tuner": "full"},
 }
-SLOW = {"lisa uniform", "sparse", "full"}
+STREAMED = {"stream_layers": True, "checkpointing": True, "kept_layers": 0, "malloc": "tight"}
+WAYS |= {
+    "streamed lora": STREAMED,
+    "streamed lisa": {**LISA, **STREAMED, "tuner": "full"},
+    "streamed lisa on nf4": {**LISA, **NF4, **STREAMED, "tuner": "full"},
+}
+SLOW = {"lisa uniform", "sparse", "full", "streamed lora", "streamed lisa"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,21 @@ def test_processes_train_what_one_does(way: str, count: int, model: Path, tmp_pa
 
 
 # Faults, each a few lines that a process runs before it trains
+WRITES_LATE = """
+import time
+from edgeft.engine.fp32_layers import DenseTurns
+write, stay = DenseTurns._write_pages, DenseTurns._stay
+def late(self, *a):
+    time.sleep(0.3 * self.writes)
+    write(self, *a)
+DenseTurns._write_pages = late
+"""
+WAITS_FOR_NONE = """
+def hasty(self, *a):
+    self.wait = lambda: None
+    stay(self, *a)
+DenseTurns._stay = hasty
+"""
 OWN_TOKENS = """
 gradients = loop.Run._gradients
 def own(self, samples):
@@ -144,6 +165,25 @@ def test_processes_are_validated_as_one_is_and_end_together(model: Path, tmp_pat
     assert (told.best_step, told.steps, told.deviations) == (6, 10, ())
 
 
+@pytest.mark.parametrize("way", ["streamed lora", "streamed lisa on nf4"])
+def test_processes_that_read_the_same_files_are_those_that_hold_them(way: str, model: Path, tmp_path: Path) -> None:
+    """Bit for bit, also where the first one is slow to write what a layer is read from after its turn."""
+    settings = WAYS[way] | {"max_steps": 6, "lisa_interval": 1 if "lisa" in way else None}
+    resident = plan_for(tmp_path / "resident", model, 2, **settings | {"stream_layers": False})
+    streamed = plan_for(tmp_path / "streamed", model, 2, **settings)
+    assert Plan.read(streamed).training.stream_layers and not Plan.read(resident).training.stream_layers
+    one, other = (path.parent / "train" for path in (resident, streamed))
+    first, second = together(2, resident, one), together(2, streamed, other, {0: WRITES_LATE})
+    assert first.loss_curve == second.loss_curve and not second.deviations
+    assert weights(one).keys() == weights(other).keys()
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+    if "lisa" in way:  # a fault, planted: the other reads what is not written yet
+        done = start(
+            2, streamed, tmp_path / "hasty", {0: WRITES_LATE + WAITS_FOR_NONE, 1: WRITES_LATE + WAITS_FOR_NONE}
+        )
+        assert done[1].returncode == 1 and ".pages" in done[1].stderr
+
+
 @pytest.fixture(scope="module")
 def one(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process trains: LoRA of all layers."""
@@ -210,7 +250,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(rank: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["lisa uniform", "lisa on nf4"])
+@pytest.mark.parametrize("way", ["lisa uniform", "lisa on nf4", "streamed lisa on nf4"])
 def test_layers_in_turn_go_on_bit_for_bit(way: str, model: Path, tmp_path: Path) -> None:
     path = plan_for(tmp_path, model, 2, **WAYS[way])
     whole, out = together(2, path, tmp_path / "whole"), tmp_path / "train"
