@@ -14,6 +14,8 @@ from edgeft.models.doctor.kinds import Listing, adapter_base, forms_of, kind_of,
 from edgeft.models.families import COMPOSITE, COPY_AGAIN, ENCODERS
 from edgeft.models.hub import ask
 
+UNREACHABLE = "the hub cannot be reached"
+
 
 def config_path(model: str) -> Path:
     """Where the config.json of a checkpoint folder or a hub id lies. Raises BadInput."""
@@ -51,7 +53,7 @@ def _download(model: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     problem, hint = (
-        "the hub cannot be reached",
+        UNREACHABLE,
         "go online, or give the folder of a model that is on this machine",
     )
     try:
@@ -71,8 +73,9 @@ def _download(model: str) -> Path:
             )
     except (OSError, ValueError):
         pass
-    near = near_model(model)
-    raise BadInput(model, f"no such folder, and {problem}", f"{hint}; {near}" if near else hint)
+    if problem == UNREACHABLE and (near := near_model(model)):
+        hint += f"; {near}"
+    raise BadInput(model, f"no such folder, and {problem}", hint)
 
 
 def near_model(model: str) -> str:
@@ -82,7 +85,7 @@ def near_model(model: str) -> str:
         if not place.is_dir():
             continue
         known = {each.name.lower(): each for each in place.iterdir() if (each / "config.json").is_file()}
-        for name in difflib.get_close_matches(folder.name.lower(), known, n=1):
+        for name in difflib.get_close_matches(folder.name.lower(), known, n=1, cutoff=0.7):
             found = known[name]
             shown = found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
             return f"did you mean {shown}?" + (" (a shape to plan with, without weights)" if place == shapes else "")

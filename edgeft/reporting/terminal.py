@@ -38,6 +38,7 @@ from edgeft.reporting.words import (
     method_text,
     percent,
     remarks,
+    savings_head,
     step_time,
     verdict,
 )
@@ -71,9 +72,8 @@ def plan_text(plan: Plan) -> RenderableType:
     lines = [Text(simulation_line(plan, plan.simulation))] if plan.simulation is not None else []
     lines += [Text(f"note: {note}") for note in plan.notes]
     if plan.savings:
-        needed = plan.peak_bytes + max(saving.bytes for saving in plan.savings) > plan.budget_bytes
-        lines.append(Text(f"what makes it {'fit' if needed else 'smaller'}, each by itself:", style="bold"))
-        lines += [Text(f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less") for s in plan.savings]
+        saved = (f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less" for s in plan.savings)
+        lines += [Text(savings_head(plan), style="bold"), *map(Text, saved)]
     if plan.gave_up:
         lines.append(Text("given up to fit the budget:", style="bold"))
         lines += [Text(f"  - {line}") for line in plan.gave_up]
@@ -282,11 +282,10 @@ def train_text(result: TrainResult) -> RenderableType:
         if base is not None and tuned is not None and (change := pair("base", base, "fine-tuned", tuned)) is not None
     ]  # fmt: skip
     speed = f"{result.steps} steps in {show_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
-    memory = f"peak memory: predicted {show_bytes(predicted_expected(result))}, measured "
-    memory += show_bytes(result.measured_peak_bytes)
+    predicted, measured = (show_bytes(each) for each in (predicted_expected(result), result.measured_peak_bytes))
     plot = [Text(line) for line in curve_lines(result.loss_curve, result.validations)]
     speed = f"{show_count(result.trained_parameters)} parameters trained, {speed}"
-    lines = [*plot, *changes, Text(speed), Text(memory)]
+    lines = [*plot, *changes, Text(speed), Text(f"peak memory: predicted {predicted}, measured {measured}")]
     lines += [Text(continued(result))] if result.resumed_at else []
     if result.prefix_cache:
         how = f"made in {show_seconds(result.prefix_seconds)}" if result.prefix_seconds else "found"

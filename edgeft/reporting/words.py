@@ -151,6 +151,12 @@ def memory_line(plan: Plan) -> str:
     return f"needs {show_bytes(plan.need_bytes)} at this quality ({slower:+.0%} time), uses {uses}"
 
 
+def savings_head(plan: Plan) -> str:
+    """What the choices that save memory did: whether without one of them the plan would not fit."""
+    needed = plan.peak_bytes + max(saving.bytes for saving in plan.savings) > plan.budget_bytes
+    return f"what makes it {'fit' if needed else 'smaller'}, each by itself:"
+
+
 def step_time(plan: Plan) -> str:
     """The estimate of a plan's seconds, and what decides it where that is not the GPU itself."""
     bound = f"; {plan.launches:,} launches bind, not the GPU" if plan.launches else ""

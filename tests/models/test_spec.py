@@ -416,8 +416,10 @@ def test_hub_id_that_cannot_be_read(error: type[Exception], message: str, monkey
         raise hub_error(error)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    for model in ("someone/model-1B", "gpt2"):
+    for model in ("someone/model-1B", "somemodel"):
         assert refused(model) == f"{model}: {message}"
+    shape = "configs/gpt2? (a shape to plan with, without weights)"
+    assert refused("gpt2").endswith(shape) == ("cannot be reached" in message)
 
 
 def test_hub_id_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
