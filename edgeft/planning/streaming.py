@@ -114,6 +114,10 @@ def streaming_notes(question: Question, training: Training) -> list[str]:
         f"layers stay in their files ({asked}): two of {spec.num_hidden_layers} are {there} at a time, "
         f"{show_bytes(layer_file_bytes(spec, training))} each, {what}; {reading}: {slower:+.0%} time"
     ]
+    if training.device == "cuda":
+        lines.append(
+            "copies of layers are proven on a CPU in the GPU's place; no GPU's bytes and seconds were measured yet"
+        )
     half = training.model_copy(update={"base_precision": training.compute_dtype})
     open_to = training.device == "cuda" and question.job.base_precision is None and half != training
     if open_to and not host_keeps(question, half):
