@@ -1,8 +1,12 @@
-"""What is said of an artifact that a climb considered: what its rows show, what it is predicted to cost?"""
+"""What is said of an artifact that a climb considered, and of what is left where none passes?"""
 
 from __future__ import annotations
 
+from edgeft.errors import EdgeftError
+from edgeft.exporting.parity import HINTS
 from edgeft.models.metrics import Attempt, Difference
+from edgeft.planning.plan import Plan, make_plan
+from edgeft.units import show_bytes, show_seconds
 
 
 def shown(loss: Difference | None, match: Difference | None) -> str:
@@ -22,3 +26,19 @@ def cost(made: Attempt) -> str:
         return ""
     middle, low, high = (f"{scale * value:+.{digits}f}" for value in (found.difference, found.low, found.high))
     return f", predicted {middle} {what} [{low}, {high}]"
+
+
+def left(plan: Plan) -> str:
+    """What is left to do where nothing passes: training that sees its weights rounded, with its time and memory.
+
+    No other share of the change is tried: `edgeft merge --sweep` chooses that, and rounding costs each about the same.
+    """
+    if plan.training.quantize_aware is not None:
+        return HINTS["artifact"]
+    lead = f"{HINTS['artifact']}; training what is shipped may keep more (plan it again with --set quantize_aware=true"
+    job = plan.job.model_copy(update={"quantize_aware": True})
+    try:
+        made = make_plan(job, plan.importance, spec=plan.spec, profile=plan.profile)
+    except EdgeftError as problem:
+        return f"{lead}: {problem.where}: {problem.problem})"
+    return f"{lead}: about {show_seconds(made.seconds)} and {show_bytes(made.peak_bytes)} on {plan.profile.name})"

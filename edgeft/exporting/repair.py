@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.documents import saving, sha256_json
 from edgeft.errors import BadInput, CacheLost, DoesNotFit, QualityLost
-from edgeft.exporting.attempts import cost, shown
+from edgeft.exporting.attempts import cost, left, shown
 from edgeft.exporting.build import need_runtime
 from edgeft.exporting.bundle import Bundle, failed_path
 from edgeft.exporting.calibrate import calibrate, put_codes
@@ -29,7 +29,7 @@ from edgeft.exporting.drawn_rows import both
 from edgeft.exporting.export import Chosen, calibration_samples, export, rows_of
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
-from edgeft.exporting.parity import HINTS, Gain, Known, drawn_for, give_back
+from edgeft.exporting.parity import Gain, Known, drawn_for, give_back
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, gate_rung, measure, too_small
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.room import check_room, loader, no_room_to_promote
@@ -353,13 +353,13 @@ def next_command(found: Climb, steps: Iterator[Step] | Sequence[Step], options: 
             made = Attempt(name=step.name, predicted_bytes=found.size(step.target), decision="passes", reason="")
         command = f"edgeft export {shlex.quote(str(found.folder))} {options(step)}"
         return f"{command}  # {show_bytes(made.predicted_bytes)}{cost(made)}"
-    return HINTS["artifact"]
+    return left(found.merged.train.plan)
 
 
 def nothing_passes(found: Climb, no_room: Sequence[Step]) -> QualityLost:
     """The error of a climb that ended: every attempt, and the budget that the next one would need."""
     lines = [f"{each.name}, {show_bytes(each.predicted_bytes)}{cost(each)}: {each.reason}" for each in found.attempts]
-    hint = HINTS["artifact"]
+    hint = left(found.merged.train.plan)
     larger = [step for step in no_room if found.limit_bytes is not None and found.size(step.target) > found.limit_bytes]
     if larger:
         hint = next_command(found, larger, lambda step: f"--size-budget {math.ceil(found.size(step.target) / MIB)}MiB")

@@ -18,15 +18,17 @@ from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput, DoesNotFit, EdgeftError, ParityFailed, QualityLost
 from edgeft.exporting import repair, room
 from edgeft.exporting.artifact import ArtifactModel
+from edgeft.exporting.attempts import left
 from edgeft.exporting.bundle import Bundle
 from edgeft.exporting.export import Chosen
 from edgeft.exporting.outputs import observe_artifact
-from edgeft.exporting.parity import compare
+from edgeft.exporting.parity import HINTS, compare
 from edgeft.exporting.promotion import file_bytes
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.repair import Climb, Step, climbing, export_smallest
 from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import merge
+from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.streamed import load_streamed
 from edgeft.planning import expected as expected_module
 from edgeft.planning.expected import MEASURED, expected
@@ -36,6 +38,7 @@ from edgeft.progress import silent
 from edgeft.settings.job import Job, make_job
 from edgeft.targets.target import Target, calibrated, candidates, climb, list_targets, load_target
 from edgeft.training.job_data import Data
+from edgeft.units import show_bytes, show_seconds
 
 INT4 = load_target("ort-int4")
 OUTLIER = 300.0  # how much larger one input's weights are than the others of its block: their codes are all but lost
@@ -255,6 +258,22 @@ def test_a_size_budget_ends_the_climb_and_says_what_the_next_one_needs(
     with pytest.raises(DoesNotFit, match=r"^--size-budget: a bundle for own takes .*, the budget is 10.0 KiB"):
         export_smallest(merged, targets, tmp_path / "b", size_budget_bytes=10240, **common)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_is_left_training_through_the_rounding_is_priced(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = MergedCheckpoint.read(merged / "merged.json").train.plan
+    aware = make_plan(plan.job.model_copy(update={"quantize_aware": True}), spec=plan.spec, profile=plan.profile)
+    said = left(plan)
+    assert f"about {show_seconds(aware.seconds)} and {show_bytes(aware.peak_bytes)} on {plan.profile.name}" in said
+    assert left(aware) == HINTS["artifact"]  # which has been done
+    gone = plan.model_copy(update={"job": plan.job.model_copy(update={"data": str(tmp_path / "gone.jsonl")})})
+    assert "gone.jsonl: no such data file)" in left(gone)
+    monkeypatch.setattr(Climb, "passing", lambda found, targets: iter(()))
+    with pytest.raises(QualityLost) as caught:
+        export_smallest(merged, [INT4], tmp_path / "b", asked="own", device=None, progress=silent)
+    assert said in str(caught.value)
 
 
 def test_a_named_target_grows_by_a_tenth_at_most(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
