@@ -33,6 +33,11 @@ def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bun
     for name, what, hint in NO_BUNDLES:
         if (bundle / name).is_file():
             raise BadInput(bundle, f"is {what}, no bundle", hint.format(folder=shlex.quote(str(bundle))))
+    if not (bundle / "bundle.json").is_file():
+        problem = "is no bundle: it has no bundle.json" if bundle.is_dir() else "no such folder"
+        raise BadInput(
+            bundle, problem, "edgeft export MERGED makes a bundle, edgeft build all that comes before it too"
+        )
     raise typer.Exit(_runner().main(["--bundle", str(bundle), *context.args]))
 
 

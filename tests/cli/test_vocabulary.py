@@ -298,3 +298,9 @@ def test_data_cannot_be_counted_by_a_shape(tmp_path: Path) -> None:
     rows.write_text('{"text": "a"}\n')
     problem = typed("data", rows, "--model", CONFIGS / "qwen2.5-7b").exception
     assert isinstance(problem, BadInput) and "is the shape of a model" in problem.problem and "itself" in problem.hint
+
+
+def test_what_is_no_bundle_at_all_says_how_one_is_made(tmp_path: Path) -> None:
+    for folder, problem in ((tmp_path, "is no bundle"), (tmp_path / "none", "no such folder")):
+        refused = typed("run", folder, "hello").exception
+        assert isinstance(refused, BadInput) and refused.problem.startswith(problem) and "edgeft export" in refused.hint
