@@ -31,7 +31,8 @@ def cost(made: Attempt) -> str:
 def left(plan: Plan) -> str:
     """What is left to do where nothing passes: training that sees its weights rounded, with its time and memory.
 
-    No other share of the change is tried: `edgeft merge --sweep` chooses that, and rounding costs each about the same.
+    No other share of the change is tried: a smaller one loses more by rounding (bench/LOG.md), and one beyond the whole
+    is what `edgeft merge --sweep` chooses by other scores.
     """
     if plan.training.quantize_aware is not None:
         return HINTS["artifact"]
