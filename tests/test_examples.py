@@ -45,7 +45,7 @@ def test_a_plan_that_fits_passes_with_its_report(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_does_not_fit_fails_with_exit_3(tmp_path: Path) -> None:
-    done, summary, outputs = plan(tmp_path, MODEL=str(CONFIGS / "llama-3.1-70b"), MEMORY="9GiB")
+    done, summary, outputs = plan(tmp_path, MODEL=str(CONFIGS / "llama-3.1-70b"), MEMORY="3GiB")
     assert done.returncode == 3 and outputs == "fits=false\n"
     assert summary.startswith("# This fine-tune does not fit\n\n    edgeft: ")
     [line] = [line for line in done.stdout.splitlines() if line.startswith("::error")]
