@@ -33,7 +33,7 @@ def run(context: typer.Context, bundle: Annotated[Path, typer.Argument(help="bun
     for name, what, hint in NO_BUNDLES:
         if (bundle / name).is_file():
             raise BadInput(bundle, f"is {what}, no bundle", hint.format(folder=shlex.quote(str(bundle))))
-    if not (bundle / "bundle.json").is_file():
+    if not (bundle / "bundle.json").is_file() and not {"-h", "--help"}.intersection(context.args):
         problem = "is no bundle: it has no bundle.json" if bundle.is_dir() else "no such folder"
         raise BadInput(
             bundle, problem, "edgeft export MERGED makes a bundle, edgeft build all that comes before it too"
