@@ -12,8 +12,9 @@ import pytest
 import typer
 from tiny import CONFIGS, EXAMPLE
 from typer.testing import CliRunner
+from warm import edgeft
 
-from edgeft.cli import ELSEWHERE, app, main
+from edgeft.cli import ELSEWHERE, app
 from edgeft.cli.options import OLD_OPTIONS
 from edgeft.cli.screen import part_of_job
 from edgeft.errors import BadInput, DoesNotFit
@@ -202,15 +203,12 @@ def test_a_folder_that_is_no_bundle_says_how_it_gets_one(files: list[str], hint:
 
 
 @pytest.mark.parametrize(("verb", "here"), ELSEWHERE.items())
-def test_what_other_tools_call_a_verb_leads_to_ours(
-    verb: str, here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_other_tools_call_a_verb_leads_to_ours(verb: str, here: str) -> None:
+    """In a process of its own: the command line sets what becomes of signals."""
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert verb not in verbs and here.split()[1] in verbs
-    monkeypatch.setattr("sys.argv", ["edgeft", verb, "x"])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    assert f"hint: {here}" in capsys.readouterr().err
+    done = edgeft(verb, "x")
+    assert done.returncode == 1 and f"hint: {here}" in done.stderr
 
 
 @pytest.mark.parametrize(
