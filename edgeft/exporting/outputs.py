@@ -114,7 +114,7 @@ def row_logits(
     numbers = {id(sample): number for number, sample in enumerate(rows)}
     head: Any = parts.head
     with autocast(CPU, compute):
-        behind = read_beginning(parts, rows, CPU, compute)
+        behind = read_beginning(model, parts, rows, CPU, compute)
     for group in by_length(rows, group_tokens):
         with autocast(CPU, compute):
             hidden = behind.read(parts, behind.batch(group).ids).to(compute)

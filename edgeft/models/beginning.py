@@ -22,6 +22,8 @@ LEAST_TOKENS, MOST_TOKENS = 8, 256  # of a beginning; a cache of more would take
 WORTH = 4  # times the longest row that must be saved: to look whether it is understood, that row is read twice
 # Of the largest state before the head: what a row's may differ by, behind a cache, from those of the row read whole.
 ALIKE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+# What a model has whose layers come anew for each pass (streamed, copied, gathered): three more would save nothing.
+COSTLY_PASSES = ("edgeft_window", "edgeft_shards", "edgeft_stream")
 
 
 class Beginning(NamedTuple):
@@ -69,13 +71,16 @@ def _before_trained(sample: Sample) -> int:
 
 
 @torch.no_grad()
-def read_beginning(parts: Parts, samples: Sequence[Sample], device: torch.device, dtype: torch.dtype) -> Beginning:
-    """What all rows begin with, read once; none where that is too little, or the model does not go on from a cache.
+def read_beginning(
+    model: Any, parts: Parts, samples: Sequence[Sample], device: torch.device, dtype: torch.dtype
+) -> Beginning:
+    """What all rows begin with, read once; none where that saves too little, or the model does not go on from a cache.
 
     To be called as the rows will be read: under the same autocast, whose dtype is `dtype`.
     """
     tokens = shared_tokens(samples)
-    if not tokens or parts.start is not None or len(parts.stacks) > 1:
+    costly = any(hasattr(model, name) for name in COSTLY_PASSES)
+    if not tokens or costly or parts.start is not None or len(parts.stacks) > 1:
         return NONE
     ids = torch.tensor([max(samples, key=len).ids], device=device)
     kept = _keys_and_values(parts, ids[:, :tokens])

@@ -280,7 +280,7 @@ def evaluate(
     judged: dict[int, bool | None] = {}
     free = held is None and samples[0].has_prompt
     with autocast(device, compute):
-        behind = read_beginning(parts, samples, device, compute)
+        behind = read_beginning(model, parts, samples, device, compute)
     for group in by_length(samples, group_tokens):
         look = None if held is None else held.look(group)
         nats, likely = score_group(model, parts, group, device, compute, chunk_tokens, look, behind)

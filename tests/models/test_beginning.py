@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_model
+from tiny import plan_of, save_model
 
 from edgeft.data.samples import IGNORED, Sample
+from edgeft.engine import streaming
 from edgeft.exporting.outputs import row_logits
-from edgeft.models import beginning
+from edgeft.models import beginning, streamed
 from edgeft.models.beginning import MOST_TOKENS, NONE, read_beginning, shared_tokens
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import by_length, score_group
@@ -44,7 +45,7 @@ def rows_of(count: int = 40, shared: int = 20, seed: int = 0) -> list[Sample]:
 def scored(model: Any, rows: list[Sample], shares: bool) -> tuple[list[float], list[list[int]], int]:
     """(losses, likeliest tokens, tokens of the beginning) of rows in order."""
     parts, found = find_parts(model), dict[int, tuple[float, list[int]]]()
-    behind = read_beginning(parts, rows, CPU, FP32) if shares else NONE
+    behind = read_beginning(model, parts, rows, CPU, FP32) if shares else NONE
     for group in by_length(rows, 256):
         nats, likely = score_group(model, parts, group, CPU, FP32, 64, behind=behind)
         found |= {id(row): both for row, *both in zip(group, nats, likely, strict=True)}  # type: ignore[misc]
@@ -65,7 +66,17 @@ def test_scores_behind_a_beginning_are_those_of_whole_rows(kind: str, tmp_path: 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_other_families_read_rows_whole(kind: str, tmp_path: Path) -> None:
     save_model(tmp_path, kind, **WHOLE[kind])
-    assert read_beginning(find_parts(load_plain(tmp_path)), rows_of(), CPU, FP32) == NONE
+    model = load_plain(tmp_path)
+    assert read_beginning(model, find_parts(model), rows_of(), CPU, FP32) == NONE
+
+
+@pytest.mark.parametrize("costly", ["a proof's", "a run's"])
+def test_where_each_pass_reads_all_layers_rows_are_read_whole(costly: str, tmp_path: Path) -> None:
+    training = plan_of(save_model(tmp_path), range(2), stream_layers=True)
+    model = streamed.load_streamed(tmp_path)
+    if costly == "a run's":
+        model = streaming.load_streamed(tmp_path, training, FP32, CPU)
+    assert read_beginning(model, find_parts(model), rows_of(), CPU, FP32) == NONE
 
 
 @pytest.mark.parametrize("fault", ["positions", "keys of another text", "an error"])
@@ -84,7 +95,7 @@ def test_a_model_that_says_other_things_behind_a_cache_reads_rows_whole(
         return made
 
     monkeypatch.setattr(beginning, "_keys_and_values", wrong)
-    assert read_beginning(find_parts(model), rows_of(), CPU, FP32) == NONE
+    assert read_beginning(model, find_parts(model), rows_of(), CPU, FP32) == NONE
 
 
 def test_a_proof_reads_the_same_logits_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
