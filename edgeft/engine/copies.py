@@ -9,7 +9,6 @@ each once its copy has ended. A module whose matrix is not there has no number, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from edgeft.engine.adapted_linear import STORED
+from edgeft.engine.tensor_by_tensor import nothing_like
 from edgeft.machines import pages
 from edgeft.memory.streamed import ALIGNED, PIECE_BYTES
 
@@ -135,9 +135,8 @@ class Copies:
         self.there: dict[int, Arriving] = {}
 
     def absent(self, mapped: torch.Tensor) -> torch.Tensor:
-        """What a module has in place of a matrix that is not on the device: its shape, in the memory of one number."""
-        value = math.nan if mapped.is_floating_point() else 0
-        return torch.full((), value, dtype=mapped.dtype, device=self.device).expand(mapped.shape)
+        """What a module has in place of a matrix that is not on the device."""
+        return nothing_like(mapped, self.device)
 
     def span(self, linear: Any, mapped: torch.Tensor) -> Span:
         """A module's matrix that lies in a file, and is not there yet."""

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from edgeft.engine.ranks import Ranks
-from edgeft.engine.tensor_by_tensor import check_held, empty_weights, fill, model_without_weights
+from edgeft.engine.tensor_by_tensor import check_held, empty_weights, fill, model_without_weights, nothing_like
 from edgeft.errors import EdgeftError
 from edgeft.memory.sharded import ALIGNED
 from edgeft.models.boundary import Weight
@@ -52,7 +52,7 @@ class CutLayer:
             view = whole[start : start + data.nbytes].view(data.dtype).view(data.shape)
             view.copy_(data)
             self.views.append(view)
-            self.nothing.append(_nothing_like(data))
+            self.nothing.append(nothing_like(data, data.device))
             weight.data = self.nothing[-1]
         self.whole, self.bytes = whole, whole.nbytes
         self.part = whole[ranks.rank * part : (ranks.rank + 1) * part].clone()
@@ -90,11 +90,6 @@ class CutLayer:
         for weight, nothing in zip(self.weights, self.nothing, strict=True):
             weight.data = nothing
         self._empty()
-
-
-def _nothing_like(data: torch.Tensor) -> torch.Tensor:
-    value = float("nan") if data.is_floating_point() else 0
-    return torch.full((), value, dtype=data.dtype, device=data.device).expand(data.shape)
 
 
 class Shards:

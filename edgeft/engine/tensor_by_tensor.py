@@ -44,6 +44,15 @@ def model_without_weights(folder: Path, dtype: torch.dtype, *, packed: bool) -> 
     return model
 
 
+def nothing_like(data: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What stands in a matrix's place that is not there: its shape, in the memory of one number, which is none.
+
+    Whoever reads it gets no healthy loss.
+    """
+    value = math.nan if data.is_floating_point() else 0
+    return torch.full((), value, dtype=data.dtype, device=device).expand(data.shape)
+
+
 def empty_weights(model: nn.Module) -> Iterator[Weight]:
     """Every parameter of a model, and every buffer that its files have, that holds nothing yet; a tied one once."""
     seen: set[int] = set()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from edgeft.data.samples import IGNORED, Sample
+from edgeft.data.samples import Sample
+from edgeft.exporting.outputs import trained_at
 from edgeft.models.parts import find_parts
 
 PROBES = 4  # random signs a row: of 32 rows, an eighth of what a tensor costs is chance
@@ -35,7 +36,7 @@ def costs(
     with _watched(parameters, moves, squares), _recomputed(model):
         for done, row in enumerate(rows):
             progress(done, len(rows))
-            at = [place for place in range(len(row.ids) - 1) if row.labels[place + 1] != IGNORED]
+            at = trained_at(row)
             tokens += len(at)
             for spread in _probes(_logits(model, row, at), signs):
                 spread.backward(retain_graph=True)  # type: ignore[no-untyped-call]

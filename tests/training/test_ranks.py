@@ -127,15 +127,7 @@ def high(self, parameters, *numbers):
     return add(self, parameters, *numbers)
 ranks.Ranks.add_gradients = high
 """
-STOPPED = """
-import os, signal
-step = loop.Run.train_step
-def stopped(self, samples):
-    if self.step == {at}:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, samples)
-loop.Run.train_step = stopped
-"""
+STOPPED = KILLED.replace("SIGKILL", "SIGTERM")
 
 
 STOPS: dict[str, Any] = {
