@@ -26,15 +26,15 @@ from edgeft.planning.plan import Plan
 
 # set before the machine is measured: what its matrix library keeps is of each thread
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-COMMON = {"batch_size": 8, "eval_rows": 4, "max_steps": 4, "malloc": "tight", "prefix_cache": False}
+COMMON = {"batch_size": 8, "eval_rows": 4, "max_steps": 8, "malloc": "tight", "prefix_cache": False}
 LORA = {"tuner": "lora", "rank": 16}
+# a plan expects the draw that needs most, the lowest layer and the topmost, which comes in a long run: here at once
+IN_TURN = {"tuner": "full", "layers": "lisa", "active_layers": 2, "lisa_interval": 8, "max_steps": 16, "seed": 16}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA, 2 processes": (2, {**LORA, "base_precision": "fp32"}),
     "LoRA, 4 processes": (4, {**LORA, "base_precision": "fp32"}),
     "all weights, 2 processes": (2, {"tuner": "full", "base_precision": "fp32"}),
-    "layers in turn on NF4, 2 processes": (
-        2, {"tuner": "full", "layers": "lisa", "active_layers": 2, "lisa_interval": 2, "base_precision": "nf4"},
-    ),
+    "layers in turn on NF4, 2 processes": (2, {**IN_TURN, "base_precision": "nf4"}),
     "LoRA, base in 2 parts": (2, {**LORA, "base_precision": "fp32", "shard_base": True}),
     "LoRA, base in 4 parts": (4, {**LORA, "base_precision": "fp32", "shard_base": True}),
     "LoRA, NF4 base in 2 parts": (2, {**LORA, "base_precision": "nf4", "shard_base": True}),

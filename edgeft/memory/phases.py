@@ -133,9 +133,12 @@ def _highest(sizes: Sequence[complex], tokens: int) -> float:
     return max(size.real * tokens + size.imag for size in sizes)
 
 
-def buffers(spec: ModelSpec, training: Training, tokens: int, head_buffers: Mapping[int, int]) -> Term:
-    """What a CPU's training process holds that is neither there before it has a model nor a tensor."""
-    rows = min(training.loss_chunk_tokens, tokens)
+def buffers(spec: ModelSpec, training: Training, tokens: int, trained: int, head_buffers: Mapping[int, int]) -> Term:
+    """What a CPU's training process holds that is neither there before it has a model nor a tensor.
+
+    Of a group of so many tokens, of which the head reads those that train.
+    """
+    rows = min(training.loss_chunk_tokens, trained)
     measured = min((count for count in head_buffers if count >= rows), default=max(head_buffers, default=0))
     head = head_buffers.get(measured, 0) * spec.vocab_size
     adapted = len(training.target_modules) * len(training.trained_layers) if training.adapts else 0
@@ -187,7 +190,10 @@ def phases(
     tensors. On CUDA they are the allocator's: tensors, cuBLAS's workspaces by `capability`, what is reserved and not
     used; the CUDA context is the profile's.
     """
-    start, fixed = _beside_tensors(spec, training, work, baseline_bytes, data_bytes, head_buffers or {}, capability)
+    read = max((shape.trained for shape in scored.shapes), default=0) if scored else training.max_trained
+    start, fixed = _beside_tensors(
+        spec, training, work, read, baseline_bytes, data_bytes, head_buffers or {}, capability
+    )
     sets, pool = worst_sets(spec, training), pool_size(spec, training, work).kept
     held = [*fixed, *_kept(spec, training, sets)]
     evaluate = [_evaluate(spec, training, held, scored, pool), *_validate(spec, training, sets, held, scored, pool)]
@@ -208,10 +214,10 @@ def phases(
 
 
 def _beside_tensors(
-    spec: ModelSpec, training: Training, work: Workload, baseline_bytes: int, data_bytes: int,
+    spec: ModelSpec, training: Training, work: Workload, read: int, baseline_bytes: int, data_bytes: int,
     head_buffers: Mapping[int, int], capability: float | None,
 ) -> tuple[list[Term], list[Term]]:  # fmt: skip
-    """(before a model is there, once it computes) what is held that is no tensor."""
+    """(before a model is there, once it computes) what is held that is no tensor; `read`: tokens scored at a time."""
     if training.device == "cuda":
         workspaces = CUDA_WORKSPACE_90 if capability == 9.0 else CUDA_WORKSPACES
         fixed = [
@@ -224,8 +230,10 @@ def _beside_tensors(
         start.append(Term(name="gloo", bytes=GLOO_BYTES, formula=f"what connects {training.processes} processes"))
     if data_bytes:
         start.append(Term(name="data", bytes=data_bytes, formula="samples as arrays of ids, the tokenizer"))
-    tokens = work.longest * training.micro_batch_size
-    return start, [*start, *([buffers(spec, training, tokens, head_buffers)] if training.device == "cpu" else [])]
+    if training.device != "cpu":
+        return start, start
+    tokens, trained = (each * training.micro_batch_size for each in (work.longest, work.longest_trained))
+    return start, [*start, buffers(spec, training, tokens, max(trained, read), head_buffers)]
 
 
 def _weights(spec: ModelSpec, training: Training) -> Term:

@@ -145,10 +145,16 @@ class Question:
         """Every phase of a run, for the longest sample unless another workload is given."""
         return phases(
             self.spec, training, work or self.work, baseline_bytes=self.profile.training_baseline_bytes,
-            data_bytes=self.data_bytes, head_buffers=self.profile.head_buffers, scored=self.scoring(training),
+            data_bytes=self.data_bytes, head_buffers=self._head_buffers(training), scored=self.scoring(training),
             capability=self.profile.compute_capability,
             more=self._simulated(training),
         )  # fmt: skip
+
+    def _head_buffers(self, training: Training) -> dict[int, int]:
+        """What the matrix library keeps for a head: of each thread, and processes of a machine share its cores."""
+        cores = self.profile.cores or 1
+        threads = max(1, cores // training.neighbours)
+        return {rows: kept * threads // cores for rows, kept in self.profile.head_buffers.items()}
 
     def scoring(self, training: Training) -> Scoring:
         """What scoring this job's rows takes, in groups of as many tokens as this way has at once."""

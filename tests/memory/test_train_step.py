@@ -177,13 +177,15 @@ def test_what_is_no_tensor_grows_with_what_was_fitted_and_measured(tmp_path: Pat
     """The head's buffer is that of the next number of rows that the machine was measured at, or of the largest."""
     spec = spec_of(shape(), tmp_path)
 
-    def held(tokens: int, measured: dict[int, int] | None = None, **plan: Any) -> int:
-        return phases.buffers(spec, plan_of(FOUR, 64, loss_chunk_tokens=512, **plan), tokens, measured or {}).bytes
+    def held(tokens: int, measured: dict[int, int] | None = None, trained: int = 1, **plan: Any) -> int:
+        training = plan_of(FOUR, 64, **{"loss_chunk_tokens": 512, **plan})
+        return phases.buffers(spec, training, tokens, trained, measured or {}).bytes
 
-    measured = {128: 10, 256: 500}
+    measured = {128: 10, 256: 500, 1024: 900}
     assert held(64) == held(128) < held(256)
-    for tokens, per_word in ((100, 10), (128, 10), (129, 500), (256, 500), (4096, 500)):
-        assert held(tokens, measured) - held(tokens) == per_word * spec.vocab_size
+    for trained, per_word in ((100, 10), (128, 10), (129, 500), (256, 500), (512, 900), (4096, 900)):
+        assert held(4096, measured, trained) - held(4096) == per_word * spec.vocab_size
+    assert held(4096, measured, 600, loss_chunk_tokens=256) - held(4096) == 500 * spec.vocab_size, "a chunk at a time"
     linears = 4 * len(plan_of(FOUR, 64).target_modules)
     assert held(64) - held(64, tuner="full") == phases.CPU_BYTES_PER_ADAPTER * linears
     assert held(64, checkpointing=True) - held(64) == phases.CPU_RECOMPUTING

@@ -20,6 +20,8 @@ MODEL = str(CONFIGS / "smollm2-135m")
 FIXED = {"micro_batch_size": 2, "checkpointing": False, "loss_chunk_tokens": 64, "max_length": 256, "malloc": "tight",
          "base_precision": "fp32", "batch_size": 8}  # fmt: skip
 
+BUFFERS = ("train", "buffers")
+
 
 def planned(**settings: Any) -> Plan:
     return make_plan(make_job(model=MODEL, **{"profile": "cpu-16gb", **FIXED, **settings}))
@@ -29,6 +31,10 @@ def phase(plan: Plan, name: str) -> int:
     return next(phase.expected_bytes for phase in plan.phases if phase.name == name)
 
 
+def buffers(plan: Plan) -> int:
+    return sum(term.bytes for phase in plan.phases for term in phase.terms if (phase.name, term.name) == BUFFERS)
+
+
 def test_a_process_holds_what_one_does_and_what_connects_it() -> None:
     alone, four = planned(tuner="lora"), planned(tuner="lora", processes=4)
     assert (alone.training.share, four.training.share) == (8, 2)
@@ -36,7 +42,10 @@ def test_a_process_holds_what_one_does_and_what_connects_it() -> None:
     # a share of two is one micro-batch: no gradients are there while it runs
     assert phase(four, "train") <= phase(alone, "train") + GLOO_BYTES
     together = planned(tuner="lora", processes=2)
-    assert phase(together, "train") == phase(alone, "train") + GLOO_BYTES
+    assert buffers(together) < buffers(alone), "half of the threads"
+    assert phase(together, "train") - buffers(together) == phase(alone, "train") - buffers(alone) + GLOO_BYTES
+    apart = planned(tuner="lora", processes=2, machines=2)
+    assert buffers(apart) == buffers(alone), "a machine of its own"
 
 
 def test_the_buffer_holds_all_that_trains_at_a_time() -> None:
