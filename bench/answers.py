@@ -39,7 +39,8 @@ from edgeft.exporting.artifact_answers import answered
 from edgeft.exporting.build import build_bundle
 from edgeft.exporting.bundle import MANIFEST, Bundle
 from edgeft.exporting.kv_scales import find_scales, rows_for_scales
-from edgeft.exporting.outputs import Observer, trained_at
+from edgeft.exporting.outputs import Observer
+from edgeft.exporting.row_logits import trained_at
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.intervals import paired_losses
 from edgeft.models.spec import read_model_spec

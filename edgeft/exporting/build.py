@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 import math
@@ -216,7 +215,7 @@ def _fill(
     if scales is not None:
         chosen["scales"] = kept = scales(chosen.get("codes"))
         found["cache scales"] = kept.sha256
-        _give_back()
+        meter.give_back()
     builder_bytes = backend.build_model(merged, target, spec, folder, **chosen)
     shutil.rmtree(scratch, ignore_errors=True)
     put = add_inputs if runtime_of(target).switches == "inputs" else add_adapters
@@ -256,7 +255,7 @@ def _proven(
     """
     progress("golden", 0, 1, {})
     golden = record(load_shipped(folder), tokenizer, prompts)
-    _give_back()
+    meter.give_back()
     bundle = bundle.model_copy(update={"golden": golden, "adapter_inputs": filled.adapter_inputs})
     bundle.write(folder / MANIFEST)
     bundle = bundle.model_copy(update={"adapters": prove_adapters(folder, bundle, adapters, filled.adapters)})
@@ -298,13 +297,8 @@ def _made(codes: Callable[[Path], Codes], scratch: Path) -> Codes:
     with saving(scratch):
         scratch.mkdir()
         made = codes(scratch)
-    _give_back()
-    return made
-
-
-def _give_back() -> None:
-    gc.collect()
     meter.give_back()
+    return made
 
 
 def tokens_before(prefix: BundledPrefix | None, written: Mapping[str, Written]) -> int:
@@ -348,7 +342,7 @@ def prove_adapters(
         entries[source.name] = entries[source.name].model_copy(update={"golden": golden})
     del shipped
     for source in sources:
-        _give_back()  # its proof begins with models in torch
+        meter.give_back()  # its proof begins with models in torch
         proof = source.prove(ArtifactModel(folder, adapter=source.name)) if source.prove else None
         entries[source.name] = entries[source.name].model_copy(update={"proof": proof})
     return entries
@@ -380,7 +374,7 @@ def _measure(folder: Path, building_bytes: int, progress: Progress = silent) -> 
     """
     progress("measure", 0, 1, {})
     highest = max(building_bytes, resident_bytes(highest=True))
-    _give_back()  # of the proof
+    meter.give_back()  # of the proof
     waiting = resident_bytes()
     command = [sys.executable, "-P", str(folder / RUNNER), "--bench", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -143,7 +143,7 @@ def evaluate_tasks(
     need("lm-eval")
     from edgeft.exporting.artifact import ArtifactModel
     from edgeft.exporting.harness import InTorch, run_tasks
-    from edgeft.exporting.parity import give_back
+    from edgeft.machines import meter
 
     started, found = time.monotonic(), {}
     forms = forms_of(folders)
@@ -155,7 +155,7 @@ def evaluate_tasks(
             told=functools.partial(_tell, progress, form.name),
         )  # fmt: skip
         del model
-        give_back()
+        meter.give_back()
     return Evaluation(
         versions=versions(), forms=_records(forms), tasks=found, seconds=round(time.monotonic() - started, 2)
     )
@@ -195,7 +195,7 @@ def _score(
     """One form's scores, itself gone from memory before the next one is loaded."""
     from edgeft.exporting.artifact import ArtifactModel
     from edgeft.exporting.outputs import observe_artifact, observe_model
-    from edgeft.exporting.parity import give_back
+    from edgeft.machines import meter
 
     told = functools.partial(_tell, progress, form.name)
     told(0, len(samples))
@@ -210,7 +210,7 @@ def _score(
             form.name, model, samples, tokenizer, answers=slice(None), held_to=held_to, progress=told
         )  # fmt: skip
         del model
-    give_back()
+    meter.give_back()
     return seen.metrics(samples, tokenizer)
 
 

@@ -25,11 +25,12 @@ from edgeft.exporting.kv_rung import CacheRows, cache_rows
 from edgeft.exporting.kv_scales import finder
 from edgeft.exporting.label_calibration import calibrated
 from edgeft.exporting.outputs import load_tuned, observe_artifact, observe_model
-from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem, give_back
+from edgeft.exporting.parity import HINTS, Known, Ladder, compare, exact_match_problem
 from edgeft.exporting.portable_adapters import inputs_of
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.room import check_room, loader
 from edgeft.exporting.sbom import BASE, Component, model_licence
+from edgeft.machines import meter
 from edgeft.memory import stages
 from edgeft.memory.export_time import reads_all
 from edgeft.memory.stages import PARITY_PROMPTS
@@ -325,7 +326,7 @@ def adapter_source(
         count = len(rows.trained)
         progress(f"parity: {name}", 0, 1, {})
         form = observe_model(f"{name} as trained", load_tuned(folder, result, load=ladder.load), rows.trained)
-        give_back()
+        meter.give_back()
         made = observe_artifact(
             name, artifact, rows.every, tokenizer, answers=rows.scored, write=rows.write(result.plan)
         )

@@ -16,7 +16,7 @@ from edgeft.data.samples import Sample
 from edgeft.data.scoring_groups import EVAL_TOKENS
 from edgeft.engine.label_scores import whole_scores
 from edgeft.exporting.artifact_answers import Artifact
-from edgeft.exporting.outputs import row_logits
+from edgeft.exporting.row_logits import row_logits
 from edgeft.models.metrics import Rung
 from edgeft.models.parts import find_parts
 from edgeft.targets.target import Tolerance

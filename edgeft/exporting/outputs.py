@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.data.dataset import Sample, TextTokenizer
 from edgeft.data.grammar import HeldTo
 from edgeft.data.scoring_groups import EVAL_TOKENS
 from edgeft.engine.forms import adapted, form_of, restore
@@ -24,10 +24,10 @@ from edgeft.engine.written import answer_text, written
 from edgeft.exporting.artifact_answers import Artifact, answered
 from edgeft.exporting.drawn_rows import Drawing
 from edgeft.exporting.form import Form, joined
+from edgeft.exporting.row_logits import CPU, row_logits, trained_at
 from edgeft.machines import meter
 from edgeft.memory.proof import PASS_POSITIONS, POSITIONS
 from edgeft.memory.stages import LOGIT_BYTES, PARITY_PROMPTS
-from edgeft.models.beginning import read_beginning
 from edgeft.models.checkpoint import (
     CHANGED,
     DTYPES,
@@ -39,24 +39,15 @@ from edgeft.models.checkpoint import (
 )  # fmt: skip
 from edgeft.models.evaluate import (
     answer_open,
-    autocast,
-    by_length,
     judge,
 )
 from edgeft.models.layer_shares import Shares, layer_of
-from edgeft.models.loss import head_transform
 from edgeft.models.parts import Parts, find_parts
 from edgeft.models.streamed import Load, alter
 from edgeft.settings.job import Training
 from edgeft.training.result import TrainResult
 
 WHOLE = Shares()
-CPU = torch.device("cpu")
-
-
-def trained_at(sample: Sample) -> list[int]:
-    """Positions whose next token is trained."""
-    return [i for i, label in enumerate(sample.labels[1:]) if label != IGNORED]
 
 
 class Observer:
@@ -103,30 +94,6 @@ class Observer:
         parts = [part for row in self.tables for part in row]
         table = torch.cat(parts) if parts else torch.empty(0)
         return Form(name, table, tuple(self.losses), tuple(self.tokens), tuple(exact), self.written, tuple(drawn))
-
-
-@torch.no_grad()
-def row_logits(
-    model: Any, parts: Parts, rows: Sequence[Sample], compute: torch.dtype, group_tokens: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(row, logits (n, V), the tokens that follow) at the rows' trained positions, rows of similar length at once."""
-    scale, softcap = head_transform(model.config.get_text_config(decoder=True))
-    numbers = {id(sample): number for number, sample in enumerate(rows)}
-    head: Any = parts.head
-    with autocast(CPU, compute):
-        behind = read_beginning(model, parts, rows, CPU, compute)
-    for group in by_length(rows, group_tokens):
-        with autocast(CPU, compute):
-            hidden = behind.read(parts, behind.batch(group).ids).to(compute)
-        for place, sample in enumerate(group):
-            ids, at = sample.ids, torch.tensor(trained_at(sample), dtype=torch.long)
-            for part in torch.split(at, POSITIONS):
-                with autocast(CPU, compute):
-                    logits = hidden[place, part - behind.tokens] @ head.weight.T.to(compute)
-                    logits = (logits if head.bias is None else logits + head.bias).float() * scale
-                if softcap:
-                    logits = softcap * torch.tanh(logits / softcap)
-                yield numbers[id(sample)], logits, torch.tensor([ids[i + 1] for i in part.tolist()])
 
 
 def observe_model(

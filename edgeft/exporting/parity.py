@@ -17,7 +17,6 @@ A rung that would compare a thing with itself is left out.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,7 +218,7 @@ class Ladder:
 
     def add(self, rung: Rung | None) -> None:
         """One more rung, unless there is none; what making it took is given back. Raises ParityFailed."""
-        give_back()
+        meter.give_back()
         if rung is not None:
             self.rungs.append(rung)
             check(rung)
@@ -242,7 +241,7 @@ class Ladder:
         again = [rows[i] for i in numbers]
         form = observe_model("trained", model, again, compute=here, group_tokens=training.group_tokens)
         del model
-        give_back()
+        meter.give_back()
         recorded = of_some_rows(result.valid, numbers) if len(again) < len(rows) else result.valid
         self.add(trained_rung(form, recorded, here, where, len(rows)))
         if keeps_original(training):
@@ -252,7 +251,7 @@ class Ladder:
         tuned = load_changed(base, trained, result.training, load=self.load, rounded=True)
         original = observe_model("original", tuned, rows)
         del tuned
-        give_back()
+        meter.give_back()
         self.add(compare(form, original, ORIGINAL, self.gain))
 
     def climb_artifact(
@@ -282,7 +281,7 @@ class Ladder:
         numbers = list(range(len(rows))) if self.every_row else drawing.ahead()
         asked = Asked(rows, answers, write)
         merged, rounded, scores = self._climb_models(merged_folder, asked, few, known, count, numbers)
-        give_back()
+        meter.give_back()
         whole = self._climb_cache(artifact, cache, near)
         drawing.follows(merged)
 
@@ -349,9 +348,9 @@ class Ladder:
         """Both forms on as many rows more as it takes until they decide, never both models in memory."""
         while drawing.open and (more := drawing.more()):
             artifact.close()
-            give_back()
+            meter.give_back()
             merged = with_more(merged, self._read(folder, asked, more))
-            give_back()
+            meter.give_back()
             drawing.follows(merged)
             made = with_more(made, observe())
         return merged, made
@@ -370,12 +369,6 @@ class Ladder:
         for rung in cache_rungs(whole, artifact, rows, near):
             self.add(rung)
         return whole
-
-
-def give_back() -> None:
-    """The memory of a model that was dropped."""
-    gc.collect()  # models are full of circles
-    meter.give_back()
 
 
 def exact_match_problem(merged: Form, made: Form, tolerance: Tolerance, rows: slice) -> str:

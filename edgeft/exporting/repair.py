@@ -29,10 +29,11 @@ from edgeft.exporting.drawn_rows import both
 from edgeft.exporting.export import Chosen, calibration_samples, export, rows_of
 from edgeft.exporting.form import Form
 from edgeft.exporting.outputs import observe_drawn, observe_model
-from edgeft.exporting.parity import Gain, Known, drawn_for, give_back
+from edgeft.exporting.parity import Gain, Known, drawn_for
 from edgeft.exporting.promotion import SENSITIVITY_ROWS, USED, choose, file_bytes, gate_rung, measure, too_small
 from edgeft.exporting.proof_rows import ProofRows
 from edgeft.exporting.room import check_room, loader, no_room_to_promote
+from edgeft.machines import meter
 from edgeft.memory.stages import CALIBRATION_ROWS
 from edgeft.merging.merge import verify_merged
 from edgeft.merging.result import MergedCheckpoint
@@ -106,7 +107,7 @@ class Climb:
         model, plan = self.load(), self.merged.train.plan
         form = observe_model("merged", model, self.rows, self.tokenizer, answers=slice(None), held_to=plan.held_to)
         del model
-        give_back()
+        meter.give_back()
         return form
 
     def load(self) -> Any:
@@ -201,7 +202,7 @@ class Climb:
             place = self.scratch / key
             place.mkdir()
             self.codes[key] = calibrate(self.folder, target, self.samples[:CALIBRATION_ROWS], place, self.progress)
-            give_back()
+            meter.give_back()
         return self.codes[key]
 
     def simulate(self, step: Step) -> Form | None:
@@ -219,7 +220,7 @@ class Climb:
             return None
         form = self.observe(model, step.target.parity)
         del model
-        give_back()
+        meter.give_back()
         self.simulated = with_own_cache(step.target), form
         return form
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from edgeft.data.samples import Sample
-from edgeft.exporting.outputs import trained_at
+from edgeft.exporting.row_logits import trained_at
 from edgeft.models.parts import find_parts
 
 PROBES = 4  # random signs a row: of 32 rows, an eighth of what a tensor costs is chance

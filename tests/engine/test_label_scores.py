@@ -16,7 +16,7 @@ from edgeft.data.samples import Sample
 from edgeft.data.scoring_groups import Size, scoring, searched
 from edgeft.engine.label_scores import LabelRows, whole_scores
 from edgeft.errors import BadInput
-from edgeft.exporting.outputs import row_logits
+from edgeft.exporting.row_logits import row_logits
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts

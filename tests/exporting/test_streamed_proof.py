@@ -146,7 +146,7 @@ def test_the_bundle_is_measured_when_the_proofs_memory_is_given_back(monkeypatch
         events.append("bench")
         return SimpleNamespace(returncode=1, stderr="enough", stdout="")
 
-    monkeypatch.setattr(build, "_give_back", lambda: events.append("back"))
+    monkeypatch.setattr(build.meter, "give_back", lambda: events.append("back"))
     monkeypatch.setattr(build, "subprocess", SimpleNamespace(run=started))
     with pytest.raises(EdgeftError, match="enough"):
         build._measure(Path("bundle"), 0)

@@ -12,7 +12,7 @@ from tiny import plan_of, save_model
 
 from edgeft.data.samples import IGNORED, Sample
 from edgeft.engine import streaming
-from edgeft.exporting.outputs import row_logits
+from edgeft.exporting.row_logits import row_logits
 from edgeft.models import beginning, streamed
 from edgeft.models.beginning import MOST_TOKENS, NONE, read_beginning, shared_tokens
 from edgeft.models.checkpoint import load_plain
@@ -105,7 +105,7 @@ def test_a_proof_reads_the_same_logits_behind_it(tmp_path: Path, monkeypatch: py
     parts.body.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True)
     behind = {row: (logits, targets) for row, logits, targets in row_logits(model, parts, rows, FP32, 256)}
     tokens = [sum(read), read.clear()][0]
-    monkeypatch.setattr("edgeft.exporting.outputs.read_beginning", lambda *_: NONE)
+    monkeypatch.setattr("edgeft.exporting.row_logits.read_beginning", lambda *_: NONE)
     whole = {row: (logits, targets) for row, logits, targets in row_logits(model, parts, rows, FP32, 256)}
     assert behind.keys() == whole.keys() == set(range(len(rows)))
     for row, (logits, targets) in whole.items():
