@@ -1218,6 +1218,7 @@ class Runner:
         self.labels = Labels.read(bundle, held["file"], self.eos_ids) if held.get("form") == "labels" else None
         self.grammar = Grammar.read(bundle, held) if held.get("form") in GRAMMARS else None
         self.temperature = float(held.get("temperature", 1.0))  # by which the labels' probabilities were calibrated
+        self.calibrated = held.get("calibration") is not None
         self.guess = bool((self.manifest.get("guesses") or {}).get("on"))
 
     @contextlib.contextmanager
@@ -2287,6 +2288,9 @@ def next_line() -> str:
         return ""
 
 
+NOT_CALIBRATED = "what these probabilities are worth is not known: the export had too few rows to tell"
+
+
 def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = None) -> Runner:
     """A runner that answers as the options say. Raises RunError for what does not go together."""
     runner = Runner(bundle, trusted=trusted, check=not options.no_check)
@@ -2294,6 +2298,8 @@ def ready(bundle: Path, options: argparse.Namespace, trusted: bytes | None = Non
         held = runner.labels is not None and not options.free
         if not held and options.min_probability is not None:
             raise RunError("--min-probability", "is for an answer that is held to labels, this one is not")
+        if held and not runner.calibrated and (options.min_probability is not None or options.json):
+            print(f"note: {NOT_CALIBRATED}", file=sys.stderr)
         check_drawn(runner, options)
         check_guess(runner, options)
         runner.use(options.adapter)

@@ -178,7 +178,8 @@ EXAMPLE_CHARACTERS = 1000  # of a prompt that is shown
 
 
 HELD = """It answers with one of {count} labels, the most probable one. `--json` adds its probability and the next best
-label's; `--min-probability 0.6` answers "none of these" below; `--free` lets the model write what it wants."""
+label's; `--min-probability 0.6` answers "none of these" below; `--free` lets the model write what it wants. What the
+probabilities are worth is in bundle.json, `answers.calibration`; null: too few rows were there to tell."""
 
 
 WRITTEN = """Its answers are held to the grammar in {file}: they parse, always, or there is none (exit 1: it has no end

@@ -122,6 +122,22 @@ def test_run_py_answers_with_a_label_and_says_how_probable(line: Path) -> None:
     assert edgeft.run(bundle, prompt) == plain
 
 
+def test_probabilities_that_nobody_judged_are_said_to_be_so(line: Path, tmp_path: Path) -> None:
+    """Of a bundle whose export had too few rows; one line, beside the answer and not in it."""
+    bundle, prompt, said = (
+        tmp_path / "bundle",
+        "Package: x7-so-dev\nSection:",
+        "is not known: the export had too few rows",
+    )
+    shutil.copytree(line / "bundle", bundle)
+    reseal(bundle, lambda manifest: manifest["answers"].update(calibration=None))
+    for arguments in (["--json"], ["--min-probability", "0.1"]):
+        assert answer(bundle, prompt, *arguments).count(said) == 1
+        assert said not in answer(line / "bundle", prompt, *arguments)
+    assert said not in answer(bundle, prompt) + answer(bundle, prompt, "--json", "--free", "--max-tokens", "2")
+    assert "null: too few rows were there to tell" in (bundle / "README.md").read_text()
+
+
 @pytest.mark.parametrize("arguments", [(), ("--min-probability", "0.6"), ("--free", "--max-tokens", "4")])
 def test_a_batch_gives_each_row_the_label_and_probability_that_it_gets_alone(
     line: Path, tmp_path: Path, arguments: tuple[str, ...]
