@@ -262,6 +262,7 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
     way = (
         f"{smallest.base_precision}, {'rank ' + str(smallest.rank) if smallest.rank else smallest.tuner}, "
         f"{smallest.active_layers or len(smallest.trained_layers)} layers, micro-batch {smallest.micro_batch_size}"
+        f"{', layers in their files' if smallest.stream_layers else ''}"
     )
     problem = (
         f"nothing fits {show_bytes(budget)}: the smallest of {len(looked_at)} candidates ({way}) needs "

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from edgeft.errors import BadInput
 from edgeft.memory import train_step
 from edgeft.planning.costs import Question
+from edgeft.planning.streaming import in_groups
 from edgeft.settings.job import Training
+from edgeft.units import show_seconds
 
 SIMULATIONS = 8  # of a family that is planned by simulation, at most
+WORTH = 1.0  # points of quality for which a base that is not whole in memory is looked at, where another fits
+
+
+class Choice(NamedTuple):
+    """The way that is taken, None where none fits; all that was looked at, best first; and notes."""
+
+    training: Training | None
+    looked_at: list[Training]
+    notes: list[str]
+    whole: bool = True  # whether a way fits that has all of a base in memory
+
+
+def choose_of_all(question: Question, looked_at: list[Training], not_whole: Callable[[], list[Training]]) -> Choice:
+    """The best way that fits with all of a base in memory; or without, where none does or that is better and as fast.
+
+    Without, every step reads its layers: what is better and slower is told, not taken.
+    """
+    training, said = choose(question, looked_at)
+    lost, seconds = question.key(training) if training is not None else (float("inf"), float("inf"))
+    if lost < question.key(looked_at[0])[0] + WORTH:
+        return Choice(training, looked_at, said)
+    ways = not_whole()
+    both = sorted([*looked_at, *ways], key=question.key)
+    for group in in_groups(question, [way for way in ways if question.key(way)[0] <= lost - WORTH]):
+        other, more = choose(question, group)
+        if other is not None and question.key(other)[1] <= seconds:
+            return Choice(other, both, more, whole=training is not None)
+        if other is not None and training is not None:
+            return Choice(training, looked_at, [*said, _in_parts(question, other, training)])
+    return Choice(training, both if training is None else looked_at, said)
+
+
+def _in_parts(question: Question, other: Training, training: Training) -> str:
+    """What a way would give up and take that has not all of the base in memory."""
+    (lost, seconds), (now_lost, now_seconds) = question.key(other), question.key(training)
+    how = "layers in their files" if other.stream_layers else "a part of each layer in every process"
+    setting = "stream_layers" if other.stream_layers else "shard_base"
+    return (
+        f"with {how} (--set {setting}=true) {lost:.1f} points are given up instead of {now_lost:.1f}, at "
+        f"{show_seconds(seconds)} a step instead of {show_seconds(now_seconds)}"
+    )
 
 
 def choose(question: Question, looked_at: Sequence[Training]) -> tuple[Training | None, list[str]]:

@@ -46,7 +46,7 @@ from edgeft.planning.alternatives import (
 )  # fmt: skip
 from edgeft.planning.answers import Held, read_held
 from edgeft.planning.candidates import candidates
-from edgeft.planning.choice import best_that_fits, choose
+from edgeft.planning.choice import best_that_fits, choose, choose_of_all
 from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.early_stopping import patience_notes
 from edgeft.planning.job_checks import check_job, needs_importance
@@ -60,7 +60,7 @@ from edgeft.planning.quantize_aware import rounding_notes
 from edgeft.planning.rows_read import DEFAULT_LENGTH, DEFAULT_ROWS, assumed_rows, read_data, read_lengths
 from edgeft.planning.sharding import sharding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
-from edgeft.planning.streaming import DEVICES, goes_on, in_groups, streaming_notes
+from edgeft.planning.streaming import DEVICES, goes_on, streaming_notes
 from edgeft.settings.job import Job, Training
 from edgeft.settings.tuners import ADAPTERS, TUNERS, adapts
 from edgeft.units import show_bytes
@@ -205,19 +205,14 @@ def smaller_plan(plan: Plan, most_bytes: int) -> Plan:
 
 def _planned(asked: _Asked) -> Plan:
     question, looked_at, spec, job = asked.question, asked.looked_at, asked.question.spec, asked.question.job
-    training, said = choose(question, looked_at)
-    for not_whole in in_groups(question, _not_whole(question, asked)) if training is None else ():
-        training, said = choose(question, not_whole)
-        if training is not None:
-            looked_at = sorted([*looked_at, *not_whole], key=question.key)
-            break
+    training, looked_at, said, whole = choose_of_all(question, looked_at, lambda: _not_whole(question, asked))
     if training is None:
         raise does_not_fit(question, looked_at, _unpinned(asked))
     best, key = looked_at[0], question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
     notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
     notes += patience_notes(training) + machine_notes(question.profile)
-    notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training)
+    notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training, whole)
     notes += process_notes(question, training) + sharding_notes(question, training)
     notes += tuner_notes(question, looked_at)
     notes += length_hints(question, training) + unused_budget(question, best, training, better)

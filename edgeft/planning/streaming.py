@@ -1,7 +1,7 @@
 """When do frozen layers stay in their files, why not, and what does it take?
 
-It is looked at where nothing fits whose weights are all in memory, or where a user asks for it: it costs reading every
-layer twice in a micro-batch, and changes no result.
+It is taken where nothing fits whose weights are all in memory, where what fits gives up more and is no faster, or
+where a user asks for it: it costs reading every layer twice in a micro-batch, and changes no result.
 """
 
 from __future__ import annotations
@@ -96,13 +96,15 @@ def check_streaming(job: Job, spec: ModelSpec, training: Training) -> None:
         raise BadInput("stream_layers", f"no layers can stay in their files: {why}", hint)
 
 
-def streaming_notes(question: Question, training: Training) -> list[str]:
-    """What streaming takes and saves: one line, where layers stream."""
+def streaming_notes(question: Question, training: Training, whole: bool = False) -> list[str]:
+    """What streaming takes and saves: one line, where layers stream; `whole`: whether a way fits that does not."""
     if not training.stream_layers:
         return []
     spec, resident = question.spec, training.model_copy(update={"stream_layers": False})
     counted = question.counted(training)
     asked = "as set" if question.job.stream_layers else "nothing fits with all weights in memory"
+    if whole and not question.job.stream_layers:
+        asked = "better, and no slower, than what fits with all weights in memory"
     away, window = away_bytes(spec, training), window_bytes(spec, training)
     rate, keeps = read_rate(question.profile, training, counted.files), host_keeps(question, training)
     kept = "the host keeps them in its memory" if keeps else "the system keeps none of them"

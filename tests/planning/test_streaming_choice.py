@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -246,3 +247,43 @@ def test_processes_of_a_machine_share_its_disk() -> None:
     assert two.seconds_per_step == pytest.approx(2 * reads[1] / READ_BYTES_PER_SECOND, rel=0.2)
     assert terms(one, "train")["streamed layers"] >= terms(two, "train")["streamed layers"] > 0
     assert "gloo" in terms(two, "train") and two.budget_bytes == one.budget_bytes // 2
+
+
+def points(made: Plan) -> float:
+    return next(row.quality_cost for row in made.frontier if row.high_bytes == made.peak_bytes)
+
+
+def test_more_memory_never_gives_a_much_worse_plan() -> None:
+    """What fits whole may give up more than what stays in files, which a smaller machine takes: that is taken then."""
+    made = {
+        gib: make_plan(make_job(model=str(CONFIGS / "qwen2.5-7b"), profile="t4", max_memory_bytes=gib * GIB))
+        for gib in (4, 5, 6, 7, 9, 12)
+    }
+    lost = [points(each) for each in made.values()]
+    assert all(more < less + 1.0 for less, more in itertools.pairwise(lost)), lost
+    assert made[7].training.stream_layers and made[12].training.stream_layers is False
+    [note] = [note for note in made[7].notes if note.startswith("layers stay in their files")]
+    assert "(better, and no slower, than what fits with all weights in memory)" in note
+    whole = make_plan(
+        make_job(model=str(CONFIGS / "qwen2.5-7b"), profile="t4", max_memory_bytes=7 * GIB, stream_layers=False)
+    )
+    assert points(whole) > points(made[7]) + 1 and whole.seconds_per_step >= made[7].seconds_per_step
+
+
+def test_what_is_better_from_files_and_slower_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    how = {"model": str(CONFIGS / "qwen2.5-7b"), "profile": "t4", "max_memory_bytes": 7 * GIB}
+    monkeypatch.setattr("edgeft.memory.timing.READ_BYTES_PER_SECOND", 1e7)
+    monkeypatch.setattr("edgeft.memory.timing.read_rate", lambda *_: 1e7)
+    made = make_plan(make_job(**how))
+    assert not made.training.stream_layers
+    [note] = [note for note in made.notes if "--set stream_layers=true" in note]
+    assert note.startswith("with layers in their files") and "points are given up instead of" in note
+
+
+def test_what_would_do_counts_layers_in_files_too() -> None:
+    """A refusal names the least memory that any way needs, and that much does."""
+    job: dict[str, Any] = {"model": str(CONFIGS / "qwen2.5-14b"), "profile": "cpu-8gb"}
+    with pytest.raises(DoesNotFit, match="layers in their files") as refused:
+        make_plan(make_job(**job, max_memory_bytes=5 * GIB))
+    assert refused.value.need_bytes is not None
+    assert make_plan(make_job(**job, max_memory_bytes=refused.value.need_bytes)).training.stream_layers
