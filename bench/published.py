@@ -277,7 +277,7 @@ def on_cpu() -> list[dict[str, Any]]:
             live, moment = predict(spec, training, longest, theirs)
             case = f"125M on a CPU, {way}, {batch} x {longest}"
             rows.append(row(f"{case}, tensors", ON_CPU, peak, 1e6, live, moment, note if "LoRA" in way else ""))
-            held = phases.buffers(spec, training, longest * batch, {512: 2 * HEAD_BUFFERS}).bytes
+            held = phases.buffers(spec, training, longest * batch, longest * batch, {512: 2 * HEAD_BUFFERS}).bytes
             made = live + 405_000_000 + held
             rows.append(row(f"{case}, resident", ON_CPU, resident, 1e6, made, moment,
                             "405 MB of imports as published, and edgeft's matrix library buffers"))  # fmt: skip

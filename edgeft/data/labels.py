@@ -78,7 +78,7 @@ class AskedAnswers:
         if not self.repeats:
             return ""
         asked = f"{len(self.asked):,} rows ask for {len(set(self.asked))} different answers"
-        return f"{asked}: --set answers=labels holds the device to them, each with its probability"
+        return f"{asked}: --set answers=labels, of plan and build, holds the device to them, each with its probability"
 
 
 def whole_answer(sample: Sample, stop_ids: Sequence[int]) -> tuple[int, ...] | None:

@@ -40,6 +40,9 @@ class Certain(Strict):
     right: float = Field(description="a share of 1")
 
 
+WANTED_RIGHT = 0.9  # of the answers at or above a suggested threshold
+
+
 class Threshold(Strict):
     """A --min-probability, chosen on validation rows, and what it does on rows that it was not chosen on."""
 

@@ -17,7 +17,7 @@ from edgeft.data.labels import FEWEST_TO_CALIBRATE, NO_LABEL, Label
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.engine.label_scores import label_numbers
-from edgeft.exporting.answers import Answers, Bin, Calibration, Certain, Threshold
+from edgeft.exporting.answers import WANTED_RIGHT, Answers, Bin, Calibration, Certain, Threshold
 from edgeft.exporting.artifact_answers import Artifact
 from edgeft.exporting.label_search import known_enough
 from edgeft.models.intervals import paired_losses
@@ -27,7 +27,6 @@ from edgeft.progress import Progress
 SHARPEST, FLATTEST = 0.2, 5.0  # temperatures
 BINS = 10
 PARTS = (0.25, 0.5, 0.75, 1.0)
-WANTED_RIGHT = 0.9  # of the answers at or above a suggested threshold
 TEST_ROWS = 500  # that probabilities are judged on: a quarter of them tells 90% to 5 points
 Values = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 

@@ -34,6 +34,7 @@ class Saving(Strict):
     bytes: int
 
 
+NOTHING_GIVEN_UP = "with nothing given up the fastest way"
 CHOICES = ("tuner", "base_precision", "rank", "layers", "micro_batch_size", "checkpointing", "loss_chunk_tokens",
            "optimizer", "malloc", "stream_layers", "shard_base", "prefix_cache")  # fmt: skip
 
@@ -230,7 +231,7 @@ def gave_up(question: Question, best: Training, chosen: Training) -> list[str]:
     if chosen.malloc != best.malloc:
         more = question.seconds(chosen) / question.seconds(chosen.model_copy(update={"malloc": best.malloc})) - 1
         lines.append(f"freed memory is returned at once (malloc=tight): {more:.0%} more time, same result")
-    return [*lines, f"the best candidate needs {show_bytes(question.high_bytes(best))}"] if lines else []
+    return [*lines, f"{NOTHING_GIVEN_UP} takes {show_bytes(question.high_bytes(best))}"] if lines else []
 
 
 def _cited(measured: Measured | None) -> str:

@@ -38,7 +38,8 @@ def read_data(job: Job, folder: Path | None) -> Read | None:
         return None
     folder = folder or local_folder(job.model)
     if not (folder / "tokenizer.json").is_file() and not has_weights(folder):
-        hint = "leave --data out and say how long rows are (--set max_length=64), or name the model itself"
+        hint = "leave --data out and say how long rows are and how many steps they make (--set max_length=64 --set "
+        hint += "max_steps=100; else 1,000 rows are assumed), or name the model itself"
         raise BadInput(folder, "is the shape of a model: it has no tokenizer to count data with", hint)
     tokenizer = TextTokenizer(folder)
     sources = filter(None, (job.data, job.valid, job.test))
@@ -76,7 +77,7 @@ def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
 def few_rows(job: Job, scored: Scored) -> list[str]:
     """A line where so few rows are scored that their scores say little, and what to do about it."""
     most, valid, lines = max(map(len, scored)), len(scored[0]), list[str]()
-    where = "of the data are held out" if job.valid is None else "are there to validate"
+    where = "held out of the data are scored" if job.valid is None else "are there to validate"
     if most < FEW:
         lines.append(
             f"{most} rows {where}: their scores tell only large differences from chance; --valid FILE with {FEW} or "

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from edgeft.documents import Strict
 from edgeft.errors import DoesNotFit
+from edgeft.planning.alternatives import NOTHING_GIVEN_UP
 from edgeft.planning.stage_checks import build_notes
 from edgeft.reporting.matrix import DeviceCell, method
 from edgeft.reporting.words import percent, show_rate
@@ -143,7 +144,7 @@ def _device(plan: Plan, devices: Sequence[DeviceCell]) -> tuple[Fact, ...]:
 
 def given_up(plan: Plan) -> tuple[str, ...]:
     """What the limit took from the best way that is known, quality first."""
-    lines = [line for line in plan.gave_up if not line.startswith("the best candidate needs")]
+    lines = [line for line in plan.gave_up if not line.startswith(NOTHING_GIVEN_UP)]
     if not lines:
         return ()
     chosen = next((row for row in plan.frontier if row.high_bytes == plan.peak_bytes), None)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from edgeft.data.grammar import held_name
 from edgeft.data.labels import FEWEST_TO_CALIBRATE
-from edgeft.exporting.answers import Answers, Calibration, HeldToGrammar
+from edgeft.exporting.answers import WANTED_RIGHT, Answers, Calibration, HeldToGrammar
 from edgeft.reporting.words import difference_text, percent
 
 BIN_HEAD = ("probability", "answers", "mean probability", "right")
@@ -47,8 +47,16 @@ def answers_lines(answers: Answers | HeldToGrammar) -> list[str]:
         f"temperature {answers.temperature:g}, fitted on {made.fitted_rows} validation rows; on {made.compared}: {loss}"
     )
     if made.threshold is None:
-        return [*lines, "no --min-probability is suggested: all answers are right so often, or none"]
+        return [*lines, f"no --min-probability is suggested: {_none_to_suggest(made)}"]
     found = made.threshold
     wanted = f"chosen on validation rows for {percent(found.wanted_right)} right"
     held = f"on {made.compared} {percent(found.answered)} are answered, {percent(found.right)} of them right"
     return [*lines, f"suggested: --min-probability {found.min_probability:g}, {wanted}; {held}"]
+
+
+def _none_to_suggest(made: Calibration) -> str:
+    """Why no threshold was found: these rows have nothing to be refused, or nothing that is sure enough."""
+    right = sum(each.rows * each.right for each in made.bins) / made.rows
+    if right >= WANTED_RIGHT:
+        return f"{percent(right)} of {made.rows} rows are right without one, they do not show where to refuse"
+    return f"no part of {made.rows} rows is {percent(WANTED_RIGHT)} right"

@@ -24,6 +24,7 @@ GROUPS = {
 def profiles_text(profiles: Iterable[Profile]) -> RenderableType:
     """All shipped profiles, one line each."""
     table = new_table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
+    table.columns[0].no_wrap = True  # it is what is typed
     for profile in profiles:
         memory = f"{profile.memory_gib:g} GiB" if profile.memory_gib else "detected"
         bandwidth = f"{profile.bandwidth_gb_per_second:g}" if profile.bandwidth_gb_per_second else "measured"

@@ -13,6 +13,7 @@ from edgeft.reporting.matrix import DeviceCell, Matrix, ModelRow, TrainingCell
 from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
     DEVICE_MARKS,
+    GIVEN_BACK,
     MARKS,
     SYMBOLS,
     amount,
@@ -80,7 +81,7 @@ def _memory(report: Summary) -> list[str]:
         (
             stage.title,
             show_bytes(stage.expected_bytes),
-            ("\N{BALLOT X} " if stage.over else "") + show_bytes(stage.high_bytes),
+            ("\N{BALLOT X} " if stage.over else "") + show_bytes(stage.high_bytes) + ("*" if stage.by_pages else ""),
             show_bytes(stage.limit_bytes) if stage.limit_bytes is not None else "-",
             show_bytes(stage.measured_bytes) if stage.measured_bytes is not None else "-",
         )
@@ -90,6 +91,7 @@ def _memory(report: Summary) -> list[str]:
     return [
         "## Memory in each phase",
         _table(("phase", "expected", "high", "limit", "measured"), rows, (1, 2, 3, 4)),
+        *([rf"\* {GIVEN_BACK}"] if any(stage.by_pages for stage in (*report.stages, *report.later_stages)) else []),
         "## Disk",
         _table(("stage", "where", "at most", "stays"), disk, (2, 3)),
     ]

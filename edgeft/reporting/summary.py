@@ -65,6 +65,11 @@ class Stage(Strict):
         return self.limit_bytes is not None and needed_bytes(self) > self.limit_bytes
 
     @property
+    def by_pages(self) -> bool:
+        """Whether the high estimate is more than the limit, by pages of files alone."""
+        return self.limit_bytes is not None and needed_bytes(self) <= self.limit_bytes < self.high_bytes
+
+    @property
     def title(self) -> str:
         """The name as people say it."""
         own = {"load": "loading", "prefix": "keeping outputs", "evaluate": "scoring", "train": "training",

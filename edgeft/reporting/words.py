@@ -178,6 +178,8 @@ def method_text(plan: Plan) -> str:
         how += f", {', '.join(training.target_modules)} alone"
     if training.lora_alpha and (plan.job.lora_alpha is not None or plan.job.lora_scale != "rslora"):
         how += f", alpha {training.lora_alpha:g} as a scale of {training.adapter_scale:.3g}"
+        if training.lora_scale == "rslora" and training.rank:
+            how += f" (elsewhere {training.lora_alpha / training.rank:.3g}: --set lora_scale=plain)"
     rounded = f", weights rounded as {training.quantize_aware.name}" if training.quantize_aware else ""
     return f"{how}, base in {training.base_precision}, computed in {training.compute_dtype}{rounded}"
 

@@ -145,14 +145,15 @@ def test_a_bundle_that_may_need_more_than_its_device_is_said() -> None:
 def test_few_scored_rows_are_said_before_they_are_scored() -> None:
     rows = str(CONFIGS.parent / "debian-sections" / "valid.jsonl")  # 500 of them
     tiny = {"model": str(CONFIGS.parent / "debian-tiny"), "profile": "cpu-8gb", "data": rows}
-    assert any(note.startswith("25 rows of the data are held out: ") for note in plan(**tiny).notes)
+    assert any(note.startswith("25 rows held out of the data are scored: ") for note in plan(**tiny).notes)
     assert any(note.startswith("12 rows are there to validate: ") for note in plan(valid=f"{rows}#12", **tiny).notes)
     for enough in ({"valid": rows}, {"test": rows}):
         assert not [note for note in plan(**tiny, **enough).notes if "only large differences" in note]
     few = plan(test=rows, answers="labels", **{**tiny, "data": f"{rows}#300"}).notes
     said = (
-        "15 rows of the data are held out: too few to calibrate the labels' probabilities; --valid FILE with 20 or more"
+        "15 rows held out of the data are scored: too few to calibrate the labels' probabilities; --valid FILE with 20 "
     )
+    said += "or more"
     assert said in few and said not in plan(answers="labels", **tiny).notes
 
 

@@ -39,7 +39,7 @@ def test_no_profiles_description_is_pasted_into_a_sentence() -> None:
 
 
 def test_a_plan_whose_export_needs_another_machine() -> None:
-    report = plan_summary(profile="rtx4060-8gb", device="raspberrypi5-8gb")
+    report = plan_summary(profile="rtx4060-8gb", device="raspberrypi5-8gb", stream_layers=False)
     card = report.card
     assert card.state == "elsewhere" and card.title.startswith("FITS, ") and card.title.endswith("EXPORT ELSEWHERE")
     assert any("main memory" in hint and "rtx4060-8gb has 16.0 GiB" in hint for hint in card.hints)

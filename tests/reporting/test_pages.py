@@ -177,8 +177,10 @@ def test_markdown_and_json_agree_on_a_plan(summary: Summary) -> None:
     memory = by_head["phase", "expected", "high", "limit", "measured"]
     over = {stage.name: "\N{BALLOT X} " * stage.over for stage in (*summary.stages, *summary.later_stages)}
     assert [name for name, mark in over.items() if mark] == ["merge"]
+    pages = {stage.name: r"\*" * stage.by_pages for stage in (*summary.stages, *summary.later_stages)}
+    assert any(pages.values()) and "above the limit by pages of weight files alone" in to_markdown(summary)
     assert [row[1:4] for row in memory] == [
-        [show_bytes(s["expected_bytes"]), over[s["name"]] + show_bytes(s["high_bytes"]),
+        [show_bytes(s["expected_bytes"]), over[s["name"]] + show_bytes(s["high_bytes"]) + pages[s["name"]],
          "-" if s["limit_bytes"] is None else show_bytes(s["limit_bytes"])] for s in stages
     ]  # fmt: skip
     terms = by_head["phase", "term", "memory", "how it is counted"]
