@@ -14,6 +14,7 @@ from edgeft.models.evaluate import autocast, by_length
 from edgeft.models.loss import head_transform
 from edgeft.models.parts import Parts
 
+FEW = 16  # positions that are worth reading the head for once: most of what more would save
 CPU = torch.device("cpu")
 
 
@@ -22,12 +23,12 @@ def trained_at(sample: Sample) -> list[int]:
     return [i for i, label in enumerate(sample.labels[1:]) if label != IGNORED]
 
 
-def together(rows: Sequence[Sequence[int]], most: int) -> list[list[tuple[int, int]]]:
-    """(row, position) of so many at a time at most: of whole rows, where they are not longer than that."""
+def together(rows: Sequence[Sequence[int]], few: int, most: int) -> list[list[tuple[int, int]]]:
+    """(row, position) of several at a time: whole rows as long as there are `few`, of a longer row `most` at most."""
     found: list[list[tuple[int, int]]] = [[]]
     for row, positions in enumerate(rows):
         for part in (positions[first : first + most] for first in range(0, len(positions), most)):
-            if len(found[-1]) + len(part) > most:
+            if len(found[-1]) + len(part) > few:
                 found.append([])
             found[-1] += [(row, position) for position in part]
     return [some for some in found if some]
@@ -39,19 +40,18 @@ def row_logits(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(row, logits (n, V), the tokens that follow) at the rows' trained positions, rows of similar length at once.
 
-    The head reads as many positions of a group's rows at once as the longest row has tokens: a few at a time it would
-    be read from memory for each row again.
+    The head reads a few positions of a group's rows at once, or it would be read from memory for each row again; more
+    would be logits that this process's malloc keeps.
     """
     scale, softcap = head_transform(model.config.get_text_config(decoder=True))
     numbers = {id(sample): number for number, sample in enumerate(rows)}
-    most = min(POSITIONS, max((len(sample.ids) for sample in rows), default=1))
     head: Any = parts.head
     with autocast(CPU, compute):
         behind = read_beginning(model, parts, rows, CPU, compute)
     for group in by_length(rows, group_tokens):
         with autocast(CPU, compute):
             hidden = behind.read(parts, behind.batch(group).ids).to(compute)
-        for some in together([trained_at(sample) for sample in group], most):
+        for some in together([trained_at(sample) for sample in group], FEW, POSITIONS):
             places, positions = torch.tensor(some).T
             with autocast(CPU, compute):
                 logits = hidden[places, positions - behind.tokens] @ head.weight.T.to(compute)

@@ -16,10 +16,11 @@ from edgeft.models.parts import find_parts
 
 
 def test_whole_rows_go_together_and_a_long_one_in_pieces() -> None:
-    assert together([], 3) == together([[], []], 3) == []
-    assert together([[1], [2, 3], [4]], 3) == [[(0, 1), (1, 2), (1, 3)], [(2, 4)]]
-    assert together([[1, 2], [3, 4], []], 3) == [[(0, 1), (0, 2)], [(1, 3), (1, 4)]], "a row is not cut for another"
-    assert together([[7], [1, 2, 3, 4, 5]], 2) == [[(0, 7)], [(1, 1), (1, 2)], [(1, 3), (1, 4)], [(1, 5)]]
+    assert together([], 3, 3) == together([[], []], 3, 3) == []
+    assert together([[1], [2, 3], [4]], 3, 9) == [[(0, 1), (1, 2), (1, 3)], [(2, 4)]]
+    assert together([[1, 2], [3, 4], []], 3, 9) == [[(0, 1), (0, 2)], [(1, 3), (1, 4)]], "a row is not cut for another"
+    assert together([[7], [1, 2, 3, 4]], 2, 9) == [[(0, 7)], [(1, 1), (1, 2), (1, 3), (1, 4)]], "nor for being long"
+    assert together([[1, 2, 3, 4, 5]], 2, 4) == [[(0, 1), (0, 2), (0, 3), (0, 4)], [(0, 5)]]
 
 
 def row(length: int, prompt: int, begin: int) -> Sample:
@@ -34,6 +35,7 @@ def test_logits_are_those_of_each_row_alone(tmp_path: Path, monkeypatch: pytest.
     parts = find_parts(model)
     rows = [row(4 + 3 * n, 2 + n, 10 + n) for n in range(7)]
     monkeypatch.setattr(module, "POSITIONS", 8)
+    monkeypatch.setattr(module, "FEW", 4)
     pieces: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for number, logits, targets in row_logits(model, parts, rows, torch.float32, 64):
         assert len(logits) == len(targets) <= 8
