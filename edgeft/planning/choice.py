@@ -13,7 +13,9 @@ from edgeft.settings.job import Training
 from edgeft.units import show_seconds
 
 SIMULATIONS = 8  # of a family that is planned by simulation, at most
-WORTH = 1.0  # points of quality for which a base that is not whole in memory is looked at, where another fits
+# Points of quality for which a base that is not whole in memory is looked at, where another fits, and how many times
+# as long a step may then take.
+WORTH, SLOWER = 1.0, 2.0
 
 
 class Choice(NamedTuple):
@@ -26,9 +28,9 @@ class Choice(NamedTuple):
 
 
 def choose_of_all(question: Question, looked_at: list[Training], not_whole: Callable[[], list[Training]]) -> Choice:
-    """The best way that fits with all of a base in memory; or without, where none does or that is better and as fast.
+    """The best way that fits with all of a base in memory; or without, where none does or that is better.
 
-    Without, every step reads its layers: what is better and slower is told, not taken.
+    Without, every step reads its layers: what is better and far slower is told, not taken.
     """
     training, said = choose(question, looked_at)
     lost, seconds = question.key(training) if training is not None else (float("inf"), float("inf"))
@@ -38,7 +40,7 @@ def choose_of_all(question: Question, looked_at: list[Training], not_whole: Call
     both = sorted([*looked_at, *ways], key=question.key)
     for group in in_groups(question, [way for way in ways if question.key(way)[0] <= lost - WORTH]):
         other, more = choose(question, group)
-        if other is not None and question.key(other)[1] <= seconds:
+        if other is not None and question.key(other)[1] <= SLOWER * seconds:
             return Choice(other, both, more, whole=training is not None)
         if other is not None and training is not None:
             return Choice(training, looked_at, [*said, _in_parts(question, other, training)])

@@ -1,6 +1,6 @@
 """When do frozen layers stay in their files, why not, and what does it take?
 
-It is taken where nothing fits whose weights are all in memory, where what fits gives up more and is no faster, or
+It is taken where nothing fits whose weights are all in memory, where what fits gives up a point more (choice.py), or
 where a user asks for it: it costs reading every layer twice in a micro-batch, and changes no result.
 """
 
@@ -104,7 +104,7 @@ def streaming_notes(question: Question, training: Training, whole: bool = False)
     counted = question.counted(training)
     asked = "as set" if question.job.stream_layers else "nothing fits with all weights in memory"
     if whole and not question.job.stream_layers:
-        asked = "better, and no slower, than what fits with all weights in memory"
+        asked = "better than what fits with all weights in memory"
     away, window = away_bytes(spec, training), window_bytes(spec, training)
     rate, keeps = read_rate(question.profile, training, counted.files), host_keeps(question, training)
     kept = "the host keeps them in its memory" if keeps else "the system keeps none of them"

@@ -263,11 +263,11 @@ def test_more_memory_never_gives_a_much_worse_plan() -> None:
     assert all(more < less + 1.0 for less, more in itertools.pairwise(lost)), lost
     assert made[7].training.stream_layers and made[12].training.stream_layers is False
     [note] = [note for note in made[7].notes if note.startswith("layers stay in their files")]
-    assert "(better, and no slower, than what fits with all weights in memory)" in note
+    assert "(better than what fits with all weights in memory)" in note
     whole = make_plan(
         make_job(model=str(CONFIGS / "qwen2.5-7b"), profile="t4", max_memory_bytes=7 * GIB, stream_layers=False)
     )
-    assert points(whole) > points(made[7]) + 1 and whole.seconds_per_step >= made[7].seconds_per_step
+    assert points(whole) >= points(made[7]) + 1 and 2 * whole.seconds_per_step >= made[7].seconds_per_step
 
 
 def test_what_is_better_from_files_and_slower_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_machines_by_memory_models_by_parameters_each_where_its_role_is(matrix: 
         ("smollm2-135m", "t4", "full", "FP16 LoRA r64, all 30 layers"),
         ("llama-3.1-8b", "t4", "4-bit", "NF4 LoRA r64, all 32 layers"),
         ("phi-4", "rtx3060-12gb", "4-bit", "NF4 LoRA r64, all 40 layers, from their files"),
-        ("llama-3.1-8b", "cpu-8gb", "reduced", "FP32 LoRA r32, all 32 layers, from their files"),
+        ("llama-3.1-8b", "cpu-8gb", "reduced", "NF4 LoRA r64, 24 of 32 layers, from their files"),
         ("llama-3.1-8b", "2GiB", "none", ""),
         ("qwen2.5-14b", "rtx4060-8gb", "4-bit", "NF4 LoRA r64, all 48 layers, from their files"),
     ],
