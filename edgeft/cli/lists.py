@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeft.api import reports
+from edgeft.cli import next_steps
 from edgeft.cli.screen import ColumnsOption, JsonOption, Reporter, say, stderr, stdout
 from edgeft.errors import BadInput
 from edgeft.settings.job import AUTO, parse_settings
@@ -129,6 +130,7 @@ def data(
         sys.stdout.write(found.model_dump_json() + "\n")
     else:
         stdout.print(data_text(found), soft_wrap=True, markup=False)
+        next_steps.after_data(files, model, by_role(files, columns=columns))
 
 
 class Shown(enum.StrEnum):

@@ -6,9 +6,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeft.cli.screen import say
 from edgeft.units import show_bytes
@@ -30,6 +30,15 @@ def after_init(file: Path, missing: Sequence[str]) -> None:
         _say(f"next: {edgeft()} build{named}")
 
 
+def after_data(files: Sequence[str], model: str, roles: Mapping[str, str | None]) -> None:
+    """What of a folder scores and tests, and the command that makes a bundle of the data."""
+    for role in ("valid", "test"):
+        if roles[role]:
+            _say(f"{role}: {roles[role]}")
+    words = ["build", model, *(word for file in files for word in ("--data", file)), "--on", "cpu"]
+    _say(f"next: {edgeft()} {shlex.join(words)}")
+
+
 def after_plan(plan: Plan, path: Path) -> None:
     """Where the plan is, and the command that carries it out, on which machine."""
     _say(f"plan: {path}")
@@ -43,6 +52,13 @@ def after_plan(plan: Plan, path: Path) -> None:
         _say(f"next{where}: {start(plan.training, path, plan.profile.cores)}")
     else:
         _say(f"next{where}: {edgeft()} train {shlex.quote(str(path))}")
+
+
+def after_refusal(asked: Mapping[str, Any]) -> None:
+    """The command that shows, as a page, what does not fit: there is no plan to make one of."""
+    words = ["report", "--models", str(asked["model"]), "--on", str(asked.get("profile") or "cpu")]
+    words += ["--for", str(asked["device"])] if asked.get("device") else []
+    _say(f"as a page, with what it needs: {edgeft()} {shlex.join(words)}")
 
 
 def after_train(folder: Path) -> None:

@@ -113,8 +113,12 @@ def _refuse_in_part(made: Plan) -> None:
 
 def make_and_say(values: dict[str, Any], out: Path | None, file: Path | None, *, simulate: bool = False) -> Plan:
     """The plan of a job, written to `out`, with its progress and what its folder's disk is short of said on stderr."""
-    with stopping("no plan was made"), Reporter(stderr) as progress:
-        made = plan_and_train.plan(out=out, simulate=simulate, job_file=file, progress=progress, say=say, **values)
+    try:
+        with stopping("no plan was made"), Reporter(stderr) as progress:
+            made = plan_and_train.plan(out=out, simulate=simulate, job_file=file, progress=progress, say=say, **values)
+    except DoesNotFit:
+        next_steps.after_refusal(values)
+        raise
     if made.job.data is not None and next_steps.is_here(made):  # else it is a question about another machine
         _say_shortages(made, Path() if out is None else out.parent)
     return made

@@ -21,7 +21,7 @@ while IFS= read -r setting; do
   [ -z "$setting" ] || arguments+=(--set "$setting")
 done <<<"${SETTINGS:-}"
 
-python -m edgeft plan "${arguments[@]}" >"$work/plan.txt" 2>"$work/said.txt"
+EDGEFT_NEXT=0 python -m edgeft plan "${arguments[@]}" >"$work/plan.txt" 2>"$work/said.txt"
 code=$?
 cat "$work/plan.txt"
 cat "$work/said.txt" >&2
