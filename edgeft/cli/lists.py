@@ -124,13 +124,13 @@ def data(
     if not (folder / "tokenizer.json").is_file() and not has_weights(folder):
         hint = "name the model itself, a folder or a hub id: its tokenizer counts the data"
         raise BadInput(folder, "is the shape of a model, without tokenizer and weights", hint)
-    source = by_role(files, columns=columns)["data"] or ""
-    found = report_data(source, TextTokenizer(folder), max_length, rows)
+    roles = by_role(files, columns=columns)
+    found = report_data(roles["data"] or "", TextTokenizer(folder), max_length, rows)
     if as_json:
         sys.stdout.write(found.model_dump_json() + "\n")
     else:
         stdout.print(data_text(found), soft_wrap=True, markup=False)
-        next_steps.after_data(files, model, by_role(files, columns=columns))
+        next_steps.after_data(files, model, roles, columns)
 
 
 class Shown(enum.StrEnum):

@@ -30,12 +30,13 @@ def after_init(file: Path, missing: Sequence[str]) -> None:
         _say(f"next: {edgeft()} build{named}")
 
 
-def after_data(files: Sequence[str], model: str, roles: Mapping[str, str | None]) -> None:
+def after_data(files: Sequence[str], model: str, roles: Mapping[str, str | None], columns: str | None) -> None:
     """What of a folder scores and tests, and the command that makes a bundle of the data."""
     for role in ("valid", "test"):
         if roles[role]:
             _say(f"{role}: {roles[role]}")
     words = ["build", model, *(word for file in files for word in ("--data", file)), "--on", "cpu"]
+    words += ["--columns", columns] if columns else []
     _say(f"next: {edgeft()} {shlex.join(words)}")
 
 

@@ -37,10 +37,7 @@ from edgeft.models.checkpoint import (
     local_folder,
     read_changed,
 )  # fmt: skip
-from edgeft.models.evaluate import (
-    answer_open,
-    judge,
-)
+from edgeft.models.evaluate import answer_open, judge
 from edgeft.models.layer_shares import Shares, layer_of
 from edgeft.models.parts import Parts, find_parts
 from edgeft.models.streamed import Load, alter

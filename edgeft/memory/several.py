@@ -21,6 +21,11 @@ def added_up(spec: ModelSpec, training: Training) -> int:
     return 4 * train_step.trained_parameters(spec, training) if training.processes > 1 else 0
 
 
+def threads(training: Training, cores: int) -> int:
+    """Threads of one process on a CPU, where the processes of a machine share its cores."""
+    return max(1, cores // training.neighbours)
+
+
 def adding_seconds(training: Training, buffer_bytes: float) -> float:
     """Seconds of a step in which gradients are added up: each process sends 2 (n - 1) / n of the buffer.
 

@@ -108,6 +108,11 @@ def needed_bytes(phase: Estimated) -> int:
     return phase.high_bytes - file_bytes(phase)
 
 
+def over_by_pages(phase: Estimated, limit: int | None) -> bool:
+    """Whether the high estimate is above a limit by pages of weight files alone."""
+    return limit is not None and needed_bytes(phase) <= limit < phase.high_bytes
+
+
 def _pages(terms: Iterable[Term]) -> int:
     return sum(term.bytes for term in terms if term.name == "weight file")
 

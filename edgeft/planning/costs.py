@@ -21,6 +21,7 @@ from edgeft.documents import Strict
 from edgeft.machines.profile import Profile
 from edgeft.memory import train_step
 from edgeft.memory.phases import Simulated, phases
+from edgeft.memory.several import threads
 from edgeft.memory.timing import (
     COUNTED,
     Counted,
@@ -153,8 +154,8 @@ class Question:
     def _head_buffers(self, training: Training) -> dict[int, int]:
         """What the matrix library keeps for a head: of each thread, and processes of a machine share its cores."""
         cores = self.profile.cores or 1
-        threads = max(1, cores // training.neighbours)
-        return {rows: kept * threads // cores for rows, kept in self.profile.head_buffers.items()}
+        mine = threads(training, cores)
+        return {rows: kept * mine // cores for rows, kept in self.profile.head_buffers.items()}
 
     def scoring(self, training: Training) -> Scoring:
         """What scoring this job's rows takes, in groups of as many tokens as this way has at once."""

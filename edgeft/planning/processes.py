@@ -7,7 +7,7 @@ from pathlib import Path
 from edgeft.errors import BadInput
 from edgeft.machines.launcher import torchrun
 from edgeft.machines.profile import Profile
-from edgeft.memory.several import NCCL_BYTES, added_up, adding_seconds
+from edgeft.memory.several import NCCL_BYTES, added_up, adding_seconds, threads
 from edgeft.memory.sharded import uncut
 from edgeft.planning.costs import Question
 from edgeft.settings.job import Job, Training
@@ -61,5 +61,5 @@ def process_notes(question: Question, training: Training) -> list[str]:
 
 def start(training: Training, plan: Path, cores: int) -> str:
     """The command that carries a plan of several processes out; `cores` of a machine are shared by its processes."""
-    threads = cores // training.neighbours if training.device == "cpu" else 0
-    return torchrun(training.processes, training.machines, plan, threads)
+    mine = threads(training, cores) if training.device == "cpu" else 0
+    return torchrun(training.processes, training.machines, plan, mine)

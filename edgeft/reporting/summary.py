@@ -14,7 +14,7 @@ from edgeft.exporting.bundle import Bundle, Measurement
 from edgeft.machines.profile import Profile
 from edgeft.memory.disk import Disk
 from edgeft.memory.simulated import Moment
-from edgeft.memory.stages import file_bytes, needed_bytes
+from edgeft.memory.stages import file_bytes, needed_bytes, over_by_pages
 from edgeft.memory.train_step import Phase, Term
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.models.metrics import Metrics, Pair, Proof, Repair, pair
@@ -67,7 +67,7 @@ class Stage(Strict):
     @property
     def by_pages(self) -> bool:
         """Whether the high estimate is more than the limit, by pages of files alone."""
-        return self.limit_bytes is not None and needed_bytes(self) <= self.limit_bytes < self.high_bytes
+        return over_by_pages(self, self.limit_bytes)
 
     @property
     def title(self) -> str:

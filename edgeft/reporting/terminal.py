@@ -14,7 +14,7 @@ from edgeft.data.labels import labels_line
 from edgeft.data.task_score import TaskScore
 from edgeft.memory.disk import total
 from edgeft.memory.simulated import Simulation
-from edgeft.memory.stages import needed_bytes
+from edgeft.memory.stages import over_by_pages
 from edgeft.memory.train_step import Phase
 from edgeft.models.layer_shares import Shares
 from edgeft.models.metrics import Importance, Metrics, Sweep, pair
@@ -127,7 +127,7 @@ def _phases(plan: Plan) -> Table:
     for phase in (*plan.phases, *plan.stages.phases):
         parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
         limit = plan.budget_bytes if phase.where == "device" else plan.stages.limit_bytes(phase)
-        pages = limit is not None and needed_bytes(phase) <= limit < phase.high_bytes
+        pages = over_by_pages(phase, limit)
         given_back |= pages
         table.add_row(
             phase.name,
