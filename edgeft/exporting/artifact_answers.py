@@ -11,7 +11,7 @@ from edgeft.data.grammar import Grammar, HeldTo
 from edgeft.data.samples import Sample
 from edgeft.data.tokenizer import TextTokenizer
 from edgeft.exporting.label_search import known_enough
-from edgeft.models.evaluate import answer_tokens, asked_for, cut_at, is_exact, may_become
+from edgeft.models.evaluate import answer_tokens, asked_for, cut_at, is_exact, judge, may_become
 
 
 class Artifact(Protocol):
@@ -29,6 +29,7 @@ class Artifact(Protocol):
     ) -> list[int]: ...  # fmt: skip
     def choose(self, ids: list[int], enough: Callable[[Any], bool] | None = None) -> Any: ...
     def write(self, ids: list[int], most: int) -> list[int] | None: ...
+    def greedy(self, ids: list[int], max_new_tokens: int, eos_ids: Sequence[int]) -> list[int]: ...
 
 
 def answered(
@@ -57,6 +58,16 @@ def answered(
     for logits in artifact.each_pass(sample.ids[: at[-1] + 1], at[0]):
         take(logits)
     return answer, right
+
+
+def along(artifact: Artifact, sample: Sample, tokenizer: TextTokenizer, likely: Sequence[int]) -> bool:
+    """Whether the bundle's answer is right, by its most likely token at each trained one; decoded where those are open.
+
+    Read in one pass with the row's own answer: the same numbers as decoding gives but for the order of their sums.
+    """
+    if (right := judge(tokenizer, sample, likely)) is not None:
+        return right
+    return is_exact(tokenizer, sample, artifact.greedy(sample.prompt, answer_tokens([sample]), tokenizer.stop_ids))
 
 
 def cannot_match(tokenizer: TextTokenizer, sample: Sample, made: list[int]) -> bool:

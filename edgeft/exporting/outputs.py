@@ -21,7 +21,7 @@ from edgeft.engine.nf4_base import load_base
 from edgeft.engine.quantized_layers import round_frozen, settle
 from edgeft.engine.trainable import apply_tuner, make_lisa
 from edgeft.engine.written import answer_text, written
-from edgeft.exporting.artifact_answers import Artifact, answered
+from edgeft.exporting.artifact_answers import Artifact, along, answered
 from edgeft.exporting.drawn_rows import Drawing
 from edgeft.exporting.form import Form, joined
 from edgeft.exporting.row_logits import CPU, row_logits, trained_at
@@ -184,13 +184,15 @@ def observe_artifact(
     held_to: HeldTo = (), write: Sequence[int] = (), progress: Callable[[int, int], None] = lambda done, total: None,
     drawing: Drawing | None = None,
 ) -> Form:  # fmt: skip
-    """One pass of a bundle over each row in its own runtime, a row at a time; those of `answers` really decoded.
+    """One pass of a bundle over each row in its own runtime, one at a time; of those of `answers` also if it is right.
 
-    Where answers are held to labels its own search chooses one, to a grammar its own runtime writes one. Of a row the
-    logits of one of the runtime's passes are held. With a `drawing` as many rows as it takes.
+    The first PARITY_PROMPTS rows and those of `write` are really decoded; of any other one the likeliest tokens along
+    its own answer say whether decoding would give it, and where they leave that open it is decoded too. Where answers
+    are held to labels its own search chooses one, to a grammar its own runtime writes one. Of a row the logits of one
+    of the runtime's passes are held. With a `drawing` as many rows as it takes.
     """
     seen, exact = Observer(rows), [False] * len(rows)
-    decoding = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
+    asked_for = set(range(len(rows))[answers]) if answers is not None and rows[0].has_prompt else set()
     asked = label_numbers(held_to, rows, tokenizer) if isinstance(held_to, tuple) else []
     read = list[int]()
     for number in drawing.each() if drawing is not None else range(len(rows)):
@@ -199,21 +201,22 @@ def observe_artifact(
         read.append(number)
         if not at:
             continue
-        if number in decoding or number in write:
+        if number in write or (number in asked_for and (held_to or number < PARITY_PROMPTS)):
             answer, right = answered(
                 artifact, sample, at, tokenizer, held_to, asked[number:], seen.taker(number), number in write
             )
-            exact[number] = right and number in decoding
+            exact[number] = right and number in asked_for
             if number in write:
                 seen.written[number] = answer_text(tokenizer, answer)
         else:
             take = seen.taker(number)
             for logits in artifact.each_pass(sample.ids[: at[-1] + 1], at[0]):
                 take(logits)
+            exact[number] = number in asked_for and along(artifact, sample, tokenizer, seen.likely[number])
         if drawing is not None:
             drawing.see(number, seen.losses[number], exact[number])
         progress(len(read), len(rows))
-    return seen.form(name, exact if decoding else (), sorted(read) if len(read) < len(rows) else ())
+    return seen.form(name, exact if asked_for else (), sorted(read) if len(read) < len(rows) else ())
 
 
 def trained_settings(result: TrainResult) -> tuple[Training, torch.dtype, str]:
@@ -234,6 +237,7 @@ def load_as_trained(trained: Path, result: TrainResult, load: Load = load_plain)
     were training last, else back in the base's precision. A run on a GPU keeps its weights' precision here, but
     computes in fp32.
     """
+    meter.import_all()
     training, compute, where = trained_settings(result)
     folder = local_folder(result.plan.job.model)
     here = compute if where == "cpu" else torch.float32

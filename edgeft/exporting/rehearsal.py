@@ -125,17 +125,27 @@ def went_well(place: Path) -> Rehearsal | None:
 
 
 def _in_a_process(plan: Plan, target: Target, scratch: Path) -> Rehearsal:
-    """Run `main` and read what it wrote: what it holds and leaves in its heap does not count against training."""
+    """Run `main` and read what it wrote: what it holds and leaves in its heap does not count against training.
+
+    This process imports meanwhile what training takes, and is counted as it is then.
+    """
     (scratch / "target.json").write_text(target.model_dump_json(), encoding="utf-8")
     plan.write(scratch / "plan.json")
     code = "from edgeft.exporting.rehearsal import main; main()"
-    done = processes.run(code, scratch, resident_bytes(), environment=MALLOC_ENVIRONMENT)
+    waiting = max(resident_bytes(), stages.processes(plan.profile).training_bytes)
+    done = processes.run(code, scratch, waiting, environment=MALLOC_ENVIRONMENT, meanwhile=_import_all)
     try:
         return Rehearsal.read(scratch / FILE)
     except BadInput:
         problem = "the process ended:\n" + processes.reason(done.returncode, done.stderr, 3)
         failure = Failure(where="its process", problem=problem, hint="", exit_code=1)
         return Rehearsal(target=target.name, failure=failure)
+
+
+def _import_all() -> None:
+    from edgeft.machines import meter
+
+    meter.import_all()
 
 
 def _as_error(failure: Failure, target: Target) -> EdgeftError:
@@ -149,6 +159,7 @@ def main() -> None:
 
     BYTES is what the waiting process holds.
     """
+    _import_all()
     scratch, waiting = Path(sys.argv[1]), int(sys.argv[2])
     plan = Plan.read(scratch / "plan.json")
     target = Target.model_validate_json((scratch / "target.json").read_bytes())

@@ -28,8 +28,11 @@ def import_all() -> None:
     """Import at once what any training run may import, so that every process has the same baseline.
 
     bitsandbytes asks for compiled functions as it is imported, which loads PyTorch's compiler (42 MiB, a second)
-    though nothing here compiles: it gets the functions as they are.
+    though nothing here compiles: it gets the functions as they are. What importing made, a million objects, is then no
+    longer looked through for garbage: 0.3 s of each `give_back`.
     """
+    if "bitsandbytes" in sys.modules and "peft" in sys.modules:
+        return
     compiled = torch.compile
     torch.compile = _uncompiled  # type: ignore[assignment]
     try:
@@ -38,6 +41,8 @@ def import_all() -> None:
         torch.compile = compiled
     for name in ("peft", "transformers", "tokenizers", "safetensors.torch"):
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _uncompiled(function: Any = None, **options: Any) -> Any:

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgeft.machines.launcher import alone
@@ -26,13 +26,21 @@ def command(code: str, *arguments: object) -> list[str]:
 
 
 def run(
-    code: str, *arguments: object, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run Python code to its end in a process of its own; its output is kept."""
-    return subprocess.run(
-        command(code, *arguments), env=alone() | dict(environment or {}), capture_output=True, text=True,
-        errors="replace", check=False,
-    )  # fmt: skip
+    code: str, *arguments: object, environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run Python code to its end in a process of its own; its output is kept. This one does `meanwhile` beside it."""
+    with subprocess.Popen(
+        command(code, *arguments), env=alone() | dict(environment or {}), text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        try:
+            meanwhile()
+            out, err = child.communicate()
+        except BaseException:
+            child.kill()
+            raise
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
 
 def carry_out(code: str, *arguments: object, environment: Mapping[str, str], quiet: bool = False) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny import ROWS, run
 from transformers import AutoModelForCausalLM
 
 from edgeft.data.dataset import IGNORED, Sample, TextTokenizer
+from edgeft.exporting import artifact_answers, outputs
 from edgeft.exporting.artifact import ArtifactModel
 from edgeft.exporting.artifact_answers import cannot_match
 from edgeft.exporting.bundle import Bundle
@@ -115,6 +117,36 @@ def test_a_row_that_is_followed_is_read_once(monkeypatch: pytest.MonkeyPatch) ->
     asked.clear()
     model.follow([*other, *right[:2], 7, 8, 0], 13, 14, 5, [0], lambda rows: None)
     assert asked[0] == 14 and max(asked[1:]) <= 4  # it is forgotten to where it left the row's own tokens
+
+
+def test_answers_read_in_one_pass_are_judged_as_decoded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right ones, wrong ones, one that stops early, and one that spells the same text in other tokens."""
+    model, tokenizer = ArtifactModel(bundle("ort-fp32")), TextTokenizer(checkpoint())
+    given = list[Sample]()
+    for number in range(40):
+        prompt = some_ids(400)[7 * number : 7 * number + 9]
+        right = model._runner.greedy(prompt, 4, [])
+        wrong = [*right[: number % 4], 9, *right[number % 4 + 1 :]]
+        given += [sample([*prompt, *right], 4), sample([*prompt, *wrong], 4)]
+    decoded = observe_artifact("artifact", model, given[:64], tokenizer, answers=slice(None))
+    monkeypatch.setattr(outputs, "PARITY_PROMPTS", 2)
+    kinds = Counter[bool | None]()
+    judged = artifact_answers.judge
+
+    def counted(*asked: Any) -> bool | None:
+        found = judged(*asked)
+        kinds[found] += 1
+        return found
+
+    monkeypatch.setattr(artifact_answers, "judge", counted)
+    read = observe_artifact("artifact", model, given[:64], tokenizer, answers=slice(None))
+    assert read.exact == decoded.exact and 20 <= sum(read.exact) < 64
+    assert read.losses == pytest.approx(decoded.losses, abs=1e-4)
+    assert kinds[True] and kinds[False] and kinds.total() == 62
+    monkeypatch.setattr(artifact_answers, "judge", lambda *asked: None)  # where all are open, all are decoded
+    assert observe_artifact("artifact", model, given[:64], tokenizer, answers=slice(None)).exact == decoded.exact
+    monkeypatch.setattr(model, "greedy", lambda *asked: [])
+    assert sum(observe_artifact("artifact", model, given[:64], tokenizer, answers=slice(None)).exact) <= 2
 
 
 def test_exactness_of_a_torch_form_is_that_of_decoding(checkpoint_folder: Path, write_rows: Any) -> None:

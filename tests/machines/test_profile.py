@@ -358,11 +358,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The probe's commands instead of the probe, which answers with PROBE; the cache is in tmp_path/cache."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
+    def run(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(list(command))
         return subprocess.CompletedProcess(command, 0, f"a library's greeting\n{PROBE.model_dump_json()}\n", "")
 
-    monkeypatch.setattr(processes.subprocess, "run", run)
+    monkeypatch.setattr(processes, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return commands
 
@@ -467,7 +467,7 @@ def test_a_plan_says_that_its_machine_was_busy() -> None:
 def test_a_probe_that_fails(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "Traceback (most recent call last):\nRuntimeError: out of luck\n"
     failed = subprocess.CompletedProcess([], 1, "", lines)
-    monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(processes, "run", lambda *_, **__: failed)
     with pytest.raises(BadInput) as caught:
         probe_cpu()
     assert str(caught.value) == (
