@@ -105,6 +105,13 @@ class Bundle(OnDisk, bundles.Bundle):
 
         return bundle_text(self, self._merged, bundles.measurement_of(self.folder))
 
+    @property
+    def learnt(self) -> bool:
+        """Whether the rows that its training scored show that anything was learnt; True where nothing is known."""
+        from edgeft.reporting.learnt import has_learnt
+
+        return self._merged is None or has_learnt(self._merged.train)
+
 
 class Evaluation(OnDisk, evaluations.Evaluation):
     """evaluation.json: forms of a model on the same rows, each as it runs, and what each changes."""

@@ -232,7 +232,7 @@ def export(
             repair=repair, size_budget=size_budget, calibration=calibration, train=trained, progress=progress, say=say,
         )  # fmt: skip
     show(as_json, bundle, bundle.text())
-    next_steps.after_export(bundle, bundle.folder)
+    next_steps.after_export(bundle, bundle.folder, learnt=bundle.learnt)
 
 
 def _is_encoder(folder: Path) -> bool:

@@ -77,10 +77,11 @@ def after_merge(merged: Merged | MergedForeign) -> None:
         _say(f"next: {edgeft()} export {shlex.quote(str(merged.folder))}")
 
 
-def after_export(bundle: Bundle, folder: Path) -> None:
+def after_export(bundle: Bundle, folder: Path, *, learnt: bool = True) -> None:
     """Where the bundle is, how it is run, with a prompt of the data it was trained on, and what the device needs."""
     device = bundle.provenance.get("device") or "the device"
-    _say(f"bundle: {folder} ({show_bytes(bundle.size_bytes)}): copy this folder to {device}")
+    to_do = f"copy this folder to {device}" if learnt else "it answers as what was trained, which learnt nothing: above"
+    _say(f"bundle: {folder} ({show_bytes(bundle.size_bytes)}): {to_do}")
     runner = shlex.quote(str(folder / "run.py"))
     if bundle.adapters:
         name, adapter = next(iter(bundle.adapters.items()))

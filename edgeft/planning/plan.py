@@ -20,7 +20,6 @@ from pydantic import Field
 from edgeft.data.dataset import Lengths, Measured
 from edgeft.data.grammar import Grammar, HeldTo, grammar_file
 from edgeft.data.labels import Label
-from edgeft.data.samples import HELD_OUT_SHARE
 from edgeft.data.scoring_groups import Scoring
 from edgeft.data.task_score import TaskScore, task_score
 from edgeft.documents import Artifact, sha256_file, sha256_json, versions
@@ -57,7 +56,7 @@ from edgeft.planning.prefix_cache import prefix_notes, tokens_kept
 from edgeft.planning.prefix_tuner import positions_left, tokens_of
 from edgeft.planning.processes import budget_of_one, check_processes, process_notes
 from edgeft.planning.quantize_aware import rounding_notes
-from edgeft.planning.rows_read import DEFAULT_LENGTH, DEFAULT_ROWS, assumed_rows, read_data, read_lengths
+from edgeft.planning.rows_read import DEFAULT_LENGTH, assumed_rows, read_data, read_lengths, steps_of
 from edgeft.planning.sharding import sharding_notes
 from edgeft.planning.stage_checks import Stages, plan_stages
 from edgeft.planning.streaming import DEVICES, goes_on, streaming_notes
@@ -288,7 +287,7 @@ def _ask(job: Job, importance: Importance | None, spec: ModelSpec | None, profil
     notes += assumed_rows(job, length) if lengths is None else []
     check_processes(job, profile)
     budget = budget_of_one(job, profile)
-    steps = _steps(job, lengths)
+    steps = steps_of(job, lengths)
     work = train_step.Workload(length, min(length, lengths.longest_trained if lengths else length))
     check_job(job, spec)
     importance = _importance_of(job, spec, importance)
@@ -352,15 +351,6 @@ def _max_length(job: Job, spec: ModelSpec, lengths: Lengths | None) -> tuple[int
     if limit is not None and longest > limit:
         return limit, [f"samples reach {longest} tokens, more than {own}: longer ones are cut"]
     return longest, []
-
-
-def _steps(job: Job, lengths: Lengths | None) -> int:
-    """Optimizer steps."""
-    rows = lengths.rows if lengths else DEFAULT_ROWS
-    if lengths and job.valid is None:
-        rows -= min(500, max(1, round(rows * HELD_OUT_SHARE)))
-    steps = max(1, round(job.epochs * -(-max(1, rows) // job.batch_size)))
-    return min(steps, job.max_steps or steps)
 
 
 def _unpinned(asked: _Asked) -> str | None:

@@ -62,6 +62,15 @@ def read_lengths(job: Job, spec: ModelSpec, read: Read | None) -> tuple[Lengths 
     return every[0], data_bytes, scored, [*notes, *few_rows(job, scored)]
 
 
+def steps_of(job: Job, lengths: Lengths | None) -> int:
+    """Optimizer steps."""
+    rows = lengths.rows if lengths else DEFAULT_ROWS
+    if lengths and job.valid is None:
+        rows -= min(500, max(1, round(rows * HELD_OUT_SHARE)))
+    steps = max(1, round(job.epochs * -(-max(1, rows) // job.batch_size)))
+    return min(steps, job.max_steps or steps)
+
+
 def assumed_rows(job: Job, length: int) -> list[str]:
     """What is planned for where no data is given, in a line."""
     often = f"{job.max_steps} steps at most" if job.max_steps else f"{job.epochs:g} epochs"

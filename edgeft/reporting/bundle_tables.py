@@ -12,6 +12,7 @@ from rich.text import Text
 from edgeft.models.metrics import Pair, Promotion, Proof, Repair
 from edgeft.reporting.answers import pair_cells, pair_head, score_cells, score_head
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
+from edgeft.reporting.learnt import nothing_learnt
 from edgeft.reporting.terminal import new_table, predicted_expected, samples_table
 from edgeft.reporting.words import attempt_cells, percent, rung_cells
 from edgeft.units import show_bytes
@@ -107,7 +108,8 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
     _add_costs(table, bundle, here)
     chosen = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
     chosen += [repair_text(bundle.repair, here)] if bundle.repair is not None else []
-    return Group(*parts, table, *chosen, _size_text(bundle))
+    doubts = [Text(line, style="bold") for line in nothing_learnt(merged.train)] if merged is not None else []
+    return Group(*parts, table, *chosen, _size_text(bundle), *doubts)
 
 
 def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:

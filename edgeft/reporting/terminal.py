@@ -30,6 +30,7 @@ from edgeft.reporting.answers import (
     shown,
 )
 from edgeft.reporting.curve import curve_lines
+from edgeft.reporting.learnt import nothing_learnt
 from edgeft.reporting.words import (
     GIVEN_BACK,
     PAGES_MARK,
@@ -302,6 +303,7 @@ def train_text(result: TrainResult) -> RenderableType:
         lines.append(Text(f"{result.skipped_steps} updates overflowed in fp16 and were made again at a smaller scale"))
     lines.append(Text(rehearsal_line(result.rehearsal)))
     lines += [Text(f"not as planned: {d.what} {d.done} instead of {d.planned}") for d in result.deviations]
+    lines += [Text(line, style="bold") for line in nothing_learnt(result)]
     samples = [samples_table(result.samples)] if result.samples else []
     return Group(table, *samples, *lines)
 
