@@ -135,7 +135,7 @@ def train(
         if ranks.first:
             current.replaceable(folder, "train.json")
             folders.refuse_others_training(folder, made)
-            _announce(made, deviations, say)
+            _announce(made, deviations, say, rehearsal=rehearsal)
             if smaller:
                 _step_down(made, folder, digest, say)
             if rehearsal:
@@ -176,7 +176,7 @@ def _rehearse(
     """Let two layers go the whole way to the bundle, of a target and for a device, the plan's where none is asked."""
     from edgeft.exporting.rehearsal import rehearse
     from edgeft.planning.stage_checks import on_device, target_device
-    from edgeft.reporting.terminal import rehearsal_line
+    from edgeft.reporting.words import rehearsal_line
     from edgeft.targets.footprint import choose_cache
     from edgeft.targets.target import candidates
     from edgeft.training.work import work_folder
@@ -214,7 +214,7 @@ def _bare(plan: plans.Plan) -> plans.Plan:
     return plans.Plan.model_construct(plan.model_fields_set, **dict(plan))
 
 
-def _announce(made: plans.Plan, deviations: Sequence[trainings.Deviation], say: Say) -> None:
+def _announce(made: plans.Plan, deviations: Sequence[trainings.Deviation], say: Say, *, rehearsal: bool) -> None:
     """What is about to run: estimates where it runs as planned, warnings where it does not."""
     from edgeft.machines.profile import why_absent
 
@@ -225,6 +225,8 @@ def _announce(made: plans.Plan, deviations: Sequence[trainings.Deviation], say: 
     else:
         each = show_seconds(made.seconds_per_step)
         scoring = f"and {show_seconds(made.scoring_seconds + made.answering_seconds)} of scoring before and after it"
+        first = made.stages.rehearsal_seconds if rehearsal else 0.0
+        scoring += f", and {show_seconds(first)} of a rehearsal where none is kept," if first else ""
         say(f"about {show_seconds(made.seconds)} of training ({each} a step) {scoring} are estimated")
     if made.lengths is not None:
         say("; ".join([f"{made.lengths.path}: {made.lengths.line}", *made.lengths.remarks]))

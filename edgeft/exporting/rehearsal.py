@@ -71,7 +71,7 @@ def rehearse(plan: Plan, target: Target, work: Path, plan_sha256: str) -> Rehear
     except BadInput:
         held = None
     if held is not None and held.input_sha256 == request:
-        return held
+        return held.model_copy(update={"kept": True})
     same_plan = (work / "plan.sha256").is_file() and (work / "plan.sha256").read_text() == plan_sha256
     if same_plan and any(work.glob("step-*")):
         return Rehearsal(input_sha256=request, target=target.name, skipped="the run goes on from a checkpoint")

@@ -1,4 +1,4 @@
-"""How long does an export take, stage by stage: the build, and each pass that its proof makes over rows?
+"""How long do a rehearsal and an export take, stage by stage: the build, and each pass that its proof makes over rows?
 
 What is counted follows from the rows: how often each is read, of how many tokens. It is the most that can be: rows are
 drawn until they decide (models/drawing.py), and all of them may be needed. What a pass takes is priced as one of
@@ -24,6 +24,12 @@ from edgeft.targets.target import Target
 BUNDLE_STAGE = "parity: artifact"
 # The runtime's own builder, a fresh process: 14 s at 135M and 30 to 82 s at 1.24B, by target and by what was in memory.
 BUILD_SECONDS, BUILD_SECONDS_PER_PARAMETER = 6.0, 6e-8
+START_SECONDS = (
+    6.0  # of an export's own process until it computes: 10 to 13 s of one that imports torch on a busy machine
+)
+# Two processes that import torch, and two layers with the embedding from merge to a bundle that answers, by their
+# parameters: 22 s of 4M and 34 s of 35M, one thread beside other work.
+REHEARSAL_SECONDS, REHEARSAL_SECONDS_PER_PARAMETER, REHEARSED_LAYERS = 20.0, 4e-7, 2
 LOAD_BYTES_PER_SECOND = 1e9  # of a model in fp32, its pages in memory; a guess
 # Codes of one weight from what its inputs are: 85 s of one core at 135M (bench/results/smollm2.json), less its passes.
 CALIBRATION_SECONDS_PER_PARAMETER = 4e-7
@@ -63,15 +69,21 @@ def export_seconds(
     def add(stage: str, seconds: float, passes: str) -> None:
         made.append(Timed(stage=stage, seconds=round(seconds, 1), passes=passes))
 
+    start = START_SECONDS
     if asked == AUTO:
-        add("repair: merged", read(valid), f"{len(valid)} rows")
+        add("repair: merged", start + read(valid), f"{len(valid)} rows")
+        start = 0.0
         add(f"repair: {target.name}", read(valid), f"at most {len(valid)} rows, as it will round")
     if target.calibration != "none":
         rows = min(CALIBRATION_TOKENS, sum(size.tokens for size in valid[:CALIBRATION_ROWS]))
         codes = CALIBRATION_SECONDS_PER_PARAMETER * spec.total_parameters / (profile.cores or 1)
         add("calibrate", codes + 2 * forward_seconds(profile, spec, plain, spec.num_hidden_layers, rows, 0),
             f"{CALIBRATION_ROWS} rows, layer by layer")  # fmt: skip
-    add("build", BUILD_SECONDS + BUILD_SECONDS_PER_PARAMETER * spec.total_parameters, "the runtime's own builder")
+    add(
+        "build",
+        start + BUILD_SECONDS + BUILD_SECONDS_PER_PARAMETER * spec.total_parameters,
+        "the runtime's own builder",
+    )
     again = valid[: scored_again(training, len(valid))]
     add("parity: trained", read(again, training), f"{len(again)} rows")
     if not keeps_original(training):
@@ -84,9 +96,22 @@ def export_seconds(
     return tuple(made)
 
 
+def rehearsal_seconds(profile: Profile, spec: ModelSpec, files: Sequence[Sequence[Size]]) -> float:
+    """Of letting a model's first layers go the whole way to a bundle, where an export's are known too; else 0."""
+    if profile.device != "cpu" or not files or not profile.matmul_tflops:
+        return 0.0
+    rest = spec.total_parameters - sum(spec.layer_parameters[REHEARSED_LAYERS:])
+    return round(REHEARSAL_SECONDS + REHEARSAL_SECONDS_PER_PARAMETER * rest, 1)
+
+
 def reads_all(stages: Sequence[Timed]) -> bool:
     """Whether a bundle reads every row, because that is planned to be a matter of seconds."""
     return any(each.stage == BUNDLE_STAGE and each.seconds <= SHORT_SECONDS for each in stages)
+
+
+def plans_repair(stages: Sequence[Timed]) -> bool:
+    """Whether the export looks for a target itself: the first that passes."""
+    return any(each.stage.startswith("repair") for each in stages)
 
 
 def total_seconds(stages: Sequence[Timed]) -> float:

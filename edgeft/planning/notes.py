@@ -31,5 +31,5 @@ def machine_notes(profile: Profile) -> list[str]:
         return []
     return [
         f"this CPU was measured while other work ran beside it ({profile.probe.share:.0%} of its cores were left): "
-        "a quiet one takes fewer seconds; it is measured again by a later plan"
+        "seconds are as if that stayed so: fewer where it is quiet, more where busier; a later plan measures again"
     ]

@@ -12,7 +12,7 @@ from edgeft.machines.limits import Gpu, Limit, memory_limit, usable_memory, visi
 from edgeft.machines.profile import Profile, detect, load_profile
 from edgeft.machines.runner import runner_module
 from edgeft.memory.disk import Disk, plan_disk, total
-from edgeft.memory.export_time import Timed, export_seconds
+from edgeft.memory.export_time import Timed, export_seconds, rehearsal_seconds
 from edgeft.memory.proof import prove, streams
 from edgeft.memory.stages import (
     build,
@@ -59,7 +59,10 @@ class Stages(Strict):
     target_name: str = ""
     cannot_build: str = Field(default="", description="why the target's bundle of this model cannot be built, if so")
     data_bytes: int = Field(description="samples in memory, in the stages that read them")
-    export: tuple[Timed, ...] = Field(default=(), description="at most, by stage; none for a host that is not known")
+    export: tuple[Timed, ...] = Field(
+        default=(), description="by stage, where all rows are read; none for a host that is not known"
+    )
+    rehearsal_seconds: float = Field(default=0.0, description="before the first step; 0 for a host that is not known")
 
     def limit_bytes(self, phase: Phase) -> int | None:
         """What a stage's memory must fit in, where that is known."""
@@ -131,6 +134,7 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         target_name=device.name if device else "",
         cannot_build=cannot_build(target, as_merged(spec, training)),
         export=export_seconds(profile, spec, training, target, job.target, question.answered(training)),
+        rehearsal_seconds=rehearsal_seconds(profile, spec, question.answered(training)),
     )
     said = [device.assumed] if device is not None and device.assumed else []
     said += [why] if why and not stages.cannot_build else []

@@ -38,6 +38,8 @@ from edgeft.reporting.words import (
     memory_line,
     method_text,
     percent,
+    rehearsal_line,
+    rehearsal_text,
     remarks,
     savings_head,
     step_time,
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from edgeft.merging.result import Merged
     from edgeft.merging.survival import Survival
     from edgeft.models.discover import Discovery
-    from edgeft.training.result import Rehearsal, SampleAnswer, TrainResult, Trial
+    from edgeft.training.result import SampleAnswer, TrainResult, Trial
 
 LEADS: dict[TaskScore, str] = {
     "exact_match": "exact match leads", "f1": "loss leads, with F1 of words", "loss": "loss leads",
@@ -105,6 +107,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("schedule", f"{training.steps} steps, learning rate {training.learning_rate:g}, {training.optimizer}"),
         ("time", step_time(plan)),
         ("scoring", scoring_text(plan)),
+        *([("rehearsal", rehearsal_text(plan.stages))] if plan.stages.rehearsal_seconds else []),
         *([("export", export_text(plan.stages))] if plan.stages.export else []),
         ("budget", _budget(plan)),
         ("bundle", _bundle(plan.stages)),
@@ -312,15 +315,6 @@ def continued(result: TrainResult) -> str:
     """At which steps a run went on that had been stopped."""
     steps = ", ".join(f"{step + 1:,}" for step in result.resumed_at)
     return f"was stopped, and continued at step {steps} of {result.plan.training.steps:,}"
-
-
-def rehearsal_line(rehearsal: Rehearsal) -> str:
-    """What came of a rehearsal, or why there was none."""
-    if rehearsal.skipped:
-        return f"not rehearsed{f' for {rehearsal.target}' if rehearsal.target else ''}: {rehearsal.skipped}"
-    way = f"{rehearsal.layers} layers went from merge to {rehearsal.target} and answered"
-    earlier = f"before an earlier run ({rehearsal.earlier})"
-    return f"rehearsed: {way}, {earlier if rehearsal.earlier else f'in {show_seconds(rehearsal.seconds)}'}"
 
 
 def predicted_expected(result: TrainResult) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from edgeft.memory.export_time import described, total_seconds
+from edgeft.memory.export_time import described, plans_repair, total_seconds
 from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.planning.plan import Plan
 from edgeft.planning.stage_checks import Stages
@@ -16,7 +16,7 @@ from edgeft.settings.tuners import TUNERS
 from edgeft.units import GIB, show_bytes, show_seconds
 
 if TYPE_CHECKING:
-    from edgeft.training.result import TrainResult
+    from edgeft.training.result import Rehearsal, TrainResult
 
 SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
 SHORTENED = "\u25be"  # of a device: memory cuts the context
@@ -250,4 +250,23 @@ def export_text(stages: Stages) -> str:
     """What building and proving a bundle takes, in one line."""
     proof = total_seconds([each for each in stages.export if each.stage.startswith("parity")])
     every = show_seconds(total_seconds(stages.export))
-    return f"at most about {every}, its proof {show_seconds(proof)} of them: {described(stages.export)} (estimate)"
+    more = f"; more where {stages.target.name} fails and another is tried" if plans_repair(stages.export) else ""
+    parts = f"its proof {show_seconds(proof)}: {described(stages.export)}"
+    return f"about {every} where all rows are read, {parts} (estimate{more})"
+
+
+def rehearsal_text(stages: Stages) -> str:
+    """What letting a few layers go the whole way takes, in one line."""
+    way = f"about {show_seconds(stages.rehearsal_seconds)} (estimate) before the first step"
+    return f"{way}, for two layers on the whole way to the bundle; kept for later runs of the same base and data"
+
+
+def rehearsal_line(rehearsal: Rehearsal) -> str:
+    """What came of a rehearsal, or why there was none."""
+    if rehearsal.skipped:
+        return f"not rehearsed{f' for {rehearsal.target}' if rehearsal.target else ''}: {rehearsal.skipped}"
+    way = f"{rehearsal.layers} layers went from merge to {rehearsal.target} and answered"
+    when = (
+        f"before an earlier run ({rehearsal.earlier})" if rehearsal.earlier else f"in {show_seconds(rehearsal.seconds)}"
+    )
+    return f"rehearsed: {way}, {when}{', kept from before the run was stopped' if rehearsal.kept else ''}"

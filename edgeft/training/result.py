@@ -34,6 +34,7 @@ class Rehearsal(Artifact):
     measured_peak_bytes: int = Field(default=0, description="of the process alone")
     seconds: float = 0.0
     earlier: str = Field(default="", description="the file of an earlier run whose rehearsal this is")
+    kept: bool = Field(default=False, description="from before the run was stopped: it goes on")
     failure: Failure | None = Field(default=None, description="only on the way from process to process")
 
 

@@ -22,7 +22,7 @@ from edgeft.machines.limits import Limit
 from edgeft.models.checkpoint import Checkpoint, load_plain
 from edgeft.models.spec import read_model_spec
 from edgeft.planning.plan import Plan, make_plan
-from edgeft.reporting.terminal import rehearsal_line
+from edgeft.reporting.words import rehearsal_line
 from edgeft.settings.job import make_job
 from edgeft.targets.runtimes import RUNTIMES
 from edgeft.targets.target import Target, load_target
@@ -128,7 +128,9 @@ def test_a_record_stays_beside_the_run_and_is_not_made_twice(four_layers: Path, 
     plan, work = plan_of(four_layers, tmp_path), tmp_path / ".train.work"
     made = rehearse(plan, INT4, work, "digest")
     assert made.layers == 2 and made.seconds > 0 and made.predicted_peak_bytes > made.measured_peak_bytes > 0
-    assert Rehearsal.read(work / FILE) == made == rehearse(plan, INT4, work, "digest")
+    again = rehearse(plan, INT4, work, "digest")
+    assert Rehearsal.read(work / FILE) == made == again.model_copy(update={"kept": False}) and again.kept
+    assert rehearsal_line(again) == f"{rehearsal_line(made)}, kept from before the run was stopped"
     assert [path.name for path in work.iterdir()] == [FILE]  # nothing of the excerpt is left
     (work / "plan.sha256").write_text("digest")
     (work / "step-1").mkdir()

@@ -459,7 +459,7 @@ def test_a_plan_says_that_its_machine_was_busy() -> None:
     profile = load_profile("cpu").model_copy(update={"probe": BUSY})
     assert machine_notes(profile) == [
         "this CPU was measured while other work ran beside it (40% of its cores were left): "
-        "a quiet one takes fewer seconds; it is measured again by a later plan"
+        "seconds are as if that stayed so: fewer where it is quiet, more where busier; a later plan measures again"
     ]
     assert machine_notes(load_profile("t4")) == machine_notes(profile.model_copy(update={"probe": PROBE})) == []
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CONFIGS, plan_of
+from tiny import CONFIGS, plan_of, write_plan
 
+from edgeft.api.results import Plan as Shown
 from edgeft.cli.screen import time_left
 from edgeft.data.scoring_groups import Size
 from edgeft.machines.profile import Profile, load_profile
-from edgeft.memory.export_time import SHORT_SECONDS, Timed, export_seconds, reads_all, total_seconds
+from edgeft.memory.export_time import (
+    REHEARSAL_SECONDS,
+    REHEARSAL_SECONDS_PER_PARAMETER,
+    SHORT_SECONDS,
+    START_SECONDS,
+    Timed,
+    export_seconds,
+    reads_all,
+    rehearsal_seconds,
+    total_seconds,
+)
 from edgeft.models.spec import ModelSpec, read_model_spec
+from edgeft.planning.plan import Plan
 from edgeft.progress import FACTOR, with_time_left
 from edgeft.reporting.words import export_text
 from edgeft.settings.job import Training
@@ -46,7 +59,9 @@ def test_each_pass_is_counted_once(cpu: Profile, spec: ModelSpec) -> None:
     assert list(named) == ["build", "parity: trained", "parity: merged", "parity: artifact"]
     climbed = seconds(export_seconds(cpu, spec, training(spec), target, "auto", [VALID]))
     assert {*climbed} - {*named} == {"repair: merged", "repair: ort-int8"}
-    assert climbed["parity: merged"] == 0.0 and climbed["repair: merged"] < named["parity: merged"]  # none again
+    assert (
+        climbed["parity: merged"] == 0.0 and climbed["repair: merged"] < START_SECONDS + named["parity: merged"]
+    )  # none again
     more = seconds(export_seconds(cpu, spec, training(spec), target, "ort-int8", [VALID, TEST]))
     assert more["parity: trained"] == named["parity: trained"]  # which no test row is read for
     assert more["parity: artifact"] > 5 * named["parity: artifact"]
@@ -117,9 +132,32 @@ def test_nothing_planned_is_nothing_said() -> None:
     assert with_time_left(progress, {}) is progress
 
 
-def test_a_plan_says_it_in_one_line(cpu: Profile, spec: ModelSpec) -> None:
+@pytest.mark.parametrize(
+    ("asked", "more"), [("ort-int8", ""), ("auto", "; more where ort-int8 fails and another is tried")]
+)
+def test_a_plan_says_it_in_one_line(cpu: Profile, spec: ModelSpec, asked: str, more: str) -> None:
     class Stages:
-        export = export_seconds(cpu, spec, training(spec), load_target("ort-int8"), "ort-int8", [VALID])
+        target = load_target("ort-int8")
+        export = export_seconds(cpu, spec, training(spec), target, asked, [VALID])
 
     line = export_text(Stages())  # type: ignore[arg-type]
-    assert re.match(r"at most about .*, its proof .* of them: checking the merged model \d+ s, .* \(estimate\)$", line)
+    assert "at most" not in line and line.endswith(f"(estimate{more})")
+    assert re.match(r"about .* where all rows are read, its proof .*: .* \d+ s, .*\)$", line)
+
+
+def test_a_rehearsal_is_planned_by_the_layers_that_go_through_it(cpu: Profile, spec: ModelSpec) -> None:
+    def planned(model: str, profile: Profile = cpu) -> float:
+        return rehearsal_seconds(profile, read_model_spec(str(CONFIGS / model)), [VALID])
+
+    deep, wide = planned("smollm2-135m"), planned("smollm2-1.7b")
+    rest = spec.total_parameters - sum(spec.layer_parameters) + 2 * spec.layer_parameters[0]
+    assert deep == pytest.approx(REHEARSAL_SECONDS + REHEARSAL_SECONDS_PER_PARAMETER * rest, abs=0.1)
+    assert deep < wide < 200  # 0.3B of its 1.7B parameters
+    assert planned("smollm2-135m", load_profile("t4")) == rehearsal_seconds(cpu, spec, []) == 0.0
+
+
+def test_a_plan_says_what_its_rehearsal_takes(checkpoint_folder: Path, tmp_path: Path) -> None:
+    plan = Plan.read(write_plan(tmp_path, checkpoint_folder))
+    for seconds, told in ((20.5, True), (0.0, False)):
+        made = plan.model_copy(update={"stages": plan.stages.model_copy(update={"rehearsal_seconds": seconds})})
+        assert ("20.5 s (estimate) before the first step" in str(Shown.at(None, made))) is told
