@@ -13,7 +13,7 @@ from edgeft.errors import DoesNotFit
 from edgeft.planning.alternatives import NOTHING_GIVEN_UP
 from edgeft.planning.stage_checks import build_notes
 from edgeft.reporting.matrix import DeviceCell, method
-from edgeft.reporting.words import percent, show_rate
+from edgeft.reporting.words import percent, show_rate, takes_days
 from edgeft.units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -73,12 +73,17 @@ def plan_card(plan: Plan, devices: Sequence[DeviceCell] = ()) -> Card:
     title += ", tightly on the device" if not stages and plan.stages.tight_on_device() else ""
     if plan.stages.cannot_build:
         title = "Fits, export not possible"
+    long = takes_days(plan)
+    title += ", takes days" if long else ""
     name = name_of(plan.job.model, plan.spec.total_parameters)
     host = show_bytes(plan.stages.host_bytes or 0)
     hints = [f"{stage} needs up to {show_bytes(need)} of main memory, and {plan.profile.name} has {host}: "
              "run it on another machine" for stage, need in _highest(elsewhere).items()]  # fmt: skip
     hints += [note for note in plan.stages.notes() if note.startswith("the bundle may need")]
     hints += build_notes(plan.spec, plan.stages.target, plan.stages.cannot_build)
+    hints += (
+        [f"{long}: a faster machine, a smaller model, fewer rows or epochs; --max-seconds refuses it"] if long else []
+    )
     return Card(
         state="elsewhere" if hints else "fits",
         title=title.upper(),

@@ -52,6 +52,7 @@ class TrainingCell(Strict):
     uses_bytes: int | None = Field(default=None, description="of the plan, the fastest way of that quality")
     budget_bytes: int
     seconds_per_million_tokens: float | None = Field(default=None, description="padded tokens; an estimate")
+    seconds: float | None = Field(default=None, description="of training on the rows that are assumed; an estimate")
     gave_up: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = Field(
         default=(), description="later stages that need more memory than the machine's host has"
@@ -326,6 +327,7 @@ def training_cell(spec: ModelSpec, profile: Profile, settings: dict[str, str]) -
         uses_bytes=plan.peak_bytes,
         budget_bytes=plan.budget_bytes,
         seconds_per_million_tokens=plan.seconds_per_step * 1e6 / (training.batch_size * training.max_length),
+        seconds=plan.seconds,
         gave_up=plan.gave_up,
         elsewhere=tuple(dict.fromkeys(name.partition(":")[0] for name in plan.stages.too_large())),
     )

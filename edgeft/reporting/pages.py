@@ -20,6 +20,7 @@ from edgeft.reporting.palette import FAMILIES
 from edgeft.reporting.summary import Summary
 from edgeft.reporting.words import (
     BEHIND,
+    DAYS,
     DEVICE_MARKS,
     ELSEWHERE,
     MARKS,
@@ -136,7 +137,7 @@ def _matrix_values(matrix: Matrix) -> dict[str, Any]:
         "kinds": KINDS,
         "marks": [
             *((KINDS[grade], SYMBOLS[grade], said) for grade, said in MARKS.items()),
-            ("", ELSEWHERE, BEHIND[ELSEWHERE]),
+            *(("", mark, BEHIND[mark]) for mark in (ELSEWHERE, DAYS)),
         ],
         "device_marks": [
             *(

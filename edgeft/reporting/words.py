@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 SYMBOLS: dict[Grade, str] = {"full": "\u25cf", "4-bit": "\u25d0", "reduced": "\u25d4", "none": "\u25cb"}
 SHORTENED = "\u25be"  # of a device: memory cuts the context
-ELSEWHERE, MAY_EXCEED = "\u2020", "\u2021"  # behind a cell: a later stage wants another machine; the high estimate
+# behind a cell: a later stage wants another machine; the high estimate; training takes days
+ELSEWHERE, MAY_EXCEED, DAYS = "\u2020", "\u2021", "\u00a7"
+LONG_SECONDS = 24 * 3600.0  # of training, beyond which a verdict says that it takes days
 MARKS: dict[Grade, str] = {
     "full": "16 or 32 bit, all layers",
     "4-bit": "over a 4-bit base, all layers: about half a point of quality lower",
@@ -34,6 +36,7 @@ DEVICE_MARKS = {
 BEHIND = {
     ELSEWHERE: "a later stage needs another machine",
     MAY_EXCEED: "may need more than the device has: its high estimate is above the limit",
+    DAYS: "training on the rows that are assumed takes more than a day",
 }  # fmt: skip
 PAGES_MARK = "*"
 STILL_FALLING, NEARLY_ALL = 0.2, 0.95  # shares: of the loss, and of answers beyond which more steps bring little
@@ -52,7 +55,7 @@ def symbol(cell: TrainingCell | DeviceCell) -> str:
 def behind(cell: TrainingCell | DeviceCell) -> str:
     """The mark behind a cell that fits but not in all; nothing for any other."""
     if isinstance(cell, TrainingCell):
-        return ELSEWHERE if cell.elsewhere else ""
+        return (ELSEWHERE if cell.elsewhere else "") + (DAYS if (cell.seconds or 0) > LONG_SECONDS else "")
     return MAY_EXCEED if cell.tight else ""
 
 
@@ -70,7 +73,8 @@ def cell_text(cell: TrainingCell | DeviceCell) -> str:
     memory = "" if cell.need_bytes is None else of_gib(cell.need_bytes, cell.budget_bytes)
     if isinstance(cell, TrainingCell):
         if cell.fits:
-            rest = f"; {' and '.join(cell.elsewhere)} elsewhere" if cell.elsewhere else ""
+            rest = f"; {show_days(cell.seconds)} of training" if (cell.seconds or 0) > LONG_SECONDS else ""
+            rest += f"; {' and '.join(cell.elsewhere)} elsewhere" if cell.elsewhere else ""
             uses = f"uses {show_bytes(cell.uses_bytes or 0)}, {show_pace(cell.seconds_per_million_tokens)}"
             return f"{cell.method}, {memory}; {uses}{rest}"
         shorter = f"; samples of {cell.fits_at_tokens:,} tokens fit" if cell.fits_at_tokens else ""
@@ -112,6 +116,11 @@ def show_pace(seconds: float | None) -> str:
     return f"{seconds:.0f} s/Mtok"
 
 
+def show_days(seconds: float | None) -> str:
+    """`4.8 days`: what takes more than one."""
+    return f"{(seconds or 0) / 86400:,.1f} days"
+
+
 def grouped(text: str) -> str:
     """Long numbers in a formula with their thousands apart: `8,030,261,248 in nf4`."""
     return re.sub(r"(?<![\d.])\d{5,}(?![\d.])", lambda match: f"{int(match[0]):,}", text)
@@ -131,6 +140,17 @@ def amount(value: float, unit: str) -> str:
 
 def verdict(plan: Plan) -> str:
     """Whether a plan fits its machine, all stages of it, in a few words; where nothing fits there is no plan."""
+    return "; ".join(filter(None, [_fits(plan), takes_days(plan)]))
+
+
+def takes_days(plan: Plan) -> str:
+    """`training takes 4.8 days`, where it is more than one; else nothing."""
+    if plan.seconds <= LONG_SECONDS:
+        return ""
+    return f"training takes {show_days(plan.seconds)}{'' if plan.lengths else ' for the rows that are assumed'}"
+
+
+def _fits(plan: Plan) -> str:
     elsewhere = plan.stages.too_large()
     if plan.stages.cannot_build:
         return f"fits, but {plan.stages.target.name} cannot be built: {plan.stages.cannot_build}"

@@ -6,12 +6,15 @@ import json
 
 import pytest
 from reports import devices, finished_run, metrics, plan_of, plan_summary, proof, run_summary, train_of
+from tiny import CONFIGS
 
 from edgeft.errors import DoesNotFit
 from edgeft.reporting.card import headline, plan_card, refusal_card, run_card
 from edgeft.reporting.markdown import to_markdown
+from edgeft.reporting.matrix import find_profiles, make_matrix
 from edgeft.reporting.read_run import Run
 from edgeft.reporting.summary import Summary, summarise
+from edgeft.reporting.words import DAYS, LONG_SECONDS, behind, cell_text, verdict
 from edgeft.units import GIB
 
 
@@ -119,3 +122,17 @@ def test_the_card_is_in_the_json_and_comes_back() -> None:
     assert json.loads(report.model_dump_json())["card"]["title"] == report.card.title
     assert Summary.model_validate_json(report.model_dump_json()).card == report.card
     assert plan_card(plan_of()).facts[-1].name == "bundle"
+
+
+@pytest.mark.parametrize(("model", "long"), [("llama-3.1-70b", True), ("qwen2.5-1.5b", False)])
+def test_what_takes_days_is_no_plain_fit(model: str, long: bool) -> None:
+    """In the verdict, on the card, in the matrix and its Markdown: who decides on hardware reads one of them."""
+    plan = plan_of(model, "t4")
+    [cell] = make_matrix([(model, str(CONFIGS / model))], find_profiles("t4")).models[0].training
+    assert (plan.seconds > LONG_SECONDS) is long and cell.seconds == plan.seconds
+    card, days = plan_card(plan), f"{plan.seconds / 86400:.1f} days"
+    assert (f"training takes {days} for the rows that are assumed" in verdict(plan)) is long
+    assert (card.title.endswith(", TAKES DAYS") and any(days in hint for hint in card.hints)) is long
+    assert (DAYS in behind(cell)) is long and (f"{days} of training" in cell_text(cell)) is long
+    said = plan.model_copy(update={"seconds": LONG_SECONDS})  # a day is none
+    assert "days" not in verdict(said) and "days" in verdict(said.model_copy(update={"seconds": LONG_SECONDS + 1}))

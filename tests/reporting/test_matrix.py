@@ -102,9 +102,9 @@ def test_page_and_plan_give_one_answer(machine: str, elsewhere: bool, target: st
     plan = make_plan(make_job(model=str(CONFIGS / "llama-3.1-8b"), profile=machine, **pinned))
     [cell] = row.training
     assert f"fits, but {' and '.join(cell.elsewhere)} elsewhere" in verdict(plan) if cell.elsewhere else (
-        verdict(plan) == "fits"
+        verdict(plan).partition(";")[0] == "fits"
     )  # fmt: skip
-    assert (behind(cell) == ELSEWHERE) == bool(cell.elsewhere)
+    assert (ELSEWHERE in behind(cell)) == bool(cell.elsewhere)
     [on_device] = row.devices
     assert on_device.target in ("", plan.stages.target.name)
     if target is None:
