@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
+from edgeft.data.beginning import Common
 from edgeft.data.conversation import COLUMNS, PromptFormat, Row
 from edgeft.data.labels import AskedAnswers
 from edgeft.data.rows import each_row, read_rows
@@ -106,10 +107,12 @@ def _measured_once(source: str, folder: str, max_length: int | None, *stamps: tu
 
 def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> Measured:
     remarks: Counter[str] = Counter()
-    asked = AskedAnswers()
+    asked, common = AskedAnswers(), Common()
     sizes, cut, answers, highest = list[Size](), 0, 0, 0
     for sample, row in each_sample(each_row(source, tokenizer), tokenizer, max_length, remarks):
         sizes.append(sample.size)
+        if sample.trained_tokens:
+            common.see(sample)
         highest = max(highest, max(sample.packed_ids))
         cut += sample.cut_tokens > 0
         answers += len(row.trained) if row.has_prompt else 0
@@ -132,7 +135,7 @@ def _measured(source: str, tokenizer: TextTokenizer, max_length: int | None) -> 
         highest_id=highest,
         quantiles={str(share): sorted(lengths)[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
     )
-    return Measured(found, tuple(sizes), asked)
+    return Measured(found, tuple(size._replace(begun=common.tokens) for size in sizes), asked)
 
 
 class Token(Strict):

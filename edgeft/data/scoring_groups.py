@@ -10,11 +10,15 @@ from pydantic.dataclasses import dataclass
 
 
 class Size(NamedTuple):
-    """Tokens of one row: the whole of it, before its answer (0: nothing is asked), and those that train."""
+    """Tokens of one row: the whole of it, before its answer (0: nothing is asked), and those that train.
+
+    `begun` are those that all rows of its file begin with.
+    """
 
     tokens: int
     prompt: int
     trained: int
+    begun: int = 0
 
     @property
     def new(self) -> int:
@@ -24,7 +28,8 @@ class Size(NamedTuple):
     def cut(self, most: int) -> Size:
         """What is left of it in `most` tokens: the start of the prompt goes first."""
         excess = max(0, self.tokens - most)
-        return Size(self.tokens - excess, max(min(1, self.prompt), self.prompt - excess), min(self.trained, most))
+        prompt, begun = max(min(1, self.prompt), self.prompt - excess), 0 if excess else self.begun
+        return Size(self.tokens - excess, prompt, min(self.trained, most), begun)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Scoring:
     answers: Answers | None
     tokens: int  # padded tokens of all groups
     trained_tokens: int
+    saved_tokens: int = 0  # of those: what all rows of a file begin with, read once where layers stay in memory
     written: Answers | None = None  # the answers that are written out in any case
 
 
@@ -109,7 +115,19 @@ def scoring(files: Sequence[Sequence[Size]], tokens: int) -> Scoring:
         answers=answers(asked, tokens) if asked else None,
         tokens=sum(shape.rows * shape.tokens for shape in shapes),
         trained_tokens=sum(shape.trained for shape in shapes),
+        saved_tokens=sum(_saved(sizes) for sizes in files if sizes),
     )
+
+
+def worth_sharing(tokens: int, rows: Sequence[int]) -> int:
+    """So many tokens that rows of these lengths begin with; 0 where reading them once would save too little."""
+    return tokens if tokens >= LEAST_SHARED and tokens * (len(rows) - 1) >= WORTH * max(rows) else 0
+
+
+def _saved(sizes: Sequence[Size]) -> int:
+    """Tokens that are not read because all rows begin alike."""
+    begun = worth_sharing(min(size.begun for size in sizes), [size.tokens for size in sizes])
+    return begun * (len(sizes) - 1)
 
 
 def sampled(rows: int, most: int) -> list[int]:
@@ -162,6 +180,8 @@ def searched(plain: Scoring, files: Sequence[Sequence[Size]], longest: int, node
     )  # fmt: skip
 
 
+LEAST_SHARED = 8  # tokens of a beginning that is read once
+WORTH = 4  # times the longest row that must be saved: to look whether it is understood, that row is read twice
 MAX_ANSWER_TOKENS = 256  # of an answer that are compared
 EVAL_TOKENS = 1024  # padded tokens scored at once where no plan says otherwise
 # How often a prompt is read again where answers are labels, and how much of their tree is read behind it: the mean

@@ -62,7 +62,8 @@ def export_seconds(
 
     def read(rows: Sequence[Size], way: Training = plain) -> float:
         found = scoring([rows], EVAL_TOKENS)
-        return load + forward_seconds(profile, spec, way, spec.num_hidden_layers, found.tokens, found.trained_tokens)
+        tokens = found.tokens - found.saved_tokens
+        return load + forward_seconds(profile, spec, way, spec.num_hidden_layers, tokens, found.trained_tokens)
 
     made = list[Timed]()
 

@@ -122,9 +122,14 @@ def shares(profile: Profile) -> tuple[float, float]:
 
 
 def scoring_seconds(profile: Profile, spec: ModelSpec, training: Training, scored: Scoring) -> float:
-    """Seconds of scoring the base before training and the tuned model after it, without answers that stay open."""
+    """Seconds of scoring the base before training and the tuned model after it, without answers that stay open.
+
+    What all rows begin with is read once (models/beginning.py), where layers stay in memory and nothing lies before.
+    """
     layers = spec.num_hidden_layers - training.cached_layers
-    forward = forward_seconds(profile, spec, training, layers, scored.tokens, scored.trained_tokens)
+    once = not (training.stream_layers or training.shard_base or training.prefix_tokens)
+    tokens = scored.tokens - scored.saved_tokens * once
+    forward = forward_seconds(profile, spec, training, layers, tokens, scored.trained_tokens)
     if training.stream_layers:
         groups = -(-scored.tokens // training.group_tokens)
         rate = read_rate(profile, training, files_bytes(spec, training))

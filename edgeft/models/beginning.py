@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from edgeft.data.batches import Batch, make_batch
-from edgeft.data.samples import IGNORED, Sample
+from edgeft.data.beginning import shared_tokens
+from edgeft.data.samples import Sample
 from edgeft.models.kv_prefix import before
 from edgeft.models.parts import Parts
 
-LEAST_TOKENS, MOST_TOKENS = 8, 256  # of a beginning; a cache of more would take what no plan counts
-WORTH = 4  # times the longest row that must be saved: to look whether it is understood, that row is read twice
 # Of the largest state before the head: what a row's may differ by, behind a cache, from those of the row read whole.
 ALIKE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # What a model has whose layers come anew for each pass (streamed, copied, gathered): three more would save nothing.
@@ -52,22 +51,6 @@ class Beginning(NamedTuple):
 
 
 NONE = Beginning()
-
-
-def shared_tokens(samples: Sequence[Sample]) -> int:
-    """Tokens that all rows begin with, before anything that a trained token is predicted from."""
-    first, most = samples[0].packed_ids, min(MOST_TOKENS, *map(_before_trained, samples))
-    for each in samples:
-        ids = each.packed_ids
-        most = next((place for place in range(most) if ids[place] != first[place]), most)
-    worth = most * (len(samples) - 1) >= WORTH * max(map(len, samples))
-    return most if most >= LEAST_TOKENS and worth else 0
-
-
-def _before_trained(sample: Sample) -> int:
-    """Tokens before the one that the first trained one is predicted from."""
-    labels = sample.packed_labels
-    return next((place - 1 for place in range(1, len(labels)) if labels[place] != IGNORED), 0)
 
 
 @torch.no_grad()

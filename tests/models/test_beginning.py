@@ -10,11 +10,14 @@ import pytest
 import torch
 from tiny import plan_of, save_model
 
+from edgeft.data.beginning import MOST_TOKENS, shared_tokens
+from edgeft.data.dataset import TextTokenizer, measure, read_samples
 from edgeft.data.samples import IGNORED, Sample
+from edgeft.data.scoring_groups import scoring
 from edgeft.engine import streaming
 from edgeft.exporting.row_logits import row_logits
 from edgeft.models import beginning, streamed
-from edgeft.models.beginning import MOST_TOKENS, NONE, read_beginning, shared_tokens
+from edgeft.models.beginning import NONE, read_beginning
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import by_length, score_group
 from edgeft.models.parts import find_parts
@@ -112,6 +115,23 @@ def test_a_proof_reads_the_same_logits_behind_it(tmp_path: Path, monkeypatch: py
         assert torch.equal(targets, behind[row][1])
         assert torch.allclose(logits, behind[row][0], atol=1e-5)
     assert tokens < 0.75 * sum(read)  # 20 of some 33 a row, less what looking at it takes
+    planned = scoring([[row.size._replace(begun=shared_tokens(rows)) for row in rows]], 256)
+    looking = 2 * max(map(len, rows)) - 20  # the longest row whole, and behind it once more
+    assert planned.tokens == sum(read) and planned.tokens - planned.saved_tokens + looking == tokens
+
+
+def test_a_plan_counts_what_rows_begin_with_once(checkpoint_folder: Path, tmp_path: Path, write_rows: Any) -> None:
+    """Unless a row is cut, whose beginning goes first, or nothing is saved by it."""
+    rows = [{"prompt": "The same words stand before each question here. " * 2 + word * 3, "completion": word}
+            for word in ("one ", "two ", "three ", "four ") * 8]  # fmt: skip
+    tokenizer = TextTokenizer(checkpoint_folder)
+    found = measure(str(write_rows("rows.jsonl", rows)), tokenizer)
+    [begun] = {size.begun for size in found.sizes}
+    samples = read_samples(str(tmp_path / "rows.jsonl"), tokenizer, None)
+    assert begun == shared_tokens(samples) > 8
+    assert scoring([found.sizes], 256).saved_tokens == begun * 31
+    cut = [size.cut(max(each.tokens for each in found.sizes) - 1) for size in found.sizes]
+    assert scoring([cut], 256).saved_tokens == 0 and scoring([found.sizes[:3]], 256).saved_tokens == 0
 
 
 def test_what_rows_share_ends_before_what_an_answer_is_predicted_from() -> None:
