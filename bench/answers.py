@@ -330,12 +330,14 @@ def main() -> None:
     path = ROOT / "bench" / "results" / "answers.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
     if given.time:
-        found = {"speed": speeds(tasks, targets, base, work)}
+        found = {"speed": result.get("speed", {}) | speeds(tasks, targets, base, work)}
         print(json.dumps(found, indent=1))
     else:
         made = {task.name: bench_task(task, targets, work) for task in tasks}
         guesses = {target: bench_guesses(base, target, work, min(COPIED_ROWS, given.rows)) for target in targets}
-        found = {"tasks": result.get("tasks", {}) | made, "guesses": guesses}
+        before = result.get("tasks", {})  # of other targets too
+        made = before | {name: before.get(name, {}) | each for name, each in made.items()}
+        found = {"tasks": made, "guesses": result.get("guesses", {}) | guesses}
         print(json.dumps(guesses, indent=1))
     if not given.print:
         record("answers", {name: each for name, each in result.items() if name != "environment"} | found)
