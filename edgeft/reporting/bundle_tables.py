@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from edgeft.models.metrics import Pair, Promotion, Proof, Repair
 from edgeft.reporting.answers import pair_cells, pair_head, score_cells, score_head
 from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, bin_rows, calibration_of, certain_rows
 from edgeft.reporting.learnt import nothing_learnt
-from edgeft.reporting.terminal import new_table, predicted_expected, samples_table
+from edgeft.reporting.tables import ScreenTable
+from edgeft.reporting.terminal import predicted_expected, samples_table
 from edgeft.reporting.words import attempt_cells, percent, rung_cells
 from edgeft.units import show_bytes
 
@@ -30,7 +30,7 @@ def ladder_text(proof: Proof) -> RenderableType:
     gain = f", {proof.gain_nats:.4f} nats gained over the base" if proof.gain_nats is not None else ""
     title = f"parity, by validation rows{gain}"
     columns = ("rung", "against", "compared", "top-1", "or a tie", "mean KL", "loss", "before", "")
-    table = new_table(*columns, title=title)
+    table = ScreenTable(*columns, title=title, prose=["compared"], below={"against": "against", "compared": "by"})
     for rung in proof.rungs:
         table.add_row(rung.name, rung.against, rung.compared, *rung_cells(rung), "failed" if rung.problems else "ok")
     return table
@@ -44,7 +44,7 @@ def pairs_text(proof: Proof) -> RenderableType:
 def pairs_table(pairs: Sequence[Pair], title: str) -> RenderableType:
     """Differences on the same rows, a line a pair."""
     head = pair_head(pairs)
-    table = new_table("from", "to", *head, title=title)
+    table = ScreenTable("from", "to", *head, title=title)
     for each in pairs:
         table.add_row(each.before, each.after, *pair_cells(each, head))
     return table
@@ -57,7 +57,7 @@ def evaluation_text(made: Evaluation) -> RenderableType:
         rows = next(iter(made.scores.values())).rows
         cut = f", {made.cut_rows} of them cut" if made.cut_rows else ""
         head = score_head(made.scores.values())
-        table = new_table("model", *head, title=f"{rows} rows of {made.data}{cut}")
+        table = ScreenTable("model", *head, title=f"{rows} rows of {made.data}{cut}")
         for name, metrics in made.scores.items():
             table.add_row(name, *score_cells(metrics, head))
         parts.append(table)
@@ -65,7 +65,7 @@ def evaluation_text(made: Evaluation) -> RenderableType:
         parts.append(pairs_table(made.pairs, "the same rows before and after, 95% intervals"))
     if made.tasks:
         names = list(made.tasks)
-        table = new_table("task", "metric", *names, title="lm-eval, each with its standard error")
+        table = ScreenTable("task", "metric", *names, title="lm-eval, each with its standard error")
         for line in zip(*made.tasks.values(), strict=True):
             numbers = [f"{each.value:.4f}" + (f" ± {each.stderr:.4f}" if each.stderr else "") for each in line]
             table.add_row(line[0].task, line[0].metric, *numbers)
@@ -78,7 +78,7 @@ def answers_text(answers: Answers | HeldToGrammar) -> RenderableType:
     tables = []
     if (calibration := calibration_of(answers)) is not None:
         for head, cells in ((CERTAIN_HEAD, certain_rows), (BIN_HEAD, bin_rows)):
-            table = new_table(*head, title=calibration.compared if head is CERTAIN_HEAD else "")
+            table = ScreenTable(*head, title=calibration.compared if head is CERTAIN_HEAD else "")
             for row in cells(calibration):
                 table.add_row(*row)
             tables.append(table)
@@ -92,7 +92,7 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
         parts.append(ladder_text(bundle.proof))
         rows = next(iter(bundle.proof.scores.values())).rows
         head = score_head(bundle.proof.scores.values())
-        table = new_table("model", *head, title=f"{rows} {bundle.proof.scored_on} rows")
+        table = ScreenTable("model", *head, title=f"{rows} {bundle.proof.scored_on} rows")
         for name, metrics in bundle.proof.scores.items():
             table.add_row(metrics.named(name), *score_cells(metrics, head))
         parts.append(table)
@@ -100,7 +100,7 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
     if merged is not None and here is not None and here.answers:
         parts.append(samples_table(merged.train.samples, here.answers))
     parts += [answers_text(bundle.answers)] if bundle.answers is not None else []
-    table = new_table("", "predicted", "measured")
+    table = ScreenTable("", "predicted", "measured")
     if merged is not None:
         trained = predicted_expected(merged.train), merged.train.measured_peak_bytes
         table.add_row("training, peak memory", *map(show_bytes, trained))
@@ -115,7 +115,9 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
 def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:
     """All that was considered, what each costs in bytes, and what of it was measured here."""
     title = f"{repair.asked}: against the merged model on {repair.compared}, by PyTorch, 95% intervals"
-    table = new_table("artifact", "bundle", "loss, nats", "exact match, points", "tok/s here", "", title=title)
+    columns = ("artifact", "bundle", "loss, nats", "exact match, points", "tok/s here", "decision")
+    below = {"decision": "", "loss, nats": "loss", "exact match, points": "exact match"}
+    table = ScreenTable(*columns, title=title, prose=["decision"], below=below)
     for each in repair.attempts:
         name, *costs, decided = attempt_cells(each)
         last = each is repair.attempts[-1]
@@ -129,7 +131,7 @@ def promotion_text(promotion: Promotion) -> RenderableType:
     """The tensors that got 8 bits, and why those."""
     before, after = promotion.simulated_before, promotion.simulated
     title = f"8 bits for {len(promotion.promoted)} of {promotion.considered} tensors, by {promotion.calibration}"
-    table = new_table("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
+    table = ScreenTable("tensor", "why", "KL alone in 4 bits", "cosine of its change", "bytes more", title=title)
     for each in promotion.promoted:
         cosine = f"{each.cosine:.3f}" if each.cosine is not None else "-"
         table.add_row(each.module, each.why, f"{each.mean_kl_nats:.1e}", cosine, show_bytes(each.extra_bytes))
@@ -140,7 +142,7 @@ def promotion_text(promotion: Promotion) -> RenderableType:
 def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
     """What an export of adapters ends with: how near the base and each of them are, and the bundle's costs."""
     proofs = [proof for proof in (bundle.proof, *(each.proof for each in bundle.adapters.values())) if proof]
-    scores = new_table("adapter", "rank", "base loss", "fine-tuned", bundle.target.name, "exact match")
+    scores = ScreenTable("adapter", "rank", "base loss", "fine-tuned", bundle.target.name, "exact match")
     for name, adapter in bundle.adapters.items():
         if adapter.proof is not None:
             found = adapter.proof.scores
@@ -148,12 +150,12 @@ def adapters_text(bundle: Bundle, here: Measurement | None) -> RenderableType:
             match = percent(last.exact_match)
             losses = [f"{found[form].loss:.4f}" for form in ("base", "fine-tuned", bundle.target.name)]
             scores.add_row(name, str(adapter.rank), *losses, match)
-    costs = new_table("", "predicted", "measured")
+    costs = ScreenTable("", "predicted", "measured")
     _add_costs(costs, bundle, here)
     return Group(*(ladder_text(proof) for proof in proofs), scores, costs, _size_text(bundle))
 
 
-def _add_costs(table: Table, bundle: Bundle, here: Measurement | None) -> None:
+def _add_costs(table: ScreenTable, bundle: Bundle, here: Measurement | None) -> None:
     if here is not None and here.measured_peak_bytes is not None and here.predicted_peak_bytes is not None:
         table.add_row(
             "export, peak memory", show_bytes(here.predicted_peak_bytes), show_bytes(here.measured_peak_bytes)
@@ -184,7 +186,7 @@ def _size_text(bundle: Bundle) -> Text:
 
 def comparison_text(made: Comparison) -> RenderableType:
     """Every target that fits side by side, why the others are out, and the one to ship."""
-    table = new_table("target", "size", "loss", "exact match", "mean KL", "memory", "decode at most", "decode here")
+    table = ScreenTable("target", "size", "loss", "exact match", "mean KL", "memory", "decode at most", "decode here")
     left_out = []
     for row in made.candidates:
         if row.scores is None:

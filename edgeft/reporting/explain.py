@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from edgeft.planning.alternatives import describe
 from edgeft.planning.other_tuners import Points
 from edgeft.planning.plan import Plan
-from edgeft.reporting.terminal import new_table
+from edgeft.reporting.tables import Line, ScreenTable
 from edgeft.settings.tuners import TUNERS
 from edgeft.units import show_bytes, show_count, show_seconds
 
 
 def explain_text(plan: Plan) -> RenderableType:
     """What else was looked at: one choice changed, the smallest of each quality, other tuners."""
-    changed = new_table("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
+    changed = ScreenTable("instead", "", "peak", "more memory", "more time", "quality given up", "fits",
                      title=f"{plan.looked_at} candidates; the chosen one with one choice changed")  # fmt: skip
     last = ""
     for other in plan.alternatives:
@@ -30,7 +29,8 @@ def explain_text(plan: Plan) -> RenderableType:
             "yes" if other.fits else "no",
         )
         last = other.setting
-    best = new_table("quality given up", "peak", "time a step", "fits", "way", title="the smallest of each quality")
+    best = ScreenTable("quality given up", "peak", "time a step", "fits", "way", title="the smallest of each quality",
+                       prose=["way"])  # fmt: skip
     for row in plan.frontier:
         rank = f" rank {row.rank}" if row.rank else ""
         way = f"{row.tuner}{rank}, {row.base_precision}, {row.layers} {row.trained} layers, {row.optimizer}"
@@ -40,7 +40,7 @@ def explain_text(plan: Plan) -> RenderableType:
             show_bytes(row.high_bytes),
             show_seconds(row.seconds_per_step),
             "chosen" if chosen else "yes" if row.fits else "no",
-            Text(way, justify="left"),
+            way,
         )
     return Group(changed, best, *tuners_text(plan))
 
@@ -50,12 +50,13 @@ def tuners_text(plan: Plan) -> list[RenderableType]:
     if not plan.tuners:
         return []
     own, which = plan.tuners[0], describe(plan.training, "layers")
-    table = new_table("tuner", "peak", "more time", "fits", "ships", "exact match, measured", "to LoRA in all layers",
-                      title=f"other tuners in the same layers ({which}), all else as planned")  # fmt: skip
+    columns = ("tuner", "peak", "more time", "fits", "ships", "exact match, measured", "to LoRA in all layers", "why")
+    title = f"other tuners in the same layers ({which}), all else as planned"
+    table = ScreenTable(*columns, title=title, prose=["why"], below={"why": ""})
     for row in plan.tuners:
         name = TUNERS[row.tuner].title
         if row.refused:
-            table.add_row(name, "-", "-", "no", "-", Text(row.refused, justify="left"), "")
+            table.add_row(name, "-", "-", "no", "-", "-", "-", row.refused)
             continue
         table.add_row(
             name,
@@ -72,7 +73,7 @@ def tuners_text(plan: Plan) -> list[RenderableType]:
         f"this job: {job}; another task or model may order tuners otherwise",
         "points with 95% intervals of test rows and seeds; noise: no difference is shown, and none is counted",
     ]
-    return [table, *(Text(line) for line in lines)]
+    return [table, *(Line(line, "  ") for line in lines)]
 
 
 def _measured(points: Points | None) -> tuple[str, str]:

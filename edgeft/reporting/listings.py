@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from edgeft.machines.profile import Profile
-from edgeft.reporting.terminal import new_table
+from edgeft.reporting.tables import ScreenTable
 from edgeft.settings.job import Job
 
 # what settings are about, by the first of those that belong together: they stand in the order of the model
@@ -23,22 +21,22 @@ GROUPS = {
 
 def profiles_text(profiles: Iterable[Profile]) -> RenderableType:
     """All shipped profiles, one line each."""
-    table = new_table("profile", "for", "device", "memory", "computes in", "GB/s", "description")
-    table.columns[0].no_wrap = True  # it is what is typed
+    columns = ("profile", "for", "device", "memory", "computes in", "GB/s", "description")
+    table = ScreenTable(*columns, prose=["description"], below={"description": ""})
     for profile in profiles:
         memory = f"{profile.memory_gib:g} GiB" if profile.memory_gib else "detected"
         bandwidth = f"{profile.bandwidth_gb_per_second:g}" if profile.bandwidth_gb_per_second else "measured"
         dtypes = " ".join(profile.dtypes) or "measured"
-        described = Text(profile.description, justify="left")
-        table.add_row(profile.name, " ".join(profile.roles), profile.device, memory, dtypes, bandwidth, described)
+        roles = " ".join(profile.roles)
+        table.add_row(profile.name, roles, profile.device, memory, dtypes, bandwidth, profile.description)
     return table
 
 
 def named_text(kind: str, described: Mapping[str, str]) -> RenderableType:
     """Names with what they are, one below the other."""
-    table = _left(kind, "what it is")
+    table = ScreenTable(kind, "what it is", prose=["what it is"])
     for name, text in described.items():
-        table.add_row(name, Text(text))
+        table.add_row(name, text)
     return table
 
 
@@ -47,12 +45,14 @@ def settings_text() -> RenderableType:
     properties, tables = Job.model_json_schema()["properties"], list[RenderableType]()
     for name, field in Job.model_fields.items():
         if name in GROUPS:
-            table = _left("setting", "not set", "meaning", title=GROUPS[name])
+            table = ScreenTable(
+                "setting", "not set", "meaning", title=GROUPS[name], prose=["meaning"], left=["not set"]
+            )
             tables.append(table)
         default = "required" if field.is_required() else "planned" if field.default is None else str(field.default)
         values = values_of(properties[name])
         meaning = (field.description or "") + (f" [{' | '.join(values)}]" if values else "")
-        table.add_row(name, default, Text(meaning))
+        table.add_row(name, default, meaning)
     return Group(*tables)
 
 
@@ -63,12 +63,3 @@ def values_of(schema: Mapping[str, Any]) -> list[str]:
         found += map(str, branch.get("enum", ()))
         found += ["true", "false"] if branch.get("type") == "boolean" else []
     return found
-
-
-def _left(*columns: str, title: str = "") -> Table:
-    table = new_table(*columns, title=title)
-    for column in table.columns:
-        column.justify = "left"
-    for column in table.columns[:-1]:
-        column.no_wrap = True
-    return table

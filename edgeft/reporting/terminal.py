@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +30,7 @@ from edgeft.reporting.answers import (
 )
 from edgeft.reporting.curve import curve_lines
 from edgeft.reporting.learnt import nothing_learnt
+from edgeft.reporting.tables import Line, ScreenTable
 from edgeft.reporting.words import (
     GIVEN_BACK,
     PAGES_MARK,
@@ -60,26 +60,20 @@ LEADS: dict[TaskScore, str] = {
 NOT_TENSORS = ("process", "data", "buffers", "pool", "cuBLAS workspace", "reserved")
 
 
-def new_table(*columns: str, title: str = "") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return table
-
-
 def plan_text(plan: Plan) -> RenderableType:
     """A plan: what runs, the memory of each phase against the budget, what was given up."""
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _facts(plan):
         facts.add_row(Text(name, style="bold"), Text(value))
-    lines = [Text(simulation_line(plan, plan.simulation))] if plan.simulation is not None else []
-    lines += [Text(f"note: {note}") for note in plan.notes]
+    lines: list[RenderableType] = []
+    lines += [Line(simulation_line(plan, plan.simulation), "  ")] if plan.simulation is not None else []
+    lines += [Line(f"note: {note}", "  ") for note in plan.notes]
     if plan.savings:
         saved = (f"  - {s.choice} instead of {s.instead_of}: {show_bytes(s.bytes)} less" for s in plan.savings)
-        lines += [Text(savings_head(plan), style="bold"), *map(Text, saved)]
+        lines += [Text(savings_head(plan), style="bold"), *(Line(each, "    ") for each in saved)]
     if plan.gave_up:
         lines.append(Text("given up to fit the budget:", style="bold"))
-        lines += [Text(f"  - {line}") for line in plan.gave_up]
+        lines += [Line(f"  - {line}", "    ") for line in plan.gave_up]
     return Group(facts, _phases(plan), *lines)
 
 
@@ -124,9 +118,10 @@ def _batch(plan: Plan) -> str:
     return text + (f" in the lower {lower} layers" if training.kept_layers else "")
 
 
-def _phases(plan: Plan) -> Table:
+def _phases(plan: Plan) -> ScreenTable:
     """The memory of each phase, of training and after it."""
-    table = new_table("phase", "where", "expected", "high", "limit", "largest parts")
+    parts_of = "largest parts"
+    table = ScreenTable("phase", "where", "expected", "high", "limit", parts_of, prose=[parts_of], below={parts_of: ""})
     given_back = False
     for phase in (*plan.phases, *plan.stages.phases):
         parts = sorted(phase.terms, key=lambda term: -term.bytes)[:3]
@@ -139,9 +134,9 @@ def _phases(plan: Plan) -> Table:
             show_bytes(phase.expected_bytes),
             show_bytes(phase.high_bytes) + (PAGES_MARK if pages else ""),
             show_bytes(limit) if limit is not None else "-",
-            Text(", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts), justify="left"),
+            ", ".join(f"{term.name} {show_bytes(term.bytes)}" for term in parts),
         )
-    table.caption = f"{PAGES_MARK} {GIVEN_BACK}" if given_back else None
+    table.caption = f"{PAGES_MARK} {GIVEN_BACK}" if given_back else ""
     return table
 
 
@@ -201,7 +196,7 @@ def _disk(stages: Stages) -> str:
 
 def trial_text(trial: Trial) -> RenderableType:
     """Real steps with random weights against the plan."""
-    table = new_table("on " + trial.device, "predicted", "at most", "measured", "error")
+    table = ScreenTable("on " + trial.device, "predicted", "at most", "measured", "error")
     table.add_row("training, peak memory", show_bytes(trial.predicted_bytes), show_bytes(trial.high_bytes),
                   show_bytes(trial.measured_bytes), f"{100 * trial.error:+.1f}%")  # fmt: skip
     seconds = trial.estimated_seconds_per_step / trial.measured_seconds_per_step - 1
@@ -230,8 +225,7 @@ def _layers(layers: tuple[int, ...]) -> str:
 def layers_text(found: Discovery) -> RenderableType:
     """A model's units, a row for each kind of layer of a stack."""
     size = f"{show_count(found.total_parameters)} parameters, {show_bytes(found.total_bytes)} in {found.dtype}"
-    table = new_table("unit", "module", "parameters", "bytes")
-    table.columns[1].justify = "left"
+    table = ScreenTable("unit", "module", "parameters", "bytes", left=["module"])
     for stack in found.stacks:
         numbers: dict[tuple[str, int, int], list[str]] = {}
         for group in stack.groups:
@@ -268,7 +262,7 @@ def train_text(result: TrainResult) -> RenderableType:
     """A training run: scores before and after, memory predicted and measured."""
     found = [each for each in (result.base_valid, result.valid, result.base_test, result.test) if each is not None]
     head = score_head(found)
-    table = new_table("scored on", "rows", *head)
+    table = ScreenTable("scored on", "rows", *head)
     rounded = f", as {result.scored_as}" if result.scored_as else ""
     for name, metrics in (
         ("validation, base", result.base_valid),
@@ -340,7 +334,7 @@ def merge_text(merged: Merged) -> RenderableType:
 def survival_text(survival: Survival) -> RenderableType:
     """What rounding leaves of a change: per layer, then the tensors that lose most."""
     title = f"what of the change survives in {survival.target}"
-    table = new_table("layer", "tensors", "projection", "cosine", "noise", title=title)
+    table = ScreenTable("layer", "tensors", "projection", "cosine", "noise", title=title)
     for layer in survival.layers:
         name = "ends" if layer.layer is None else str(layer.layer)
         cells = (f"{layer.projection:.3f}", f"{layer.cosine:.3f}", f"{layer.noise:.2f}")
@@ -349,7 +343,7 @@ def survival_text(survival: Survival) -> RenderableType:
         "all", str(sum(x.tensors for x in survival.layers)), f"{survival.projection:.3f}", f"{survival.cosine:.3f}", ""
     )
     by_name = {tensor.name: tensor for tensor in survival.tensors}
-    worst = new_table("first to promote to 8 bits", "change in steps", "codes changed", "cosine")
+    worst = ScreenTable("first to promote to 8 bits", "change in steps", "codes changed", "cosine")
     for name in survival.promote[:8]:
         tensor = by_name[name]
         cells = (f"{tensor.delta_in_steps:.3f}", f"{100 * tensor.codes_changed:.1f}%", f"{tensor.cosine:.3f}")
@@ -361,7 +355,7 @@ def sweep_text(sweep: Sweep) -> RenderableType:
     """A line per share: task and general text as merged and as rounded, the chosen one marked."""
     title = f"{sweep.task_rows}" + (f", {sweep.general_rows}" if sweep.general_rows else "")
     columns = ("wise_alpha", "task loss", "exact match", "general loss")
-    table = new_table(*columns, *(f"{name}, {sweep.target}" for name in columns[1:]), "", title=title)
+    table = ScreenTable(*columns, *(f"{name}, {sweep.target}" for name in columns[1:]), "", title=title)
     for point in sweep.points:
         cells = []
         for task, general in ((point.task, point.general), (point.rounded_task, point.rounded_general)):
