@@ -222,8 +222,8 @@ bench-kv-cache: .venv/installed-dev  ## a KV cache of 8 bits beside the runtime'
 bench-answers: .venv/installed-dev  ## answers free, held, labels; caches of 32, 8, 4 bits; guesses, on that model (timed=1: speed)
 	$(py) bench/answers.py --rows $(rows) $(if $(filter 1,$(timed)),--time)
 
-bench-proof: .venv/installed-dev  ## export beside the runtime's builder, train beside its steps (model=example to try it)
-	$(py) bench/proof.py $(if $(filter example,$(model)),example,smollm2)
+bench-proof: .venv/installed-dev  ## export beside the runtime's builder, train beside its steps (whole=1: of a whole run; model=example to try it)
+	$(py) bench/proof.py $(if $(filter example,$(model)),example,smollm2) $(if $(whole),--whole)
 
 model_of_bakeoff := $(if $(filter smollm2,$(model)),smollm2,example)
 bench-bakeoff: .venv/installed-dev  ## which way to 4 bits keeps most of a fine-tune: model=example (default) or model=smollm2
