@@ -22,15 +22,13 @@ def check_room(plan: Plan, target: Target, out: Path, *, computed: bool, calibra
     Raises DoesNotFit where this machine has too little memory or disk for a stage of it.
     """
     question = question_of(plan)
-    phases = [stages.build(question, target), proof_phase(plan, target)]
-    # what computing leaves in the process waits beside the builder too
-    waiting = max(0, process_bytes(phases[1]) - process_bytes(phases[0])) if computed else 0
+    proven = proof_phase(plan, target)
+    phases = [stages.build(question, target, stages.process_bytes(proven) if computed else 0), proven]
     phases += stages.calibrate_phases(question, target) if calibrate else ()
-    more = (waiting, *(0 for _ in phases[1:]))
-    for phase, beside in zip(phases, more, strict=True):
-        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase) + beside)
+    for phase in phases:
+        stages.check_host(phase.name, phase.low_bytes - stages.file_bytes(phase))
     disk.require(disk.export_disk(plan.spec, target, training=plan.training), out)
-    return max(phase.expected_bytes + beside for phase, beside in zip(phases, more, strict=True))
+    return max(phase.expected_bytes for phase in phases)
 
 
 def question_of(plan: Plan) -> Question:
@@ -72,8 +70,3 @@ def less_room(plan: Plan) -> str:
     counted = "whole models do not fit" if planned is None else f"the plan counts on {show_bytes(planned)}"
     there = f"this process can have {show_bytes(here.bytes)} ({here.reason})"
     return f"{counted}, {there}: the proof reads models a layer at a time, which takes longer"
-
-
-def process_bytes(phase: Phase) -> int:
-    """What a stage's own process holds before it has a model."""
-    return sum(term.bytes for term in phase.terms if term.name == "process")

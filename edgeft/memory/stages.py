@@ -291,10 +291,18 @@ def merge(spec: ModelSpec, training: Training, has: Processes) -> Phase:
     ], spec)  # fmt: skip
 
 
-def build(planned: Planned, target: Target) -> Phase:
-    """What makes the bundle, beside the waiting export, as `targets.build_bytes` has it."""
+def process_bytes(phase: Phase) -> int:
+    """What a stage's own process holds before it has a model."""
+    return sum(term.bytes for term in phase.terms if term.name == "process")
+
+
+def build(planned: Planned, target: Target, computed_bytes: int = 0) -> Phase:
+    """What makes the bundle, beside the waiting export, as `targets.build_bytes` has it.
+
+    `computed_bytes`: what the process of that export holds where it has computed before, to choose its target.
+    """
     spec, has, runtime = planned.spec, processes(planned.profile), runtime_of(target)
-    waiting = has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes
+    waiting = max(computed_bytes, has.torch_bytes + EXPORT_IMPORTS_BYTES + planned.data_bytes)
     parts = runtime.build_parts(Build(spec, target, has.torch_bytes))
     terms = [Term(name=part.name, bytes=part.bytes, formula=part.formula) for part in parts]
     process = process_term(waiting, "the export itself, its data and tokenizer")

@@ -21,6 +21,7 @@ from edgeft.memory.stages import (
     host_train,
     merge,
     needed_bytes,
+    process_bytes,
     processes,
     quantise,
     resume,
@@ -31,7 +32,7 @@ from edgeft.models.spec import ModelSpec
 from edgeft.planning.costs import Question
 from edgeft.planning.expected import expected, likely
 from edgeft.planning.output_bias import as_merged
-from edgeft.settings.job import Training
+from edgeft.settings.job import AUTO, Training
 from edgeft.targets.footprint import (
     LimitedBy,
     bundle_weights,
@@ -110,6 +111,9 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
     together = question.budget_bytes * (1 if profile.device == "cuda" else training.neighbours)
     host_bytes = host_memory(profile, together, usable_memory() if gpu else None)
     weights, context, limited_by = on_device(spec, training, target, device_bytes)
+    proven = [prove(question, training, each, host_bytes) for each in planned]
+    # an export that chooses its target has computed before it builds
+    computed = [process_bytes(each) if job.target == AUTO else 0 for each in proven]
     phases = [quantise(spec, training, has, data_bytes)] if training.base_precision == "nf4" else []
     if profile.device == "cuda":
         each = [host_load(spec, training, has), host_train(spec, training, has, data_bytes)]
@@ -118,8 +122,8 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         resume(spec, training, has, data_bytes),
         merge(spec, training, has),
         *_largest(calibrate_phases(question, each) for each in planned),
-        *_largest((build(question, each),) for each in planned),
-        *_largest((prove(question, training, each, host_bytes),) for each in planned),
+        *_largest((build(question, each, waiting),) for each, waiting in zip(planned, computed, strict=True)),
+        *_largest((each,) for each in proven),
         run_bundle(spec, target, weights, context, training.prefix_tokens),
     ]
     stages = Stages(

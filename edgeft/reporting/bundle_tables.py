@@ -14,7 +14,7 @@ from edgeft.reporting.label_words import BIN_HEAD, CERTAIN_HEAD, answers_lines, 
 from edgeft.reporting.learnt import nothing_learnt
 from edgeft.reporting.tables import ScreenTable
 from edgeft.reporting.terminal import predicted_expected, samples_table
-from edgeft.reporting.words import attempt_cells, percent, rung_cells
+from edgeft.reporting.words import above_high, attempt_cells, percent, rung_cells
 from edgeft.units import show_bytes
 
 if TYPE_CHECKING:
@@ -109,7 +109,16 @@ def bundle_text(bundle: Bundle, merged: MergedCheckpoint | None, here: Measureme
     chosen = [promotion_text(bundle.promotion)] if bundle.promotion is not None else []
     chosen += [repair_text(bundle.repair, here)] if bundle.repair is not None else []
     doubts = [Text(line, style="bold") for line in nothing_learnt(merged.train)] if merged is not None else []
-    return Group(*parts, table, *chosen, _size_text(bundle), *doubts)
+    return Group(*parts, table, *map(Text, _more_memory(merged, here)), *chosen, _size_text(bundle), *doubts)
+
+
+def _more_memory(merged: MergedCheckpoint | None, here: Measurement | None) -> list[str]:
+    """A line for each stage that took more than its plan's high estimate."""
+    if merged is None:
+        return []
+    plan = merged.train.plan
+    lines = above_high(plan, "merge", merged.measured_peak_bytes)
+    return lines + (above_high(plan, "export", here.measured_peak_bytes, here.predicted_peak_bytes) if here else [])
 
 
 def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:

@@ -290,3 +290,14 @@ def rehearsal_line(rehearsal: Rehearsal) -> str:
         f"before an earlier run ({rehearsal.earlier})" if rehearsal.earlier else f"in {show_seconds(rehearsal.seconds)}"
     )
     return f"rehearsed: {way}, {when}{', kept from before the run was stopped' if rehearsal.kept else ''}"
+
+
+def above_high(plan: Plan, stage: str, measured: int | None, predicted: int | None = 0) -> list[str]:
+    """A line where a stage took more than its high estimate; `predicted`: what it was given for another target."""
+    found = [phase for phase in plan.stages.phases if phase.name.partition(":")[0] == stage]
+    most = max([predicted or 0, *(phase.high_bytes for phase in found)])
+    if not found or measured is None or measured <= most:
+        return []
+    return [
+        f"WARNING: {stage} took {show_bytes(measured)}, at most {show_bytes(most)} were planned: report this plan.json"
+    ]

@@ -16,6 +16,7 @@ from tiny import BENCH, CONFIGS, run
 
 from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, DoesNotFit
+from edgeft.exporting.room import check_room
 from edgeft.machines import limits
 from edgeft.machines.limits import Limit
 from edgeft.machines.profile import load_profile
@@ -25,11 +26,13 @@ from edgeft.merging.change import Change
 from edgeft.merging.merge import merge, peak_above_baseline
 from edgeft.models.checkpoint import Checkpoint
 from edgeft.planning import stage_checks
+from edgeft.planning.expected import likely
 from edgeft.planning.plan import Plan, make_plan
 from edgeft.progress import silent
 from edgeft.reporting.terminal import plan_text
-from edgeft.reporting.words import GIVEN_BACK
+from edgeft.reporting.words import GIVEN_BACK, above_high
 from edgeft.settings.job import make_job
+from edgeft.targets.target import candidates
 from edgeft.units import GIB, MIB
 
 SMALL, LLAMA = str(CONFIGS / "smollm2-135m"), str(CONFIGS / "llama-3.1-8b")
@@ -343,3 +346,24 @@ def test_an_8b_model_in_4_bits_has_room_on_machines_of_16_gib() -> None:
         host = [*made.phases, *made.stages.phases] if profile == "laptop-16gb" else made.stages.phases
         assert all(each.high_bytes - stages.file_bytes(each) <= 15 * GIB for each in host if each.where != "target")
         assert {part.name for part in made.phases[0].terms}.isdisjoint({"weight file", "cast"})
+
+
+@pytest.mark.parametrize("target", ["auto", "ort-int8"])
+def test_what_an_export_is_given_is_what_its_plan_says(target: str, tmp_path: Path) -> None:
+    """One that chooses its target has computed before the builder starts, and waits beside it with what it holds."""
+    made = plan(target=target)
+    planned = [each.expected_bytes for each in made.stages.phases if each.name.startswith("export")]
+    given = [check_room(made, each, tmp_path, computed=target == "auto") for each in likely(tuple(candidates(target)))]
+    assert max(given) == max(planned)
+    build, named = phase(made, "export: build"), phase(plan(target="ort-int4"), "export: build")
+    assert (term(build, "process") > term(named, "process")) == (target == "auto")
+
+
+def test_a_stage_that_took_more_than_its_high_estimate_is_told() -> None:
+    made = plan()
+    most = max(each.high_bytes for each in made.stages.phases if each.name.startswith("export"))
+    assert above_high(made, "export", most) == above_high(made, "export", None) == []
+    [line] = above_high(made, "export", most + 2**20)
+    assert "export took" in line and "at most" in line
+    assert above_high(made, "export", most + 2**20, most + 2**21) == []  # another target than was planned for
+    assert above_high(made, "merge", phase(made, "merge").high_bytes + 1)
