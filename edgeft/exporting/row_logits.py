@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ def row_logits(
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
             targets = torch.tensor([group[place].ids[at + 1] for place, at in some])
-            for place in dict.fromkeys(places.tolist()):
-                yield numbers[id(group[place])], logits[places == place], targets[places == place]
-            del logits  # or it stays beside the next ones
+            counts = Counter(place for place, _ in some)  # a row's positions lie behind one another
+            parts_of = (each.split(list(counts.values())) for each in (logits, targets))
+            for place, mine, wanted in zip(counts, *parts_of, strict=True):
+                yield numbers[id(group[place])], mine, wanted
+            del logits, mine  # or they stay beside the next ones
