@@ -217,6 +217,7 @@ def _bare(plan: plans.Plan) -> plans.Plan:
 def _announce(made: plans.Plan, deviations: Sequence[trainings.Deviation], say: Say, *, rehearsal: bool) -> None:
     """What is about to run: estimates where it runs as planned, warnings where it does not."""
     from edgeft.machines.profile import why_absent
+    from edgeft.reporting.words import data_text
 
     if deviations:
         say(f"WARNING: profile {made.profile.name}: {why_absent(made.profile)}.")
@@ -229,4 +230,4 @@ def _announce(made: plans.Plan, deviations: Sequence[trainings.Deviation], say: 
         scoring += f", and {show_seconds(first)} of a rehearsal where none is kept," if first else ""
         say(f"about {show_seconds(made.seconds)} of training ({each} a step) {scoring} are estimated")
     if made.lengths is not None:
-        say("; ".join([f"{made.lengths.path}: {made.lengths.line}", *made.lengths.remarks]))
+        say("; ".join([f"{made.lengths.path}: {data_text(made)}", *made.lengths.remarks]))

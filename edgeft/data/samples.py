@@ -165,6 +165,11 @@ def validation_rows(valid: Sequence[Held], patience: int | None, most: int) -> t
     return list(valid[::2]), list(valid[1::2][:most])
 
 
+def held_out_count(rows: int) -> int:
+    """How many of so many training rows are held out where no validation data is given: at least one, at most 500."""
+    return min(500, max(1, round(rows * HELD_OUT_SHARE)))
+
+
 def hold_out(samples: Sequence[Held], share: float, seed: int) -> tuple[list[Held], list[Held]]:
     """(training, held-out) samples: every run with the same seed holds out the same ones, at least one, at most 500."""
     import random

@@ -37,7 +37,7 @@ from edgeft.memory.timing import (
 from edgeft.models.spec import ModelSpec
 from edgeft.planning.early_stopping import validating_seconds
 from edgeft.planning.evidence import layers_points, method_of, tuner_points
-from edgeft.planning.rows_read import DEFAULT_ROWS
+from edgeft.planning.rows_read import rows_of
 from edgeft.settings.job import Job, Layers, Malloc, Optimizer, Precision, Training, Tuner
 
 # expected quality points given up, by what is published; only their order decides
@@ -95,7 +95,7 @@ class Question:
     @property
     def rows(self) -> int:
         """Rows that are trained on; those that are assumed where no data is named."""
-        return self.lengths.rows if self.lengths else DEFAULT_ROWS
+        return rows_of(self.job, self.lengths)
 
     @cached_property
     def mean_work(self) -> train_step.Workload:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from edgeft.data.dataset import Lengths, Measured, TextTokenizer, hold_out, measure
 from edgeft.data.labels import FEWEST_TO_CALIBRATE
-from edgeft.data.samples import HELD_OUT_SHARE
+from edgeft.data.samples import HELD_OUT_SHARE, held_out_count
 from edgeft.data.scoring_groups import Size
 from edgeft.errors import BadInput
 from edgeft.models.headers import has_weights, local_folder
@@ -36,10 +36,13 @@ def read_data(job: Job, folder: Path | None) -> Read | None:
     """The job's data files; None where it has none. A hub model's tokenizer is fetched to measure them."""
     if job.data is None:
         return None
+    if job.rows is not None:
+        hint = f"leave it out: the data is counted; --data {job.data}#{job.rows} takes so many of its rows"
+        raise BadInput("rows", "says how many are planned for where no data is given, and there is data", hint)
     folder = folder or local_folder(job.model)
     if not (folder / "tokenizer.json").is_file() and not has_weights(folder):
-        hint = "leave --data out and say how long rows are and how many steps they make (--set max_length=64 --set "
-        hint += "max_steps=100; else 1,000 rows are assumed), or name the model itself"
+        hint = "leave --data out and say how long rows are and how many (--set max_length=64 --set rows=440; else "
+        hint += f"{DEFAULT_ROWS:,} rows are assumed), or name the model itself"
         raise BadInput(folder, "is the shape of a model: it has no tokenizer to count data with", hint)
     tokenizer = TextTokenizer(folder)
     sources = filter(None, (job.data, job.valid, job.test))
@@ -62,11 +65,16 @@ def read_lengths(job: Job, spec: ModelSpec, read: Read | None) -> tuple[Lengths 
     return every[0], data_bytes, scored, [*notes, *few_rows(job, scored)]
 
 
+def rows_of(job: Job, lengths: Lengths | None) -> int:
+    """Rows that are there to train on; those that are assumed where no data is given."""
+    return lengths.rows if lengths else job.rows or DEFAULT_ROWS
+
+
 def steps_of(job: Job, lengths: Lengths | None) -> int:
     """Optimizer steps."""
-    rows = lengths.rows if lengths else DEFAULT_ROWS
+    rows = rows_of(job, lengths)
     if lengths and job.valid is None:
-        rows -= min(500, max(1, round(rows * HELD_OUT_SHARE)))
+        rows -= held_out_count(rows)
     steps = max(1, round(job.epochs * -(-max(1, rows) // job.batch_size)))
     return min(steps, job.max_steps or steps)
 
@@ -74,7 +82,7 @@ def steps_of(job: Job, lengths: Lengths | None) -> int:
 def assumed_rows(job: Job, length: int) -> list[str]:
     """What is planned for where no data is given, in a line."""
     often = f"{job.max_steps} steps at most" if job.max_steps else f"{job.epochs:g} epochs"
-    return [f"no data given: {DEFAULT_ROWS:,} rows of {length:,} tokens, all trained, {often}, are assumed"]
+    return [f"no data given: {rows_of(job, None):,} rows of {length:,} tokens, all trained, {often}, are assumed"]
 
 
 def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
@@ -85,16 +93,20 @@ def _scored(job: Job, sizes: Sequence[list[Size]]) -> Scored:
 
 def few_rows(job: Job, scored: Scored) -> list[str]:
     """A line where so few rows are scored that their scores say little, and what to do about it."""
-    most, valid, lines = max(map(len, scored)), len(scored[0]), list[str]()
+    files = scored[:-1] if job.patience else scored
+    most, valid, lines = max(map(len, files)), len(files[0]), list[str]()
     where = "held out of the data are scored" if job.valid is None else "are there to validate"
+    least, also = FEW, ""
+    if job.patience:
+        least, also = 2 * FEW, f", {len(scored[-1])} more say when the run stops"
     if most < FEW:
         lines.append(
-            f"{most} rows {where}: their scores tell only large differences from chance; --valid FILE with {FEW} or "
-            "more"
+            f"{most} rows {where}{also}: their scores tell only large differences from chance; --valid FILE with "
+            f"{least} or more"
         )
     if job.answers == "labels" and valid < FEWEST_TO_CALIBRATE:
         lines.append(
-            f"{valid} rows {where}: too few to calibrate the labels' probabilities; --valid FILE with "
+            f"{valid} rows {where}{also}: too few to calibrate the labels' probabilities; --valid FILE with "
             f"{FEWEST_TO_CALIBRATE} or more"
         )
     return lines

@@ -34,6 +34,7 @@ from edgeft.reporting.tables import Line, ScreenTable
 from edgeft.reporting.words import (
     GIVEN_BACK,
     PAGES_MARK,
+    data_text,
     export_text,
     memory_line,
     method_text,
@@ -87,7 +88,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("profile", f"{plan.profile.name}: {plan.profile.description}"),
     ]
     if plan.lengths is not None:
-        rows.append(("data", plan.lengths.line))
+        rows.append(("data", data_text(plan)))
     if plan.labels:
         rows.append(("answers", labels_line(plan.labels)))
     elif plan.grammar is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from edgeft.data.samples import held_out_count
 from edgeft.memory.export_time import described, plans_repair, total_seconds
 from edgeft.models.metrics import Attempt, Difference, Rung
 from edgeft.planning.plan import Plan
@@ -183,6 +184,16 @@ def step_time(plan: Plan) -> str:
     rows = "" if plan.lengths else " for the rows that are assumed"
     whole = f"{show_seconds(plan.seconds)} in all (estimate{rows}{bound})"
     return f"about {show_seconds(plan.seconds_per_step)} a step, {whole}"
+
+
+def data_text(plan: Plan) -> str:
+    """What of the training data trains, and how many of its rows are held out."""
+    if plan.lengths is None:
+        return ""
+    held = held_out_count(plan.lengths.rows) if plan.job.valid is None else 0
+    return plan.lengths.line + (
+        f"; {held:,} of the rows are held out, {plan.lengths.rows - held:,} train" if held else ""
+    )
 
 
 def method_text(plan: Plan) -> str:

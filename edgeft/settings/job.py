@@ -166,6 +166,7 @@ class Job(Strict):
 
     epochs: float = Field(3.0, gt=0, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    rows: int | None = Field(None, ge=1, description="training rows to plan for where no data is given; else 1,000")
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     warmup_fraction: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")

@@ -18,7 +18,7 @@ from edgeft.planning.alternatives import does_not_fit
 from edgeft.planning.candidates import candidates
 from edgeft.planning.costs import Question
 from edgeft.planning.plan import Plan, make_plan, request_digest
-from edgeft.reporting.words import step_time, verdict
+from edgeft.reporting.words import data_text, step_time, verdict
 from edgeft.settings.attention import repeats_groups
 from edgeft.settings.job import make_job
 from edgeft.units import GIB, show_bytes
@@ -155,6 +155,34 @@ def test_few_scored_rows_are_said_before_they_are_scored() -> None:
     )
     said += "or more"
     assert said in few and said not in plan(answers="labels", **tiny).notes
+
+
+def test_rows_that_are_held_out_are_no_rows_that_train() -> None:
+    """Half of what is held out says when a run stops, where one may: all of it is told, and what is left trains."""
+    rows = str(CONFIGS.parent / "debian-sections" / "train.jsonl")
+    tiny = {"model": str(CONFIGS.parent / "debian-tiny"), "profile": "cpu-8gb", "data": f"{rows}#440"}
+    made = plan(patience=3, **tiny)
+    assert data_text(made).endswith("440 answers; 22 of the rows are held out, 418 train")
+    assert made.training.steps == 3 * -(-418 // 16)
+    [note] = [note for note in made.notes if "only large differences" in note]
+    assert note.startswith("11 rows held out of the data are scored, 11 more say when the run stops: ")
+    assert note.endswith("--valid FILE with 100 or more")
+    assert "held out" not in data_text(plan(valid=rows, **tiny))
+
+
+def test_how_many_rows_a_shape_is_planned_for_can_be_said() -> None:
+    """Time, steps and the note follow; where there is data it is counted, and nobody says how many rows it has."""
+    shape = {"model": str(CONFIGS / "qwen2.5-1.5b"), "profile": "t4"}
+    many, few = plan(**shape), plan(rows=440, **shape)
+    assert (many.training.steps, few.training.steps) == (189, 3 * -(-440 // 16)) and few.seconds < 0.5 * many.seconds
+    assert any(note.startswith("no data given: 440 rows of 2,048 tokens") for note in few.notes)
+    rows = str(CONFIGS.parent / "debian-sections" / "valid.jsonl")
+    with pytest.raises(BadInput, match="rows: says how many are planned for where no data is given") as caught:
+        plan(model=str(CONFIGS.parent / "debian-tiny"), profile="cpu-8gb", data=rows, rows=440)
+    assert f"{rows}#440" in caught.value.hint
+    with pytest.raises(BadInput, match="no tokenizer") as caught:
+        plan(**shape, data=rows)
+    assert "--set rows=440" in caught.value.hint
 
 
 def test_savings_are_what_the_peak_would_be_without_each_choice() -> None:
