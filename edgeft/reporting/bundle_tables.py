@@ -124,7 +124,7 @@ def _more_memory(merged: MergedCheckpoint | None, here: Measurement | None) -> l
 def repair_text(repair: Repair, here: Measurement | None) -> RenderableType:
     """All that was considered, what each costs in bytes, and what of it was measured here."""
     title = f"{repair.asked}: against the merged model on {repair.compared}, by PyTorch, 95% intervals"
-    columns = ("artifact", "bundle", "loss, nats", "exact match, points", "tok/s here", "decision")
+    columns = ("artifact", "bundle, predicted", "loss, nats", "exact match, points", "tok/s here", "decision")
     below = {"decision": "", "loss, nats": "loss", "exact match, points": "exact match"}
     table = ScreenTable(*columns, title=title, prose=["decision"], below=below)
     for each in repair.attempts:
@@ -188,7 +188,8 @@ def _add_costs(table: ScreenTable, bundle: Bundle, here: Measurement | None) -> 
 
 
 def _size_text(bundle: Bundle) -> Text:
-    size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)}, context {bundle.context_tokens} tokens"
+    size = f"{bundle.target.name}: {show_bytes(bundle.size_bytes)} with all files, "
+    size += f"context {bundle.context_tokens} tokens"
     cache = f", KV cache of {bundle.target.kv_bits} bits" if bundle.target.kv_bits else ""
     return Text(f"{size} (limited by the {bundle.context_limited_by}){cache}")
 

@@ -127,7 +127,7 @@ def _bundle(plan: Plan) -> tuple[Fact, ...]:
     weights = [term.bytes for term in plan.stages.phases[-1].terms if term.name == "weights"]
     if not weights:
         return ()
-    note = f"{plan.stages.target.name}, context {plan.stages.context_tokens:,} tokens"
+    note = f"of weights, {plan.stages.target.name}, context {plan.stages.context_tokens:,} tokens"
     return (Fact(name="bundle", value=f"about {show_bytes(weights[0])}", note=note),)
 
 

@@ -159,7 +159,7 @@ def _answers(report: Summary) -> list[str]:
 def _repair(report: Summary) -> list[str]:
     if not report.repair:
         return []
-    head = ("artifact", "bundle", "loss, 95% interval", "exact match, points, 95% interval", "")
+    head = ("artifact", "bundle, predicted", "loss, 95% interval", "exact match, points, 95% interval", "")
     rows = [attempt_cells(each) for each in report.repair.attempts]
     said = f"Against the merged model on {report.repair.compared}."
     return ["## What was considered for the device", said, _table(head, rows, (1, 2, 3))]

@@ -183,7 +183,7 @@ def _memory_of(plan: Plan, phase: Phase) -> str:
 
 def _bundle(stages: Stages) -> str:
     weights = next(term.bytes for term in stages.phases[-1].terms if term.name == "weights")
-    size = f"{stages.target.name}: about {show_bytes(weights)}, context {stages.context_tokens} tokens"
+    size = f"{stages.target.name}: about {show_bytes(weights)} of weights, context {stages.context_tokens} tokens"
     cache = f", KV cache of {stages.target.kv_bits} bits" if stages.target.kv_bits else ""
     return f"{size} (limited by the {stages.context_limited_by}){cache}"
 

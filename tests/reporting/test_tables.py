@@ -121,3 +121,13 @@ def test_a_line_goes_on_indented_and_keeps_a_number_with_its_unit() -> None:
     text = "  - loss in chunks of 256 tokens instead of logits of 4096 tokens at once: 3.48 GiB less"
     first, second = shown(Line(text, "    "), 80)
     assert first.endswith("at once:") and second == "    3.48 GiB less"
+
+
+def test_each_size_of_a_bundle_says_what_it_is_of() -> None:
+    """Weights in a plan, a whole bundle as it is predicted, all files of one that is there: three sizes, three names."""
+    run = finished_run()
+    assert run.bundle is not None
+    planned = " ".join(shown(plan_text(run.plan), 140))
+    assert re.search(r"bundle +\S+: about [\d.]+ MiB of weights, context", planned)
+    built = " ".join(shown(bundle_text(run.bundle, run.merged, run.here), 140))
+    assert "bundle, predicted" in built and "ort-int4: 97.0 MiB with all files, context" in built
