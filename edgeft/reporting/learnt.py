@@ -16,6 +16,8 @@ from edgeft.settings.tuners import TUNERS
 if TYPE_CHECKING:
     from edgeft.training.result import TrainResult
 
+LEAST_NATS = 1.0  # of a row, which every right answer keeps where one of its tokens cannot be learnt
+
 Said = Callable[[Training], str]
 
 
@@ -93,6 +95,22 @@ def nothing_learnt(result: TrainResult) -> list[str]:
     return [*said, _to_change(result)]
 
 
+def loss_that_stays(result: TrainResult) -> list[str]:
+    """Why the loss is high though answers are right: each keeps as many nats, whatever its length; else nothing.
+
+    A token that the base never saw has the head's row of all such tokens. Where the head does not train, they share its
+    probability: `<|im_end|>` of the example's model, one of 58, costs ln 58 = 4.06 nats in every row.
+    """
+    scores = result.valid
+    right = [loss for loss, bit in zip(scores.row_losses, scores.row_exact, strict=False) if bit == "1"]
+    if (scores.exact_match or 0) <= NEARLY_ALL or not right or min(right) < LEAST_NATS:
+        return []
+    return [
+        f"the loss stays: every right answer keeps {min(right):.2f} nats or more, in a token that is not learnt, as "
+        "the end of a turn that the base never saw; labels do without it, free answers may not end (docs/train.md)"
+    ]
+
+
 def _to_change(result: TrainResult) -> str:
     """What was asked for beside what a plan takes by itself; where nothing was, what else it can be."""
     from edgeft.planning.own_choice import own_choice
@@ -103,8 +121,9 @@ def _to_change(result: TrainResult) -> str:
     differing = []
     for name, settings, said in ASKED if own else ():
         asked = any(getattr(plan.job, each) != Job.model_fields[each].default for each in settings)
-        if own and asked and said(plan.training) and said(plan.training) != said(own):
-            differing.append(f"{name} {said(plan.training)} (edgeft's own choice: {said(own) or 'none'})")
+        asked = asked or name == "tuner"  # which a rank or projections decide too
+        if own and asked and said(own) and said(plan.training) not in ("", said(own)):
+            differing.append(f"{name} {said(plan.training)} (edgeft's own choice: {said(own)})")
     other = "the base is too small for the task (a larger one), or rows are not read as meant (edgeft data shows them)"
     if differing:
         return f"asked for were {', '.join(differing)}: leave that out; if it stays so, {other}"

@@ -29,7 +29,7 @@ from edgeft.reporting.answers import (
     shown,
 )
 from edgeft.reporting.curve import curve_lines
-from edgeft.reporting.learnt import nothing_learnt
+from edgeft.reporting.learnt import loss_that_stays, nothing_learnt
 from edgeft.reporting.tables import Line, ScreenTable
 from edgeft.reporting.words import (
     GIVEN_BACK,
@@ -294,7 +294,7 @@ def train_text(result: TrainResult) -> RenderableType:
         lines.append(Text(f"exact match: the most probable of {len(result.plan.labels)} labels is the right one"))
     elif result.plan.grammar is not None:
         lines.append(Text(f"exact match: of answers {result.plan.grammar.line}"))
-    lines += map(Text, remarks(result))
+    lines += map(Text, [*remarks(result), *loss_that_stays(result)])
     if result.cut_rows:
         lines.append(Text(f"{result.cut_rows} rows were cut to {result.plan.training.max_length} tokens"))
     if result.skipped_steps:

@@ -76,7 +76,9 @@ def test_every_command_that_is_said_runs_up_to_an_answer(
     assert "which learnt nothing: above" in done.stderr and "copy this folder" not in done.stderr
     last = " ".join(done.stdout.split()).partition("WARNING: nothing was learnt")[2]
     assert (
-        "--valid FILE" in last and "rank 4 (edgeft's own choice: " in last and last.endswith("(edgeft data shows them)")
+        "--valid FILE" in last
+        and "tuner lora (edgeft's own choice: full)" in last
+        and last.endswith("(edgeft data shows them)")
     )
     command = said(done.stderr, "run it")
     assert "Package: lib" in command and shell(command, folder).stdout

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from reports import finished_run, plan_of, train_of
 from rich.console import Console
+from tiny import EXAMPLE
 
 from edgeft.cli import next_steps
 from edgeft.models.metrics import Metrics
 from edgeft.planning.own_choice import own_choice
 from edgeft.reporting.bundle_tables import bundle_text
-from edgeft.reporting.learnt import has_learnt, nothing_learnt
+from edgeft.reporting.learnt import has_learnt, loss_that_stays, nothing_learnt
 from edgeft.reporting.terminal import train_text
 from edgeft.training.result import TrainResult
 
@@ -46,6 +47,17 @@ def test_it_names_what_was_asked_for_beside_what_a_plan_takes_by_itself() -> Non
     ):  # fmt: skip
         assert f"{name} {here} (edgeft's own choice: {best})" in last
     assert "a larger one" in last and not has_learnt(asked)
+
+
+def test_where_another_tuner_would_be_taken_its_settings_are_the_answer() -> None:
+    """A rank asks for LoRA; a model so small would train whole, at a rate of its own and without any rank."""
+    base = rows(0, 60, 2.0)
+    plan = plan_of(str(EXAMPLE), MACHINE, rank=16, learning_rate=1e-5).model_copy(update={"task_score": "exact_match"})
+    scores = dict.fromkeys(("base_valid", "valid"), base.model_dump()) | dict.fromkeys(("base_test", "test"))
+    last = nothing_learnt(train_of(plan, **scores))[-1]
+    own = plan_of(str(EXAMPLE), MACHINE).training
+    assert own.tuner == "full" and "tuner lora (edgeft's own choice: full)" in last
+    assert f"learning_rate 1e-05 (edgeft's own choice: {own.learning_rate:g})" in last and "rank" not in last
 
 
 def test_what_a_plan_takes_by_itself_is_found_without_the_data() -> None:
@@ -82,6 +94,19 @@ def test_few_rows_ask_for_more_of_them() -> None:
     for right, of, told in ((3, 11, True), (0, 11, True), (3, 60, False)):
         said = nothing_learnt(result(rows(1, of, 2.0), rows(right, of, 1.0)))
         assert any("--valid FILE with 50 or more" in line for line in said) is told
+
+
+def test_a_loss_that_stays_though_answers_are_right_is_explained() -> None:
+    """As in a run of the example on chats: 4.07 nats in each row, whatever its length, all of them right."""
+    base = rows(0, 60, 2.0)
+    for after, told in (
+        (rows(60, 60, 0.407), True),  # 4.07 nats in each row of ten tokens
+        (rows(60, 60, 0.407, spread=4.0), False),  # some rows have next to none
+        (rows(60, 60, 0.05), False),
+        (rows(40, 60, 0.407), False),  # wrong answers may cost as much
+    ):
+        found = result(base, after)
+        assert bool(loss_that_stays(found)) is told and (not told or "keeps 3.97 nats" in loss_that_stays(found)[0])
 
 
 def test_a_run_and_a_bundle_end_with_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def test_a_line_goes_on_indented_and_keeps_a_number_with_its_unit() -> None:
 
 
 def test_each_size_of_a_bundle_says_what_it_is_of() -> None:
-    """Weights in a plan, a whole bundle as it is predicted, all files of one that is there: three sizes, three names."""
+    """Weights in a plan, a whole bundle as it is predicted, all files of one that is there: each has its name."""
     run = finished_run()
     assert run.bundle is not None
     planned = " ".join(shown(plan_text(run.plan), 140))
