@@ -1,33 +1,51 @@
 #!/usr/bin/env python3
 """Does this bundle answer, how fast, and is it still what was exported?
 
-Needs Python 3.9 and the bundle's runtime, which bundle.json names: onnxruntime-genai, llama-cpp-python (a .gguf file),
-or onnxruntime with tokenizers, and jinja2 for a chat template; the latter two llguidance for answers by a grammar.
+Needs Python 3.9 and the bundle's runtime, which bundle.json names:
+onnxruntime-genai, llama-cpp-python (a .gguf file), or onnxruntime with
+tokenizers, and jinja2 for a chat template; the latter two llguidance for
+answers by a grammar.
 
-python run.py "prompt"      answers token by token (`-`, or nothing and a pipe: the prompt is standard input);
-                            --system TEXT and --messages FILE for a chat; --adapter NAME with one of the bundle's
-python run.py               on a terminal: a conversation with a model of chats, each line behind what was said before
-                            A bundle that is held to labels answers with one of them: --json adds how probable it and
-                            the next best are, --min-probability P says "none of these" below, --free lets it write
-                            One that is held to a grammar (a JSON Schema, a regular expression) writes a whole answer
-                            that parses, or none (exit 1)
-python run.py --batch FILE --out OUT   answers each line of a file, {"prompt": ...} or {"messages": ...}, into a line
-                            of --json; what was killed goes on where it was; --serve: standard input, as it comes
-python run.py --serve 8080  OpenAI's /v1/chat/completions, /v1/completions and /v1/models, streamed where asked, on
-                            this machine alone unless a host is named; one answer at a time, 16 requests may wait
-                            Where answers copy, several tokens are guessed and checked in a pass: --guess, --no-guess
-python run.py --bench       time to first token, tokens/s, peak memory, share of the memory-bandwidth bound
-python run.py --verify      every file's sha256, the signature, then the golden vectors recorded at export
+python run.py "prompt"
+    answers token by token (`-`, or nothing and a pipe: the prompt is standard
+    input); --system TEXT and --messages FILE for a chat; --adapter NAME with
+    one of the bundle's
+python run.py
+    on a terminal: a conversation with a model of chats, each line behind what
+    was said before. A bundle that is held to labels answers with one of them:
+    --json adds how probable it and the next best are, --min-probability P says
+    "none of these" below, --free lets it write. One that is held to a grammar
+    (a JSON Schema, a regular expression) writes a whole answer that parses, or
+    none (exit 1)
+python run.py --batch FILE --out OUT
+    answers each line of a file, {"prompt": ...} or {"messages": ...}, into a
+    line of --json; what was killed goes on where it was; --serve: standard
+    input, as it comes
+python run.py --serve 8080
+    OpenAI's /v1/chat/completions, /v1/completions and /v1/models, streamed
+    where asked, on this machine alone unless a host is named; one answer at a
+    time, 16 requests may wait. Where answers copy, several tokens are guessed
+    and checked in a pass: --guess, --no-guess
+python run.py --bench
+    time to first token, tokens/s, peak memory, share of the memory-bandwidth
+    bound
+python run.py --verify
+    every file's sha256, the signature, then the golden vectors recorded at
+    export
 
-What is loaded is compared with its hash first, each time (--no-check leaves that out). Hashes show damage. They do
-not show who made a bundle: whoever can replace a file can replace its hash and this script too. Against that, a copy
-of this script and a --public-key from elsewhere than the bundle, for answers as for --verify.
+What is loaded is compared with its hash first, each time (--no-check leaves
+that out). Hashes show damage. They do not show who made a bundle: whoever can
+replace a file can replace its hash and this script too. Against that, a copy
+of this script and a --public-key from elsewhere than the bundle, for answers
+as for --verify.
 
-A prompt, a conversation, a line of a batch and each JSON file may have 16 MiB. Nothing is written but the answers of
---batch, and nothing is sent: the runtime's own telemetry is switched off, unless the user's ORT_DISABLE_TELEMETRY=0
-says otherwise.
+A prompt, a conversation, a line of a batch and each JSON file may have 16 MiB.
+Nothing is written but the answers of --batch, and nothing is sent: the
+runtime's own telemetry is switched off, unless the user's
+ORT_DISABLE_TELEMETRY=0 says otherwise.
 
-Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 the runtime is missing.
+Exit codes: 0 done, 1 bad input, 2 usage, 4 this is not what was exported, 5 the
+runtime is missing.
 """
 
 from __future__ import annotations
@@ -95,6 +113,7 @@ FILES_OF_THE_MODEL = ("genai_config.json", "tokenizer_config.json", ".onnx", ".o
 
 
 COPY_AGAIN = "copy the bundle again; --verify looks at every file of it"
+MOVE_OUT = "move it out of this folder: a runtime may read files of such names unasked"
 
 
 NONE_OF_THESE = "none of these"  # the answer where no label is probable enough
@@ -1445,7 +1464,8 @@ class Runner:
 def _refuse(bundle: Path, problems: list[str]) -> None:
     """Nothing. Raises NotAsExported if there is a problem."""
     if problems:
-        raise NotAsExported(bundle, "not what was exported\n" + "\n".join(problems), COPY_AGAIN)
+        added = all(": not part of the export" in problem for problem in problems)
+        raise NotAsExported(bundle, "not what was exported\n" + "\n".join(problems), MOVE_OUT if added else COPY_AGAIN)
 
 
 def _stamps(bundle: Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -2200,7 +2220,8 @@ def prompt_text(runner: Runner, options: argparse.Namespace, asked: Asked) -> tu
     if not chat and options.system is not None:
         raise RunError("--system", "this model continues plain prompts, which have no system message", "add --chat")
     if not chat and asked.prompt is None:
-        raise RunError("messages", "this model continues plain prompts", "give a prompt, or add --chat")
+        what = "this model continues plain prompts (a server takes them at /v1/completions)"
+        raise RunError("messages", what, "give a prompt, or add --chat")
     if not chat:
         return str(asked.prompt), True
     messages = conversation(options, asked, trained.get("system"))

@@ -180,6 +180,16 @@ def test_a_truncated_and_an_extra_file_are_named_together(copy: Path) -> None:
     ]
 
 
+def test_a_file_of_ones_own_is_to_be_moved_out(copy: Path) -> None:
+    (copy / "notes.txt").write_text("x", encoding="utf-8")
+    done = script(copy, "x")
+    assert done.returncode == 4 and "notes.txt: not part of the export" in done.stderr
+    assert "move it out of this folder" in done.stderr and "copy the bundle again" not in done.stderr
+    (copy / "tokenizer.json").unlink()
+    done = script(copy, "x")
+    assert done.returncode == 4 and "copy the bundle again" in done.stderr
+
+
 def test_a_wrong_tokenizer_with_the_right_hash_is_found_by_the_golden_vectors(copy: Path) -> None:
     save_tokenizer(copy, words=500)
     shutil.copyfile(bundle("ort-int4") / "tokenizer_config.json", copy / "tokenizer_config.json")

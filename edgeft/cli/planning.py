@@ -107,7 +107,8 @@ def _refuse_in_part(made: Plan) -> None:
     lacking = [*stages.notes(), *disk_notes(made.profile, stages.disk)]
     lacking += [verdict(made)] if stages.cannot_build else []
     if lacking:
-        hint = "without --strict a plan is enough whose training fits; the rest can be done on another machine"
+        hint = "without --strict a plan is enough whose training fits"
+        hint += "; the rest can be done on another machine" if lacking != stages.device_notes() else ""
         raise DoesNotFit("--strict", "\n".join(lacking), hint)
 
 

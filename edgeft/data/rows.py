@@ -31,7 +31,7 @@ def each_row(source: str, tokenizer: TextTokenizer, most: int | None = None) -> 
 
     It names the file and the first broken lines, all of them counted.
     """
-    hint = "a row is one of " + ", ".join(COLUMNS) + "; others by --columns prompt=question,completion=answer"
+    hint = "a row is one of " + ", ".join(COLUMNS) + "; names of your own: --columns prompt=YOURS,completion=YOURS"
     kinds: set[tuple[PromptFormat, bool]] = set()
     broken: list[str] = []
     count = 0

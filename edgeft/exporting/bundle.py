@@ -199,7 +199,7 @@ def readme(
         f"    pip install {' '.join(needed_packages(target, held_to))}",
         '    python run.py "a prompt"',
         *(["    python run.py                # a conversation"] if prompt_format == "chat" else []),
-        "    python run.py --serve 8080",
+        f"    python run.py --serve 8080    # POST to /v1/{'chat/' if prompt_format == 'chat' else ''}completions",
         "    python run.py --bench",
         "    python run.py --verify",
         "",

@@ -192,8 +192,20 @@ def unused_budget(question: Question, best: Training, chosen: Training, better: 
     share = f"{100 * high / question.budget_bytes:.0f}% of the budget is used"
     if chosen == best:
         return [f"{share}: the best way that is known needs no more"]
+    if fitting := [way for way in better if question.high_bytes(way) <= question.budget_bytes]:
+        quickest = min(fitting, key=question.seconds)
+        longer = question.seconds(quickest) / question.seconds(chosen)
+        return [f"{share}: what fits and is better takes {longer:.1f} times as long{_asked_by(quickest, chosen)}"]
     next_up = min(better, key=question.high_bytes)
     return [f"{share}: the next better way needs {show_bytes(question.high_bytes(next_up))}"]
+
+
+def _asked_by(way: Training, chosen: Training) -> str:
+    """The settings that ask for a way, as far as it differs from the chosen one in what decides quality or memory."""
+    differing = [name for name in ("tuner", "base_precision", "rank", "layers", "stream_layers")
+                 if getattr(way, name) != getattr(chosen, name)]  # fmt: skip
+    said = " ".join(f"--set {name}={str(getattr(way, name)).lower()}" for name in differing)
+    return f" ({said})" if said else ""
 
 
 def gave_up(question: Question, best: Training, chosen: Training) -> list[str]:
@@ -273,10 +285,17 @@ def does_not_fit(question: Question, looked_at: list[Training], change: str | No
     error = DoesNotFit(
         "plan",
         problem,
-        hint or f"a budget of {show_bytes(need)} would do (now {show_bytes(budget)}), or a smaller model",
+        hint
+        or f"a budget of {show_bytes(need)} would do (now {show_bytes(budget)}{_budget_of(question)}), or a smaller "
+        "model",
     )
     error.need_bytes = need
     return error
+
+
+def _budget_of(question: Question) -> str:
+    """Where a budget comes from, where nobody named one."""
+    return "" if question.job.max_memory_bytes else f": {question.profile.budget_reason}"
 
 
 def with_smallest_passes(looked_at: Iterable[Training]) -> list[Training]:

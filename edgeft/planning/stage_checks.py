@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 from pydantic import Field
@@ -40,10 +41,11 @@ from edgeft.targets.footprint import (
     choose_context,
     kv_cache_bytes_per_token,
     predict,
+    with_kv_bits,
 )
 from edgeft.targets.matrices import Weights
 from edgeft.targets.runtimes import cannot_build, runtime_of
-from edgeft.targets.target import Target, candidates, instead
+from edgeft.targets.target import Target, candidates, instead, list_targets
 from edgeft.units import GIB, MIB, show_bytes
 
 
@@ -63,6 +65,7 @@ class Stages(Strict):
     export: tuple[Timed, ...] = Field(
         default=(), description="by stage, where all rows are read; none for a host that is not known"
     )
+    safer: str = Field(default="", description="what the device has room for, where it may have too little for this")
     rehearsal_seconds: float = Field(default=0.0, description="before the first step; 0 for a host that is not known")
 
     def limit_bytes(self, phase: Phase) -> int | None:
@@ -75,10 +78,14 @@ class Stages(Strict):
             f"{name} may need {show_bytes(need)}, the host has {show_bytes(self.host_bytes or 0)}: run it elsewhere"
             for name, need in self.too_large().items()
         ]
-        if tight := self.tight_on_device():
-            expected = show_bytes(self.phases[-1].expected_bytes)
-            lines.append(f"the bundle may need {tight}, {expected} are expected: a smaller target or context is safer")
-        return lines
+        return [*lines, *self.device_notes()]
+
+    def device_notes(self) -> list[str]:
+        """A line where the bundle may need more than its device has, and what would not."""
+        if not (tight := self.tight_on_device()):
+            return []
+        expected = show_bytes(self.phases[-1].expected_bytes)
+        return [f"the bundle may need {tight}, {expected} are expected: {self.safer or 'a smaller model is safer'}"]
 
     def tight_on_device(self) -> str:
         """`1.85 GiB of NAME's 1.82 GiB` where the bundle's high estimate is more than its device has; else nothing."""
@@ -140,6 +147,8 @@ def plan_stages(question: Question, training: Training) -> tuple[Stages, list[st
         export=export_seconds(profile, spec, training, target, job.target, question.answered(training)),
         rehearsal_seconds=rehearsal_seconds(profile, spec, question.answered(training)),
     )
+    if stages.tight_on_device():
+        stages = stages.model_copy(update={"safer": safer(spec, training, target, device_bytes or 0)})
     said = [device.assumed] if device is not None and device.assumed else []
     said += [why] if why and not stages.cannot_build else []
     said += build_notes(spec, target, stages.cannot_build)
@@ -158,6 +167,23 @@ def on_device(
     """What a device holds of a bundle, its context, and what limits that. Raises DoesNotFit."""
     weights = bundle_weights(as_merged(spec, training), target, beside(spec, training))
     return weights, *choose_context(spec, target, weights, device_bytes, training.prefix_tokens)
+
+
+def safer(spec: ModelSpec, training: Training, target: Target, device_bytes: int) -> str:
+    """The first of a cache of 8 bits and the shipped targets that a device surely has room for; nothing without one."""
+    shipped = [each for each in list_targets() if each.runtime == target.runtime]
+    ways = [("--set kv_bits=8", target, 8), *((f"--target {each.name}", each, None) for each in shipped),
+            *((f"--target {each.name} --set kv_bits=8", each, 8) for each in shipped)]  # fmt: skip
+    for option, each, bits in ways:
+        if cannot_build(each, spec) or (each.name == target.name and bits == target.kv_bits):
+            continue
+        with contextlib.suppress(BadInput, DoesNotFit):
+            other = with_kv_bits(each, spec, bits) if bits else each
+            weights, context, _ = on_device(spec, training, other, device_bytes)
+            high = run_bundle(spec, other, weights, context, training.prefix_tokens).high_bytes
+            if high <= device_bytes:
+                return f"{option} takes {show_bytes(high)} at most"
+    return ""
 
 
 def build_notes(spec: ModelSpec, target: Target, problem: str) -> list[str]:

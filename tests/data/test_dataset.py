@@ -30,7 +30,7 @@ from edgeft.documents import sha256_file
 from edgeft.errors import BadInput, MissingExtra
 from edgeft.machines.extras import install_line
 
-KINDS = "a row is one of " + ", ".join(COLUMNS) + "; others by --columns prompt=question,completion=answer"
+KINDS = "a row is one of " + ", ".join(COLUMNS) + "; names of your own: --columns prompt=YOURS,completion=YOURS"
 USER, ANSWER = {"role": "user", "content": "Which section?"}, {"role": "assistant", "content": "utils"}
 SYSTEM = {"role": "system", "content": "You sort packages."}
 CHATS = {

@@ -128,6 +128,15 @@ def test_without_data_a_plan_says_what_it_assumes() -> None:
         assert "for the rows that are assumed" in step_time(made)
 
 
+def test_what_is_better_and_fits_but_takes_long_is_not_said_to_need_more() -> None:
+    made = plan(model=str(CONFIGS / "mistral-7b"), profile="t4:6GiB")
+    (said,) = [note for note in made.notes if "of the budget is used" in note]
+    assert "what fits and is better takes" in said and "needs" not in said
+    asked = dict(part.split("=") for part in re.findall(r"--set (\S+=\w+)", said))
+    slower = plan(model=str(CONFIGS / "mistral-7b"), profile="t4:6GiB", **asked)
+    assert slower.seconds_per_step > 2 * made.seconds_per_step and slower.peak_bytes <= slower.budget_bytes
+
+
 def test_a_bundle_that_may_need_more_than_its_device_is_said() -> None:
     made = plan(profile="rtx4060-8gb", device="raspberrypi5-8gb")
     bundle = made.stages.phases[-1]
@@ -137,6 +146,12 @@ def test_a_bundle_that_may_need_more_than_its_device_is_said() -> None:
     here = made.model_copy(update={"stages": made.stages.model_copy(update={"host_bytes": None})})
     tight = f"{show_bytes(bundle.high_bytes)} of raspberrypi5-8gb's 6.80 GiB at most"
     assert verdict(here) == f"fits, tightly on the device: {tight}"
+    assert not made.stages.safer and said.endswith("a smaller model is safer")
+    qwen = {"model": str(CONFIGS / "qwen2.5-7b"), "profile": "rtx4060-8gb", "device": "raspberrypi5-8gb"}
+    option, _, high = plan(**qwen).stages.safer.partition(" takes ")
+    held = plan(**qwen, kv_bits=8).stages
+    assert option == "--set kv_bits=8" and high == f"{show_bytes(held.phases[-1].high_bytes)} at most"
+    assert plan(**qwen).stages.tight_on_device() and not held.tight_on_device()
     assert not [
         n for n in plan(model=QWEN_SMALL, device="raspberrypi5-8gb").notes if n.startswith("the bundle may need")
     ]
