@@ -122,14 +122,17 @@ def torch_model(folder: str) -> tuple[Start, Step]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from edgeft.models.cache_names import cache_argument, cache_of
+
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     cache: list[Any] = [None]
 
     @torch.no_grad()
     def forward(ids: list[int], past: Any) -> int:
-        made = model(input_ids=torch.tensor([ids]), past_key_values=past, use_cache=True, logits_to_keep=1)
-        cache[0] = made.past_key_values
+        held = {cache_argument(model): past}
+        made = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1, **held)
+        cache[0] = cache_of(made)
         return int(made.logits[0, -1].argmax())
 
     return lambda ids, new: forward(ids, None), lambda token: forward([token], cache[0])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeft.models.cache_names import cache_of
 from edgeft.models.checkpoint import DTYPES, Checkpoint, TensorFile
 from edgeft.models.evaluate import autocast
 from edgeft.models.kv_prefix import PEFT_NAME, Pair, attention_of, hang, kv_shape, pairs_in, pairs_of
@@ -40,7 +41,7 @@ def _begun(model: Any, parts: Parts, training: Training) -> list[Pair]:
         return [(torch.empty(shape, device=device), torch.empty(shape, device=device)) for _ in parts.layers]
     ids = start_ids(config.vocab_size, training).to(device)
     with torch.no_grad(), autocast(device, DTYPES[training.compute_dtype]):
-        made = parts.body(input_ids=ids, use_cache=True).past_key_values
+        made = cache_of(parts.body(input_ids=ids, use_cache=True))
     return [(each.keys[0].float().clone(), each.values[0].float().clone()) for each in made.layers]
 
 

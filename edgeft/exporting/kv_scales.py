@@ -18,6 +18,7 @@ from edgeft.errors import BadInput
 from edgeft.exporting.calibrate import calibrated_changes
 from edgeft.exporting.layer_walk import LayerWalk, chosen_rows
 from edgeft.memory.stages import CACHE_TOKENS
+from edgeft.models.cache_names import cache_argument
 from edgeft.models.spec import ModelSpec
 from edgeft.progress import Progress, silent
 from edgeft.targets.codes import Codes
@@ -100,7 +101,7 @@ def _reach(walk: LayerWalk, index: int, change: Callable[[str, torch.Tensor], No
         rotary = keys.shape[-1] if turns is None else turns[0].shape[-1]
         most.append((longest_pairs(keys, rotary), numpy.abs(values).max(axis=0).reshape(-1)))
 
-    walk.leave(index, {"past_key_values": handed}, after)
+    walk.leave(index, {cache_argument(walk.layers[index]): handed}, after)
     keys, values = zip(*most, strict=True)
     return numpy.max(keys, axis=0), numpy.max(values, axis=0)
 

@@ -16,6 +16,7 @@ import torch
 from edgeft.data.samples import Sample
 from edgeft.machines import meter
 from edgeft.memory.stages import CALIBRATION_BATCH, CALIBRATION_ROWS, CALIBRATION_TOKENS
+from edgeft.models.cache_names import NAMES
 from edgeft.models.parts import find_parts
 from edgeft.models.streamed import hold, load_in_files
 
@@ -114,7 +115,7 @@ def entries(
     def record(index: int, arguments: Any, named: dict[str, Any]) -> None:
         if index == 0:
             states.append(arguments[0])
-        given[index].append({name: value for name, value in named.items() if "past_key" not in name})
+        given[index].append({name: value for name, value in named.items() if name not in NAMES})
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, a, k, index=index: record(index, a, k), with_kwargs=True)

@@ -18,6 +18,7 @@ import torch
 
 from edgeft.data.dataset import TextTokenizer
 from edgeft.errors import BadInput
+from edgeft.models.cache_names import cache_of
 from edgeft.models.checkpoint import Checkpoint, TensorFile, read_changed
 from edgeft.models.families import in_conv1d
 from edgeft.models.headers import BOTTLENECKS, EMBEDDINGS, HEADS, KV_PREFIX, blocks
@@ -152,7 +153,7 @@ def beside_problems(learnt: Learnt, base: Path, merged: Path, shares: Shares, tr
 def made_of(base: Path, prompt: torch.Tensor) -> torch.Tensor:
     """What transformers' own cache has of a base's keys and values after a soft prompt, as PEFT keeps a prefix."""
     body = find_parts(load_streamed(base)).body
-    layers = body(inputs_embeds=prompt[None].float(), use_cache=True).past_key_values.layers
+    layers = cache_of(body(inputs_embeds=prompt[None].float(), use_cache=True)).layers
     return torch.cat([each[0].transpose(0, 1).flatten(1) for layer in layers for each in (layer.keys, layer.values)], 1)
 
 

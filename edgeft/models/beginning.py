@@ -16,6 +16,7 @@ import torch
 from edgeft.data.batches import Batch, make_batch
 from edgeft.data.beginning import shared_tokens
 from edgeft.data.samples import Sample
+from edgeft.models.cache_names import cache_argument
 from edgeft.models.kv_prefix import before
 from edgeft.models.parts import Parts
 
@@ -42,7 +43,7 @@ class Beginning(NamedTuple):
 
     def read(self, parts: Parts, ids: torch.Tensor) -> torch.Tensor:
         """The hidden states (B, S, h) of ids (B, S) behind it."""
-        behind = {"past_key_values": self.cache} if self.tokens else {}
+        behind = {cache_argument(parts.body): self.cache} if self.tokens else {}
         return parts.body(input_ids=ids, use_cache=False, **behind).last_hidden_state  # type: ignore[no-any-return]
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
@@ -85,7 +86,7 @@ def _keys_and_values(parts: Parts, ids: torch.Tensor) -> Any:
 
     made = DynamicCache()
     try:
-        parts.body(input_ids=ids, past_key_values=made, use_cache=True)
+        parts.body(input_ids=ids, use_cache=True, **{cache_argument(parts.body): made})
     except Exception:  # a family that wants a cache of its own kind
         return None
     if len(made.layers) != len(parts.layers):

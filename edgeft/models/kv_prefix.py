@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from edgeft.errors import BadInput
+from edgeft.models.cache_names import cache_in
 from edgeft.models.families import family_of
 from edgeft.models.parts import Parts, find_parts
 from edgeft.settings.tuners import PREFIX
@@ -95,7 +96,7 @@ def behind(tokens: int, body: nn.Module, given: tuple[Any, ...], named: dict[str
     if positions is None:
         ids = given[0] if given else named.get("input_ids")
         ids = named["inputs_embeds"] if ids is None else ids
-        cache = named.get("past_key_values")
+        cache = cache_in(named)
         first = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
     return given, {**named, "position_ids": positions + tokens}

@@ -21,6 +21,7 @@ from edgeft.merging.merge import merge
 from edgeft.merging.merged_tensors import merged_rung
 from edgeft.merging.result import MergedCheckpoint
 from edgeft.merging.sweep import sweep
+from edgeft.models.cache_names import cache_of
 from edgeft.models.checkpoint import load_plain
 from edgeft.models.evaluate import evaluate, greedy
 from edgeft.models.headers import KV_PREFIX
@@ -130,7 +131,7 @@ def test_layers_that_do_not_train_keep_what_theirs_began_as(checkpoint_folder: P
     base = load_plain(checkpoint_folder)
     ids = start_ids(read_model_spec(str(checkpoint_folder)).vocab_size, result.training)
     with torch.no_grad():
-        begun = find_parts(base).body(input_ids=ids, use_cache=True).past_key_values.layers
+        begun = cache_of(find_parts(base).body(input_ids=ids, use_cache=True)).layers
     saved = load_file(tmp_path / "train" / "adapter_model.safetensors")["prompt_embeddings"]
     halves = saved.chunk(2, dim=1)  # of layers 0 and 1
     for half, layer, same in zip(halves, begun, (True, False), strict=True):

@@ -25,6 +25,7 @@ from edgeft.exporting.parity import UNKNOWN, Known, Ladder, drawn_for, exact_mat
 from edgeft.exporting.repair import Climb, export_smallest
 from edgeft.machines.runner import runner_module
 from edgeft.merging.merge import verify_merged
+from edgeft.models.cache_names import cache_in
 from edgeft.progress import silent
 from edgeft.reporting.words import attempt_cells
 from edgeft.targets.rounding import round_as_target
@@ -39,7 +40,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     seen, forward = Counter[str](), LlamaModel.forward
 
     def counted(self: Any, *arguments: Any, **given: Any) -> Any:
-        ids, past = given.get("input_ids"), given.get("past_key_values")
+        ids, past = given.get("input_ids"), cache_in(given)
         assert ids is not None
         if past is None:
             seen["whole"] += len(ids)
