@@ -262,8 +262,9 @@ class Session:
     def validate(self) -> float:
         """Loss of the rows that say when to stop, with a step's memory given back and the optimizer's states there."""
         self.phases["train"] = max(self.phases.get("train", 0), meter.peak_bytes(self.device))
-        meter.reset_peak(self.device)
         hold_to(self.pool, self.here, "validate")
+        self.pool.give_back()
+        meter.reset_peak(self.device)
         self.stopping.validate(self.run, lambda done, total: self.progress("validate", done, total, {}))
         self.phases["validate"] = max(self.phases.get("validate", 0), meter.peak_bytes(self.device))
         meter.reset_peak(self.device)
