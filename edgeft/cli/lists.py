@@ -147,7 +147,8 @@ def show_what(
     what: Annotated[
         Shown,
         typer.Argument(
-            help="profiles, or one of them as a file to copy; targets, settings; layers MODEL; schema plan or report"
+            metavar="WHAT",
+            help="profiles, or one of them as a file to copy; targets, settings; layers MODEL; schema plan or report",
         ),
     ],
     name: Annotated[str | None, typer.Argument(help="of a profile, a model (folder or hub id), or a document")] = None,

@@ -133,6 +133,7 @@ def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN
     or_tie = float((p.amax(dim=-1) - p.gather(1, top)[:, 0] <= TIE_NATS).float().mean())
     agreement = float((p.argmax(dim=-1) == top[:, 0]).float().mean())
     nats, said = allowed_loss(tolerance, gain)
+    share = f": {said}" if "%" in said else ""
     checks = (
         (  # one position is no evidence on a few
             or_tie < tolerance.min_top1_agreement and (1 - or_tie) * len(p) > 1.5,
@@ -144,7 +145,7 @@ def compare(before: Form, form: Form, tolerance: Tolerance, gain: Gain = UNKNOWN
         ),
         (
             not form.loss - before.loss <= nats,
-            f"loss {before.loss:.4f} to {form.loss:.4f} nats, at most {nats:.4f} more: {said}",
+            f"loss {before.loss:.4f} to {form.loss:.4f} nats, at most {nats:.4f} more{share}",
         ),
     )
     return Rung(

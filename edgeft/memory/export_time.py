@@ -28,8 +28,8 @@ START_SECONDS = (
     6.0  # of an export's own process until it computes: 10 to 13 s of one that imports torch on a busy machine
 )
 # Two processes that import torch, and two layers with the embedding from merge to a bundle that answers, by their
-# parameters: 22 s of 4M and 34 s of 35M, one thread beside other work.
-REHEARSAL_SECONDS, REHEARSAL_SECONDS_PER_PARAMETER, REHEARSED_LAYERS = 20.0, 4e-7, 2
+# parameters: 26 s of 35M on a quiet machine (bench-proof).
+REHEARSAL_SECONDS, REHEARSAL_SECONDS_PER_PARAMETER, REHEARSED_LAYERS = 14.0, 3.5e-7, 2
 LOAD_BYTES_PER_SECOND = 1e9  # of a model in fp32, its pages in memory; a guess
 # Codes of one weight from what its inputs are: 85 s of one core at 135M (bench/results/smollm2.json), less its passes.
 CALIBRATION_SECONDS_PER_PARAMETER = 4e-7

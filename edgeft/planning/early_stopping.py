@@ -19,7 +19,11 @@ VALIDATIONS = 20  # in a whole run, where nothing says how often
 def check_patience(job: Job) -> None:
     """Raise BadInput where steps between validations are given, and nothing is validated."""
     if job.valid_steps and not job.patience:
-        raise BadInput("valid_steps", "says how often a run is validated, but none is", "add --set patience=3")
+        raise BadInput(
+            "valid_steps",
+            "says how often a run is validated, but none is",
+            "add --set patience=3 (1000: it never stops)",
+        )
 
 
 def steps_between(job: Job, steps: int) -> int:

@@ -10,10 +10,11 @@ from edgeft.planning.prefix_tuner import check_prefix_tuner
 from edgeft.planning.projections import check_modules
 from edgeft.planning.quantize_aware import rounding_of
 from edgeft.planning.rank_budget import check_target_rank
-from edgeft.settings.job import ENDS, Job
-from edgeft.settings.tuners import ADAPTERS, TUNERS, Form, Tuning, adapts
+from edgeft.settings.job import ENDS, Job, Training
+from edgeft.settings.tuners import ADAPTERS, TUNERS, WEIGHTS, Form, Tuning, adapts
 
 SMALL_PRECISIONS = ("nf4", "bf16", "fp16")  # of weights that do not train: updates of a few 1e-4 would be rounded away
+ADAPTERS_OWN = ("rank", "lora_alpha", "lora_scale", "lora_plus", "init", "adapter_at", "target_modules")
 DATA_SCORES = ("gradient", "hidden", "ablation", "progressive")  # edgeft/training/importance.py measures them
 
 
@@ -115,11 +116,25 @@ def _check_ends(job: Job, spec: ModelSpec) -> None:
     ends = [end for end in ENDS if getattr(job, end) not in (None, "off")]
     if ends and adapts(job.tuner):
         raise BadInput(ends[0], "embedding, norm and head have no adapters", "use tuner=full, or leave it off")
+    if ends and job.tuner is None and (asked := of_adapters(job)):
+        problem = f"trains in full fine-tuning alone, and {', '.join(asked)} would have no effect there"
+        raise BadInput(ends[0], problem, f"leave {ends[0]} out, or add --set tuner=full and leave out the others")
     if "rotate" in (job.embedding, job.norm, job.head) and job.layers != "lisa":
         raise BadInput("rotate", "embedding, norm and head rotate only with the layers", "add --set layers=lisa")
     if spec.tie_word_embeddings and job.head is not None and job.embedding is not None and job.head != job.embedding:
         problem = f"{job.head}, the embedding {job.embedding}: they are one tied tensor in this model"
         raise BadInput("head", problem, "leave head out: it follows the embedding")
+
+
+def of_adapters(job: Job) -> list[str]:
+    """The settings of adapters that a job asks for."""
+    return [name for name in ADAPTERS_OWN if getattr(job, name) != Job.model_fields[name].default]
+
+
+def unused_notes(job: Job, training: Training) -> list[str]:
+    """A line where settings of adapters were asked for and none train."""
+    asked = of_adapters(job) if training.tuner == WEIGHTS else []
+    return [f"{', '.join(asked)}: of adapters, without effect where all weights train"] if asked else []
 
 
 def _check_scores(job: Job) -> None:

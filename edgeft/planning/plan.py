@@ -48,7 +48,7 @@ from edgeft.planning.candidates import candidates
 from edgeft.planning.choice import best_that_fits, choose, choose_of_all
 from edgeft.planning.costs import Candidate, Question
 from edgeft.planning.early_stopping import patience_notes
-from edgeft.planning.job_checks import check_job, needs_importance
+from edgeft.planning.job_checks import check_job, needs_importance, unused_notes
 from edgeft.planning.layer_choice import random_layers, top_layers
 from edgeft.planning.notes import machine_notes, training_notes
 from edgeft.planning.other_tuners import OtherTuner, other_tuners, tuner_notes
@@ -209,8 +209,8 @@ def _planned(asked: _Asked) -> Plan:
         raise does_not_fit(question, looked_at, _unpinned(asked))
     best, key = looked_at[0], question.key(training)
     better = list(itertools.takewhile(lambda other: question.key(other) < key, looked_at))
-    notes = asked.notes + said + training_notes(spec, training) + rounding_notes(job, training.quantize_aware)
-    notes += patience_notes(training) + machine_notes(question.profile)
+    notes = asked.notes + said + unused_notes(job, training) + training_notes(spec, training)
+    notes += rounding_notes(job, training.quantize_aware) + patience_notes(training) + machine_notes(question.profile)
     notes += prefix_notes(question, training, asked.rows_tokens) + streaming_notes(question, training, whole)
     notes += process_notes(question, training) + sharding_notes(question, training)
     notes += tuner_notes(question, looked_at)

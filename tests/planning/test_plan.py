@@ -26,6 +26,7 @@ from edgeft.units import GIB, show_bytes
 PINNED = ("tuner", "rank", "base_precision", "micro_batch_size", "loss_chunk_tokens", "optimizer")
 LLAMA, QWEN = str(CONFIGS / "llama-3.1-8b"), str(CONFIGS / "qwen2.5-7b")
 QWEN_SMALL = str(CONFIGS / "qwen2.5-0.5b")
+SMALL = str(CONFIGS / "smollm2-135m")
 
 
 def plan(model: str = LLAMA, profile: str = "t4", **settings: object) -> Plan:
@@ -126,6 +127,17 @@ def test_without_data_a_plan_says_what_it_assumes() -> None:
         assert f"no data given: 1,000 rows of {length} tokens, all trained, 3 epochs, are assumed" in made.notes
         assert made.training.max_length == int(length.replace(",", ""))
         assert "for the rows that are assumed" in step_time(made)
+
+
+def test_settings_of_adapters_are_not_dropped_without_a_word() -> None:
+    asked = {"rank": 16, "lora_scale": "plain"}
+    with pytest.raises(BadInput, match="full fine-tuning alone, and rank, lora_scale would have no effect") as refused:
+        plan(model=SMALL, embedding="on", **asked)
+    assert "leave embedding out" in refused.value.hint
+    assert plan(model=SMALL, embedding="on").training.tuner == "full"
+    named = plan(model=SMALL, tuner="full", base_precision="fp32", **asked)
+    assert "rank, lora_scale: of adapters, without effect where all weights train" in named.notes
+    assert not [note for note in plan(model=SMALL, **asked).notes if "without effect" in note]
 
 
 def test_what_is_better_and_fits_but_takes_long_is_not_said_to_need_more() -> None:

@@ -15,6 +15,8 @@ from edgeft.data.samples import validation_rows
 from edgeft.engine.loop import Run
 from edgeft.errors import BadInput
 from edgeft.exporting.outputs import load_as_trained
+from edgeft.machines import meter
+from edgeft.machines.pool import Pool
 from edgeft.models.evaluate import evaluate
 from edgeft.models.parts import find_parts
 from edgeft.planning.plan import Plan
@@ -62,6 +64,29 @@ def test_it_ends_after_so_many_validations_without_a_lower_loss(
     assert (
         said.startswith(f"kept: step {result.best_step}, loss {losses[result.best_step]:.4f} of rows")
         and "ended" in said
+    )
+
+
+def test_its_memory_is_measured_from_what_a_step_leaves(
+    checkpoint_folder: Path, tmp_path: Path, valid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's freed memory is given back, within the limit of the phase, before the mark of the highest is set."""
+    events, scored = list[str](), Stopping.validate
+
+    def noted(event: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            events.append(event)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(meter, "reset_peak", noted("mark", meter.reset_peak))
+    monkeypatch.setattr(Pool, "give_back", noted("given back", Pool.give_back))
+    monkeypatch.setattr(Stopping, "validate", noted("validated", scored))
+    result = run(write_plan(tmp_path, checkpoint_folder, valid=valid, **SETTINGS), tmp_path / "train")
+    places = [place for place, event in enumerate(events) if event == "validated"]
+    assert len(places) == len(result.validations) and all(
+        events[at - 2 : at] == ["given back", "mark"] for at in places
     )
 
 
