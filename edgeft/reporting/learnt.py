@@ -107,8 +107,8 @@ def loss_that_stays(result: TrainResult) -> list[str]:
         return []
     return [
         f"the loss stays: every right answer keeps {min(right):.2f} nats or more, in a token that is not learnt, as "
-        "the end of a turn that the base never saw; labels do without it, free answers may not end, and any rounding may "
-        "decide which: --set tuner=full trains it (docs/train.md)"
+        "the end of a turn that the base never saw; labels do without it, free answers may not end, and any rounding "
+        "may decide which: --set tuner=full trains it (docs/train.md)"
     ]
 
 
