@@ -393,7 +393,8 @@ def test_the_plan_expects_what_was_measured_and_has_room_for_all(tmp_path: Path)
     for phase in large.phases:
         if phase.where == "host":
             others = [p.high_bytes for stages in each for p in stages.phases if p.name == phase.name]
-            if phase.name == "export: prove":  # a climb keeps a table more: what it found of the rounded model
+            # a climb keeps a table more, what it found of the rounded model, and has computed before it builds
+            if phase.name in ("export: build", "export: prove"):
                 assert phase.high_bytes > max(others)
             else:
                 assert phase.high_bytes == max(others), phase.name
