@@ -114,10 +114,9 @@ def bench(model: str, folder: Path, rounds: int) -> dict[str, Any]:
 
 def busiest(found: dict[str, Any]) -> float:
     """Cores that others had in the timed run that they disturbed most."""
-    timed = (found[name] for name in ("train", "whole_train") if name in found)
-    return max(
-        each["cores_others"] for each in (*timed, *(run for runs in found.get("runs", {}).values() for run in runs))
-    )
+    runs = [found[name] for name in ("train", "whole_train") if name in found]
+    runs += [run for each in found.get("runs", {}).values() for run in each]
+    return float(max(run["cores_others"] for run in runs))
 
 
 def main() -> None:

@@ -165,16 +165,16 @@ def validation_rows(valid: Sequence[Held], patience: int | None, most: int) -> t
     return list(valid[::2]), list(valid[1::2][:most])
 
 
-def held_out_count(rows: int) -> int:
+def held_out_count(rows: int, share: float = HELD_OUT_SHARE) -> int:
     """How many of so many training rows are held out where no validation data is given: at least one, at most 500."""
-    return min(500, max(1, round(rows * HELD_OUT_SHARE)))
+    return min(500, max(1, round(rows * share)))
 
 
 def hold_out(samples: Sequence[Held], share: float, seed: int) -> tuple[list[Held], list[Held]]:
     """(training, held-out) samples: every run with the same seed holds out the same ones, at least one, at most 500."""
     import random
 
-    count = min(500, max(1, round(len(samples) * share)))
+    count = held_out_count(len(samples), share)
     if len(samples) < 2:
         raise BadInput("data", "one row cannot be split into training and validation", "give --valid FILE or more rows")
     chosen = set(random.Random(f"hold out {seed}").sample(range(len(samples)), count))

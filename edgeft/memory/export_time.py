@@ -24,9 +24,7 @@ from edgeft.targets.target import Target
 BUNDLE_STAGE = "parity: artifact"
 # The runtime's own builder, a fresh process: 14 s at 135M and 30 to 82 s at 1.24B, by target and by what was in memory.
 BUILD_SECONDS, BUILD_SECONDS_PER_PARAMETER = 6.0, 6e-8
-START_SECONDS = (
-    6.0  # of an export's own process until it computes: 10 to 13 s of one that imports torch on a busy machine
-)
+START_SECONDS = 6.0  # of an export's own process until it computes; 10 to 13 s of one on a busy machine
 # Two processes that import torch, and two layers with the embedding from merge to a bundle that answers, by their
 # parameters: 26 s of 35M on a quiet machine (bench-proof).
 REHEARSAL_SECONDS, REHEARSAL_SECONDS_PER_PARAMETER, REHEARSED_LAYERS = 14.0, 3.5e-7, 2
@@ -53,7 +51,7 @@ def export_seconds(
 
     The first file has the validation rows. Nothing without rows, and for a profile whose CPU is not known.
     """
-    if profile.device != "cpu" or not files or not profile.matmul_tflops:
+    if not _known(profile, files):
         return ()
     cut = [[size.cut(training.max_length) for size in sizes] for sizes in files]
     valid, every = cut[0][: training.eval_rows], [size for sizes in cut for size in sizes]
@@ -99,10 +97,15 @@ def export_seconds(
 
 def rehearsal_seconds(profile: Profile, spec: ModelSpec, files: Sequence[Sequence[Size]]) -> float:
     """Of letting a model's first layers go the whole way to a bundle, where an export's are known too; else 0."""
-    if profile.device != "cpu" or not files or not profile.matmul_tflops:
+    if not _known(profile, files):
         return 0.0
     rest = spec.total_parameters - sum(spec.layer_parameters[REHEARSED_LAYERS:])
     return round(REHEARSAL_SECONDS + REHEARSAL_SECONDS_PER_PARAMETER * rest, 1)
+
+
+def _known(profile: Profile, files: Sequence[Sequence[Size]]) -> bool:
+    """Whether there are rows, and a CPU of known rates that would read them."""
+    return profile.device == "cpu" and bool(files) and bool(profile.matmul_tflops)
 
 
 def reads_all(stages: Sequence[Timed]) -> bool:
